@@ -1,0 +1,198 @@
+"""What users have written: raw records turned into behaviors, or into rejects with a reason.
+
+Two layouts are read, and told apart by what a file holds: a row a behavior, or a row a user with a list of
+behaviors in it.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+from persona import cells
+from persona.errors import InputError, UsageError
+from persona.inputs import Records, Split, check_types, column, describe, first_rows, json_array, rejects
+
+SCHEMA = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("behavior_id", pa.string()),
+        ("text", pa.large_string()),
+        ("timestamp", cells.TIME),
+        ("bucket", pa.int32()),
+        ("text_hash", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """How the fields of a history are called in the input; `behaviors` is the list column of a row a user."""
+
+    user_id: str = "user_id"
+    behavior_id: str = "behavior_id"
+    text: str = "text"
+    timestamp: str = "timestamp"
+    behaviors: str = "behaviors"
+
+    @staticmethod
+    def parse(spec: str, flag: str) -> "Columns":
+        """From `text=body,user_id=author`; what is not named keeps its own name. Raises `UsageError`, naming `flag`."""
+        known = [field.name for field in fields(Columns)]
+        named: dict[str, str] = {}
+        for part in filter(None, (part.strip() for part in spec.split(","))):
+            field, _, name = (piece.strip() for piece in part.partition("="))
+            if not name or field not in known or field in named:
+                raise UsageError(f"{flag}: {part!r} is not FIELD=COLUMN, each FIELD once and one of {', '.join(known)}")
+            named[field] = name
+        return Columns(**named)
+
+
+def check_columns(splits: Sequence[Split], columns: Columns, *, flag: str = "--columns") -> None:
+    """Refuse an input whose first readable file lacks a column, or has one of a type that cannot be used.
+
+    Raises `InputError`: what is missing, what is there, and how to map it with `flag`.
+    """
+    table = first_rows(splits)
+    source = table["_source"][0].as_py()
+    items = (
+        table.schema
+        if columns.text in table.column_names
+        else _items(table.schema, _list_column(table.schema, columns))
+    )
+    missing = columns.user_id if columns.user_id not in table.column_names else columns.text if items is None else None
+    if missing is not None:
+        field = "user_id" if missing == columns.user_id else "text"
+        nested = " (nor a list column whose items have it)" if field == "text" else ""
+        raise InputError(
+            f"{source} has no column {missing!r}{nested}. It has: {describe(table.schema)}. "
+            f"If one of them is meant, say so: {flag} {field}=COLUMN"
+        )
+    check_types(table.schema, {columns.user_id: cells.ID}, source)
+    wanted = {columns.behavior_id: cells.ID, columns.text: cells.TEXT, columns.timestamp: cells.MOMENT}
+    check_types(items or pa.schema([]), wanted, source)
+
+
+def validate(records: Records, columns: Columns, n_buckets: int, *, job: str = "") -> tuple[pa.Table, pa.Table]:
+    """Behaviors (`SCHEMA`) in input order, and the rejects: those of `records` and those found here.
+
+    A `behavior_id` that is missing or blank becomes the text's hash; a timestamp that is missing stays null.
+    """
+    raw, bad = _rows(records.table, columns)
+    users, why_user = cells.ids(column(raw, "user_id"), columns.user_id)
+    names, why_name = cells.ids(column(raw, "behavior_id"), columns.behavior_id, required=False)
+    texts, why_text = cells.texts(column(raw, "text"), columns.text)
+    times, why_time = cells.moments(column(raw, "timestamp"), columns.timestamp)
+    reasons = pc.coalesce(why_user, why_name, why_text, why_time)
+    good = pa.table({"user_id": users, "behavior_id": names, "text": texts, "timestamp": times}).filter(
+        reasons.is_null()
+    )
+    good = good.combine_chunks()
+    hashes = text_hash(column(good, "text"))
+    names = pc.if_else(cells.is_blank(column(good, "behavior_id")), hashes, column(good, "behavior_id"))
+    good = (
+        good.set_column(1, "behavior_id", names)
+        .append_column("bucket", pa.array(bucket_of(column(good, "user_id"), n_buckets)))
+        .append_column("text_hash", hashes)
+        .cast(SCHEMA)
+    )
+    failed = reasons.is_valid()
+    bad_rows = [*(row for row, _ in bad), *column(raw, "_row").filter(failed).to_pylist()]
+    bad_reasons = [*(reason for _, reason in bad), *reasons.filter(failed).to_pylist()]
+    source = records.table["_source"][0].as_py() if bad_rows else ""
+    found = rejects(job, [source] * len(bad_rows), bad_rows, bad_reasons)
+    return good, pa.concat_tables([records.rejects, found])
+
+
+def bucket_of(user_ids: pa.Array | Sequence[str], n_buckets: int) -> np.ndarray:
+    """crc32(utf8(user_id)) mod `n_buckets`, int32: where a user's rows are, in every table."""
+    encoded = pa.array(user_ids, pa.string()).cast(pa.binary()).to_pylist()
+    checksums = np.fromiter((zlib.crc32(user) for user in encoded), dtype=np.uint32, count=len(encoded))
+    return (checksums % np.uint32(n_buckets)).astype(np.int32)
+
+
+def text_hash(texts: pa.Array | Sequence[str]) -> pa.Array:
+    """The BLAKE2b-128 digest of each text in UTF-8, in hex: what tells whether a stored vector is still the text's."""
+    encoded = pa.array(texts, pa.large_string()).cast(pa.large_binary()).to_pylist()
+    return pa.array([hashlib.blake2b(text, digest_size=16).hexdigest() for text in encoded], pa.string())
+
+
+_Bad = list[tuple[int, str]]
+_FIELDS = ("behavior_id", "text", "timestamp")
+
+
+def _rows(table: pa.Table, columns: Columns) -> tuple[pa.Table, _Bad]:
+    """Raw `user_id`, `_row` and `_FIELDS`, a row a behavior, whatever the layout."""
+    users, rows = column(table, columns.user_id), column(table, "_row")
+    if columns.text in table.column_names:
+        flat = {field: column(table, getattr(columns, field)) for field in _FIELDS}
+        return pa.table({"user_id": users, "_row": rows, **flat}), []
+    name = _list_column(table.schema, columns)
+    if name is None:
+        reason = f"there is neither {columns.text!r} nor a list of behaviors"
+        return _no_rows(), [(row, reason) for row in rows.to_pylist()]
+    lists = column(table, name)
+    if cells.is_json(lists.type):
+        owners, parts, bad = _parsed(lists, rows, columns)
+    elif types.is_null(lists.type) or (inner := _items(table.schema, name)) is None:
+        reason = f"{name} is {lists.type}, not a list of behaviors"
+        return _no_rows(), [(row, reason) for row in rows.filter(lists.is_valid()).to_pylist()]
+    else:
+        owners, bad = pc.list_parent_indices(lists), []
+        items = pc.list_flatten(lists)
+        wanted = {field: getattr(columns, field) for field in _FIELDS}
+        parts = {
+            field: pc.struct_field(items, column_name) if column_name in inner.names else pa.nulls(len(items))
+            for field, column_name in wanted.items()
+        }
+    return pa.table({"user_id": users.take(owners), "_row": rows.take(owners), **parts}), bad
+
+
+def _parsed(lists: pa.Array, rows: pa.Array, columns: Columns) -> tuple[pa.Array, dict[str, pa.Array], _Bad]:
+    """Lists whose items share no type, item by item."""
+    owners: list[int] = []
+    items: list[dict[str, object]] = []
+    bad: _Bad = []
+    for owner, (row, value) in enumerate(zip(rows.to_pylist(), cells.decoded(lists), strict=True)):
+        if value is not None and not isinstance(value, list):
+            bad.append((row, f"{columns.behaviors} is {cells.kind_of(value)}, not a list"))
+            continue
+        for item in value or []:
+            if isinstance(item, dict):
+                owners.append(owner)
+                items.append(item)
+            else:
+                bad.append((row, f"an item of {columns.behaviors} is {cells.kind_of(item)}, not an object"))
+    parts = {field: json_array([item.get(getattr(columns, field)) for item in items]) for field in _FIELDS}
+    return pa.array(owners, pa.int64()), parts, bad
+
+
+def _list_column(schema: pa.Schema, columns: Columns) -> str | None:
+    """The column that holds a user's behaviors: the one so named, else the first list of structs that have the text."""
+    if columns.behaviors in schema.names:
+        return columns.behaviors
+    return next(
+        (field.name for field in schema if columns.text in getattr(_items(schema, field.name), "names", ())), None
+    )
+
+
+def _items(schema: pa.Schema, name: str | None) -> pa.Schema | None:
+    """The fields of a list column's items; empty where JSON leaves them open, None where they are no structs."""
+    kind = None if name is None else schema.field(name).type
+    if kind is None:
+        return None
+    if cells.is_json(kind) or types.is_null(kind):
+        return pa.schema([])
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    if is_list and types.is_null(kind.value_type):
+        return pa.schema([])
+    return pa.schema(list(kind.value_type)) if is_list and types.is_struct(kind.value_type) else None
+
+
+def _no_rows() -> pa.Table:
+    return pa.table({name: pa.nulls(0) for name in ("user_id", "_row", *_FIELDS)})

@@ -1,0 +1,286 @@
+"""Parquet and JSONL files as a stream of raw records, cut into splits that different workers can read.
+
+Nothing is lost silently: a line that is no JSON object, a row group that cannot be decoded and a file that
+ends too early each become a *reject*, and all that can be read around them is read. The content of a field is
+judged later (`histories`, `requests`).
+"""
+
+import io
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from persona.cells import Kind, kind_of
+from persona.errors import InputError, StorageError
+from persona.storage import list_files, open_filesystem
+
+Format = Literal["parquet", "jsonl", "jsonl.gz"]
+_TEXT = (".jsonl", ".json", ".jsonlines", ".ndjson")
+_FORMATS: dict[str, Format] = {".parquet": "parquet"}
+_FORMATS.update(dict.fromkeys(_TEXT, "jsonl"))
+_FORMATS.update({f"{name}.gz": "jsonl.gz" for name in _TEXT})
+
+REJECTS = pa.schema(
+    [
+        ("job", pa.string()),
+        ("source", pa.string()),
+        ("row", pa.int64()),
+        ("reason", pa.string()),
+        ("seen_at", pa.timestamp("us", "UTC")),
+    ]
+)
+_PLACE = ("_source", "_row")
+_CHUNK_BYTES = 2**20
+_HELD_BYTES = 32 * 2**20  # of text before rows are handed on, however few they are
+WHOLE_FILE = -1  # the `row` of a reject that concerns all of a file, or all that follows in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A byte range of a file; the lines or row groups that *start* in `[start, end)` belong to it."""
+
+    uri: str
+    start: int
+    end: int
+    format: Format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """Raw rows, and what could not become one.
+
+    `table` has the file's own columns and two more: `_source`, the file, and `_row`, where the row is in it:
+    its number in a Parquet file, the byte offset of its line in (unpacked) text. A column whose JSON values
+    do not share one type has the type `arrow.json`, each value as its own JSON text. `rejects` has the schema
+    `REJECTS`.
+    """
+
+    table: pa.Table
+    rejects: pa.Table
+
+
+def plan_splits(uri: str, *, flag: str, split_bytes: int = 64 * 2**20) -> list[Split]:
+    """Cut the files at or below `uri` into splits of about `split_bytes`; a compressed text is one split.
+
+    Raises `InputError`, naming `flag`, when there is nothing to read.
+    """
+    files = list_files(uri, tuple(_FORMATS))
+    known = ", ".join(sorted(_FORMATS))
+    if not files:
+        raise InputError(f"{flag}: {uri} holds no file to read; files must end in one of {known}")
+    splits = []
+    for file in files:
+        kind = next((kind for end, kind in _FORMATS.items() if file.uri.endswith(end)), None)
+        if kind is None:
+            raise InputError(f"{flag}: the kind of {file.uri} is unknown; its name must end in one of {known}")
+        step = max(file.size_bytes, 1) if kind == "jsonl.gz" else split_bytes
+        for start in range(0, max(file.size_bytes, 1), step):
+            end = min(start + step, max(file.size_bytes, 1))
+            splits.append(Split(uri=file.uri, start=start, end=end, format=kind))
+    if all(file.size_bytes == 0 for file in files):
+        raise InputError(f"{flag}: every file at {uri} is empty")
+    return splits
+
+
+def read_split(
+    split: Split, *, max_rows: int = 4096, columns: Sequence[str] | None = None, job: str = ""
+) -> Iterator[Records]:
+    """The rows of a split, at most `max_rows` at a time; only the named `columns` (those that exist) are decoded.
+
+    Raises `StorageError` when the store, rather than the file, is at fault.
+    """
+    read = _read_parquet if split.format == "parquet" else _read_lines
+    for table, bad in read(split, max_rows, columns):
+        yield Records(table=table, rejects=rejects(job, [split.uri] * len(bad), *_unzip(bad)))
+
+
+def rejects(job: str, sources: Sequence[str], rows: Sequence[int], reasons: Sequence[str]) -> pa.Table:
+    """A table of rejects, one for each row named, seen now."""
+    seen_at = pa.array([datetime.now(UTC)] * len(rows), REJECTS.field("seen_at").type)
+    return pa.table([[job] * len(rows), sources, rows, reasons, seen_at], schema=REJECTS)
+
+
+_Bad = list[tuple[int, str]]
+
+
+def _unzip(bad: _Bad) -> tuple[list[int], list[str]]:
+    return [row for row, _ in bad], [reason for _, reason in bad]
+
+
+def _read_parquet(split: Split, max_rows: int, columns: Sequence[str] | None) -> Iterator[tuple[pa.Table, _Bad]]:
+    filesystem, path = open_filesystem(split.uri)
+    try:
+        file = pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True, page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        _raise_if_store(split, error)
+        if split.start == 0:
+            yield _nothing(), [(WHOLE_FILE, f"file cannot be read: {_first_line(error)}")]
+        return
+    with file:
+        schema = file.schema_arrow
+        wanted = _wanted(schema.names, columns)
+        row = 0
+        for group in range(file.num_row_groups):
+            facts = file.metadata.row_group(group)
+            first, row = row, row + facts.num_rows
+            if not split.start <= _group_start(facts) < split.end:
+                continue
+            try:
+                for batch in file.iter_batches(max_rows, row_groups=[group], columns=wanted, use_threads=False):
+                    yield _placed(pa.Table.from_batches([batch]), split, range(first, first + batch.num_rows)), []
+                    first += batch.num_rows
+            except (OSError, pa.ArrowInvalid) as error:
+                _raise_if_store(split, error)
+                reason = f"rows {first} to {row - 1} cannot be read: {_first_line(error)}"
+                yield _nothing(), [(WHOLE_FILE, reason)]
+
+
+def _group_start(facts: pq.RowGroupMetaData) -> int:
+    if facts.num_columns == 0:
+        return 0
+    column = facts.column(0)
+    return int(column.dictionary_page_offset or column.data_page_offset)
+
+
+def _read_lines(split: Split, max_rows: int, columns: Sequence[str] | None) -> Iterator[tuple[pa.Table, _Bad]]:
+    objects: list[dict[str, Any]] = []
+    places: list[int] = []
+    bad: _Bad = []
+    held_bytes = 0
+    try:
+        for place, line in _lines(split):
+            held_bytes += len(line)
+            try:
+                value = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                bad.append((place, f"line is not JSON: {error.msg}"))
+                continue
+            if isinstance(value, dict):
+                objects.append(value)
+                places.append(place)
+            else:
+                bad.append((place, f"line is {kind_of(value)}, not an object"))
+            if len(objects) + len(bad) >= max_rows or held_bytes >= _HELD_BYTES:
+                yield _placed(_table(objects, columns), split, places), bad
+                objects, places, bad, held_bytes = [], [], [], 0
+    except (EOFError, zlib.error) as error:
+        bad.append((WHOLE_FILE, f"file cannot be read to its end: {_first_line(error)}"))
+    except OSError as error:
+        raise StorageError(f"cannot read {split.uri}: {error}") from error
+    if objects or bad:
+        yield _placed(_table(objects, columns), split, places), bad
+
+
+def _lines(split: Split) -> Iterator[tuple[int, bytes]]:
+    """The lines that start within the split, each with its offset in the (unpacked) text; blank ones are left out."""
+    filesystem, path = open_filesystem(split.uri)
+    with filesystem.open_input_file(path) as raw:
+        place = 0
+        if split.format == "jsonl.gz":
+            lines, end = _unpacked_lines(raw), float("inf")
+        else:
+            file = io.BufferedReader(raw, _CHUNK_BYTES)
+            if split.start:
+                place = file.seek(split.start - 1)
+                place += len(file.readline())
+            lines, end = file, split.end
+        while place < end and (line := next(lines, b"")):
+            if content := (line if place else line.removeprefix(b"\xef\xbb\xbf")).strip():
+                yield place, content
+            place += len(line)
+
+
+def _unpacked_lines(raw: pa.NativeFile) -> Iterator[bytes]:
+    """The lines of a gzip file of any number of members; all that was unpacked is given before an error is raised.
+
+    `gzip.GzipFile` loses what its buffers hold when the file turns out to be cut.
+    """
+    unpacker = zlib.decompressobj(wbits=31)
+    begun = b""
+    while chunk := raw.read(_CHUNK_BYTES):
+        while chunk:
+            if unpacker.eof:
+                unpacker = zlib.decompressobj(wbits=31)
+            *lines, begun = (begun + unpacker.decompress(chunk, _CHUNK_BYTES)).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+            chunk = unpacker.unused_data or unpacker.unconsumed_tail
+    if not unpacker.eof:
+        raise EOFError("the file ends within its compressed data")
+    yield begun
+
+
+def _table(objects: list[dict[str, Any]], columns: Sequence[str] | None) -> pa.Table:
+    names = dict.fromkeys(name for record in objects for name in record)
+    return pa.table({name: json_array([o.get(name) for o in objects]) for name in _wanted(names, columns)})
+
+
+def _wanted(names: Iterable[str], columns: Sequence[str] | None) -> list[str]:
+    return [name for name in names if (columns is None or name in columns) and name not in _PLACE]
+
+
+def json_array(values: Sequence[Any]) -> pa.Array:
+    """JSON values as an Arrow array: of their common type, or of type `arrow.json` where they have none."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        return pa.array([None if v is None else orjson.dumps(v).decode() for v in values], pa.json_())
+
+
+def _placed(table: pa.Table, split: Split, rows: Sequence[int]) -> pa.Table:
+    if table.num_columns == 0:  # records without a field still are rows, but Arrow cannot count them
+        table = pa.table({"_row": pa.array(rows, pa.int64())})
+    else:
+        table = table.append_column("_row", pa.array(np.asarray(rows, dtype=np.int64)))
+    return table.append_column("_source", pa.repeat(pa.scalar(split.uri), table.num_rows))
+
+
+def _nothing() -> pa.Table:
+    return pa.table({"_row": pa.array([], pa.int64()), "_source": pa.array([], pa.string())})
+
+
+def _raise_if_store(split: Split, error: Exception) -> None:
+    """Tell a store that fails from a file that is broken: Arrow reports both as `OSError`."""
+    if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+        raise StorageError(f"cannot read {split.uri}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def first_rows(splits: Sequence[Split]) -> pa.Table:
+    """A few rows of the first file that has any. Raises `InputError`, with the first reason, where none has."""
+    reason = "it has no rows"
+    for split in splits:
+        for records in read_split(split, max_rows=256):
+            if records.table.num_rows:
+                return records.table
+            if records.rejects.num_rows:
+                reason = records.rejects["reason"][0].as_py()
+    where = splits[0].uri if splits else "the input"
+    others = f" and {len(splits) - 1} more" if len(splits) > 1 else ""
+    raise InputError(f"no row can be read from {where}{others}: {reason}")
+
+
+def check_types(schema: pa.Schema, wanted: dict[str, Kind], source: str) -> None:
+    """Raise `InputError` for the first column that is there and cannot be read as what it is wanted for."""
+    for name, kind in wanted.items():
+        if name in schema.names and not kind.fits(schema.field(name).type):
+            raise InputError(f"column {name!r} of {source} is {schema.field(name).type}; it must be {kind.words}")
+
+
+def column(table: pa.Table, name: str) -> pa.Array:
+    """A column as one array; all nulls where the table does not have it."""
+    return table[name].combine_chunks() if name in table.column_names else pa.nulls(table.num_rows)
+
+
+def describe(schema: pa.Schema) -> str:
+    """The columns of an input and their types, for a message."""
+    return ", ".join(f"{field.name} ({field.type})" for field in schema if field.name not in _PLACE)

@@ -1,0 +1,274 @@
+"""The store: what is known of every user, in Delta tables that only one encoder writes to.
+
+    <store>/behaviors    a row a behavior with its vector, by bucket
+    <store>/personas     a row a user and plug
+    <store>/generations  a row an answer, by variant
+    <store>/rejects      a row a bad input row, by job
+
+A user's bucket is `histories.bucket_of`; whoever works on one bucket reads that part of the tables and
+nothing else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import reduce
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from persona.cells import TIME
+from persona.errors import InputError, StoreMismatch
+from persona.storage import join
+from persona.tables import LAYOUTS, Table, one_of
+
+DEFAULT_BUCKETS = 64
+_PREFIX = "persona."  # of our keys among the table properties, most of which are Delta's
+_KEY = ["user_id", "behavior_id"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What made the vectors of a store; vectors of two identities cannot be compared, so a store has one."""
+
+    encoder: str
+    revision: str
+    fingerprint: str
+    width: int
+    pooling: str
+    max_tokens: int
+    text_rule: str
+
+
+class Store:
+    """An open store. It may travel to another process, being a URI and an identity, and opens its tables there."""
+
+    def __init__(self, uri: str, identity: Identity, n_buckets: int) -> None:
+        """For `open` and `create`."""
+        self.uri = uri
+        self.identity = identity
+        self.n_buckets = n_buckets
+        self._tables: dict[str, Table] = {}
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int]]:
+        """Tables stay behind: they hold connections."""
+        return Store, (self.uri, self.identity, self.n_buckets)
+
+    def __repr__(self) -> str:
+        """Where, and by which encoder."""
+        return f"Store({self.uri!r}, encoder={self.identity.encoder!r}, n_buckets={self.n_buckets})"
+
+    @staticmethod
+    def create(uri: str, identity: Identity, n_buckets: int) -> "Store":
+        """Create the empty tables, or open the store when another process has just done so.
+
+        Raises `StoreMismatch` when that one has another identity or number of buckets.
+        """
+        if n_buckets < 1:
+            raise ValueError(f"n_buckets must be at least 1, not {n_buckets}")
+        properties = {f"{_PREFIX}{k}": str(v) for k, v in {**asdict(identity), "buckets": n_buckets}.items()}
+        # The table with the identity comes last: where it is, the store is whole.
+        for name in reversed(LAYOUTS):
+            Table.create(join(uri, name), name, properties if name == "behaviors" else {})
+        return _same(Store.open(uri), identity, n_buckets)
+
+    @staticmethod
+    def open(uri: str) -> "Store":
+        """Open an existing store. Raises `InputError` when there is none."""
+        store = _find(uri)
+        if store is None:
+            raise InputError(f"there is no store at {uri}; make one with: python -m jobs.embed --store {uri} ...")
+        return store
+
+    @staticmethod
+    def open_or_create(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store":
+        """Open the store that `identity` may write to, or create it.
+
+        Without `n_buckets`, an existing store keeps its own and a new one gets `DEFAULT_BUCKETS`. Raises
+        `StoreMismatch`: where the store and the wish differ, and what to do.
+        """
+        store = _find(uri)
+        if store is None:
+            return Store.create(uri, identity, DEFAULT_BUCKETS if n_buckets is None else n_buckets)
+        return _same(store, identity, n_buckets)
+
+    def version(self, table: str) -> int:
+        """The newest version of a table, for reading the same state again later."""
+        return self._table(table).version()
+
+    def missing(self, bucket: int, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+        """Which of a bucket's valid `rows` (`histories.SCHEMA`) the store lacks, or has with another text or timestamp.
+
+        Reads keys, hashes and timestamps, no vectors. Returns the rows to encode, each once and with a bool
+        `edited`, and how many were `known`, `new`, `edited` and `duplicates` within the input, of which the
+        latest counts (of the same time, the one with the greatest text hash).
+        """
+        wanted = _latest(rows)
+        stored = self._table("behaviors").scan([*_KEY, "text_hash", "timestamp"], one_of("bucket", [bucket]))
+        numbered = wanted.select(_KEY).append_column("row", pa.array(range(wanted.num_rows), pa.int64()))
+        stored = stored.rename_columns([*_KEY, "old_hash", "old_time"])
+        found = numbered.join(stored, _KEY, join_type="inner", use_threads=False).select(
+            ["row", "old_hash", "old_time"]
+        )
+        mine = wanted.take(found["row"])
+        same_time = pc.or_(
+            pc.fill_null(pc.equal(found["old_time"], mine["timestamp"]), False),
+            pc.and_(found["old_time"].is_null(), mine["timestamp"].is_null()),
+        )
+        same = pc.and_(pc.equal(found["old_hash"], mine["text_hash"]), same_time)
+        there = pc.is_in(numbered["row"], value_set=found["row"])
+        todo = pc.invert(pc.is_in(numbered["row"], value_set=found.filter(same)["row"]))
+        to_encode = wanted.append_column("edited", there).filter(todo)
+        n_edited = pc.sum(to_encode["edited"]).as_py() or 0
+        counts = {
+            "known": wanted.num_rows - to_encode.num_rows,
+            "new": to_encode.num_rows - n_edited,
+            "edited": n_edited,
+            "duplicates": rows.num_rows - wanted.num_rows,
+        }
+        return to_encode, counts
+
+    def write_behaviors(self, rows: pa.Table) -> None:
+        """Commit encoded behaviors: what `missing` returned with a `vector` (2·d bytes) a row; `text` is not kept.
+
+        One commit; when any row is `edited`, rows that exist are replaced in that same commit. Raises
+        `StoreMismatch` for vectors of another width.
+        """
+        if not rows.num_rows:
+            return
+        size = 2 * self.identity.width
+        vectors = rows["vector"].cast(pa.large_binary())
+        sizes = pc.unique(pc.binary_length(vectors).fill_null(0)).to_pylist()
+        if sizes != [size]:
+            other = next(s for s in sizes if s != size)
+            raise StoreMismatch(
+                f"a vector has {other} bytes; the store at {self.uri} holds float16 vectors of width "
+                f"{self.identity.width}, {size} bytes each"
+            )
+        edited = pc.any(rows["edited"]).as_py()
+        stamped = rows.set_column(rows.column_names.index("vector"), "vector", vectors).append_column(
+            "embedded_at", _now(rows.num_rows)
+        )
+        table = self._table("behaviors")
+        (table.replace if edited else table.append)(stamped)
+
+    def read_histories(
+        self,
+        bucket: int,
+        user_ids: Sequence[str] | None = None,
+        *,
+        with_vectors: bool = True,
+        version: int | None = None,
+    ) -> pa.Table:
+        """The behaviors of a bucket, or of some of its users: user_id, behavior_id, timestamp, text_hash (, vector).
+
+        Sorted by user_id, timestamp (none last) and behavior_id; `vector` is `large_binary`.
+        """
+        where = one_of("bucket", [bucket])
+        if user_ids is not None:
+            where += f" AND {one_of('user_id', user_ids)}"
+        columns = [*_KEY, "timestamp", "text_hash", *(["vector"] if with_vectors else [])]
+        table = self._table("behaviors").scan(columns, where, version=version)
+        return table.take(
+            _order(table, [("user_id", "ascending"), ("timestamp", "ascending"), ("behavior_id", "ascending")])
+        )
+
+    def users(self, bucket: int, version: int | None = None) -> list[str]:
+        """Who has behaviors in a bucket, sorted."""
+        found = self._table("behaviors").scan(["user_id"], one_of("bucket", [bucket]), version=version)
+        return sorted(pc.unique(found["user_id"]).to_pylist())
+
+    def buckets(self, version: int | None = None) -> list[int]:
+        """The buckets that hold behaviors, sorted; read from the log alone."""
+        return self._table("behaviors").partitions(version=version)
+
+    def answers(self, variant: str, bucket: int) -> pa.Table:
+        """`request_id` and `fingerprint` of what has been answered."""
+        where = f"{one_of('variant', [variant])} AND {one_of('bucket', [bucket])}"
+        return self._table("generations").scan(["request_id", "fingerprint"], where)
+
+    def write_generations(self, rows: pa.Table) -> None:
+        """Commit answers: all columns of the table but `created_at`; one that exists for its key is replaced."""
+        if not rows.num_rows:
+            return
+        table = self._table("generations")
+        places = rows.group_by(["variant", "bucket"]).aggregate([])
+        known = pa.concat_tables(self.answers(p["variant"], p["bucket"]) for p in places.to_pylist())
+        there = pc.is_in(rows["request_id"], value_set=known["request_id"])
+        stamped = rows.append_column("created_at", _now(rows.num_rows))
+        # An append goes past other writers; a replacement has to be made again when they touched the same
+        # rows.
+        (table.replace if pc.any(there).as_py() else table.append)(stamped)
+
+    def read_generations(self, variants: Sequence[str] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """Answers of some variants, or of all."""
+        where = None if variants is None else one_of("variant", variants)
+        return self._table("generations").scan(columns, where)
+
+    def write_rejects(self, rows: pa.Table) -> None:
+        """Commit bad input rows (`inputs.REJECTS`)."""
+        if rows.num_rows:
+            self._table("rejects").append(rows)
+
+    def _table(self, name: str) -> Table:
+        if name not in self._tables:
+            self._tables[name] = Table(join(self.uri, name), name)
+        return self._tables[name]
+
+
+def _find(uri: str) -> Store | None:
+    table = Table.find(join(uri, "behaviors"), "behaviors")
+    if table is None:
+        return None
+    kept = {k.removeprefix(_PREFIX): v for k, v in table.properties().items() if k.startswith(_PREFIX)}
+    try:
+        identity = Identity(
+            encoder=kept["encoder"],
+            revision=kept["revision"],
+            fingerprint=kept["fingerprint"],
+            width=int(kept["width"]),
+            pooling=kept["pooling"],
+            max_tokens=int(kept["max_tokens"]),
+            text_rule=kept["text_rule"],
+        )
+        store = Store(uri, identity, int(kept["buckets"]))
+    except KeyError as error:
+        raise InputError(f"the table {table.uri} does not say {error}: it is no store of this project") from error
+    return store
+
+
+def _same(store: Store, identity: Identity, n_buckets: int | None) -> Store:
+    mine = {**asdict(store.identity), "buckets": store.n_buckets}
+    asked = {**asdict(identity), "buckets": store.n_buckets if n_buckets is None else n_buckets}
+    differing = [
+        f"{name} is {mine[name]!r} in the store and {asked[name]!r} here" for name in mine if mine[name] != asked[name]
+    ]
+    if differing:
+        raise StoreMismatch(
+            f"the store at {store.uri} was made by encoder {store.identity.encoder} and cannot be used with "
+            f"{identity.encoder}: {'; '.join(differing)}. Use the store's own settings, or another --store for these"
+        )
+    return store
+
+
+def _latest(rows: pa.Table) -> pa.Table:
+    """One row a key: the latest; of the same time, the one with the greatest text hash."""
+    order = [
+        ("user_id", "ascending"),
+        ("behavior_id", "ascending"),
+        ("timestamp", "descending"),
+        ("text_hash", "descending"),
+    ]
+    rows = rows.take(_order(rows, order))
+    if rows.num_rows < 2:
+        return rows
+    differs = reduce(pc.or_, (pc.not_equal(rows[c].slice(1), rows[c].slice(0, rows.num_rows - 1)) for c in _KEY))
+    return rows.filter(pa.chunked_array([pa.array([True]), *differs.chunks]))
+
+
+def _order(rows: pa.Table, keys: list[tuple[str, str]]) -> pa.Array:
+    return pc.sort_indices(rows.select([name for name, _ in keys]), sort_keys=[(*key, "at_end") for key in keys])
+
+
+def _now(n: int) -> pa.Array:
+    return pa.repeat(pa.scalar(datetime.now(UTC), TIME), n)
