@@ -1,0 +1,143 @@
+"""The frozen text encoder: texts become unit vectors, in batches of about equal cost.
+
+Shapes: N texts, T tokens, d encoder width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from persona.errors import UsageError
+from persona.models import ModelFolder
+from persona.options import Pooling, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Unit vectors (N, d) in float16, in the order of the texts, and what they cost."""
+
+    vectors: NDArray[np.float16]
+    n_tokens: int
+    n_padded: int
+
+
+def pool(hidden_NTd: Tensor, mask_NT: Tensor, pooling: Pooling) -> Tensor:
+    """Hidden states (N, T, d) to unit vectors (N, d) in float32.
+
+    `cls` takes the first token (BGE, PAPER eq. 1), `mean` the average over real tokens (MiniLM, Contriever).
+    Both sides of eq. 3 are L2-normalised, as in the reference.
+    """
+    if pooling == "cls":
+        pooled_Nd = hidden_NTd[:, 0].float()
+    else:
+        weight_NT1 = mask_NT.unsqueeze(-1).to(torch.float32)
+        pooled_Nd = (hidden_NTd.float() * weight_NT1).sum(1) / weight_NT1.sum(1).clamp(min=1.0)
+    return nn.functional.normalize(pooled_Nd, dim=-1)
+
+
+def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Row numbers in batches whose padded size (rows × longest row) stays within `token_budget`.
+
+    Longest first, so that the batch with the highest memory comes first and fails early if it must. A single row longer
+    than the budget is a batch of its own.
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if batch and (len(batch) + 1) * max(lengths[batch[0]], 1) > token_budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token rows to (ids, mask), both (N, T), padded on the right."""
+    length = max((len(row) for row in rows), default=0)
+    ids_NT = torch.full((len(rows), max(length, 1)), pad_id, dtype=torch.long)
+    mask_NT = torch.zeros_like(ids_NT, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids_NT[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask_NT[i, : len(row)] = True
+    return ids_NT.to(device), mask_NT.to(device)
+
+
+def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, fp32 elsewhere."""
+    if precision not in get_args(Precision):
+        raise UsageError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported()
+        else:
+            # torch has no public question for it
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_positions(config: Any, max_tokens: int) -> None:
+    """Raises UsageError when texts of `max_tokens` tokens are longer than what a model has position embeddings for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise UsageError(f"the encoder reads at most {positions} tokens of a text, not {max_tokens}; ask for fewer")
+
+
+class TextEncoder:
+    """A frozen BERT-like encoder on one device (Enc_his of PAPER eq. 1).
+
+    Args:
+        max_tokens: texts are cut to that many tokens. token_budget: padded tokens of one forward pass.
+        device: default a GPU where there is one.
+
+    Raises:
+        UsageError: the model has fewer positions than `max_tokens`, or `precision` is none that there is.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        *,
+        pooling: Pooling,
+        max_tokens: int,
+        token_budget: int = 16_384,
+        precision: Precision = "auto",
+        device: str | None = None,
+    ) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.pooling = pooling
+        self.max_tokens = max_tokens
+        self.token_budget = token_budget
+        dtype = choose_precision(precision, self.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder.path)
+        self.model = AutoModel.from_pretrained(folder.path, dtype=dtype, use_safetensors=True)
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.width: int = self.model.config.hidden_size
+        check_positions(self.model.config, max_tokens)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to `max_tokens`, special tokens included."""
+        if not texts:
+            return []  # which the tokenizer refuses
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, return_attention_mask=False)
+        return list(encoded["input_ids"])
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encodes texts; the result has their order, whatever the batches were."""
+        rows = self.tokenize(texts)
+        vectors = np.empty((len(rows), self.width), dtype=np.float16)
+        n_padded = 0
+        for batch in token_batches([len(row) for row in rows], self.token_budget):
+            ids_NT, mask_NT = pad([rows[row] for row in batch], self.tokenizer.pad_token_id or 0, self.device)
+            hidden_NTd = self.model(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state
+            vectors[batch] = pool(hidden_NTd, mask_NT, self.pooling).half().cpu().numpy()
+            n_padded += ids_NT.numel()
+        return Encoded(vectors=vectors, n_tokens=sum(map(len, rows)), n_padded=n_padded)

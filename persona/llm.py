@@ -1,0 +1,204 @@
+"""The frozen LLM behind one small interface: soft tokens and text in, loss or answers out.
+
+Two kinds of LLM: encoder-decoder (T5-like; soft tokens and text go to the encoder) and decoder-only (Llama-like; soft
+tokens, text, answer in one row). Text is tokens, soft tokens are vectors, and the two only meet as embeddings, so no
+text that a user types can reach a soft token.
+
+Shapes: B requests, S soft tokens, L text tokens, T target tokens, D LLM width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from persona.decoding import Answer, SeededSampling
+from persona.encoder import choose_precision, pad
+from persona.models import ModelFolder
+from persona.options import Decoding, Precision
+
+_IGNORED = -100
+# Between request and answer of a decoder-only LLM: without it the two would run together as one word.
+_SEPARATOR = "\n"
+
+
+class FrozenLLM(nn.Module):
+    """A pretrained LLM whose weights never change; gradients pass through it to the soft tokens."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_input_tokens: int = 256
+    ) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        # transformers hands the head a slice of the hidden states; on a slice, matmul copies the whole vocabulary matrix
+        # once for each row of the batch.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        self.tokenizer = tokenizer
+        self.max_input_tokens = max_input_tokens
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._eos_ids = _declared_eos_ids(model, tokenizer)
+        # What a decoding leaves open, `generate` would silently take from here: penalties, forced or suppressed tokens.
+        model.generation_config = GenerationConfig()
+        self.width: int = self._embeddings().embedding_dim
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.separator: list[int] = (
+            [] if self.is_encoder_decoder else tokenizer(_SEPARATOR, add_special_tokens=False)["input_ids"]
+        )
+
+    @classmethod
+    def load(
+        cls,
+        folder: ModelFolder,
+        *,
+        max_input_tokens: int = 256,
+        precision: Precision = "auto",
+        device: str | None = None,
+    ) -> "FrozenLLM":
+        """Loads the LLM of a folder; `precision` auto is bf16 where the hardware multiplies it natively."""
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        config = AutoConfig.from_pretrained(folder.path)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        dtype = choose_precision(precision, chosen)
+        model: nn.Module = auto.from_pretrained(folder.path, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder.path)
+        return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
+
+    def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's
+        """Frozen means eval mode: the LLM's own dropout stays off while the plug trains."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the soft tokens have to be."""
+        device: torch.device = self.model.device
+        return device
+
+    @torch.no_grad()
+    def token_norm(self, sample: int = 8192) -> float:
+        """Mean L2 norm of the token embeddings, over evenly spaced rows of the vocabulary."""
+        n_tokens = self._embeddings().num_embeddings
+        ids = torch.linspace(0, n_tokens - 1, min(sample, n_tokens), device=self.device).long()
+        return float(self.embed(ids).float().norm(dim=-1).mean())
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (…) to embeddings (…, D); called as a module, so that ZeRO-3 gathers the weights."""
+        embedded: Tensor = self._embeddings()(ids)
+        return embedded
+
+    def tokenize_inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each request's text, cut to `max_input_tokens`; a decoder-only LLM gets the separator behind it."""
+        if not texts:
+            return []  # which the tokenizer refuses
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_input_tokens)["input_ids"]
+        return [row + self.separator for row in rows]
+
+    def tokenize_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each target, end-of-sequence included, without any token in front."""
+        if not texts:
+            return []
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [[*row[: self.max_input_tokens - 1], self.tokenizer.eos_token_id] for row in rows]
+
+    def nll(self, soft_BSD: Tensor, inputs: Sequence[list[int]], targets: Sequence[list[int]]) -> Tensor:
+        """Eq. 6 per request: the summed negative log-likelihood (B,) of the target's tokens, in nats, float32.
+
+        Logits are computed at target positions only.
+        """
+        labels_BT = self._labels(targets)
+        if self.is_encoder_decoder:
+            embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, left=False)
+            start_id = self.model.config.decoder_start_token_id
+            shifted_BT = labels_BT.masked_fill(labels_BT == _IGNORED, self.pad_id).roll(1, dims=1)
+            shifted_BT[:, 0] = start_id
+            logits_BTV = self.model(
+                inputs_embeds=embeds_BLD, attention_mask=mask_BL, decoder_input_ids=shifted_BT, use_cache=False
+            ).logits
+        else:
+            # Rows end together, so that the target positions of every row lie among the last T of the batch.
+            rows = [[*text, *target] for text, target in zip(inputs, targets, strict=True)]
+            embeds_BLD, mask_BL = self._in_front(soft_BSD, rows, left=True)
+            longest = labels_BT.shape[1]
+            labels_BT = torch.stack([row.roll(longest - len(t)) for row, t in zip(labels_BT, targets, strict=True)])
+            logits_BTV = self.model(
+                inputs_embeds=embeds_BLD,
+                attention_mask=mask_BL,
+                position_ids=(mask_BL.long().cumsum(1) - 1).clamp(min=0),
+                logits_to_keep=longest + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+        # Only real target positions become float32 rows of the vocabulary: those are the largest tensors of a step.
+        is_target_BT = labels_BT != _IGNORED
+        losses_N = nn.functional.cross_entropy(
+            logits_BTV[is_target_BT].float(), labels_BT[is_target_BT], reduction="none"
+        )
+        rows_N = is_target_BT.nonzero()[:, 0]
+        return losses_N.new_zeros(len(targets)).index_add(0, rows_N, losses_N)
+
+    @torch.inference_mode()
+    def generate(
+        self, soft_BSD: Tensor, inputs: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]
+    ) -> list[Answer]:
+        """Answers to a batch; `seeds` (one a request) make a sampled answer the same in any batch."""
+        embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, left=not self.is_encoder_decoder)
+        processors = LogitsProcessorList([SeededSampling(decoding, seeds)] if decoding.sample else [])
+        output_BT = self.model.generate(
+            inputs_embeds=embeds_BLD,
+            attention_mask=mask_BL,
+            logits_processor=processors,
+            generation_config=GenerationConfig(
+                max_new_tokens=decoding.max_new_tokens,
+                num_beams=decoding.beams,
+                do_sample=False,
+                eos_token_id=self._eos_ids,
+                pad_token_id=self.pad_id,
+                decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
+                bos_token_id=self.tokenizer.bos_token_id,
+            ),
+        )
+        if self.is_encoder_decoder:
+            output_BT = output_BT[:, 1:]  # the decoder's start token
+        return [self._answer(row) for row in output_BT.tolist()]
+
+    def _answer(self, row: list[int]) -> Answer:
+        end = next((i for i, token in enumerate(row) if token in self._eos_ids), None)
+        tokens = row[:end]
+        text = cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return Answer(text=text.strip(), n_tokens=len(tokens), finish_reason="length" if end is None else "stop")
+
+    def _embeddings(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.model.get_input_embeddings())
+
+    def _labels(self, targets: Sequence[list[int]]) -> Tensor:
+        ids_BT, mask_BT = pad(targets, self.pad_id, self.device)
+        return ids_BT.masked_fill(~mask_BT, _IGNORED)
+
+    def _in_front(self, soft_BSD: Tensor, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+        """[soft; text] as embeddings (B, S+L, D) and mask, padded on the left or on the right."""
+        ids_BL, text_mask_BL = pad(rows, self.pad_id, self.device)
+        embeds_BLD = torch.cat([soft_BSD.to(self.model.dtype), self.embed(ids_BL)], dim=1)
+        mask_BL = torch.cat([text_mask_BL.new_ones(soft_BSD.shape[:2]), text_mask_BL], dim=1)
+        if left:
+            # Rotating each row by its padding turns right padding into left padding.
+            padding_B1 = (~mask_BL).sum(1, keepdim=True)
+            source_BL = (torch.arange(mask_BL.shape[1], device=self.device) - padding_B1) % mask_BL.shape[1]
+            embeds_BLD = embeds_BLD.gather(1, source_BL.unsqueeze(-1).expand_as(embeds_BLD))
+            mask_BL = mask_BL.gather(1, source_BL)
+        return embeds_BLD, mask_BL
+
+
+def _declared_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end an answer: chat models name more than the tokenizer's own."""
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    ids = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})

@@ -1,0 +1,133 @@
+"""The choices that a person makes about a plug, its training and its answers; the jobs' flags are made of these.
+
+Light to import, so that `--help` needs no torch. Each field's text is its line of `--help`.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from persona.errors import UsageError
+
+Pooling = Literal["cls", "mean"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlugOptions:
+    """What makes one plug differ from another; kept in `plug.json`. The defaults are the paper's."""
+
+    weights: Literal["attention", "mean"] = "attention"
+    """How behaviors are weighed: by the request (eq. 3), or all alike (the paper's own ablation)."""
+    persona_tokens: int = 1
+    """Soft tokens that carry the persona."""
+    instruction: Literal["vector", "projected", "none"] = "vector"
+    """The instruction token of eq. 5: a trained vector, one behind a projector of its own (the reference), or none."""
+    temperature: float = 1.0
+    """Factor on x·h before the softmax; with unit vectors and 1.0 (the paper) the weights are nearly flat."""
+    learn_temperature: bool = False
+    """Train that factor, starting from --temperature."""
+
+    @property
+    def n_soft(self) -> int:
+        """Soft tokens in front of a request."""
+        return self.persona_tokens + (self.instruction != "none")
+
+    def check(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if self.persona_tokens < 1:
+            raise UsageError(f"--persona-tokens {self.persona_tokens}: must be 1 or more")
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"--temperature {self.temperature}: must be above 0")
+        if self.weights == "mean" and self.learn_temperature:
+            raise UsageError("--learn-temperature does nothing under --weights mean; take one of them away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The settings of a training run; a run that is resumed must have the same."""
+
+    epochs: int = 2
+    """Passes over the requests, each with other behaviors left out."""
+    global_batch: int = 64
+    """Requests of one optimizer step, over all workers."""
+    micro_batch: int = 8
+    """Requests of one forward pass of a worker; lower it when a GPU runs out of memory."""
+    learning_rate: float = 1e-4
+    """Peak rate of projector, instruction token and default persona."""
+    query_learning_rate: float = 1e-4
+    """Peak rate of the query encoder, which is pretrained."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    warmup: float = 0.05
+    """Share of the steps over which the rates rise; then they fall linearly to 0."""
+    max_gradient_norm: float = 1.0
+    """Gradients of a step are scaled down to this norm."""
+    history_dropout: float = 0.5
+    """Up to this share of a history is left out of a row, drawn anew each epoch."""
+    empty_history: float = 0.05
+    """Share of rows that lose their whole history, which trains the default persona."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 1, 2, or 3 when the LLM does not fit one GPU."""
+    warm_start: Literal["none", "vocabulary"] = "none"
+    """Start the projector where words of the LLM's vocabulary lie (no labels needed), or at random as the paper does."""
+    seed: int = 0
+    """Of the plug's start, of the order of requests and of the dropout."""
+
+    def check_training(self, n_workers: int) -> None:
+        """Raises UsageError for values that cannot work, before anything is loaded."""
+        share = n_workers * self.micro_batch
+        if min(self.epochs, self.global_batch, self.micro_batch, n_workers) < 1:
+            raise UsageError("--epochs, --global-batch, --micro-batch and --workers must be 1 or more")
+        if self.global_batch % share:
+            raise UsageError(
+                f"--global-batch {self.global_batch} is not a multiple of --workers {n_workers} × --micro-batch "
+                f"{self.micro_batch} = {share}; change one of the three"
+            )
+        if self.zero_stage not in (1, 2, 3):
+            raise UsageError(f"--zero-stage {self.zero_stage}: must be 1, 2 or 3")
+        for name in ("warmup", "history_dropout", "empty_history"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0 and below 1")
+        for name in ("learning_rate", "query_learning_rate", "max_gradient_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"--weight-decay {self.weight_decay}: must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """One way to decode; part of the fingerprint of every answer."""
+
+    max_new_tokens: int = 128
+    """Answers are cut after this many tokens."""
+    beams: int = 4
+    """Beams of the search; 1 is greedy."""
+    sample: bool = False
+    """Draw answers at random instead, with a seed a request (takes --beams 1)."""
+    sampling_temperature: float = 1.0
+    """Of the distribution that --sample draws from."""
+    top_p: float = 1.0
+    """Share of the probability that --sample draws from."""
+    seed: int = 0
+    """Of --sample; the same request gets the same answer in any batch."""
+
+    def check_decoding(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
+        if self.beams < 1:
+            raise UsageError(f"--beams {self.beams}: must be 1 (greedy) or more")
+        if self.sample and self.beams > 1:
+            raise UsageError(f"--sample draws one answer a request and takes --beams 1, not {self.beams}")
+        if not 0 < self.sampling_temperature < math.inf:
+            raise UsageError(f"--sampling-temperature {self.sampling_temperature}: must be above 0")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+
+    def row_seed(self, request_id: str) -> int:
+        """The seed of one request's sampling: the same in any batch, on any worker."""
+        digest = hashlib.blake2b(f"{self.seed}\0{request_id}".encode(), digest_size=7).digest()
+        return int.from_bytes(digest, "little")

@@ -1,0 +1,91 @@
+"""The plug in front of the frozen LLM: rows of requests with their histories become losses or answers.
+
+A row is a mapping with the columns of `persona.join`: `request_id`, `input`, `query`, `target`, `history` (n·2·d bytes
+of little-endian float16). Shapes: B requests, M behaviors of all of them, d encoder width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from persona.decoding import Answer
+from persona.encoder import pad
+from persona.llm import FrozenLLM
+from persona.options import Decoding
+from persona.plug import Plug
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryText:
+    """How a request's query becomes tokens for the query encoder (`prefix` is BGE's instruction to queries)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prefix: str = ""
+    max_tokens: int = 276
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Requests ready for the model: histories packed without padding, texts as token rows."""
+
+    history_Md: Tensor
+    lengths_B: Tensor
+    query: tuple[Tensor, Tensor] | None
+    inputs: list[list[int]]
+    targets: list[list[int]]
+
+    @property
+    def n_target_tokens(self) -> int:
+        """Target tokens of the batch, the denominator of the loss."""
+        return sum(map(len, self.targets))
+
+
+class PersonalizedLLM(nn.Module):
+    """One module of plug and frozen LLM, as DeepSpeed wants it."""
+
+    def __init__(self, plug: Plug, llm: FrozenLLM, query_text: QueryText | None) -> None:
+        super().__init__()
+        self.plug = plug
+        self.llm = llm
+        self.query_text = query_text
+
+    def collate(self, rows: Sequence[Row], *, with_targets: bool, mean: bool = False) -> Batch:
+        """Rows to a batch on the LLM's device; `mean` weighs all behaviors equally, whatever the plug does."""
+        device = self.llm.device
+        histories = [np.frombuffer(row["history"], dtype="<f2").reshape(-1, self.plug.width) for row in rows]
+        packed_Md = np.concatenate(histories) if histories else np.empty((0, self.plug.width), "<f2")
+        query = None
+        if self.query_text is not None and self.plug.query_encoder is not None and not mean:
+            texts = [self.query_text.prefix + row["query"] for row in rows]
+            encoded = self.query_text.tokenizer(texts, truncation=True, max_length=self.query_text.max_tokens)
+            query = pad(encoded["input_ids"], self.query_text.tokenizer.pad_token_id or 0, device)
+        return Batch(
+            history_Md=torch.from_numpy(packed_Md.astype(np.float32)).to(device),
+            lengths_B=torch.tensor([len(history) for history in histories], device=device),
+            query=query,
+            inputs=self.llm.tokenize_inputs([row["input"] for row in rows]),
+            targets=self.llm.tokenize_targets([row["target"] for row in rows]) if with_targets else [],
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Eq. 6 per request: summed negative log-likelihood (B,) of the targets, in nats."""
+        return self.llm.nll(self.soft_tokens(batch), batch.inputs, batch.targets)
+
+    def soft_tokens(self, batch: Batch) -> Tensor:
+        """[I; P] of each request, (B, S, D)."""
+        soft_BSD: Tensor = self.plug(batch.history_Md, batch.lengths_B, batch.query)
+        return soft_BSD
+
+    @torch.inference_mode()
+    def answer(self, rows: Sequence[Row], decoding: Decoding, *, mean: bool = False) -> list[Answer]:
+        """Answers to a batch of requests, in their order."""
+        batch = self.collate(rows, with_targets=False, mean=mean)
+        seeds = [decoding.row_seed(row["request_id"]) for row in rows]
+        return self.llm.generate(self.soft_tokens(batch), batch.inputs, decoding, seeds)

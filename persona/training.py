@@ -1,0 +1,182 @@
+"""How a plug is trained: what is trained, the loss of a step, history dropout, the schedule, DeepSpeed's settings.
+
+Shapes: N requests, n behaviors of one request, d encoder width.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import nn
+
+from persona.options import TrainingOptions
+from persona.personalized import PersonalizedLLM, Row
+
+Item = TypeVar("Item")
+# Batches whose order is drawn anew within a window; all of them lie on each worker at once.
+_WINDOW_BATCHES = 32
+
+
+def trainable(model: PersonalizedLLM) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name: all of the plug's, none of the LLM's."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def new_optimizer(model: PersonalizedLLM, options: TrainingOptions) -> torch.optim.AdamW:
+    """AdamW over the plug: the query encoder, which is pretrained, at a rate of its own."""
+    named = trainable(model)
+    query = [parameter for name, parameter in named.items() if name.startswith("plug.query_encoder.")]
+    rest = [parameter for name, parameter in named.items() if not name.startswith("plug.query_encoder.")]
+    groups = [{"params": rest, "lr": options.learning_rate, "peak_lr": options.learning_rate}]
+    if query:
+        groups.append({"params": query, "lr": options.query_learning_rate, "peak_lr": options.query_learning_rate})
+    return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+
+
+def deepspeed_settings(options: TrainingOptions, n_workers: int) -> dict[str, Any]:
+    """The DeepSpeed dict. The plug stays in float32 and the LLM in its own precision, so there is no bf16 section."""
+    return {
+        "train_batch_size": options.global_batch,
+        "train_micro_batch_size_per_gpu": options.micro_batch,
+        "gradient_accumulation_steps": options.global_batch // (n_workers * options.micro_batch),
+        "gradient_clipping": options.max_gradient_norm,
+        "zero_optimization": {"stage": options.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def learning_rate_factor(step: int, n_steps: int, warmup: float) -> float:
+    """Linear warm-up over `warmup` of the steps, then linear decay to 0 (PAPER section 2); `step` counts from 0."""
+    n_warmup = math.ceil(warmup * n_steps)
+    if step < n_warmup:
+        return (step + 1) / n_warmup
+    return (n_steps - step) / max(n_steps - n_warmup, 1)
+
+
+def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions) -> Row:
+    """The row with a random part of its history left out, the same for this row and epoch on any worker.
+
+    The reference writes the data 11 times instead, ten of them with int(n·U(0, 0.5)) + 1 behaviors left out. At least
+    one behavior stays, unless the row is one of the `empty_history` share.
+    """
+    history = np.frombuffer(row["history"], dtype="<f2").reshape(-1, width)
+    draw = np.random.default_rng(_hash64("dropout", options.seed, epoch, row["request_id"]))
+    if draw.random() < options.empty_history:
+        return {**row, "history": b""}
+    n = len(history)
+    n_dropped = min(int(n * draw.uniform(0, options.history_dropout)) + 1, n - 1) if options.history_dropout else 0
+    if n_dropped < 1:
+        return row
+    kept = np.sort(draw.permutation(n)[n_dropped:])
+    return {**row, "history": history[kept].tobytes()}
+
+
+def epoch_order(requests: pa.Table, *, epoch: int, seed: int, n_requests: int, global_batch: int) -> pa.Array:
+    """Sort keys (N,) int64 that put one epoch's requests in their order, known from each row's content alone.
+
+    Rows are dealt at random into windows of some batches and sorted by length within a window, so that a batch holds
+    rows of about one length; `shuffle_windows` then draws the order of the batches. About one batch comes last in
+    random order: what does not fill a batch at the end of an epoch is left out by chance, and not because it is long.
+    No process needs to know all rows.
+    """
+    n_windows = max(1, n_requests // (_WINDOW_BATCHES * global_batch))
+    ids = requests["request_id"].to_pylist()
+    hashes = np.array([_hash64("order", seed, epoch, request_id) for request_id in ids], dtype=np.uint64)
+    characters = pc.add(pc.utf8_length(requests["input"]), pc.utf8_length(requests["target"]))
+    length = np.minimum(np.asarray(characters, dtype=np.int64), 2**14 - 1)
+    window = (hashes % n_windows).astype(np.int64)
+    ties = (hashes >> 38).astype(np.int64)
+    last = ties < 2**26 * global_batch / max(n_requests, 1)
+    return pa.array(np.where(last, n_windows, window) << 40 | np.where(last, 0, length) << 26 | ties)
+
+
+def shuffle_windows(batches: Iterable[Item], *, epoch: int, seed: int) -> Iterator[Item]:
+    """The batches of an epoch in random order within windows; every worker draws the same order."""
+    draw = np.random.default_rng(_hash64("windows", seed, epoch))
+    window: list[Item] = []
+    for batch in batches:
+        window.append(batch)
+        if len(window) == _WINDOW_BATCHES:
+            yield from (window[i] for i in draw.permutation(len(window)))
+            window = []
+    yield from (window[i] for i in draw.permutation(len(window)))
+
+
+def train_step(
+    engine: Any, rows: Sequence[Row], *, step: int, n_steps: int, options: TrainingOptions
+) -> tuple[float, int]:
+    """One optimizer step over this worker's rows of a global batch; all workers call it together.
+
+    The loss is eq. 6 divided by the target tokens of the *global* batch, so that one worker and many take the same
+    step.
+
+    Returns:
+        the global batch's loss in nats a token, and its number of target tokens.
+    """
+    model: PersonalizedLLM = engine.module
+    batches = [
+        model.collate(rows[start : start + options.micro_batch], with_targets=True)
+        for start in range(0, len(rows), options.micro_batch)
+    ]
+    n_tokens = sum_over_workers(sum(batch.n_target_tokens for batch in batches), model.llm.device)
+    factor = learning_rate_factor(step, n_steps, options.warmup)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    # DeepSpeed averages over workers and over accumulated micro-batches; eq. 6 is a sum.
+    scale = engine.world_size * len(batches) / n_tokens
+    total = 0.0
+    for batch in batches:
+        nll_B = engine(batch)
+        engine.backward(nll_B.sum() * scale)
+        engine.step()
+        total += float(nll_B.detach().sum())
+    return sum_over_workers(total, model.llm.device) / n_tokens, int(n_tokens)
+
+
+@torch.no_grad()
+def validation_loss(engine: Any, rows: Sequence[Row], *, micro_batch: int) -> float:
+    """Loss in nats a token over all workers' held-out rows.
+
+    Each worker makes as many forward passes as the one with most rows, since under ZeRO-3 all must call together; the
+    surplus counts nothing.
+    """
+    model: PersonalizedLLM = engine.module
+    device = model.llm.device
+    ordered = sorted(rows, key=lambda row: len(row["input"]) + len(row["target"]))
+    batches = [ordered[start : start + micro_batch] for start in range(0, len(ordered), micro_batch)]
+    total, n_tokens = 0.0, 0
+    for i in range(int(max_over_workers(len(batches), device))):
+        batch = model.collate(batches[min(i, len(batches) - 1)], with_targets=True)
+        nll = float(engine(batch).sum())
+        if i < len(batches):
+            total += nll
+            n_tokens += batch.n_target_tokens
+    return sum_over_workers(total, device) / sum_over_workers(n_tokens, device)
+
+
+def sum_over_workers(value: float, device: torch.device) -> float:
+    """The sum of a number over all workers."""
+    return _reduce(value, device, torch.distributed.ReduceOp.SUM)
+
+
+def max_over_workers(value: float, device: torch.device) -> float:
+    """The largest of a number over all workers."""
+    return _reduce(value, device, torch.distributed.ReduceOp.MAX)
+
+
+def _reduce(value: float, device: torch.device, operation: Any) -> float:
+    if not torch.distributed.is_initialized():
+        return value
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor, operation)
+    return float(tensor)
+
+
+def _hash64(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
