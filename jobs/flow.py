@@ -1,0 +1,251 @@
+"""The pieces of Ray Data that every job's chain is made of: reading splits, working by bucket, counting, progress."""
+
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from ray.data import Dataset
+
+    from persona.inputs import Split
+    from persona.join import Persona
+    from persona.store import Store
+
+Counts = dict[str, dict[str, float]]
+_PARTITION_BYTES = 64 * 2**20
+_JOINED_ROWS = 512
+_QUIET_S = 10.0
+
+
+class Tally:
+    """Counts of a run, kept by an actor. A unit of work that is done twice after a failure is counted once."""
+
+    def __init__(self) -> None:
+        self._units: dict[tuple[str, str], Mapping[str, float]] = {}
+
+    def add(self, stage: str, unit: str, counts: Mapping[str, float]) -> None:
+        """Notes what a unit of a stage did; the last word on a unit counts."""
+        self._units[stage, unit] = dict(counts)
+
+    def totals(self) -> Counts:
+        """Sums over units, by stage and name."""
+        sums: Counts = defaultdict(lambda: defaultdict(float))
+        for (stage, _), counts in self._units.items():
+            for name, value in counts.items():
+                sums[stage][name] += value
+        return {stage: dict(counts) for stage, counts in sums.items()}
+
+
+def new_tally() -> Any:
+    """A handle to a Tally actor that lives as long as this run: on the driver's node, so as not to die before it."""
+    import ray
+
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=here)(Tally).remote()
+
+
+def note(tally: Any, stage: str, unit: str, counts: Mapping[str, float]) -> None:
+    """Adds to the tally and waits until it is in: a worker may end as soon as its work is done."""
+    import ray
+
+    ray.get(tally.add.remote(stage, unit, counts))
+
+
+def totals(tally: Any) -> Counts:
+    """What the tally knows now."""
+    import ray
+
+    sums: Counts = ray.get(tally.totals.remote())
+    return sums
+
+
+@contextmanager
+def progress(tally: Any, line: Callable[[Counts, float], str]) -> Iterator[None]:
+    """Prints `line(totals, seconds)` on stderr while the body runs: in place on a terminal, now and then in a log."""
+    done = threading.Event()
+    started = time.perf_counter()
+    on_terminal = sys.stderr.isatty()
+
+    def show() -> None:
+        last, last_at = "", 0.0
+        while not done.wait(1.0):
+            text = line(totals(tally), time.perf_counter() - started)
+            due = on_terminal or time.perf_counter() - last_at > _QUIET_S
+            if text and text != last and due:
+                print(
+                    f"\r\033[K{text}" if on_terminal else text,
+                    end="" if on_terminal else "\n",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                last, last_at = text, time.perf_counter()
+        if on_terminal and last:
+            print(file=sys.stderr)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def read(splits: Sequence["Split"], reader: Callable[..., Any], *, limit: int | None, **settings: Any) -> "Dataset":
+    """The rows of all splits; `reader(split, **settings)` yields tables and runs where there is a CPU."""
+    from dataclasses import asdict
+
+    import ray
+
+    sources = ray.data.from_items([asdict(split) for split in splits], override_num_blocks=len(splits))
+    if limit is not None:
+        # Every job that is given a limit must take the same rows.
+        sources.context.execution_options.preserve_order = True
+    rows = sources.map_batches(
+        _read_one,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"reader": reader, "settings": settings},
+    )
+    return rows if limit is None else rows.limit(limit)
+
+
+def _read_one(batch: "pa.Table", *, reader: Callable[..., Any], settings: dict[str, Any]) -> Iterator["pa.Table"]:
+    from persona.inputs import Split
+
+    for fields in batch.to_pylist():
+        yield from reader(Split(**fields), **settings)
+
+
+def by_bucket(
+    rows: "Dataset", splits: Sequence["Split"], n_buckets: int, work: Callable[..., Any], **settings: Any
+) -> "Dataset":
+    """`work(rows_of_one_bucket, **settings)` for each bucket; the only place where rows change machines."""
+    n_bytes = sum(split.end - split.start for split in splits)
+    n_partitions = max(1, min(n_buckets, max(n_bytes // _PARTITION_BYTES, 4)))
+    return rows.groupby("bucket", num_partitions=n_partitions).map_groups(
+        work, batch_format="pyarrow", fn_kwargs=settings
+    )
+
+
+def requests_with_histories(
+    splits: Sequence["Split"],
+    store: "Store",
+    tally: Any,
+    *,
+    job: str,
+    personas: Sequence["Persona"],
+    max_behaviors: int,
+    needs_target: bool,
+    versions: Mapping[str, int],
+    stage: str = "join",
+    limit: int | None = None,
+    keep: Callable[..., Any] | None = None,
+) -> "Dataset":
+    """Requests, each once for each of `personas` with the history that it may see (`persona.join`), bucket by bucket.
+
+    `keep(joined, store, bucket)` may take rows out before they go on; `stage` is where the tally counts them.
+    """
+    reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target}
+    rows = read(splits, read_requests, limit=limit, **reading)
+    joining = {"personas": personas, "max_behaviors": max_behaviors, "versions": versions}
+    joining |= {"store": store, "tally": tally, "stage": stage, "keep": keep}
+    return by_bucket(rows, splits, store.n_buckets, join_bucket, **joining)
+
+
+def read_requests(split: "Split", *, store: "Store", tally: Any, job: str, needs_target: bool) -> Iterator["pa.Table"]:
+    """Valid requests of a split; the others go to the table of rejects."""
+    from persona import requests
+    from persona.inputs import read_split
+
+    def validate(records: Any) -> Any:
+        return requests.validate(records, store.n_buckets, needs_target, job=job)
+
+    yield from keep_good(read_split(split, job=job), validate, split=split, store=store, tally=tally)
+
+
+def keep_good(
+    batches: Iterator[Any], validate: Callable[..., Any], *, split: "Split", store: "Store", tally: Any
+) -> Iterator["pa.Table"]:
+    """The good rows of a split as they are read; its rejects in one commit at the end."""
+    import pyarrow as pa
+
+    rejects = []
+    n_good = 0
+    good = None
+    for records in batches:
+        good, bad = validate(records)
+        n_good += good.num_rows
+        if bad.num_rows:
+            rejects.append(bad)
+        if good.num_rows:
+            yield good
+    if good is not None and not n_good:
+        yield good  # no rows, but columns, which the steps to come look for
+    counts: dict[str, float] = {"rows": n_good, "rejects": 0}
+    if rejects:
+        table = pa.concat_tables(rejects)
+        store.write_rejects(table)
+        counts["rejects"] = table.num_rows
+        for reason in table["reason"].to_pylist():
+            counts[f"rejected: {reason}"] = counts.get(f"rejected: {reason}", 0) + 1
+    note(tally, "read", f"{split.uri}:{split.start}", counts)
+
+
+def join_bucket(
+    requests: "pa.Table",
+    *,
+    store: "Store",
+    tally: Any,
+    stage: str,
+    personas: Sequence["Persona"],
+    max_behaviors: int,
+    versions: Mapping[str, int],
+    keep: Callable[..., Any] | None,
+) -> Iterator["pa.Table"]:
+    """The requests of one bucket with their histories, a few hundred at a time; of a repeated id the first counts."""
+    import numpy as np
+    import pyarrow as pa
+
+    from persona.join import join_histories
+
+    bucket = requests["bucket"][0].as_py()
+    _, first = np.unique(requests["request_id"].to_numpy(), return_index=True)
+    counts = {"asked": len(first), "repeated": requests.num_rows - len(first), "kept": 0, "untimed": 0, "empty": 0}
+    requests = requests.take(pa.array(np.sort(first)))
+    sees_own = next((persona for persona in personas if persona in {"own", "mean"}), None)
+    for persona in personas:
+        for start in range(0, requests.num_rows, _JOINED_ROWS):
+            part = requests.slice(start, _JOINED_ROWS)
+            joined = join_histories(
+                part, store, bucket, persona=persona, max_behaviors=max_behaviors, versions=versions
+            ).append_column("persona", pa.repeat(persona, part.num_rows))
+            if persona == sees_own:
+                counts["untimed"] += sum(joined["n_untimed"].to_pylist())
+                counts["empty"] += joined["n_behaviors"].to_pylist().count(0)
+            if keep is not None:
+                joined = keep(joined, store, bucket)
+            counts["kept"] += joined.num_rows
+            yield joined
+    note(tally, stage, str(bucket), counts)
+
+
+def reject_rows(counts: Counts) -> list[tuple[str, str]]:
+    """The lines of a summary that tell of rejects."""
+    found = counts.get("read", {})
+    rows = [("rejects", f"{int(found.get('rejects', 0)):,}")]
+    reasons = {name.removeprefix("rejected: "): n for name, n in found.items() if name.startswith("rejected: ")}
+    rows += [(f"  {int(n):,}", reason) for reason, n in sorted(reasons.items(), key=lambda item: -item[1])[:5]]
+    return rows
+
+
+def exit_code(counts: Counts, max_reject_fraction: float) -> int:
+    """3 when more of the rows were rejected than allowed, else 0."""
+    found = counts.get("read", {})
+    rejects, rows = found.get("rejects", 0), found.get("rows", 0)
+    return 3 if rejects > max_reject_fraction * (rows + rejects) else 0

@@ -1,0 +1,303 @@
+"""Answer requests with the user's persona in front of the LLM: requests become rows of the `generations` table.
+
+Reads `--requests`, `<store>/behaviors` and the plug; writes `<store>/generations` and `<store>/rejects`. A request that
+has been answered from the same history, by the same plug, LLM and decoding is left alone; an answer that is out of date
+is replaced.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from jobs import command, flow, session
+from jobs.command import Summary
+from persona.errors import UsageError
+from persona.options import Decoding
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from persona.plug_folder import PlugRecord
+    from persona.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Decoding):
+    """What `jobs.generate` can be told."""
+
+    requests: str
+    """Requests, Parquet or JSONL, local or s3://."""
+    store: str
+    """Folder of the tables that jobs.embed made; answers go there, too."""
+    plug: str
+    """Folder of the plug that jobs.train made, local or s3://."""
+    persona: tuple[Literal["own", "none", "other", "mean"], ...] = ("own",)
+    """Whose history the LLM is told of: the user's, nobody's, another's, the user's weighed equally; or several."""
+    variant: str | None = None
+    """Name of the answers in the table; default the persona's."""
+    llm: str | None = None
+    """Where the plug's LLM lies, when not where the plug says."""
+    encoder: str | None = None
+    """Where the plug's encoder lies, when not where the plug says."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
+    batch_size: int = 32
+    """Requests that are answered together; lower it when a GPU runs out of memory."""
+    block_rows: int = 512
+    """Answers of one commit; what a killed run loses is at most this for each actor."""
+    actors: int | None = None
+    """LLM actors; default one a GPU, or one a core."""
+    cpus_per_actor: int = 1
+    """Cores of an actor where there is no GPU."""
+    max_reject_fraction: float = 0.01
+    """More bad rows than this end the job with exit code 3, after all good ones are answered."""
+    limit: int | None = None
+    """Take only this many requests."""
+    dry_run: bool = False
+    """Say what would be done, and start nothing."""
+
+    def check(self) -> None:
+        """Refuses what can be refused without looking at any data."""
+        self.check_decoding()
+        for name in ("batch_size", "block_rows", "actors", "cpus_per_actor"):
+            command.at_least(self, name, 1)
+        if not self.persona or len(set(self.persona)) < len(self.persona):
+            raise UsageError(
+                f"--persona {' '.join(self.persona)}: give one or more of own, none, other, mean, each at most once"
+            )
+        if self.variant is not None and len(self.persona) > 1:
+            raise UsageError("--variant names the answers of one persona; with several, each has the persona's name")
+
+
+def main(config: Config) -> Summary:
+    """Runs the job."""
+    from persona import inputs, requests, storage
+    from persona.store import Store
+
+    started = time.perf_counter()
+    source = storage.check_uri(config.requests, flag="--requests")
+    target = storage.check_uri(config.store, flag="--store")
+    storage.check_reachable(source, flag="--requests")
+    storage.check_reachable(target, flag="--store", write=True)
+    splits = inputs.plan_splits(source, flag="--requests")
+    requests.check_columns(splits, needs_target=False)
+    store = Store.open(target)
+    where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
+    if config.dry_run:
+        would = f"answer the requests of {len({split.uri for split in splits})} files for {', '.join(config.persona)}"
+        return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+
+    machines = session.connect()
+    tally = flow.new_tally()
+    with flow.progress(tally, _progress_line):
+        for _ in (
+            flow.requests_with_histories(
+                splits,
+                store,
+                tally,
+                job="generate",
+                personas=config.persona,
+                max_behaviors=where["record"].max_behaviors,
+                needs_target=False,
+                versions={"behaviors": store.version("behaviors")},
+                limit=config.limit,
+                keep=_Unanswered(config, where),
+            )
+            .repartition(target_num_rows_per_block=config.block_rows)
+            .map_batches(
+                Generate,
+                fn_constructor_kwargs={"config": config, "where": where, "tally": tally},
+                batch_size=config.block_rows,
+                batch_format="pyarrow",
+                udf_modifying_row_count=False,
+                **machines.pool(config.actors, config.cpus_per_actor),
+            )
+            .map_batches(
+                _commit,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
+                batch_size=None,
+                batch_format="pyarrow",
+                fn_kwargs={"store": store, "tally": tally},
+            )
+            .iter_batches(batch_size=None, batch_format="pyarrow")
+        ):
+            pass
+    return _summary(config, store, flow.totals(tally), time.perf_counter() - started)
+
+
+def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | None) -> dict[str, Any]:
+    """Where the plug, its LLM and its encoder lie, checked against each other and against the store.
+
+    Keys: `plug` (URI), `record` (PlugRecord), `fingerprint` (of the plug), `llm` and `encoder` (names of models).
+    """
+    from persona import models, plug_folder, storage
+    from persona.errors import PlugMismatch
+
+    uri = storage.check_uri(plug, flag="--plug")
+    storage.check_reachable(uri, flag="--plug")
+    with storage.local_folder(uri) as folder:
+        record = plug_folder.read_record(folder)
+        fingerprint = plug_folder.fingerprint(folder)
+    if record.encoder["fingerprint"] != store.identity.fingerprint:
+        raise PlugMismatch(
+            f"--plug {plug} was trained on vectors of {record.encoder['name']!r}, but the store holds those of "
+            f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
+        )
+    names = {"llm": llm or record.llm["name"], "encoder": encoder or record.encoder["name"]}
+    found = {
+        "llm": models.resolve(names["llm"], revision=record.llm["revision"], flag="--llm"),
+        "encoder": models.resolve(names["encoder"], revision=record.encoder["revision"], flag="--encoder"),
+    }
+    plug_folder.check_models(record, encoder=found["encoder"], llm=found["llm"])
+    return {"plug": uri, "record": record, "fingerprint": fingerprint, **names}
+
+
+def load_personalized(where: Mapping[str, Any], precision: Any) -> Any:
+    """The plug in front of its LLM, in this process."""
+    from persona import models, plug_folder, storage
+    from persona.llm import FrozenLLM
+
+    record: PlugRecord = where["record"]
+    encoder = models.resolve(where["encoder"], revision=record.encoder["revision"], flag="--encoder")
+    llm_folder = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
+    plug_folder.check_models(record, encoder=encoder, llm=llm_folder)
+    llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=precision)
+    with storage.local_folder(where["plug"]) as folder:
+        return plug_folder.load(folder, encoder=encoder, llm=llm)
+
+
+def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[str, Any]) -> str:
+    """What an answer depends on: request, visible history, kind of persona, plug, LLM, decoding.
+
+    Not the precision: answers that were bought on one kind of machine are not bought again on another.
+    """
+    import hashlib
+    import json
+
+    decoding = {field.name: getattr(config, field.name) for field in fields(Decoding)}
+    if not config.sample:
+        # What only sampling looks at must not make greedy answers stale.
+        decoding = {name: decoding[name] for name in ("max_new_tokens", "beams")}
+    content = {
+        **{name: row[name] for name in ("input", "query", "history_hash", "persona")},
+        "plug": where["fingerprint"],
+        "llm": where["record"].llm["fingerprint"],
+        "decoding": decoding,
+    }
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class _Unanswered:
+    """Keeps the requests of a bucket that have no answer with their fingerprint."""
+
+    def __init__(self, config: Config, where: Mapping[str, Any]) -> None:
+        self.config = config
+        self.where = where
+
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
+        """Rows of one persona; adds the columns `variant` and `fingerprint`."""
+        import pyarrow as pa
+
+        columns = ["input", "query", "history_hash", "persona"]
+        prints = [answer_fingerprint(row, self.config, self.where) for row in joined.select(columns).to_pylist()]
+        variants = [self.config.variant or persona for persona in joined["persona"].to_pylist()]
+        joined = joined.append_column("fingerprint", pa.array(prints, pa.string()))
+        joined = joined.append_column("variant", pa.array(variants, pa.string()))
+        answered: set[tuple[str, str]] = set()
+        for variant in set(variants):
+            known = store.answers(variant, bucket)
+            answered |= set(zip(known["request_id"].to_pylist(), known["fingerprint"].to_pylist(), strict=True))
+        asked = zip(joined["request_id"].to_pylist(), prints, strict=True)
+        return joined.filter(pa.array([pair not in answered for pair in asked], pa.bool_()))
+
+
+class Generate:
+    """Plug and LLM in an actor: loaded once, then requests with histories in, answers out."""
+
+    def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
+        session.quiet_models(config.cpus_per_actor)
+        self.model = load_personalized(where, config.precision)
+        self.decoding = Decoding(**{field.name: getattr(config, field.name) for field in fields(Decoding)})
+        self.batch_size = config.batch_size
+        self.where = where
+        self.tally = tally
+
+    def __call__(self, requests: "pa.Table") -> "pa.Table":
+        """Rows of the generations table, in the order of the requests."""
+        from persona.generation import answer_all
+
+        started = time.perf_counter()
+        answers = answer_all(self.model, requests, self.decoding, batch_size=self.batch_size)
+        if requests.num_rows:
+            unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
+            counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}
+            flow.note(self.tally, "generate", unit, {**counts, "seconds": time.perf_counter() - started})
+        kept = ["request_id", "user_id", "variant", "n_behaviors", "fingerprint", "bucket"]
+        rows = requests.select(kept)
+        for name in ("output", "n_tokens", "finish_reason"):
+            rows = rows.append_column(name, answers[name])
+        return _with_models(rows, self.where)
+
+
+def _with_models(rows: "pa.Table", where: Mapping[str, Any]) -> "pa.Table":
+    import pyarrow as pa
+
+    names = {"plug": where["fingerprint"], "llm": where["record"].llm["name"]}
+    for name, value in names.items():
+        rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+    return rows
+
+
+def _commit(rows: "pa.Table", *, store: "Store", tally: Any) -> "pa.Table":
+    """One block, one commit."""
+    import pyarrow as pa
+
+    store.write_generations(rows)
+    if rows.num_rows:
+        flow.note(tally, "commit", f"{rows['request_id'][0]}/{rows['variant'][0]}", {"rows": rows.num_rows})
+    return pa.table({"rows": [rows.num_rows]})
+
+
+def _progress_line(counts: flow.Counts, seconds: float) -> str:
+    joined = counts.get("join", {})
+    if not joined:
+        return ""
+    done = int(counts.get("commit", {}).get("rows", 0))
+    return f"generate: {done:,} of {int(joined['kept']):,} answers committed, {done / seconds:,.1f}/s"
+
+
+def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float) -> Summary:
+    joined, generated = counts.get("join", {}), counts.get("generate", {})
+    n_asked = int(joined.get("asked", 0)) * len(config.persona)
+    n_answers = int(counts.get("commit", {}).get("rows", 0))
+    result = {
+        "job": "generate",
+        "store": store.uri,
+        "variants": [config.variant] if config.variant else list(config.persona),
+        "requests": int(joined.get("asked", 0)),
+        "answered": n_answers,
+        "already_answered": n_asked - int(joined.get("kept", 0)),
+        "repeated_ids": int(joined.get("repeated", 0)),
+        "without_history": int(joined.get("empty", 0)),
+        "untimed_behaviors": int(joined.get("untimed", 0)),
+        "rejects": int(counts.get("read", {}).get("rejects", 0)),
+        "tokens": int(generated.get("tokens", 0)),
+        "seconds": round(seconds, 1),
+        "answers_per_s": round(n_answers / seconds, 2),
+        "version": store.version("generations"),
+        "decoding": {name: asdict(config)[name] for name in ("beams", "sample", "max_new_tokens")},
+    }
+    table = [
+        ("requests", f"{result['requests']:,} for {', '.join(config.persona)}"),
+        ("already answered", f"{result['already_answered']:,}"),
+        ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
+        ("seconds", f"{seconds:,.1f}"),
+        ("store", f"{store.uri}, generations version {result['version']}"),
+        *flow.reject_rows(counts),
+    ]
+    return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(Config, main))

@@ -1,0 +1,99 @@
+"""One way to reach Ray: the cluster of RAY_ADDRESS when there is one, else a Ray of our own on this machine."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from persona.errors import UsageError
+
+# Reads, joins and commits must find a CPU beside the actors, also on a laptop with two cores: these CPUs are tickets.
+_LEAST_LOCAL_CPUS = 6
+_WORKER_ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_RAY_ENVIRONMENT = {
+    # To Ray's C++ side every actor pool of Ray Data is an error (arguments in the object store, Ray issue 53727); what
+    # really fails comes as a Python exception, too.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # A Ray of our own is the program that a person waits for; by default its workers give way to all others.
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What the cluster has; `cores` are real ones where that can be known."""
+
+    cores: int
+    gpus: int
+
+    def pool(self, actors: int | None, cpus_per_actor: int) -> dict[str, Any]:
+        """Options of a pool of model actors for `map_batches`: one a GPU, or else one a core with cores for the rest.
+
+        A fixed size: GPU pools of Ray Data do not grow on a cluster that scales itself (Ray issue 59144).
+        """
+        from ray.data import ActorPoolStrategy
+
+        if self.gpus:
+            # No CPU: a pool that holds all CPUs starves the reads in front of it (Ray issue 44687).
+            return {"compute": ActorPoolStrategy(size=actors or self.gpus), "num_gpus": 1, "num_cpus": 0}
+        size = actors or max(1, self.cores // cpus_per_actor)
+        return {"compute": ActorPoolStrategy(size=size), "num_cpus": cpus_per_actor}
+
+
+def connect() -> Machines:
+    """Attaches to Ray, or starts it; `jobs.command` ends what was started here."""
+    import ray
+
+    if not ray.is_initialized():
+        attach = "RAY_ADDRESS" in os.environ
+        cores = os.cpu_count() or 1
+        for name, value in _RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            ray.init(
+                address=None if attach else "local",
+                num_cpus=None if attach else max(cores, _LEAST_LOCAL_CPUS),
+                include_dashboard=None if attach else False,
+                # What `ray job submit` or the caller has set stays: Ray refuses two values for one name.
+                runtime_env={"env_vars": {k: v for k, v in _WORKER_ENVIRONMENT.items() if k not in os.environ}},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except ConnectionError as error:
+            raise UsageError(
+                f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray answers there ({error}); start it, "
+                "or unset RAY_ADDRESS to run on this machine alone"
+            ) from error
+    _settle_ray_data()
+    resources = ray.cluster_resources()
+    tickets = int(resources.get("CPU", 1))
+    alone = len(ray.nodes()) == 1 and tickets <= max(os.cpu_count() or 1, _LEAST_LOCAL_CPUS)
+    cores = min(tickets, os.cpu_count() or 1) if alone else max(1, tickets - 2)
+    return Machines(cores=cores, gpus=int(resources.get("GPU", 0)))
+
+
+def _settle_ray_data() -> None:
+    from ray.data import DataContext
+    from ray.util.debug import log_once
+
+    DataContext.get_current().enable_progress_bars = False  # the jobs print their own, in rows and not in blocks
+    log_once("ray_data_progress_manager_disabled")  # takes that as said
+    # Nothing to encode or to answer is how a refresh often ends, and no reason for advice.
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors for", UserWarning)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def quiet_models(n_threads: int | None = None) -> None:
+    """What every process that holds a model does first: as many threads as it was given, and no bars in the log."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if n_threads is not None and not torch.cuda.is_available():
+        torch.set_num_threads(n_threads)

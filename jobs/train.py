@@ -1,0 +1,323 @@
+"""Train a plug: requests with targets, joined to their users' stored vectors, teach it what to tell the frozen LLM.
+
+Reads `--requests` (and `--validation`) and `<store>/behaviors`; writes checkpoints under `<runs>/<run>` and, when done,
+the plug folder `--plug`. The same `--run` again resumes at the last checkpoint.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from jobs import command, flow, session
+from jobs.command import Summary
+from persona.errors import InputError, PlugMismatch, UsageError
+from persona.options import PlugOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from ray.data import Dataset
+
+    from persona.models import ModelFolder
+    from persona.options import Pooling
+    from persona.store import Identity, Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingOptions, PlugOptions):
+    """What `jobs.train` can be told."""
+
+    requests: str
+    """Requests with targets, Parquet or JSONL, local or s3://."""
+    store: str
+    """Folder of the tables that jobs.embed made."""
+    plug: str
+    """Folder for the trained plug, local or s3://."""
+    run: str
+    """Name of the run; the same name resumes it."""
+    runs: str
+    """Folder of all runs' checkpoints; on a cluster one that every node sees (s3://)."""
+    validation: str | None = None
+    """Held-out requests with targets; without it --validation-fraction of the users is held out."""
+    validation_fraction: float = 0.05
+    """Share of the users of --requests that is held out when there is no --validation."""
+    validation_rows: int = 512
+    """At most this many held-out requests are used."""
+    validate_every: int = 100
+    """Steps from one validation and checkpoint to the next; the best one becomes the plug."""
+    llm: str = "google/flan-t5-xxl"
+    """Hub id or folder (local, s3://) of the LLM with safetensors, encoder-decoder or decoder-only."""
+    llm_revision: str = "main"
+    """Revision of the LLM on the hub."""
+    encoder: str | None = None
+    """Where the store's encoder lies, when not where the store says."""
+    query_prefix: str = ""
+    """Put in front of each query (BGE: 'Represent this sentence for searching relevant passages: ')."""
+    max_query_tokens: int = 276
+    """Tokens of a query that are read."""
+    max_input_tokens: int = 256
+    """Tokens of an input, and of a target, that the LLM reads."""
+    max_behaviors: int = 512
+    """The latest behaviors of a user that are used."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
+    workers: int | None = None
+    """Training workers; default one a GPU, or 1."""
+    max_failures: int = 3
+    """Crashes of workers after which the run gives up; each resumes at the last checkpoint."""
+    max_reject_fraction: float = 0.01
+    """More bad rows than this end the job with exit code 3."""
+    limit: int | None = None
+    """Take only this many requests."""
+    dry_run: bool = False
+    """Say what would be done, and start nothing."""
+
+    def check(self) -> None:
+        """Refuses what can be refused without looking at any data."""
+        PlugOptions.check(self)
+        self.check_training(self.workers or 1)
+        for name in ("validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"):
+            command.at_least(self, name, 1)
+        command.at_least(self, "max_failures", 0)
+        if self.validation is None and not 0 < self.validation_fraction < 1:
+            raise UsageError(f"--validation-fraction {self.validation_fraction}: must be above 0 and below 1")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run):
+            raise UsageError(f"--run {self.run!r}: must be a name of letters, digits and . _ -")
+
+    def options(self, kind: type[Any]) -> Any:
+        """The part of the flags that is a PlugOptions or a TrainingOptions."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run is made of, found and checked before Ray starts."""
+
+    store: "Store"
+    encoder: "ModelFolder"
+    llm: "ModelFolder"
+    requests: list[Any]
+    validation: list[Any] | None
+    runs: str
+    plug: str
+
+
+def main(config: Config) -> Summary:
+    """Runs the job."""
+    from jobs.train_run import Run, publish
+
+    started = time.perf_counter()
+    inputs = _inputs(config)
+    run = Run.find(config, inputs)
+    if config.dry_run:
+        how = "resume" if run.known else "start"
+        would = f"{how} run {config.run!r}: a {config.weights} plug of {config.persona_tokens} tokens for {config.llm}"
+        return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+    machines = session.connect()
+    workers = config.workers or machines.gpus or 1
+    config.check_training(workers)
+    tally = flow.new_tally()
+    train_rows, validation_rows = _datasets(config, inputs, run.behaviors_version, tally)
+    n_requests, n_validation = train_rows.count(), validation_rows.count()
+    if n_requests < config.global_batch:
+        raise InputError(
+            f"--requests gives {n_requests:,} requests with target to train on, fewer than --global-batch "
+            f"{config.global_batch}"
+        )
+    if n_validation < workers:
+        raise InputError(
+            f"{n_validation} held-out requests are too few for {workers} workers; give more with --validation"
+        )
+    run.begin(n_requests)
+    result = _fit(
+        config, inputs, tally, train_rows, validation_rows, n_requests, run.behaviors_version, workers, machines
+    )
+    return publish(config, inputs, result, flow.totals(tally), n_requests, time.perf_counter() - started)
+
+
+def _inputs(config: Config) -> Inputs:
+    from persona import inputs, models, requests, storage
+    from persona.store import Store
+
+    uris = {
+        name: storage.check_uri(getattr(config, name), flag=f"--{name}")
+        for name in ("requests", "store", "runs", "plug")
+    }
+    storage.check_reachable(uris["requests"], flag="--requests")
+    storage.check_reachable(uris["store"], flag="--store")
+    for name in ("runs", "plug"):
+        storage.check_reachable(uris[name], flag=f"--{name}", write=True)
+    splits = inputs.plan_splits(uris["requests"], flag="--requests")
+    requests.check_columns(splits, needs_target=True)
+    held_out = None
+    if config.validation is not None:
+        uri = storage.check_uri(config.validation, flag="--validation")
+        held_out = inputs.plan_splits(uri, flag="--validation")
+        requests.check_columns(held_out, needs_target=True)
+    store = Store.open(uris["store"])
+    encoder = store_encoder(store.identity, config.encoder)
+    llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
+    return Inputs(
+        store=store,
+        encoder=encoder,
+        llm=llm,
+        requests=splits,
+        validation=held_out,
+        runs=uris["runs"],
+        plug=uris["plug"],
+    )
+
+
+def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
+    """The encoder that made a store. Raises PlugMismatch when another model lies where it should."""
+    from persona import models
+
+    name = given or identity.encoder
+    folder = models.resolve(name, revision=identity.revision, flag="--encoder")
+    if folder.fingerprint != identity.fingerprint:
+        raise PlugMismatch(
+            f"--encoder {name!r} has fingerprint {folder.fingerprint[:12]}, but the store was made by "
+            f"{identity.encoder!r} with {identity.fingerprint[:12]}; give the store's encoder with --encoder, or make "
+            "a store with this one"
+        )
+    return folder
+
+
+def _datasets(config: Config, inputs: Inputs, version: int, tally: Any) -> "tuple[Dataset, Dataset]":
+    """Training and held-out requests with their histories, joined once and kept in Ray's object store."""
+    settings: dict[str, Any] = {
+        "job": "train",
+        "personas": ["own"],
+        "max_behaviors": config.max_behaviors,
+        "needs_target": True,
+        "versions": {"behaviors": version},
+    }
+    store = inputs.store
+    train = flow.requests_with_histories(inputs.requests, store, tally, limit=config.limit, **settings).materialize()
+    if inputs.validation is not None:
+        held_out = flow.requests_with_histories(inputs.validation, store, tally, stage="join held out", **settings)
+    else:
+        held_out = _only(train, _users, fraction=config.validation_fraction, held_out=True)
+        train = _only(train, _users, fraction=config.validation_fraction, held_out=False).materialize()
+    # The same rows whenever the run is resumed, in whatever order they come.
+    drawn = _only(held_out, _drawn).sort("draw").limit(config.validation_rows)
+    return train, drawn.materialize()
+
+
+def _only(rows: "Dataset", work: Callable[..., Any], **settings: Any) -> "Dataset":
+    return rows.map_batches(work, batch_size=None, batch_format="pyarrow", fn_kwargs=settings)
+
+
+def _users(rows: "pa.Table", *, fraction: float, held_out: bool) -> "pa.Table":
+    """The rows of the users that are held out, or of the others; a user is always on one side."""
+    import pyarrow as pa
+
+    from persona.histories import bucket_of
+
+    share = bucket_of([f"held out {user}" for user in rows["user_id"].to_pylist()], 10_000)
+    return rows.filter(pa.array((share < fraction * 10_000) == held_out))
+
+
+def _drawn(rows: "pa.Table") -> "pa.Table":
+    """Adds a random but fixed number to each row."""
+    import pyarrow as pa
+
+    from persona.histories import bucket_of
+
+    draw = bucket_of([f"draw {request}" for request in rows["request_id"].to_pylist()], 2**31 - 1)
+    return rows.append_column("draw", pa.array(draw))
+
+
+def _fit(
+    config: Config,
+    inputs: Inputs,
+    tally: Any,
+    train_rows: "Dataset",
+    validation_rows: "Dataset",
+    n_requests: int,
+    version: int,
+    workers: int,
+    machines: session.Machines,
+) -> Any:
+    """Ray Train over one dataset an epoch, each in an order of its own."""
+    from ray.data import ExecutionOptions
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.train_worker import train_worker
+
+    n_steps_epoch = n_requests // config.global_batch
+    names = [f"epoch-{epoch}" for epoch in range(config.epochs)]
+    order = {"seed": config.seed, "n_requests": n_requests, "global_batch": config.global_batch}
+    datasets = {
+        name: _only(train_rows, _with_order, epoch=epoch, **order)
+        .sort("order")
+        .limit(n_steps_epoch * config.global_batch)
+        # A block is what one worker gets of one global batch; in order and of equal size, blocks go round the workers.
+        .repartition(target_num_rows_per_block=config.global_batch // workers, strict=True)
+        for epoch, name in enumerate(names)
+    }
+    settings = {
+        "config": config,
+        "workers": workers,
+        "threads": max(1, machines.cores // workers),
+        "n_steps_epoch": n_steps_epoch,
+        "encoder": inputs.encoder.card() | {"name": config.encoder or inputs.store.identity.encoder},
+        "llm": inputs.llm.card(),
+        "identity": asdict(inputs.store.identity),
+        "behaviors": _some_vectors(inputs.store, version) if config.warm_start != "none" else b"",
+        "tally": tally,
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(machines.gpus)),
+        torch_config=TorchConfig(backend="nccl" if machines.gpus else "gloo"),
+        run_config=RunConfig(
+            name=config.run,
+            storage_path=inputs.runs,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
+            ),
+        ),
+        datasets={**datasets, "validation": validation_rows},
+        dataset_config=DataConfig(
+            datasets_to_split=names,
+            execution_options=ExecutionOptions(preserve_order=True),
+            enable_shard_locality=False,
+        ),
+    )
+    with flow.progress(tally, _progress_line):
+        return trainer.fit()
+
+
+def _some_vectors(store: "Store", version: int, n_users: int = 32) -> bytes:
+    """The vectors of a few users, from which a warm start learns where behaviors lie; always the same ones."""
+    buckets = store.buckets(version)
+    users = store.users(buckets[0], version)[:n_users] if buckets else []
+    vectors = store.read_histories(buckets[0], users, version=version)["vector"].to_pylist() if users else []
+    return b"".join(vectors[:1024])
+
+
+def _with_order(rows: "pa.Table", *, epoch: int, seed: int, n_requests: int, global_batch: int) -> "pa.Table":
+    from persona.training import epoch_order
+
+    order = epoch_order(rows, epoch=epoch, seed=seed, n_requests=n_requests, global_batch=global_batch)
+    return rows.append_column("order", order)
+
+
+def _progress_line(counts: flow.Counts, _seconds: float) -> str:
+    now = counts.get("train")
+    if not now:
+        return ""
+    held_out = f", held-out {now['validation']:.4f}" if now["validation"] else ""
+    step = f"train: step {int(now['step']):,} of {int(now['of']):,}, loss {now['loss']:.4f}{held_out}"
+    return f"{step}, {now['requests_per_s']:.1f} requests/s"
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(Config, main))

@@ -1,0 +1,170 @@
+"""What a training worker does: models, DeepSpeed, the last checkpoint if there is one, and the steps from there."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs import session
+from persona.errors import PlugMismatch
+from persona.options import PlugOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from jobs.train import Config
+    from persona.llm import FrozenLLM
+    from persona.models import ModelFolder
+    from persona.personalized import Row
+    from persona.plug import Plug
+
+
+def train_worker(settings: Mapping[str, Any]) -> None:
+    """Trains from the last checkpoint on, together with the other workers; Ray Train calls it in each of them.
+
+    `settings` has `config`, `workers`, `threads` (of this process), `n_steps_epoch`, `encoder` and `llm` (models'
+    cards), `identity` (of the store) and `tally`. Datasets are `validation` and an `epoch-N` for each epoch, of which
+    each block is this worker's share of one global batch.
+    """
+    from ray import train
+
+    from persona.training import drop_behaviors, shuffle_windows, train_step, validation_loss
+
+    config: Config = settings["config"]
+    options: TrainingOptions = config.options(TrainingOptions)
+    context = train.get_context()
+    rank, first = context.get_world_rank(), context.get_world_rank() == 0
+    n_epoch, n_steps = settings["n_steps_epoch"], settings["n_steps_epoch"] * config.epochs
+    share = config.global_batch // settings["workers"]
+    with _last_checkpoint() as folder:
+        engine, state = _engine(settings, config, options, folder)
+    held_out = _held_out_rows(train.get_dataset_shard("validation"), rank, settings["workers"])
+
+    for epoch in range(state["step"] // n_epoch, config.epochs):
+        blocks = train.get_dataset_shard(f"epoch-{epoch}").iter_batches(batch_size=None, batch_format="pyarrow")
+        for index, block in enumerate(shuffle_windows(blocks, epoch=epoch, seed=config.seed)):
+            step = epoch * n_epoch + index
+            if step < state["step"]:
+                continue
+            if block.num_rows != share:
+                raise AssertionError(f"a worker's share of a batch has {block.num_rows} requests instead of {share}")
+            started = time.perf_counter()
+            width = settings["identity"]["width"]
+            rows = [drop_behaviors(row, width=width, epoch=epoch, options=options) for row in block.to_pylist()]
+            loss, n_tokens = train_step(engine, rows, step=step, n_steps=n_steps, options=options)
+            seconds = time.perf_counter() - started
+            state["step"] = step + 1
+            state["seconds"] += seconds
+            state["tokens"] += n_tokens
+            state["training_curve"].append([step + 1, round(loss, 5)])
+            if first:
+                held_out_loss = state.get("validation_loss", 0.0)
+                now = {"step": step + 1, "of": n_steps, "loss": loss, "validation": held_out_loss}
+                settings["tally"].add.remote("train", "now", {**now, "requests_per_s": config.global_batch / seconds})
+            if (step + 1) % config.validate_every == 0 or step + 1 == n_steps:
+                state["validation_loss"] = validation_loss(engine, held_out, micro_batch=config.micro_batch)
+                state["validation_curve"].append([step + 1, round(state["validation_loss"], 5)])
+                _report(engine, state, first)
+
+
+@contextmanager
+def _last_checkpoint() -> Iterator[Path | None]:
+    """The folder of the run's last checkpoint, or None at its start."""
+    from ray import train
+
+    last = train.get_checkpoint()
+    if last is None:
+        yield None
+        return
+    with last.as_directory() as folder:
+        yield Path(folder)
+
+
+def _engine(settings: Mapping[str, Any], config: "Config", options: TrainingOptions, folder: Path | None) -> Any:
+    """A DeepSpeed engine over plug and frozen LLM, and the state of the run."""
+    import deepspeed
+    import torch
+
+    from persona import checkpoint, models, plug_folder
+    from persona.llm import FrozenLLM
+    from persona.personalized import PersonalizedLLM
+    from persona.plug import Plug
+    from persona.training import deepspeed_settings, new_optimizer
+
+    session.quiet_models(settings["threads"])
+    # On CPUs this op is compiled with g++ at every start and then never used outside DeepSpeed's own launcher.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    identity = settings["identity"]
+    encoder = models.resolve(settings["encoder"]["name"], revision=identity["revision"], flag="--encoder")
+    llm_folder = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
+    _check_same(encoder, settings["encoder"])
+    _check_same(llm_folder, settings["llm"])
+    torch.manual_seed(config.seed)
+    llm = FrozenLLM.load(llm_folder, max_input_tokens=config.max_input_tokens, precision=config.precision)
+    plug_options: PlugOptions = config.options(PlugOptions)
+    plug = Plug(
+        plug_options,
+        query_encoder=plug_folder.new_query_encoder(encoder, plug_options, pretrained=True),
+        pooling=identity["pooling"],
+        width=identity["width"],
+        llm_width=llm.width,
+        token_norm=llm.token_norm(),
+    )
+    query_text = plug_folder.new_query_text(encoder, config.query_prefix, config.max_query_tokens)
+    model = PersonalizedLLM(plug.to(llm.device), llm, query_text)
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "training_curve": [], "validation_curve": []}
+    if folder is None and options.warm_start == "vocabulary":
+        _warm_start(plug, encoder, llm, settings)
+    if folder is not None:
+        state = checkpoint.load_weights(model, folder)
+        # Measured once: another machine may measure a little differently.
+        plug.token_norm, plug.scale = state["token_norm"], state["scale"]
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=new_optimizer(model, options), config=deepspeed_settings(options, settings["workers"])
+    )
+    if folder is not None:
+        checkpoint.load_moments(engine, folder, step=state["step"])
+    state |= {"token_norm": plug.token_norm, "scale": plug.scale, "llm_width": llm.width}
+    return engine, state
+
+
+def _warm_start(plug: "Plug", encoder: "ModelFolder", llm: "FrozenLLM", settings: Mapping[str, Any]) -> None:
+    """The closed-form start of `persona.warm_start`; every worker finds the same."""
+    import numpy as np
+
+    from persona import warm_start
+    from persona.encoder import TextEncoder
+
+    identity = settings["identity"]
+    frozen = TextEncoder(encoder, pooling=identity["pooling"], max_tokens=identity["max_tokens"], precision="fp32")
+    behaviors_Nd = np.frombuffer(settings["behaviors"], dtype="<f2").reshape(-1, identity["width"])
+    warm_start.fit(plug, frozen, llm, behaviors_Nd)
+
+
+def _check_same(found: "ModelFolder", card: Mapping[str, str]) -> None:
+    if found.fingerprint != card["fingerprint"]:
+        raise PlugMismatch(
+            f"{found.name!r} is another model on this node than where the job was started; pin its revision, or give "
+            "every node the same folder"
+        )
+
+
+def _held_out_rows(shard: Any, rank: int, workers: int) -> "list[Row]":
+    """What this worker validates on, in an order that does not depend on how the rows came."""
+    tables: Iterator[pa.Table] = shard.iter_batches(batch_size=None, batch_format="pyarrow")
+    rows = [row for table in tables for row in table.to_pylist()]
+    return sorted(rows, key=lambda row: row["request_id"])[rank::workers]
+
+
+def _report(engine: Any, state: dict[str, Any], first: bool) -> None:
+    """Hands the state to Ray Train, which keeps the best and the latest."""
+    from ray import train
+
+    from persona import checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(engine, Path(folder), state, write=first)
+        metrics = {"step": state["step"], "validation_loss": state["validation_loss"]}
+        train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder) if first else None)
