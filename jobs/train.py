@@ -7,10 +7,9 @@ the plug folder `--plug`. The same `--run` again resumes at the last checkpoint.
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import command, flow, session
 from jobs.command import Summary
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from persona.models import ModelFolder
-    from persona.options import Pooling
     from persona.store import Identity, Store
 
 
