@@ -41,8 +41,8 @@ class FrozenLLM(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        # transformers hands the head a slice of the hidden states; on a slice, matmul copies the whole vocabulary matrix
-        # once for each row of the batch.
+        # transformers hands the head a slice of the hidden states; on a slice, matmul copies the whole vocabulary
+        # matrix once for each row of the batch.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
         self.tokenizer = tokenizer
         self.max_input_tokens = max_input_tokens

@@ -90,7 +90,7 @@ def _from_s3(uri: str, flag: str) -> Path:
     uri = storage.check_uri(uri, flag=flag)
     storage.check_reachable(uri, flag=flag)
     filesystem, prefix = storage.open_filesystem(uri)
-    # Names, sizes and times stand for the content: another upload under the same prefix gets another folder, also one
+    # Names, sizes and times stand for the content: a later upload under the same prefix gets another folder, also one
     # of the same model after more training, whose files have the same sizes.
     listed = sorted(
         (file.path, file.size, file.mtime_ns) for file in filesystem.get_file_info(FileSelector(prefix, recursive=True))

@@ -71,7 +71,7 @@ class TrainingOptions:
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1, 2, or 3 when the LLM does not fit one GPU."""
     warm_start: Literal["none", "vocabulary"] = "none"
-    """Start the projector where words of the LLM's vocabulary lie (no labels needed), or at random as the paper does."""
+    """Start the projector where words of the LLM's vocabulary lie (needs no labels), or at random as in the paper."""
     seed: int = 0
     """Of the plug's start, of the order of requests and of the dropout."""
 

@@ -1,7 +1,7 @@
 """The plug in front of the frozen LLM: rows of requests with their histories become losses or answers.
 
-A row is a mapping with the columns of `persona.join`: `request_id`, `input`, `query`, `target`, `history` (n·2·d bytes
-of little-endian float16). Shapes: B requests, M behaviors of all of them, d encoder width.
+A row is a mapping with the columns of `persona.join`: `request_id`, `input`, `query`, `target`, `history` (n·2·d
+bytes of little-endian float16). Shapes: B requests, M behaviors of all of them, d encoder width.
 """
 
 from collections.abc import Mapping, Sequence

@@ -88,7 +88,8 @@ def new_query_encoder(folder: ModelFolder, options: PlugOptions, *, pretrained: 
         encoder = AutoModel.from_config(config, dtype=torch.float32)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
-    return encoder
+    without_pooler: nn.Module = encoder
+    return without_pooler
 
 
 def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, card: str) -> None:

@@ -1,0 +1,82 @@
+"""The options: what is refused, with the flag named, and the seed of a request."""
+
+from dataclasses import replace
+
+import pytest
+
+from persona.errors import UsageError
+from persona.options import Decoding, PlugOptions, TrainingOptions
+
+
+def test_the_defaults_are_the_papers_and_can_work():
+    PlugOptions().check()
+    TrainingOptions().check_training(n_workers=8)
+    Decoding().check_decoding()
+    assert (TrainingOptions().epochs, TrainingOptions().global_batch, Decoding().beams) == (2, 64, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"persona_tokens": 0}, "--persona-tokens 0"),
+        ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"temperature": float("inf")}, "--temperature inf"),
+        ({"weights": "mean", "learn_temperature": True}, "--learn-temperature"),
+    ],
+)
+def test_plug_options_that_cannot_work_are_refused(changes, flag):
+    with pytest.raises(UsageError, match=flag):
+        replace(PlugOptions(), **changes).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch": 20}, r"--global-batch 20 .* --workers 3 × --micro-batch 8 = 24"),
+        ({"micro_batch": 0}, "--micro-batch and --workers must be 1 or more"),
+        ({"epochs": 0}, "--epochs"),
+        ({"zero_stage": 0}, "--zero-stage 0: must be 1, 2 or 3"),
+        ({"warmup": 1.0}, "--warmup 1.0"),
+        ({"history_dropout": -0.1}, "--history-dropout -0.1"),
+        ({"empty_history": 1.0}, "--empty-history 1.0"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0"),
+        ({"query_learning_rate": float("nan")}, "--query-learning-rate nan"),
+        ({"max_gradient_norm": float("inf")}, "--max-gradient-norm inf"),
+        ({"weight_decay": -1.0}, "--weight-decay -1.0"),
+    ],
+)
+def test_training_options_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        replace(TrainingOptions(global_batch=48), **changes).check_training(n_workers=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"beams": 0}, "--beams 0"),
+        ({"sample": True}, "--beams 1, not 4"),
+        ({"sampling_temperature": 0.0}, "--sampling-temperature 0.0"),
+        ({"top_p": 0.0}, "--top-p 0.0"),
+        ({"top_p": 1.5}, "--top-p 1.5"),
+    ],
+)
+def test_decoding_that_cannot_work_is_refused(changes, flag):
+    with pytest.raises(UsageError, match=flag):
+        replace(Decoding(), **changes).check_decoding()
+
+
+def test_soft_tokens_are_the_personas_and_at_most_one_instruction():
+    assert PlugOptions(persona_tokens=3).n_soft == 4
+    assert PlugOptions(persona_tokens=3, instruction="projected").n_soft == 4
+    assert PlugOptions(persona_tokens=3, instruction="none").n_soft == 3
+
+
+def test_a_requests_seed_depends_on_its_id_and_on_the_seed_alone():
+    decoding = Decoding(seed=7)
+    assert decoding.row_seed("a") == replace(decoding, max_new_tokens=3, beams=1).row_seed("a")
+    assert len({decoding.row_seed("a"), decoding.row_seed("b"), Decoding(seed=8).row_seed("a")}) == 3
+    # A number and an id that follow each other must not run together: seed 1 of "12" is not seed 11 of "2".
+    assert Decoding(seed=1).row_seed("12") != Decoding(seed=11).row_seed("2")
+    assert 0 <= decoding.row_seed("é \n") < 2**63

@@ -1,0 +1,49 @@
+"""A plug in front of a tiny LLM, and rows of requests for it, as several tests need them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from persona import plug_folder
+from persona.llm import FrozenLLM
+from persona.models import ModelFolder
+from persona.options import PlugOptions
+from persona.personalized import PersonalizedLLM
+from persona.plug import Plug
+from tests.models import ENCODER_WIDTH
+
+
+def row(number: int, n_behaviors: int) -> dict[str, Any]:
+    """A request with a random history of that many behaviors."""
+    draw = np.random.default_rng(number)
+    vectors = draw.normal(size=(n_behaviors, ENCODER_WIDTH))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    text = f"the title of paper {number} " * (1 + number % 3)
+    made = {"request_id": f"r{number}", "input": text, "query": f"query {number}", "target": "good " * (1 + number % 4)}
+    return {**made, "history": vectors.astype("<f2").tobytes()}
+
+
+ROWS = [row(number, n) for number, n in enumerate([3, 0, 1, 40, 0, 7])]
+
+
+def new_model(encoder: ModelFolder, llm: FrozenLLM, prefix: str = "", **options: Any) -> PersonalizedLLM:
+    """A fresh plug, the same for the same arguments, in front of `llm`."""
+    chosen = PlugOptions(**{"persona_tokens": 2, "temperature": 30.0, **options})
+    torch.manual_seed(0)
+    plug = Plug(
+        chosen,
+        query_encoder=plug_folder.new_query_encoder(encoder, chosen, pretrained=True),
+        pooling="cls",
+        width=ENCODER_WIDTH,
+        llm_width=llm.width,
+        token_norm=llm.token_norm(),
+    )
+    return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prefix, 64))
+
+
+def losses(model: PersonalizedLLM, rows: Sequence[Mapping[str, Any]], **settings: bool) -> torch.Tensor:
+    """The summed negative log-likelihood (B,) of each row's target."""
+    with torch.no_grad():
+        return model(model.collate(rows, with_targets=True, **settings))

@@ -1,0 +1,152 @@
+"""What each process of a DeepSpeed test does: train a tiny plug for a few steps, stop half-way, and go on elsewhere."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from persona.llm import FrozenLLM
+from persona.models import resolve
+from persona.options import TrainingOptions
+from persona.personalized import PersonalizedLLM
+from tests.plugs import new_model, row
+
+N_STEPS, STOP, GLOBAL_BATCH, MICRO_BATCH = 6, 3, 8, 2
+# The first four rows have no history at all: a micro-batch, and a worker's whole share of it, without any behavior.
+ROWS = [row(number, 0 if number < 4 else number % 4) for number in range(N_STEPS * GLOBAL_BATCH)]
+# An odd number, so that two workers have different numbers of batches.
+HELD_OUT = [row(1000 + number, number % 5) for number in range(9)]
+
+
+def spawn(plan: Sequence[dict[str, Any]], n_workers: int, folder: Path) -> list[dict[str, Any]]:
+    """Runs the cases of `plan` one after the other in `n_workers` processes; what each found."""
+    rendezvous, out = folder / f"rendezvous-{n_workers}-{len(plan)}", folder / "found.json"
+    rendezvous.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_work, (n_workers, list(plan), str(rendezvous), str(out)), nprocs=n_workers)
+    found: list[dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+def _work(rank: int, n_workers: int, plan: list[dict[str, Any]], rendezvous: str, out: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_workers), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1"
+    )
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    import deepspeed
+
+    # On CPUs this op is compiled with g++ at every start and then never used outside DeepSpeed's own launcher.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n_workers)
+    found = [run(case, rank, n_workers) for case in plan]
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
+    """One training run.
+
+    Args:
+        case: `llm` and `encoder` (folders), `stage`, and at will `plug` (options), `precision`, `save` (folder for the
+            state after half of the steps), `start` (such a folder to go on from), `forget_moments` (of that folder),
+            `shard_small` (ZeRO-3 shards parameters of any size, as it does with those of a large LLM).
+        rank, n_workers: of this process.
+    """
+    import deepspeed
+
+    from persona import checkpoint
+    from persona.training import deepspeed_settings, new_optimizer, train_step, validation_loss
+
+    options = new_options(case["stage"])
+    model = new_case_model(case)
+    state = checkpoint.load_weights(model, Path(case["start"])) if "start" in case else {"step": 0}
+    settings = deepspeed_settings(options, n_workers)
+    if case.get("shard_small"):
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    before = llm_bytes(model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=new_optimizer(model, options), config=settings)
+    if "start" in case and not case.get("forget_moments"):
+        checkpoint.load_moments(engine, Path(case["start"]), step=state["step"])
+    losses, share = [], GLOBAL_BATCH // n_workers
+    for step in range(state["step"], N_STEPS):
+        start = step * GLOBAL_BATCH + rank * share
+        rows = ROWS[start : start + share]
+        loss, n_tokens = train_step(engine, rows, step=step, n_steps=N_STEPS, options=options)
+        losses.append(loss)
+        if step + 1 == STOP and "save" in case:
+            checkpoint.save(engine, Path(case["save"]), {"step": STOP, "note": "kept"}, write=rank == 0)
+    held_out = validation_loss(engine, HELD_OUT[rank::n_workers], micro_batch=MICRO_BATCH)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        after = llm_bytes(model)
+        moved = moved_parameters(model, new_case_model(case))
+    return {
+        "losses": losses,
+        "held_out": held_out,
+        "n_tokens": n_tokens,
+        "llm_unchanged": before == after,
+        "llm_dtype": str(model.llm.model.dtype),
+        "moved": moved,
+        "state": state,
+    }
+
+
+def plain_run(case: dict[str, Any]) -> list[float]:
+    """The same steps without DeepSpeed: one process, the whole global batch in one sum, AdamW, a clipped norm."""
+    from persona.training import learning_rate_factor, new_optimizer, trainable
+
+    options, model, losses = new_options(1), new_case_model(case), []
+    optimizer = new_optimizer(model, options)
+    for step in range(N_STEPS):
+        rows = ROWS[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
+        batches = [model.collate([one], with_targets=True) for one in rows]
+        loss = sum(model(batch).sum() for batch in batches) / sum(batch.n_target_tokens for batch in batches)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable(model).values(), options.max_gradient_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_factor(step, N_STEPS, options.warmup)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def new_options(stage: int) -> TrainingOptions:
+    """Rates at which six steps change the loss visibly, and a norm that is clipped."""
+    return TrainingOptions(
+        global_batch=GLOBAL_BATCH,
+        micro_batch=MICRO_BATCH,
+        learning_rate=3e-2,
+        query_learning_rate=1e-3,
+        warmup=0.3,
+        zero_stage=stage,
+    )
+
+
+def new_case_model(case: dict[str, Any]) -> PersonalizedLLM:
+    """The model of a case as it starts."""
+    folder = resolve(case["llm"], flag="--llm")
+    llm = FrozenLLM.load(folder, precision=case.get("precision", "fp32"), device="cpu")
+    options = {"learn_temperature": case.get("plug", {}).get("weights") != "mean", **case.get("plug", {})}
+    return new_model(resolve(case["encoder"], flag="--encoder"), llm, **options)
+
+
+def llm_bytes(model: PersonalizedLLM) -> str:
+    """A hash of every byte of the LLM's weights."""
+    digest = hashlib.blake2b()
+    for name, tensor in sorted(model.llm.model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def moved_parameters(model: PersonalizedLLM, start: PersonalizedLLM) -> list[str]:
+    """Names of all parameters that are not what they were at the start."""
+    mine, theirs = dict(model.named_parameters()), dict(start.named_parameters())
+    return sorted(name for name in mine if not torch.equal(mine[name].detach(), theirs[name].detach()))
