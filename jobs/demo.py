@@ -1,7 +1,8 @@
 """Run every job on this machine, in a few minutes and offline, over made-up people whose notes show what they love.
 
-Writes everything into `--out`: histories, requests, the store with its tables, the plug, metrics.json. The models are real and
-come as packages: MiniLM encodes, SmolLM2-135M-Instruct answers, frozen. Test people were never seen in training.
+Writes everything into `--out`: histories, requests, the store with its tables, the plug, metrics.json. The models are
+real and come as packages: MiniLM encodes, SmolLM2-135M-Instruct answers, frozen. Test people were never seen in
+training.
 """
 
 import json
@@ -11,14 +12,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jobs import command, embed, evaluate, generate, import_lamp, train
 from jobs.command import Summary
 from persona.errors import UsageError
 
 _MARK = ".persona-plug-demo"
-_KINDS = ("own", "none", "other")
+_KINDS: tuple[Literal["own", "none", "other"], ...] = ("own", "none", "other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def main(config: Config) -> Summary:
     _say("people who write notes, and what they ask")
     _make_people(out, config.seed)
     store, plug = str(out / "store"), str(out / "plug")
-    ask = {"requests": str(out / "requests-test.parquet"), "store": store, "plug": plug}
+    asked = str(out / "requests-test.parquet")
 
     _run("import_lamp: a LaMP file becomes histories and requests", import_lamp.main, _lamp(out))
     _run(
@@ -70,11 +71,17 @@ def main(config: Config) -> Summary:
         ),
     )
     _run("train: the plug learns to tell the frozen LLM who asks", train.main, _training(config, out, store, plug, llm))
-    _run("generate: answers with the own persona, none, and another's", generate.main, _answering(ask))
+    _run(
+        "generate: answers with the own persona, none, and another's",
+        generate.main,
+        generate.Config(
+            requests=asked, store=store, plug=plug, persona=_KINDS, beams=1, max_new_tokens=8, batch_size=48
+        ),
+    )
     judged = _run(
         "evaluate: what the persona is worth",
         evaluate.main,
-        evaluate.Config(**ask, out=str(out), metric="label", batch_size=32),
+        evaluate.Config(requests=asked, store=store, plug=plug, out=str(out), metric="label", batch_size=32),
     )
     seconds = round(time.perf_counter() - started, 1)
     _show(judged)
@@ -143,10 +150,6 @@ def _training(config: Config, out: Path, store: str, plug: str, llm: str) -> tra
         seed=config.seed,
         limit=config.limit,
     )
-
-
-def _answering(ask: Mapping[str, str]) -> generate.Config:
-    return generate.Config(**ask, persona=_KINDS, beams=1, max_new_tokens=12, batch_size=48)
 
 
 def _run(what: str, main_of_job: Any, config: Any) -> dict[str, Any]:

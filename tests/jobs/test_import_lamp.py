@@ -41,9 +41,7 @@ def files(root: str, questions: Any, golds: dict[str, str] | None = None, *, gz:
     """The config of an import of these questions into `root`/out, outputs only if there are golds."""
     suffix, pack = (".json.gz", gzip.compress) if gz else (".json", bytes)
     config = Config(task="LaMP_5", questions=join(root, f"questions{suffix}"), out=join(root, "out"))
-    write_bytes(
-        config.questions, pack(questions if isinstance(questions, bytes) else json.dumps(questions).encode())
-    )
+    write_bytes(config.questions, pack(questions if isinstance(questions, bytes) else json.dumps(questions).encode()))
     if golds is None:
         return config
     outputs = {"task": "LaMP_5", "golds": [{"id": key, "output": gold} for key, gold in golds.items()]}
@@ -80,9 +78,9 @@ def test_questions_and_outputs_become_histories_and_requests(root: str, gz: bool
         "reject_fraction": 0.0,
     }
     assert counts.items() <= dict(summary.result).items()
-    assert [
-        (one["user_id"], one["behavior_id"], one["text"]) for one in rows(config, "histories.parquet")
-    ] == [("1", f"1-{item}", f"Title {item} Abstract {item} of 1") for item in range(3)]
+    assert [(one["user_id"], one["behavior_id"], one["text"]) for one in rows(config, "histories.parquet")] == [
+        ("1", f"1-{item}", f"Title {item} Abstract {item} of 1") for item in range(3)
+    ]
     assert [(one["request_id"], one["query"], one["target"]) for one in rows(config, "requests.parquet")] == [
         ("1", "Abstract 1", "One"),
         ("2", "Abstract 2", "Two"),
@@ -100,9 +98,7 @@ def test_without_outputs_there_are_no_targets(tmp_path: Path) -> None:
 def test_the_files_are_what_embed_and_train_read(tmp_path: Path) -> None:
     from persona import histories, inputs, requests
 
-    config = files(
-        str(tmp_path), [question(1, user_id="ann", date=2012), question(2)], {"1": "One", "2": "Two"}
-    )
+    config = files(str(tmp_path), [question(1, user_id="ann", date=2012), question(2)], {"1": "One", "2": "Two"})
     main(config)
     splits = inputs.plan_splits(join(config.out, "histories.parquet"), flag="--histories")
     histories.check_columns(splits, histories.Columns())
@@ -275,9 +271,7 @@ def test_the_last_line_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(
-    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
+def test_a_wrong_value_is_refused_by_name(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
     code, _, err = run_with(capsys, *flags, "--questions", "q.json", "--out", "out")
     assert code == 2
     assert message in err
