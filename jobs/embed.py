@@ -46,8 +46,8 @@ class Config:
     """Tokens of a text that are read."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the encoder's arithmetic; auto is bf16 where the hardware multiplies it natively."""
-    token_budget: int = 16384
-    """Padded tokens of one forward pass; lower it when a GPU runs out of memory."""
+    token_budget: int | None = None
+    """Padded tokens of one forward pass, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
     buckets: int | None = None
     """Buckets of a new store, fixed for its life; about one for each 100,000 behaviors to come (default 64)."""
     block_rows: int = 4096

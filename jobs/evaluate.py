@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from persona.store import Store
 
 Persona = Literal["own", "none", "other", "mean"]
-_EXAMPLES = 5
+_EXAMPLES = 6
 _SMALLER_IS_BETTER = ("mae",)
 _GATHERED = ("request_id", "user_id", "persona", "input", "target", "nats", "tokens", "n_behaviors")
 
@@ -278,13 +278,10 @@ def _metric(config: Config, golds: Mapping[str, str]) -> "Metric":
 def _examples(
     losses: Mapping[str, list[Any]], first: Sequence[int], answers: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, Any]]:
-    """Requests of different users side by side, evenly spaced over the set."""
-    seen: dict[str, int] = {}
-    for i in first:
-        seen.setdefault(losses["user_id"][i], i)
-    users = sorted(seen)
-    n_shown = min(_EXAMPLES, len(users))
-    chosen = [seen[users[k * len(users) // n_shown]] for k in range(n_shown)]
+    """Requests side by side, evenly spaced over the set; one further each time, since users may ask alike in order."""
+    n_shown = min(_EXAMPLES, len(first))
+    gap = len(first) // n_shown
+    chosen = [first[k * len(first) // n_shown + k % gap] for k in range(n_shown)]
     return [
         {
             "request_id": losses["request_id"][i],

@@ -17,6 +17,10 @@ from persona.models import ModelFolder
 from persona.options import Pooling, Precision
 
 
+# A CPU has nothing to gain from large batches, and small ones hold rows of about one length: less padding.
+_TOKEN_BUDGETS = {True: 16_384, False: 2_048}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """Unit vectors (N, d) in float16, in the order of the texts, and what they cost."""
@@ -105,7 +109,7 @@ class TextEncoder:
         *,
         pooling: Pooling,
         max_tokens: int,
-        token_budget: int = 16_384,
+        token_budget: int | None = None,
         precision: Precision = "auto",
         device: str | None = None,
     ) -> None:
@@ -114,7 +118,7 @@ class TextEncoder:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.pooling = pooling
         self.max_tokens = max_tokens
-        self.token_budget = token_budget
+        self.token_budget = token_budget or _TOKEN_BUDGETS[self.device.type == "cuda"]
         dtype = choose_precision(precision, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder.path)
         self.model = AutoModel.from_pretrained(folder.path, dtype=dtype, use_safetensors=True)

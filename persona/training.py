@@ -22,6 +22,9 @@ Item = TypeVar("Item")
 _WINDOW_BATCHES = 32
 
 
+_WHOLE_PASSES = 1 / 11
+
+
 def trainable(model: PersonalizedLLM) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name: all of the plug's, none of the LLM's."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -62,14 +65,17 @@ def learning_rate_factor(step: int, n_steps: int, warmup: float) -> float:
 def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions) -> Row:
     """The row with a random part of its history left out, the same for this row and epoch on any worker.
 
-    The reference writes the data 11 times instead, ten of them with int(n·U(0, 0.5)) + 1 behaviors left out. At least
-    one behavior stays, unless the row is one of the `empty_history` share.
+    The reference writes the data 11 times instead: once whole, and ten times with int(n·U(0, 0.5)) + 1 behaviors left
+    out; so here one pass in eleven is whole. At least one behavior stays, unless the row is one of the `empty_history`
+    share.
     """
     history = np.frombuffer(row["history"], dtype="<f2").reshape(-1, width)
     draw = np.random.default_rng(_hash64("dropout", options.seed, epoch, row["request_id"]))
     if draw.random() < options.empty_history:
         return {**row, "history": b""}
     n = len(history)
+    if draw.random() < _WHOLE_PASSES:
+        return row
     n_dropped = min(int(n * draw.uniform(0, options.history_dropout)) + 1, n - 1) if options.history_dropout else 0
     if n_dropped < 1:
         return row

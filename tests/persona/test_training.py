@@ -131,8 +131,17 @@ def test_a_part_of_a_history_is_left_out_and_at_least_one_behavior_stays(n, requ
     assert len(left) >= min(n, 1)
     # The reference's rule: int(n·U(0, dropout)) + 1 are left out.
     assert n - len(left) <= int(n * dropout) + 1
-    assert len(left) == n if dropout == 0 or n < 2 else len(left) < n
+    assert len(left) == n or (dropout > 0 and n > 1)
     assert left == kept(row(n, request_id), epoch, options)
+
+
+def test_one_pass_in_eleven_sees_the_whole_history():
+    options = TrainingOptions(empty_history=0)
+    n_passes = 3300
+    whole = sum(len(kept(row(20), epoch, options)) == 20 for epoch in range(n_passes))
+    # Binomial: four standard deviations around the mean.
+    mean, deviation = n_passes / 11, (n_passes * (1 / 11) * (10 / 11)) ** 0.5
+    assert abs(whole - mean) < 4 * deviation
 
 
 def test_what_is_left_out_changes_with_epoch_request_and_seed():

@@ -1,0 +1,228 @@
+"""One local Ray for all tests of the jobs, tiny models, and what a few users have written and asked."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jobs.command import run
+from persona import histories, plug_folder
+from persona.encoder import TextEncoder
+from persona.inputs import Records, rejects
+from persona.llm import FrozenLLM
+from persona.models import resolve
+from persona.options import PlugOptions
+from persona.plug import Plug
+from persona.storage import write_bytes
+from persona.store import Identity, Store
+from tests.models import ENCODER_WIDTH, LLM_WIDTH, tiny_encoder, tiny_llama, tiny_t5
+
+Row = dict[str, Any]
+START = datetime(2024, 1, 1, tzinfo=UTC)
+BUCKETS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """How a job ended: exit code, the JSON of its last line (None after an error), and what it said on stderr."""
+
+    code: int
+    result: Any
+    said: str
+
+
+Job = Callable[..., Done]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of tiny models by name."""
+    folder = tmp_path_factory.mktemp("models")
+    makers = {"encoder": tiny_encoder, "llama": tiny_llama, "t5": tiny_t5}
+    return {name: str(make(folder / name)) for name, make in makers.items()}
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_server: str) -> Iterator[None]:
+    """A Ray of our own on this machine, in which jobs find the S3 server; they leave it running."""
+    import ray
+
+    from jobs import session
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_ADDRESS", raising=False)
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        environment.setenv("HF_HUB_OFFLINE", "1")
+        # How often Ray Train looks what its workers have reported; they wait for that.
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        # The next job finds the processes that the last one has left, and need not start its own.
+        environment.setenv("RAY_idle_worker_killing_time_threshold_ms", "120000")
+        session.connect()
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str]) -> Job:
+    """Runs a job in this process, without a Ray to run on: `refuse(jobs.embed, store=uri, ...)`."""
+
+    def call(job: ModuleType, **flags: object) -> Done:
+        capsys.readouterr()
+        code = run(job.Config, job.main, arguments(**flags))
+        out, said = capsys.readouterr()
+        return Done(code=code, result=json.loads(out.splitlines()[-1]) if out else None, said=said)
+
+    return call
+
+
+@pytest.fixture
+def do(local_ray: None, refuse: Job) -> Job:
+    """Runs a job in this process on the local Ray, with one actor."""
+
+    def call(job: ModuleType, **flags: object) -> Done:
+        done = refuse(job, **flags)
+        if done.result is None:
+            print(done.said)
+        return done
+
+    return call
+
+
+def arguments(**flags: object) -> list[str]:
+    """Flags as a command line has them; a tuple is several values, True a switch, None nothing."""
+    given: list[str] = []
+    for name, value in flags.items():
+        if value is None:
+            continue
+        given.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            given += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return given
+
+
+def write(uri: str, rows: Sequence[Row]) -> str:
+    """Rows as a file of the kind that the name says, local or on S3."""
+    if uri.endswith(".parquet"):
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(list(rows)), sink)
+        data = sink.getvalue()
+    else:
+        data = b"".join(json.dumps(row, default=datetime.isoformat).encode() + b"\n" for row in rows)
+    write_bytes(uri, data)
+    return uri
+
+
+def behaviors(n_users: int = 6, n_each: int = 5) -> list[Row]:
+    """A text a day of each user."""
+    return [
+        {
+            "user_id": f"user-{user}",
+            "behavior_id": f"b{number}",
+            "text": f"user {user} likes the paper of {'abcdefghij'[(user * 3 + number) % 10] * (number + 2)}",
+            "timestamp": START + timedelta(days=number),
+        }
+        for user in range(n_users)
+        for number in range(n_each)
+    ]
+
+
+def requests(n_users: int = 6, n_each: int = 4, first_user: int = 0) -> list[Row]:
+    """A few requests of each user, asked after the first behaviors and before the last ones."""
+    return [
+        {
+            "request_id": f"r{user}-{number}",
+            "user_id": f"user-{user}",
+            "input": f"title of {'paper' if number % 2 else 'review'} {number}",
+            "target": f"{'abcdefghij'[(user * 3 + number) % 10] * 3} of {user}",
+            "as_of": START + timedelta(days=number + 1),
+        }
+        for user in range(first_user, first_user + n_users)
+        for number in range(n_each)
+    ]
+
+
+@pytest.fixture(scope="session")
+def filled_store(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with `behaviors()`; nobody may write to it."""
+    return fill_store(tmp_path_factory.mktemp("filled") / "store", models["encoder"], behaviors())
+
+
+@pytest.fixture
+def store(filled_store: Path, tmp_path: Path) -> Path:
+    """A copy of that store, to write to."""
+    return Path(shutil.copytree(filled_store, tmp_path / "store"))
+
+
+def fill_store(uri: Path, encoder: str, rows: Sequence[Row]) -> Path:
+    """What `embed` would make of these behaviors, without Ray."""
+    folder = resolve(encoder, flag="--encoder")
+    identity = Identity(
+        encoder=folder.name,
+        revision=folder.revision,
+        fingerprint=folder.fingerprint,
+        width=ENCODER_WIDTH,
+        pooling="cls",
+        max_tokens=32,
+        text_rule="text as given, cut to max_tokens",
+    )
+    store = Store.open_or_create(str(uri), identity, BUCKETS)
+    table = pa.Table.from_pylist([*rows])
+    places = {"_row": pa.array(range(len(rows))), "_source": pa.repeat("test", len(rows))}
+    for name, values in places.items():
+        table = table.append_column(name, values)
+    good, bad = histories.validate(Records(table=table, rejects=rejects("", [], [], [])), histories.Columns(), BUCKETS)
+    assert bad.num_rows == 0
+    vectors = TextEncoder(folder, pooling="cls", max_tokens=32).encode(good["text"].to_pylist()).vectors
+    good = good.append_column("vector", pa.array([vector.tobytes() for vector in vectors], pa.binary()))
+    store.write_behaviors(good.append_column("edited", pa.repeat(False, good.num_rows)))
+    return uri
+
+
+@pytest.fixture(scope="session")
+def plug(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a plug for the Llama, as its training would begin."""
+    return new_plug(tmp_path_factory.mktemp("plug") / "plug", models["encoder"], models["llama"])
+
+
+def new_plug(path: Path, encoder: str, llm: str, seed: int = 0) -> str:
+    """A plug folder with random weights."""
+    frozen, llm_folder = resolve(encoder, flag="--encoder"), resolve(llm, flag="--llm")
+    model = FrozenLLM.load(llm_folder, precision="fp32")
+    options = PlugOptions(persona_tokens=2, temperature=30.0)  # at 1 the weights are too even to tell from the mean
+    torch.manual_seed(seed)
+    plug = Plug(
+        options,
+        query_encoder=plug_folder.new_query_encoder(frozen, options, pretrained=True),
+        pooling="cls",
+        width=ENCODER_WIDTH,
+        llm_width=LLM_WIDTH,
+        token_norm=model.token_norm(),
+    )
+    record = plug_folder.PlugRecord(
+        options=options,
+        encoder=frozen.card(),
+        encoder_width=ENCODER_WIDTH,
+        pooling="cls",
+        encoder_max_tokens=32,
+        llm=llm_folder.card(),
+        llm_width=LLM_WIDTH,
+        token_norm=plug.token_norm,
+        scale=plug.scale,
+        query_prefix="",
+        max_query_tokens=32,
+        max_input_tokens=32,
+        max_behaviors=3,
+        training={"validation_curve": []},
+    )
+    plug_folder.save(path, plug.state_dict(), record, "a plug for tests")
+    return str(path)

@@ -1,0 +1,182 @@
+"""What cannot work is refused in words, with exit code 2, and before Ray is started."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import embed, evaluate, generate, train
+from persona.storage import write_bytes
+from tests.jobs.conftest import START, Job, behaviors, new_plug, requests, write
+from tests.models import tiny_encoder, tiny_llama
+
+
+def ray_runs() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+@pytest.fixture
+def refused(refuse: Job, tmp_path: Path) -> Iterator[Any]:
+    """Calls a job and gives what it said; it has refused, and has not started Ray or made anything in `new`."""
+    before = ray_runs()
+
+    def call(*job_and: Any, **flags: Any) -> str:
+        done = refuse(*job_and, **flags)
+        assert done.code == 2, done.said
+        assert done.result is None
+        assert done.said.startswith("error: ")
+        assert ray_runs() == before
+        return done.said
+
+    yield call
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def embedding(models: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Flags of an `embed` that would work."""
+    source = write(str(tmp_path / "in.parquet"), behaviors(2, 2))
+    return {"histories": source, "store": str(tmp_path / "new"), "encoder": models["encoder"], "max_tokens": "32"}
+
+
+@pytest.fixture
+def training(models: dict[str, str], filled_store: Path, tmp_path: Path) -> dict[str, str]:
+    """Flags of a `train` that would work."""
+    source = write(str(tmp_path / "requests.parquet"), requests())
+    new = {"plug": str(tmp_path / "new" / "plug"), "runs": str(tmp_path / "new" / "runs")}
+    return {"requests": source, "store": str(filled_store), "llm": models["llama"], "run": "a", **new}
+
+
+@pytest.fixture
+def generating(filled_store: Path, plug: str, training: dict[str, str]) -> dict[str, str]:
+    """Flags of a `generate` that would work."""
+    return {"requests": training["requests"], "store": str(filled_store), "plug": plug}
+
+
+def test_a_missing_column(refused: Any, embedding: dict[str, str], training: dict[str, str]) -> None:
+    write(embedding["histories"], [{"user_id": "a", "body": "b"}])
+    said = refused(embed, **embedding)
+    assert "no column 'text'" in said
+    assert "body (string)" in said
+    assert "--columns text=COLUMN" in said
+
+    without = [{k: v for k, v in row.items() if k != "target"} for row in requests()]
+    write(training["requests"], without)
+    said = refused(train, **training)
+    assert "no column 'target'; training and scoring need it" in said
+    assert "request_id (string)" in said
+
+
+def test_a_column_of_the_wrong_type(refused: Any, embedding: dict[str, str], training: dict[str, str]) -> None:
+    write(embedding["histories"], [{"user_id": "a", "text": 1.5}])
+    assert "column 'text'" in (said := refused(embed, **embedding))
+    assert "is double; it must be" in said
+    write(training["requests"], [{**row, "as_of": [START]} for row in requests()])
+    assert "column 'as_of'" in refused(train, **training)
+
+
+def test_an_unknown_flag_and_an_unknown_key(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
+    assert refused(embed, **embedding, actor=2).strip() == "error: unknown flag --actor; did you mean --actors?"
+    config = tmp_path / "config.yaml"
+    config.write_text("historys: there\n")
+    said = refused(embed, **embedding, config=config)
+    assert "unknown key historys; did you mean histories?" in said
+    config.write_text(json.dumps({"pooling": "max"}))
+    assert "pooling 'max': must be auto, cls or mean" in refused(embed, **embedding, config=config)
+
+
+def test_an_encoder_that_is_not_the_store_s(
+    refused: Any, embedding: dict[str, str], training: dict[str, str], filled_store: Path, tmp_path: Path
+) -> None:
+    other = str(tiny_encoder(tmp_path / "other", seed=1))
+    said = refused(embed, **{**embedding, "store": str(filled_store), "encoder": other})
+    assert "fingerprint is" in said
+    assert "another --store" in said
+    said = refused(embed, **{**embedding, "store": str(filled_store), "max_tokens": "16"})
+    assert "max_tokens is 32 in the store and 16 here" in said
+    assert "buckets is 4 in the store and 8 here" in refused(
+        embed, **{**embedding, "store": str(filled_store), "buckets": 8}
+    )
+    assert "give the store's encoder with --encoder" in refused(train, **training, encoder=other)
+
+
+def test_a_plug_that_belongs_to_another_llm_or_store(
+    refused: Any, generating: dict[str, str], models: dict[str, str], tmp_path: Path
+) -> None:
+    other_llm = str(tiny_llama(tmp_path / "llm", seed=1))
+    assert "the plug was trained for the LLM" in refused(generate, **generating, llm=other_llm)
+    other_encoder = str(tiny_encoder(tmp_path / "encoder", seed=1))
+    other_plug = new_plug(tmp_path / "plug", other_encoder, models["llama"])
+    for job, more in ((generate, {}), (evaluate, {"out": str(tmp_path / "new")})):
+        said = refused(job, **{**generating, **more, "plug": other_plug})
+        assert "was trained on vectors of" in said
+        assert "train a plug on this one" in said
+    assert "no complete plug here" in refused(generate, **{**generating, "plug": str(tmp_path)})
+
+
+def test_s3_without_credentials_or_bucket(
+    refused: Any, embedding: dict[str, str], s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--store: there is no bucket" in refused(embed, **{**embedding, "store": "s3://nobody-has-made-this/x"})
+    assert "names no bucket" in refused(embed, **{**embedding, "store": "s3://"})
+    assert f"--histories: there is nothing at {s3}/in" in refused(embed, **{**embedding, "histories": f"{s3}/in"})
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    said = refused(embed, **{**embedding, "store": f"{s3}/store"})
+    assert "needs credentials and there are none" in said
+    assert "AWS_ACCESS_KEY_ID" in said
+
+
+def test_a_uri_with_a_space(refused: Any, embedding: dict[str, str]) -> None:
+    said = refused(embed, **{**embedding, "store": "s3://bucket/my store"})
+    assert "--store: 's3://bucket/my store' holds a space" in said
+
+
+def test_an_input_without_any_row(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
+    write_bytes(embedding["histories"], b"")
+    assert "--histories: every file at" in refused(embed, **embedding)
+    assert "does not exist" in refused(embed, **{**embedding, "histories": str(tmp_path / "nowhere")})
+    (tmp_path / "empty").mkdir()
+    said = refused(embed, **{**embedding, "histories": str(tmp_path / "empty")})
+    assert "holds no file to read; files must end in one of" in said
+
+
+def test_batch_sizes_that_do_not_multiply_out(refused: Any, training: dict[str, str]) -> None:
+    said = refused(train, **training, global_batch=64, micro_batch=12, workers=3)
+    assert "--global-batch 64 is not a multiple of --workers 3 × --micro-batch 12 = 36" in said
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "message"),
+    [
+        (train, {"run": "a/b"}, "--run 'a/b': must be a name of letters"),
+        (train, {"zero_stage": 4}, "--zero-stage 4: must be 1, 2 or 3"),
+        (
+            train,
+            {"weights": "mean", "learn_temperature": True},
+            "--learn-temperature does nothing under --weights mean",
+        ),
+        (train, {"validation_fraction": 0}, "--validation-fraction 0.0: must be above 0 and below 1"),
+        (generate, {"sample": True, "beams": 2}, "--sample draws one answer a request and takes --beams 1, not 2"),
+        (generate, {"persona": ("own", "own")}, "--persona own own: give one or more of own, none, other, mean"),
+        (generate, {"persona": ("own", "none"), "variant": "x"}, "--variant names the answers of one persona"),
+        (generate, {"limit": 0}, "--limit 0: must be 1 or more"),
+    ],
+)
+def test_values_that_cannot_work(
+    refused: Any, training: dict[str, str], generating: dict[str, str], job: Any, flags: Any, message: str
+) -> None:
+    works = training if job is train else generating
+    assert message in refused(job, **{**works, **flags})
+
+
+def test_a_model_that_is_not_there_or_is_pickled(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
+    assert "--encoder: there is no folder" in refused(embed, **{**embedding, "encoder": str(tmp_path / "no")})
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    assert "pickled weights are never loaded" in refused(embed, **{**embedding, "encoder": str(pickled)})

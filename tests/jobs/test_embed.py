@@ -1,0 +1,146 @@
+"""`embed` on a real Ray: what it reads, what it encodes and what it leaves alone, on disk and on S3."""
+
+import gzip
+import json
+from datetime import timedelta
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from jobs import embed
+from persona import models as persona_models
+from persona.encoder import TextEncoder
+from persona.storage import delta_options, join, read_bytes, write_bytes
+from persona.store import Store
+from tests.jobs.conftest import BUCKETS, START, Job, behaviors, write
+
+
+@pytest.fixture
+def flags(models: dict[str, str], root: str) -> dict[str, object]:
+    store = join(root, "store")
+    return {"store": store, "encoder": models["encoder"], "max_tokens": 32, "buckets": BUCKETS, "actors": 1}
+
+
+def stored(uri: str) -> dict[tuple[str, str], dict[str, object]]:
+    """The behaviors of a store by their key, read without this project."""
+    table = DeltaTable(join(uri, "behaviors"), storage_options=delta_options(uri)).to_pyarrow_table()
+    rows = {(row["user_id"], row["behavior_id"]): row for row in table.to_pylist()}
+    assert len(rows) == table.num_rows, "a key is there twice"
+    return rows
+
+
+def rejects(uri: str) -> list[dict[str, object]]:
+    rows = DeltaTable(join(uri, "rejects"), storage_options=delta_options(uri)).to_pyarrow_table().to_pylist()
+    return sorted(rows, key=lambda row: (row["source"], row["row"]))
+
+
+def test_a_refresh_encodes_what_is_new_or_edited_and_nothing_else(do: Job, flags: dict, root: str) -> None:
+    """Day by day in files of each layout; vectors are the encoder's own."""
+    rows = behaviors()
+    write(join(root, "in", "1.parquet"), rows[:10])
+    by_user = {}
+    for row in rows[10:]:
+        by_user.setdefault(row["user_id"], []).append({k: v for k, v in row.items() if k != "user_id"})
+    write(join(root, "in", "2.jsonl"), [{"user_id": user, "behaviors": items} for user, items in by_user.items()])
+
+    first = do(embed, histories=join(root, "in"), **flags)
+    assert first.code == 0
+    assert (first.result["read"], first.result["new"], first.result["committed"]) == (30, 30, 30)
+    before = stored(flags["store"])
+    texts = [row["text"] for row in rows]
+    encoder = TextEncoder(persona_models.resolve(flags["encoder"], flag=""), pooling="cls", max_tokens=32)
+    for row, vector in zip(rows, encoder.encode(texts).vectors, strict=True):
+        found = before[row["user_id"], row["behavior_id"]]
+        # float16 of float32 sums whose order depends on the batch: 2 units in the last place of numbers below 1.
+        np.testing.assert_allclose(np.frombuffer(found["vector"], "<f2"), vector, atol=2**-10, rtol=0)
+        assert found["timestamp"] == row["timestamp"]
+
+    again = do(embed, histories=join(root, "in"), **flags)
+    assert again.code == 0
+    assert (again.result["known"], again.result["committed"], again.result["tokens"]) == (30, 0, 0)
+    assert again.result["version"] == first.result["version"]
+
+    new = {"user_id": "user-9", "behavior_id": "b0", "text": "i like it", "timestamp": START + timedelta(days=9)}
+    edited = {**rows[0], "text": "something else"}
+    write(join(root, "in", "1.parquet"), [edited, *rows[1:10], new])
+    third = do(embed, histories=join(root, "in"), **flags)
+    assert (third.result["known"], third.result["new"], third.result["edited"]) == (29, 1, 1)
+    after = stored(flags["store"])
+    changed = {key for key in after if after[key] != before.get(key)}
+    assert changed == {("user-9", "b0"), ("user-0", "b0")}
+
+
+@pytest.mark.parametrize("root", ["local"], indirect=True)
+def test_bad_rows_are_rejected_and_no_good_row_is_lost(do: Job, flags: dict, root: str) -> None:
+    rows = behaviors(4, 2)
+    good = write(join(root, "in", "good.parquet"), rows)
+    lines = [json.dumps({"user_id": "u", "text": f"text {i}"}).encode() for i in range(3)]
+    bad_lines = [
+        b'{"user_id": null, "text": "a"}',
+        b'{"user_id": "u", "text": " "}',
+        b'{"user_id": "u", "text": "\xff"}',
+    ]
+    write_bytes(join(root, "in", "mixed.jsonl"), b"\n".join([*lines[:2], *bad_lines, lines[2]]))
+    write_bytes(join(root, "in", "cut.parquet"), read_bytes(good)[:-20])
+    write_bytes(join(root, "in", "cut.jsonl.gz"), gzip.compress(b'{"user_id": "v", "text": "whole"}\n' * 2)[:-12])
+
+    done = do(embed, histories=join(root, "in"), max_reject_fraction=0.5, **flags)
+    assert done.code == 0
+    assert done.result["rejects"] == 5
+    kept = stored(flags["store"])
+    assert {user for user, _ in kept} >= {*(row["user_id"] for row in rows), "u"}
+    assert len([user for user, _ in kept if user == "u"]) == 3
+    found = [(row["job"], row["source"].rsplit("/", 1)[1], row["reason"]) for row in rejects(flags["store"])]
+    reasons = {source: [reason for _, one, reason in found if one == source] for _, source, _ in found}
+    assert {job for job, _, _ in found} == {"embed"}
+    assert [reason.split(":")[0] for reason in reasons["mixed.jsonl"]] == [
+        "user_id is missing",
+        "text is empty",
+        "line is not JSON",
+    ]
+    assert len(reasons["cut.parquet"]) == len(reasons["cut.jsonl.gz"]) == 1
+
+    # The same rows again are too many for the usual limit; everything good is in nevertheless.
+    strict = do(embed, histories=join(root, "in"), **flags)
+    assert strict.code == 3
+    assert strict.result["known"] == len(kept)
+
+
+@pytest.mark.parametrize("root", ["local"], indirect=True)
+def test_an_input_of_bad_rows_only_ends_with_exit_code_3(do: Job, flags: dict, root: str) -> None:
+    write(join(root, "in.jsonl"), [{"user_id": None, "text": "a"}, {"user_id": "", "text": "b"}])
+    done = do(embed, histories=join(root, "in.jsonl"), **flags)
+    assert (done.code, done.result["rejects"], done.result["committed"]) == (3, 2, 0)
+
+
+@pytest.mark.parametrize("root", ["local"], indirect=True)
+def test_columns_of_other_names_and_a_limit(do: Job, flags: dict, root: str) -> None:
+    table = pa.table({"author": ["a", "a", "b"], "body": ["one", "two", "three"]})
+    write(join(root, "in.parquet"), table.to_pylist())
+    named = {"histories": join(root, "in.parquet"), "columns": "user_id=author,text=body"}
+    done = do(embed, **named, **flags, limit=2)
+    assert done.result["committed"] == 2
+    assert {user for user, _ in stored(flags["store"])} == {"a"}
+    assert do(embed, **named, **flags).result["committed"] == 1
+
+
+@pytest.mark.parametrize("root", ["local"], indirect=True)
+def test_many_small_blocks_are_many_commits(do: Job, flags: dict, root: str) -> None:
+    write(join(root, "in.parquet"), behaviors(4, 5))
+    done = do(embed, histories=join(root, "in.parquet"), block_rows=5, **flags)
+    assert done.result["committed"] == 20
+    assert done.result["version"] >= 4
+    assert len(stored(flags["store"])) == 20
+    assert Store.open(str(flags["store"])).n_buckets == BUCKETS
+
+
+@pytest.mark.parametrize("root", ["local"], indirect=True)
+def test_a_dry_run_says_what_would_be_done_and_makes_nothing(refuse: Job, flags: dict, root: str) -> None:
+    write(join(root, "in.parquet"), behaviors(2, 2))
+    done = refuse(embed, histories=join(root, "in.parquet"), dry_run=True, **flags)
+    assert (done.code, done.result["would"]) == (0, "make the store")
+    from persona.storage import exists
+
+    assert not exists(str(flags["store"]))

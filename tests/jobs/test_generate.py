@@ -1,0 +1,130 @@
+"""`generate` on a real Ray: whose history is told, what is answered, and what is left alone the next time."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from jobs import generate
+from persona import histories as persona_histories
+from persona import models as persona_models
+from persona import plug_folder
+from persona.generation import answer_all
+from persona.join import join_histories
+from persona.llm import FrozenLLM
+from persona.options import Decoding
+from persona.requests import SCHEMA
+from persona.store import Store
+from tests.jobs.conftest import BUCKETS, Job, Row, new_plug, requests, write
+
+Answers = dict[tuple[str, str], Row]
+
+
+@pytest.fixture
+def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
+    """Greedy answers to a few requests, two of them of a user without history."""
+    asked = [*requests(3, 2), *requests(1, 2, first_user=50)]
+    source = write(str(tmp_path / "requests.parquet"), asked)
+    decoding = {"beams": 1, "max_new_tokens": 8, "precision": "fp32", "batch_size": 4}
+    return {"requests": source, "store": str(store), "plug": plug, "actors": 1, **decoding}
+
+
+def stored(uri: str) -> Answers:
+    rows = DeltaTable(f"{uri}/generations").to_pyarrow_table().to_pylist()
+    answers = {(row["request_id"], row["variant"]): row for row in rows}
+    assert len(answers) == len(rows), "a key is there twice"
+    return answers
+
+
+def outputs(answers: Answers, variant: str) -> dict[str, str]:
+    return {request: row["output"] for (request, of), row in answers.items() if of == variant}
+
+
+def expected(uri: str, plug: str, asked: list[Row], persona: Any, decoding: Decoding) -> dict[str, str]:
+    """What the plug's own classes answer, request by request."""
+    store, folder = Store.open(uri), Path(plug)
+    record = plug_folder.read_record(folder)
+    encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
+    frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
+    model = plug_folder.load(folder, encoder=encoder, llm=frozen)
+    found = {}
+    for row in asked:
+        bucket = int(persona_histories.bucket_of([row["user_id"]], BUCKETS)[0])
+        table = pa.Table.from_pylist([{**row, "query": row["input"], "bucket": bucket}], schema=SCHEMA)
+        joined = join_histories(table, store, bucket, persona=persona, max_behaviors=record.max_behaviors)
+        joined = joined.append_column("persona", pa.array([persona]))
+        found[row["request_id"]] = answer_all(model, joined, decoding, batch_size=1)["output"][0].as_py()
+    return found
+
+
+def test_answers_of_each_persona_are_those_of_the_plug_alone(do: Job, flags: dict[str, Any], plug: str) -> None:
+    personas = ("own", "none", "other", "mean")
+    done = do(generate, persona=personas, **flags)
+    assert done.code == 0
+    assert (done.result["requests"], done.result["answered"]) == (8, 32)
+    assert done.result["without_history"] == 2
+    answers = stored(flags["store"])
+    asked = [*requests(3, 2), *requests(1, 2, first_user=50)]
+    greedy = Decoding(beams=1, max_new_tokens=8)
+    for persona in personas:
+        assert outputs(answers, persona) == expected(flags["store"], plug, asked, persona, greedy), persona
+    different = [outputs(answers, persona) for persona in personas]
+    assert all(a != b for i, a in enumerate(different) for b in different[:i]), "the persona changes nothing"
+    assert outputs(answers, "own")["r50-0"] == outputs(answers, "none")["r50-0"]
+    assert answers["r50-0", "own"]["n_behaviors"] == 0
+    # Asked on the second day, when one behavior lay in the past, and on the third.
+    assert [answers[f"r1-{i}", "own"]["n_behaviors"] for i in range(2)] == [1, 2]
+    assert {row["n_tokens"] for row in answers.values()} <= set(range(1, 10))
+
+    again = do(generate, persona=personas, **flags)
+    assert (again.code, again.result["answered"], again.result["already_answered"]) == (0, 0, 32)
+    assert stored(flags["store"]) == answers
+
+
+def test_only_what_has_changed_is_answered_again(
+    do: Job, flags: dict[str, Any], models: dict[str, str], tmp_path: Path
+) -> None:
+    do(generate, **flags)
+    before = stored(flags["store"])
+    asked = requests(3, 2)
+    write(flags["requests"], [{**asked[0], "input": "another title"}, *asked[1:], *requests(1, 1, first_user=4)])
+    done = do(generate, **flags)
+    assert (done.result["answered"], done.result["already_answered"]) == (2, 5)
+    after = stored(flags["store"])
+    assert {key for key in after if after[key] != before.get(key)} == {("r0-0", "own"), ("r4-0", "own")}
+
+    longer = do(generate, **{**flags, "max_new_tokens": 9})
+    assert (longer.result["answered"], longer.result["already_answered"]) == (7, 0)
+    other = new_plug(tmp_path / "other", models["encoder"], models["llama"], seed=1)
+    retrained = do(generate, **{**flags, "max_new_tokens": 9, "plug": other})
+    assert retrained.result["answered"] == 7
+    found = stored(flags["store"])
+    assert len(found) == len(after)
+    assert len({row["plug"] for row in found.values()}) == 2, "the answers to requests that nobody asks now stay"
+
+
+def test_beams_and_sampling_with_a_seed_a_request(do: Job, flags: dict[str, Any], plug: str) -> None:
+    asked = [*requests(3, 2), *requests(1, 2, first_user=50)]
+    do(generate, **{**flags, "beams": 3, "variant": "beams"})
+    sampling = {"sample": True, "sampling_temperature": 2.0, "top_p": 0.9}
+    do(generate, **flags, **sampling, seed=1, variant="one")
+    do(generate, **{**flags, "batch_size": 1}, **sampling, seed=2, variant="two")
+    answers = stored(flags["store"])
+    beams = Decoding(beams=3, max_new_tokens=8)
+    assert outputs(answers, "beams") == expected(flags["store"], plug, asked, "own", beams)
+    drawn = Decoding(beams=1, max_new_tokens=8, **sampling, seed=1)
+    assert outputs(answers, "one") == expected(flags["store"], plug, asked, "own", drawn)
+    assert outputs(answers, "one") != outputs(answers, "two")
+
+
+def test_bad_requests_are_rejected_and_a_repeated_id_is_answered_once(do: Job, flags: dict[str, Any]) -> None:
+    good = requests(1, 2)
+    bad = [{**good[0], "user_id": None}, {**good[0], "input": " "}]
+    write(flags["requests"], [*good, *bad, {**good[0], "input": "asked again"}])
+    done = do(generate, **flags)
+    assert done.code == 3
+    assert (done.result["answered"], done.result["rejects"], done.result["repeated_ids"]) == (2, 2, 1)
+    reasons = DeltaTable(f"{flags['store']}/rejects").to_pyarrow_table()["reason"].to_pylist()
+    assert sorted(reasons) == ["input is empty", "user_id is missing"]

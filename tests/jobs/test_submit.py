@@ -1,0 +1,174 @@
+"""All jobs by `ray job submit` on a cluster of two nodes, every path on S3, and no one gets in without the token."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persona.storage import copy_folder, join
+from tests.jobs.conftest import behaviors, requests, write
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+UP_WITHIN_S = 120
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+class Cluster:
+    """A head and a worker node, as `cluster/README.md` starts them."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.environment = environment
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        gcs, dashboard, *rest = free_ports(10)
+        self.api = f"http://127.0.0.1:{dashboard}"
+        self._start("--head", f"--port={gcs}", f"--dashboard-port={dashboard}", ports=rest[:4], cpus=4)
+        self._wait()
+        self._start(f"--address=127.0.0.1:{gcs}", ports=rest[4:], cpus=3)
+
+    def _start(self, *flags: str, ports: list[int], cpus: int) -> None:
+        names = ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--metrics-export-port")
+        given = [f"{name}={port}" for name, port in zip(names, ports, strict=False)]
+        given += [f"--num-cpus={cpus}", "--object-store-memory=150000000", f"--temp-dir={self.folder}", "--block"]
+        command = [str(BIN / "ray"), "start", *flags, *given, "--disable-usage-stats"]
+        log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")
+        node = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self.nodes.append(node)
+
+    def _wait(self) -> None:
+        until = time.monotonic() + UP_WITHIN_S
+        while self.submit("true", log=False).returncode:
+            assert time.monotonic() < until, (self.folder / "node-0.log").read_text()[-3000:]
+            assert self.nodes[0].poll() is None, (self.folder / "node-0.log").read_text()[-3000:]
+            time.sleep(1)
+
+    def submit(self, *entrypoint: str, log: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit`, waiting for the job; its log is in the output."""
+        files = ["--working-dir", str(ROOT)] if log else []
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.api, *files, "--", *entrypoint]
+        env = {**self.environment, **environment}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+    def job(self, name: str, **flags: Any) -> Any:
+        """A job of ours and the JSON of its last line."""
+        given: list[str] = []
+        for flag, value in flags.items():
+            given += [f"--{flag.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+        done = self.submit(sys.executable, "-m", f"jobs.{name}", *given)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        return json.loads(lines[-1])
+
+    def end(self) -> None:
+        """Ends the two nodes and nothing else: each is a process group of its own."""
+        for node in reversed(self.nodes):
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGTERM)
+        for node in self.nodes:
+            try:
+                node.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(node.pid, signal.SIGKILL)
+                node.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_server: str) -> Iterator[Cluster]:
+    # Below /tmp, since the path of a Unix socket may have no more than 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="pp-", dir="/tmp"))
+    token = folder / "token"
+    token.write_text("a" * 64)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "OMP_NUM_THREADS": "1",
+    }
+    found = Cluster(folder, environment)
+    yield found
+    found.end()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_without_the_token_nothing_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    other = tmp_path / "token"
+    other.write_text("b" * 64)
+    done = cluster.submit("true", log=False, RAY_AUTH_TOKEN_PATH=str(other))
+    assert done.returncode != 0
+    assert "403" in done.stdout + done.stderr or "401" in done.stdout + done.stderr or "token" in done.stderr
+
+
+def test_the_whole_pipeline_on_s3(cluster: Cluster, s3: str, models: dict[str, str]) -> None:
+    for name in ("encoder", "llama"):
+        copy_folder(models[name], join(s3, "models", name))
+    store, plug = join(s3, "store"), join(s3, "plug")
+    write(join(s3, "histories/a.parquet"), behaviors())
+    asked = write(join(s3, "requests/train.jsonl"), requests())
+    held_out = write(join(s3, "requests/test.jsonl"), requests(2, 6))
+
+    encoder, llm = join(s3, "models/encoder"), join(s3, "models/llama")
+    embedded = cluster.job(
+        "embed", histories=join(s3, "histories"), store=store, encoder=encoder, max_tokens=32, buckets=4, block_rows=16
+    )
+    assert embedded["committed"] == embedded["read"] == len(behaviors())
+    trained = cluster.job(
+        "train",
+        requests=asked,
+        validation=held_out,
+        store=store,
+        plug=plug,
+        run="r",
+        runs=join(s3, "runs"),
+        llm=llm,
+        epochs=1,
+        global_batch=8,
+        micro_batch=4,
+        workers=2,
+        validate_every=2,
+    )
+    assert trained["steps"] == len(requests()) // 8
+    kinds = ("own", "none", "other")
+    answered = cluster.job(
+        "generate", requests=held_out, store=store, plug=plug, persona=kinds, beams=1, max_new_tokens=4, actors=2
+    )
+    assert answered["answered"] == 3 * answered["requests"] == 3 * len(requests(2, 6))
+    judged = cluster.job("evaluate", requests=held_out, store=store, plug=plug, out=join(s3, "report"), metric="text")
+    assert set(judged["scores"]) == set(judged["loss"]) == set(kinds)
+
+    read_with_the_lines_of_the_readme(store, n_answers=answered["answered"], n_behaviors=embedded["committed"])
+
+
+def read_with_the_lines_of_the_readme(store: str, *, n_answers: int, n_behaviors: int) -> None:
+    """The Python of the README's section on reading, with this store in the place of its own."""
+    section = (ROOT / "README.md").read_text().split("## Reading the tables")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert blocks
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("s3://corp/persona/store", store), names)
+    assert len(names["answers"]) == len(names["answers_polars"]) == n_answers
+    assert sum(n for _, n in names["by_variant"]) == n_answers
+    assert names["vectors"].shape[0] == n_behaviors

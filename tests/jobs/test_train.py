@@ -1,0 +1,224 @@
+"""`train` on a real Ray: one worker or two, killed or not, the plug is the same; and no request sees its future."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from jobs import train
+from persona import plug_folder
+from persona.storage import join, list_files, local_folder
+from tests.jobs.conftest import START, Job, behaviors, fill_store, requests, write
+
+# 24 requests in batches of 4 are 6 steps an epoch.
+STEPS = 12
+SETTINGS: dict[str, Any] = {
+    "run": "r",
+    "epochs": 2,
+    "global_batch": 4,
+    "micro_batch": 2,
+    "validate_every": 1,
+    "learning_rate": 3e-3,
+    "query_learning_rate": 1e-3,
+    "max_input_tokens": 32,
+    "max_query_tokens": 32,
+    "validation_rows": 8,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(models: dict[str, str], filled_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where requests, store and LLM of all runs lie."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "requests": write(str(folder / "train.parquet"), requests()),
+        "validation": write(str(folder / "validation.jsonl"), requests(2, 6)),
+        "store": str(filled_store),
+        "llm": models["llama"],
+    }
+
+
+def places(root: Any) -> dict[str, str]:
+    return {"runs": join(str(root), "runs"), "plug": join(str(root), "plug")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray: None, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of one worker."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    train.main(train.Config(**SETTINGS, **inputs, **places(root)))
+    return root
+
+
+def record(plug: Any) -> dict[str, Any]:
+    with local_folder(str(plug)) as folder:
+        return json.loads((folder / "plug.json").read_text())
+
+
+def curve(plug: Any, kind: str = "training") -> np.ndarray:
+    """(steps, 2): the step and its loss."""
+    return np.array(record(plug)["training"][f"{kind}_curve"])
+
+
+def weights(plug: Any) -> dict[str, np.ndarray]:
+    with local_folder(str(plug)) as folder:
+        return load_file(folder / "plug.safetensors")
+
+
+def test_the_plug_folder_is_complete_and_belongs_to_its_models(undisturbed: Path, models: dict[str, str]) -> None:
+    found = record(undisturbed / "plug")
+    assert sorted(path.name for path in (undisturbed / "plug").iterdir()) == [
+        "README.md",
+        "plug.json",
+        "plug.safetensors",
+    ]
+    assert found["llm"]["name"] == models["llama"]
+    assert found["encoder"]["name"] == models["encoder"]
+    training = found["training"]
+    assert [step for step, _ in training["training_curve"]] == list(range(1, STEPS + 1))
+    assert [step for step, _ in training["validation_curve"]] == list(range(1, STEPS + 1))
+    assert training["validation_loss"] == pytest.approx(min(loss for _, loss in training["validation_curve"]), abs=1e-5)
+    assert training["validation_curve"][0][1] > training["validation_loss"], "it has learned nothing"
+    card = (undisturbed / "plug" / "README.md").read_text()
+    assert models["llama"] in card
+    assert "learning_rate" in card
+    assert f"{training['validation_loss']:.4f}" in card
+
+
+def test_two_workers_train_the_plug_that_one_trains(do: Job, inputs: dict, undisturbed: Path, tmp_path: Path) -> None:
+    done = do(train, **SETTINGS, **inputs, **places(tmp_path), workers=2)
+    assert done.code == 0
+    one, two = undisturbed / "plug", tmp_path / "plug"
+    # Losses are kept to 5 decimals; the order of float32 sums may move the last one.
+    np.testing.assert_allclose(curve(two), curve(one), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(curve(two, "validation"), curve(one, "validation"), rtol=0, atol=2e-5)
+    expected = weights(one)
+    for name, value in weights(two).items():
+        # A key's bias has no gradient but rounding errors, which AdamW brings up to the size of the learning rate a
+        # step; here they stay below 2e-6.
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+def train_worker_pid() -> int | None:
+    """A process of the local Ray that trains at this moment."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::RayTrain"):
+                return process.pid
+    return None
+
+
+@contextmanager
+def killing_a_worker(runs: Path, n_checkpoints: int) -> Iterator[list[int]]:
+    """Kills a train worker of this Ray as soon as the run has so many checkpoints; yields the pids it has killed."""
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            seen.update(runs.glob("r/checkpoint_*"))
+            if len(seen) >= n_checkpoints and (worker := train_worker_pid()) is not None:
+                os.kill(worker, signal.SIGKILL)
+                killed.append(worker)
+                return
+
+    seen = set(runs.glob("r/checkpoint_*"))
+    n_checkpoints += len(seen)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def test_a_run_whose_workers_were_killed_ends_like_an_undisturbed_one(
+    do: Job, inputs: dict, undisturbed: Path, tmp_path: Path
+) -> None:
+    from ray.train import TrainingFailedError
+
+    flags = {**SETTINGS, **inputs, **places(tmp_path)}
+    with killing_a_worker(tmp_path / "runs", 2) as killed, pytest.raises(TrainingFailedError):
+        do(train, **flags, max_failures=0)
+    assert killed
+    last = max(
+        (tmp_path / "runs").glob("r/checkpoint_*/state.json"), key=lambda file: json.loads(file.read_text())["step"]
+    )
+    state = json.loads(last.read_text())
+    assert 1 <= state["step"] < STEPS - 2
+    # A mark by which the curve shows that the run went on from here, and did not start anew.
+    state["training_curve"][0] = [1, 1234.5]
+    last.write_text(json.dumps(state))
+
+    with killing_a_worker(tmp_path / "runs", 1) as killed:
+        done = do(train, **flags, max_failures=1)
+    assert killed
+    assert (done.code, done.result["steps"]) == (0, STEPS)
+    found, expected = curve(tmp_path / "plug"), curve(undisturbed / "plug")
+    assert found[0].tolist() == [1, 1234.5]
+    assert found[1:].tolist() == expected[1:].tolist()
+    same = weights(undisturbed / "plug")
+    for name, value in weights(tmp_path / "plug").items():
+        np.testing.assert_array_equal(value, same[name], err_msg=name)
+
+
+def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:
+    flags = {**SETTINGS, **inputs, **places(undisturbed)}
+    done = refuse(train, **{**flags, "learning_rate": 2e-3, "epochs": 1})
+    assert done.code == 2
+    assert "epochs was 2 and is 1; learning_rate was 0.003 and is 0.002" in done.said
+    assert "resume run 'r'" in refuse(train, **flags, dry_run=True).result["would"]
+
+
+def test_a_run_that_is_over_is_published_again_and_not_trained_again(
+    do: Job, inputs: dict, undisturbed: Path, tmp_path: Path
+) -> None:
+    flags = {**SETTINGS, **inputs, **places(undisturbed), "plug": str(tmp_path / "again")}
+    done = do(train, **flags)
+    assert (done.code, done.result["steps"]) == (0, STEPS)
+    for file in (undisturbed / "plug").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, models: dict[str, str], s3: str) -> None:
+    flags = {**SETTINGS, **inputs, **places(s3), "llm": models["t5"], "epochs": 1, "weights": "mean", "zero_stage": 2}
+    before = Path(models["t5"], "model.safetensors").read_bytes()
+    done = do(train, **{**flags, "validation": None, "validation_fraction": 0.4})
+    assert done.code == 0
+    assert 0 < done.result["requests"] < 24
+    assert done.result["requests"] % 4 == 0, "some user's requests are on both sides"
+    assert Path(models["t5"], "model.safetensors").read_bytes() == before
+    assert {file.uri.rsplit("/", 1)[1] for file in list_files(places(s3)["plug"])} == {
+        "README.md",
+        "plug.json",
+        "plug.safetensors",
+    }
+    assert any("/runs/r/checkpoint_" in file.uri for file in list_files(places(s3)["runs"]))
+    with local_folder(places(s3)["plug"]) as folder:
+        assert plug_folder.fingerprint(folder) == done.result["fingerprint"]
+
+
+@pytest.mark.parametrize(("day", "is_seen"), [(3, True), (4, False)])
+def test_a_request_never_sees_its_future(
+    do: Job, inputs: dict, models: dict[str, str], undisturbed: Path, tmp_path: Path, day: int, is_seen: bool
+) -> None:
+    """The last requests are asked when four days have passed: what was written on the fifth changes nothing."""
+    changed = [
+        {**row, "text": "quite different"} if row["timestamp"] == START + timedelta(days=day) else row
+        for row in behaviors()
+    ]
+    store = fill_store(tmp_path / "store", models["encoder"], changed)
+    assert do(train, **SETTINGS, **{**inputs, "store": str(store)}, **places(tmp_path)).code == 0
+    assert (curve(tmp_path / "plug").tolist() != curve(undisturbed / "plug").tolist()) == is_seen
