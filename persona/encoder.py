@@ -16,7 +16,6 @@ from persona.errors import UsageError
 from persona.models import ModelFolder
 from persona.options import Pooling, Precision
 
-
 # A CPU has nothing to gain from large batches, and small ones hold rows of about one length: less padding.
 _TOKEN_BUDGETS = {True: 16_384, False: 2_048}
 

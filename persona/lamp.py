@@ -80,9 +80,7 @@ class Task:
         found = re.search(self.query_pattern, text, re.DOTALL)
         query = found[found.lastindex or 0] if found else ""
         if not query.strip():
-            raise InputError(
-                f"the input is not one of {self.name}: nothing in it matches {self.query_pattern!r}"
-            )
+            raise InputError(f"the input is not one of {self.name}: nothing in it matches {self.query_pattern!r}")
         return query
 
 
@@ -175,9 +173,7 @@ def read_golds(stream: BinaryIO, task: Task, *, name: str) -> dict[str, str]:
     except (ijson.JSONError, OSError) as error:
         raise InputError(f"{name} cannot be read as JSON; is it whole? ({_first_line(error)})") from error
     if not isinstance(outputs, dict) or not isinstance(outputs.get("golds"), list):
-        raise InputError(
-            f'{name} is no LaMP outputs file: expected {{"task": "{task.name}", "golds": [...]}}'
-        )
+        raise InputError(f'{name} is no LaMP outputs file: expected {{"task": "{task.name}", "golds": [...]}}')
     if outputs.get("task") != task.name:
         raise InputError(f"{name} is of task {outputs.get('task')!r}, not {task.name!r}: correct one of them")
     golds: dict[str, str] = {}
@@ -222,8 +218,7 @@ def question_to_rows(task: Task, question: Any, gold: str | None) -> Rows:
     owner = user_id if placed else request_id
     return Rows(
         behaviors=[
-            behavior | {"user_id": owner, "timestamp": time}
-            for behavior, time in zip(behaviors, times, strict=True)
+            behavior | {"user_id": owner, "timestamp": time} for behavior, time in zip(behaviors, times, strict=True)
         ],
         request={
             "request_id": request_id,
@@ -247,9 +242,7 @@ def parse_date(value: Any) -> datetime | None:
         return None
     found = _DATE.fullmatch(str(value).strip()) if isinstance(value, str | int) else None
     if not found:
-        raise InputError(
-            f"the date must be like 2014, 2014-07-05 or 2014-07-05 10:00:00, got {_shown(value)}"
-        )
+        raise InputError(f"the date must be like 2014, 2014-07-05 or 2014-07-05 10:00:00, got {_shown(value)}")
     year, month, day, time = found.groups()
     try:
         date = datetime.fromisoformat(f"{year}-{int(month or 0) or 1:02}-{int(day or 0) or 1:02}{time or ''}")

@@ -65,9 +65,7 @@ def score(
     assert_never(metric.kind)
 
 
-def score_requests(
-    metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]
-) -> dict[str, Floats]:
+def score_requests(metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]) -> dict[str, Floats]:
     """Each request's own score (R,), in the order of sorted ids, for `bootstrap` and `paired_bootstrap`.
 
     `accuracy` (0 or 1), `mae` (the absolute error), or `rouge1` and `rougeL`. Raises `InputError` as `score`

@@ -78,8 +78,7 @@ OFFICIAL = [
 def question(*dates: Any, **fields: Any) -> dict[str, Any]:
     """A LaMP-5 question whose profile has one item for each date, called p0, p1, …"""
     profile = [
-        {"id": f"p{n}", "title": f"Title {n}", "abstract": "Text.", "date": date}
-        for n, date in enumerate(dates)
+        {"id": f"p{n}", "title": f"Title {n}", "abstract": "Text.", "date": date} for n, date in enumerate(dates)
     ]
     return {"id": "q", "input": "an abstract of a paper: Short.", "profile": profile} | fields
 
@@ -104,9 +103,7 @@ def test_the_tasks_are_the_public_ones() -> None:
 
 
 @pytest.mark.parametrize(("name", "item", "text", "asked", "query", "gold"), OFFICIAL, ids=list(TASKS))
-def test_official_texts(
-    name: str, item: dict[str, str], text: str, asked: str, query: str, gold: str
-) -> None:
+def test_official_texts(name: str, item: dict[str, str], text: str, asked: str, query: str, gold: str) -> None:
     profile = [{"id": "7", **item}]
     rows = question_to_rows(TASKS[name], {"id": "10", "input": asked, "profile": profile}, gold)
     assert rows.behaviors == [{"user_id": "10", "behavior_id": "7", "text": text, "timestamp": None}]
@@ -174,9 +171,7 @@ def test_items_of_the_questions_own_month_are_seen_in_profile_order() -> None:
 def test_parts_of_a_time_split_see_their_own_profiles_in_one_store() -> None:
     """Each part's answer is in the next part's profile, often under the same month."""
     months = ["2022-11", "2023-07", "2023-07", "2023-07", "2023-07", "2024-01"]
-    parts = [
-        convert(question(*months[:n], id=f"q{n}", user_id="ann", date=months[n])) for n in range(len(months))
-    ]
+    parts = [convert(question(*months[:n], id=f"q{n}", user_id="ann", date=months[n])) for n in range(len(months))]
     store = {one["behavior_id"]: one for rows in parts for one in rows.behaviors}
     for n, rows in enumerate(parts):
         assert visible(rows, list(store.values())) == [f"p{item}" for item in range(n)]

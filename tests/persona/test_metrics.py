@@ -21,9 +21,7 @@ def test_label_answers_are_stripped_and_otherwise_matched_exactly() -> None:
     predictions = by_id(" [1]\n", "[2]", "1", "[1]")
     golds = by_id("[1]", "[2]", "[1]", "[2]")
     # [1]: one hit among 2 answers and 2 golds; [2]: one hit among 1 answer and 2 golds
-    assert score(CITATION, predictions, golds) == pytest.approx(
-        {"accuracy": 2 / 4, "f1": (2 / 4 + 2 / 3) / 2}
-    )
+    assert score(CITATION, predictions, golds) == pytest.approx({"accuracy": 2 / 4, "f1": (2 / 4 + 2 / 3) / 2})
 
 
 def test_case_matters_in_labels() -> None:
@@ -40,9 +38,7 @@ def test_f1_is_that_of_scikit_learn() -> None:
     golds, predictions = by_id(*"aabbbccabc"), by_id(*"abbbxcdada")
     # scikit-learn 1.9.1: f1_score(golds, predictions, labels=list("abcd"), average="macro", zero_division=0)
     expected = 0.43452380952380953
-    assert score(Metric(kind="label", labels=("a", "b", "c", "d")), predictions, golds)[
-        "f1"
-    ] == pytest.approx(expected)
+    assert score(Metric(kind="label", labels=("a", "b", "c", "d")), predictions, golds)["f1"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +81,7 @@ def test_rouge_median_is_seeded_and_the_plain_mean_needs_no_seed() -> None:
     first, again, other = (score(TEXT, predictions, golds, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first["rouge1"] != other["rouge1"]
-    assert (
-        first["rouge1_mean"]
-        == other["rouge1_mean"]
-        == score_requests(TEXT, predictions, golds)["rouge1"].mean()
-    )
+    assert first["rouge1_mean"] == other["rouge1_mean"] == score_requests(TEXT, predictions, golds)["rouge1"].mean()
     # the median of 1000 resampled means lies well within a standard error of the mean
     spread = score_requests(TEXT, predictions, golds)["rouge1"].std() / math.sqrt(39)
     assert abs(first["rouge1"] - first["rouge1_mean"]) < spread / 2
