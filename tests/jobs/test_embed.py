@@ -36,6 +36,7 @@ def rejects(uri: str) -> list[dict[str, object]]:
     return sorted(rows, key=lambda row: (row["source"], row["row"]))
 
 
+@pytest.mark.parametrize("root", ["s3"], indirect=True)
 def test_a_refresh_encodes_what_is_new_or_edited_and_nothing_else(do: Job, flags: dict, root: str) -> None:
     """Day by day in files of each layout; vectors are the encoder's own."""
     rows = behaviors()
