@@ -182,7 +182,9 @@ def fill_store(uri: Path, encoder: str, rows: Sequence[Row]) -> Path:
         table = table.append_column(name, values)
     good, bad = histories.validate(Records(table=table, rejects=rejects("", [], [], [])), histories.Columns(), BUCKETS)
     assert bad.num_rows == 0
-    vectors = TextEncoder(folder, pooling="cls", max_tokens=32).encode(good["text"].to_pylist()).vectors
+    # Each text in a batch of its own: no vector depends, in its last bits, on what the others have written.
+    encoder_alone = TextEncoder(folder, pooling="cls", max_tokens=32, token_budget=1, precision="fp32")
+    vectors = encoder_alone.encode(good["text"].to_pylist()).vectors
     good = good.append_column("vector", pa.array([vector.tobytes() for vector in vectors], pa.binary()))
     store.write_behaviors(good.append_column("edited", pa.repeat(False, good.num_rows)))
     return uri
