@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file
 from jobs import train
 from persona import plug_folder
 from persona.storage import join, list_files, local_folder
-from tests.jobs.conftest import START, Job, behaviors, fill_store, requests, write
+from tests.jobs.conftest import Job, requests, write
 
 # 24 requests in batches of 4 are 6 steps an epoch.
 STEPS = 12
@@ -208,17 +207,3 @@ def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, mode
     assert any("/runs/r/checkpoint_" in file.uri for file in list_files(places(s3)["runs"]))
     with local_folder(places(s3)["plug"]) as folder:
         assert plug_folder.fingerprint(folder) == done.result["fingerprint"]
-
-
-def test_a_request_never_sees_its_future(
-    do: Job, inputs: dict, models: dict[str, str], undisturbed: Path, tmp_path: Path
-) -> None:
-    """The last requests are asked when four days have passed: what was written on the fifth changes nothing."""
-    fifth = START + timedelta(days=4)
-    assert max(row["as_of"] for row in requests()) == fifth
-    changed = [{**row, "text": "quite different"} if row["timestamp"] == fifth else row for row in behaviors()]
-    store = fill_store(tmp_path / "store", models["encoder"], changed)
-    done = do(train, **SETTINGS, **{**inputs, "store": str(store)}, **places(tmp_path))
-    assert (done.code, done.result["without_history"]) == (0, 0)
-    for kind in ("training", "validation"):
-        assert curve(tmp_path / "plug", kind).tolist() == curve(undisturbed / "plug", kind).tolist()
