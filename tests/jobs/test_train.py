@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 from jobs import train
 from persona import plug_folder
 from persona.storage import join, list_files, local_folder
-from tests.jobs.conftest import Job, requests, write
+from tests.jobs.conftest import START, Job, behaviors, fill_store, requests, write
 
 # 24 requests in batches of 4 are 6 steps an epoch.
 STEPS = 12
@@ -42,7 +43,7 @@ def inputs(models: dict[str, str], filled_store: Path, tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("inputs")
     return {
         "requests": write(str(folder / "train.parquet"), requests()),
-        "validation": write(str(folder / "validation.jsonl"), requests(2, 6)),
+        "validation": write(str(folder / "validation.jsonl"), requests(3)),
         "store": str(filled_store),
         "llm": models["llama"],
     }
@@ -118,22 +119,27 @@ def train_worker_pid() -> int | None:
     return None
 
 
+def n_reports(runs: Path) -> int:
+    """Checkpoints that Ray Train has heard of; before that a folder may lie there that no run would resume at."""
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        return int(json.loads((runs / "r" / "checkpoint_manager_snapshot.json").read_text())["current_report_index"])
+    return 0
+
+
 @contextmanager
 def killing_a_worker(runs: Path, n_checkpoints: int) -> Iterator[list[int]]:
-    """Kills a train worker of this Ray as soon as the run has so many checkpoints; yields the pids it has killed."""
+    """Kills a train worker of this Ray once the run has so many new checkpoints; yields the pids it has killed."""
     killed: list[int] = []
     ended = threading.Event()
+    enough = n_reports(runs) + n_checkpoints
 
     def watch() -> None:
         while not ended.wait(0.01):
-            seen.update(runs.glob("r/checkpoint_*"))
-            if len(seen) >= n_checkpoints and (worker := train_worker_pid()) is not None:
+            if n_reports(runs) >= enough and (worker := train_worker_pid()) is not None:
                 os.kill(worker, signal.SIGKILL)
                 killed.append(worker)
                 return
 
-    seen = set(runs.glob("r/checkpoint_*"))
-    n_checkpoints += len(seen)
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
@@ -152,14 +158,12 @@ def test_a_run_whose_workers_were_killed_ends_like_an_undisturbed_one(
     with killing_a_worker(tmp_path / "runs", 2) as killed, pytest.raises(TrainingFailedError):
         do(train, **flags, max_failures=0)
     assert killed
-    last = max(
-        (tmp_path / "runs").glob("r/checkpoint_*/state.json"), key=lambda file: json.loads(file.read_text())["step"]
-    )
-    state = json.loads(last.read_text())
-    assert 1 <= state["step"] < STEPS - 2
     # A mark by which the curve shows that the run went on from here, and did not start anew.
-    state["training_curve"][0] = [1, 1234.5]
-    last.write_text(json.dumps(state))
+    for file in (tmp_path / "runs").glob("r/checkpoint_*/state.json"):
+        state = json.loads(file.read_text())
+        assert 1 <= state["step"] < STEPS - 2
+        state["training_curve"][0] = [1, 1234.5]
+        file.write_text(json.dumps(state))
 
     with killing_a_worker(tmp_path / "runs", 1) as killed:
         done = do(train, **flags, max_failures=1)
@@ -207,3 +211,20 @@ def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, mode
     assert any("/runs/r/checkpoint_" in file.uri for file in list_files(places(s3)["runs"]))
     with local_folder(places(s3)["plug"]) as folder:
         assert plug_folder.fingerprint(folder) == done.result["fingerprint"]
+
+
+def test_a_request_never_sees_its_future(
+    do: Job, inputs: dict, models: dict[str, str], undisturbed: Path, tmp_path: Path
+) -> None:
+    """The last requests are asked when four days have passed: what was written on the fifth changes nothing."""
+    fifth = START + timedelta(days=4)
+    assert max(row["as_of"] for row in requests()) == fifth
+    changed = [{**row, "text": "quite different"} if row["timestamp"] == fifth else row for row in behaviors()]
+    store = fill_store(tmp_path / "store", models["encoder"], changed)
+    done = do(train, **SETTINGS, **{**inputs, "store": str(store)}, **places(tmp_path))
+    assert (done.code, done.result["without_history"]) == (0, 0)
+    for kind in ("training", "validation"):
+        assert curve(tmp_path / "plug", kind).tolist() == curve(undisturbed / "plug", kind).tolist()
+    seen = weights(undisturbed / "plug")
+    for name, value in weights(tmp_path / "plug").items():
+        np.testing.assert_array_equal(value, seen[name], err_msg=name)
