@@ -20,8 +20,8 @@ from persona.personalized import PersonalizedLLM, Row
 Item = TypeVar("Item")
 # Batches whose order is drawn anew within a window; all of them lie on each worker at once.
 _WINDOW_BATCHES = 32
-
-
+# Rows whose lengths differ by less are not told apart: batches of one length alone would be batches of one question.
+_LENGTH_STEP = 64
 _WHOLE_PASSES = 1 / 11
 
 
@@ -86,16 +86,16 @@ def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions
 def epoch_order(requests: pa.Table, *, epoch: int, seed: int, n_requests: int, global_batch: int) -> pa.Array:
     """Sort keys (N,) int64 that put one epoch's requests in their order, known from each row's content alone.
 
-    Rows are dealt at random into windows of some batches and sorted by length within a window, so that a batch holds
-    rows of about one length; `shuffle_windows` then draws the order of the batches. About one batch comes last in
-    random order: what does not fill a batch at the end of an epoch is left out by chance, and not because it is long.
-    No process needs to know all rows.
+    Rows are dealt at random into windows of some batches and sorted by length, in coarse steps, within a window, so
+    that a batch holds rows of about one length; `shuffle_windows` then draws the order of the batches. About one batch
+    comes last in random order: what does not fill a batch at the end of an epoch is left out by chance, and not because
+    it is long. No process needs to know all rows.
     """
     n_windows = max(1, n_requests // (_WINDOW_BATCHES * global_batch))
     ids = requests["request_id"].to_pylist()
     hashes = np.array([_hash64("order", seed, epoch, request_id) for request_id in ids], dtype=np.uint64)
     characters = pc.add(pc.utf8_length(requests["input"]), pc.utf8_length(requests["target"]))
-    length = np.minimum(np.asarray(characters, dtype=np.int64), 2**14 - 1)
+    length = np.minimum(np.asarray(characters, dtype=np.int64) // _LENGTH_STEP, 2**14 - 1)
     window = (hashes % n_windows).astype(np.int64)
     ties = (hashes >> 38).astype(np.int64)
     last = ties < 2**26 * global_batch / max(n_requests, 1)

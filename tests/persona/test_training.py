@@ -181,7 +181,7 @@ def test_nothing_else_of_a_row_changes_and_the_row_itself_does_not():
 
 
 def requests(n: int) -> pa.Table:
-    texts = ["x" * ((7 * number) % 50 + 1) for number in range(n)]
+    texts = ["x" * 100 * ((7 * number) % 50 + 1) for number in range(n)]
     return pa.table(
         {
             "request_id": [f"r{number}" for number in range(n)],
@@ -226,12 +226,22 @@ def test_a_batch_holds_rows_of_about_one_length():
     assert spread < (shuffled.max(1) - shuffled.min(1)).mean() / 3
 
 
+def test_short_rows_of_different_lengths_share_a_batch():
+    """Few questions, each asked by many: batches of one length would be batches of one question."""
+    length = [12 + 5 * (i % 4) for i in range(400)]
+    table = pa.table(
+        {"request_id": [f"r{i}" for i in range(400)], "input": ["x" * n for n in length], "target": ["y"] * 400}
+    )
+    batches = [ordered(table)[i : i + 8] for i in range(0, 400, 8)]
+    assert sum(len({int(name[1:]) % 4 for name in batch}) > 1 for batch in batches) >= 49
+
+
 def test_what_does_not_fill_a_batch_is_left_out_by_chance_and_not_for_its_length():
     table = requests(1000)
     length = dict(zip(table["request_id"].to_pylist(), map(len, table["input"].to_pylist()), strict=True))
     last = [length[name] for epoch in range(50) for name in ordered(table, epoch=epoch, global_batch=60)[-40:]]
-    # Lengths are 1 … 50 in equal numbers; five standard errors of the mean of 2,000 of them.
-    assert abs(np.mean(last) - 25.5) < 5 * np.sqrt((50**2 - 1) / 12 / len(last))
+    # Lengths are 100, 200, … 5,000 in equal numbers; five standard errors of the mean of 2,000 of them.
+    assert abs(np.mean(last) / 100 - 25.5) < 5 * np.sqrt((50**2 - 1) / 12 / len(last))
 
 
 def test_texts_of_any_length_have_an_order():
