@@ -186,7 +186,7 @@ def fill_store(uri: Path, encoder: str, rows: Sequence[Row]) -> Path:
     encoder_alone = TextEncoder(folder, pooling="cls", max_tokens=32, token_budget=1, precision="fp32")
     vectors = encoder_alone.encode(good["text"].to_pylist()).vectors
     good = good.append_column("vector", pa.array([vector.tobytes() for vector in vectors], pa.binary()))
-    store.write_behaviors(good.append_column("edited", pa.repeat(False, good.num_rows)))
+    store.write("behaviors", good.append_column("change", pa.repeat("new", good.num_rows)))
     return uri
 
 
