@@ -8,6 +8,7 @@ it also takes out what the histories no longer have.
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -55,7 +56,7 @@ class Config:
     block_rows: int = 4096
     """Behaviors that are encoded and committed together; a killed run loses at most two such blocks of each actor."""
     sync: bool = False
-    """Take out what the histories no longer have; nothing is taken out while any file or line of them is unreadable."""
+    """Take out what the histories no longer have; nothing goes while lines are unreadable or rejects are many."""
     plug: str | None = None
     """Folder of a plug: the personas of all users whose behaviors have changed are made with it (weighed equally)."""
     actors: int | None = None
@@ -96,24 +97,27 @@ def main(config: Config) -> Summary:
     histories.check_columns(splits, columns)
     folder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
     identity = _identity(config, folder)
+    plug = personas.check_plug(config.plug, identity) if config.plug else None
     if config.dry_run:
-        return _plan(target, splits, identity)
+        return _plan(config, target, splits, identity)
     store = Store.open_or_create(target, identity, config.buckets)
-    plug = personas.check_plug(config.plug, store) if config.plug else None
 
-    with store.writer("behaviors", job="jobs.embed") as writer:
+    with ExitStack() as leases:
+        # Both before any work: who cannot have the second one should not learn it hours later.
+        writer = leases.enter_context(store.writer("behaviors", job="jobs.embed"))
+        of_personas = leases.enter_context(store.writer("personas", job="jobs.embed")) if plug else None
         machines = session.connect()
         tally = flow.new_tally()
         with flow.progress(tally, _progress_line):
             with Committer(writer, tally) as committer:
                 for staged in _staged(config, splits, columns, store, machines, tally):
                     committer.take(staged)
-            if config.sync and not _unread(flow.totals(tally)):
+            if config.sync and not _doubt(config, flow.totals(tally)):
                 seen = set(flow.units(tally, "compare"))
                 for bucket in sorted({str(bucket) for bucket in store.buckets()} - seen):
                     flow.note(tally, "compare", bucket, {"gone": writer.remove_partition(bucket)})
-            if plug is not None:
-                personas.update(store, plug, tally)
+            if plug is not None and of_personas is not None:
+                personas.update(store, of_personas, plug, tally)
     counts = flow.totals(tally)
     return _summary(config, store, counts, time.perf_counter() - started)
 
@@ -128,7 +132,7 @@ def _staged(
 ) -> Iterator[Any]:
     """The job as one chain: read, find what is missing, encode, stage."""
     rows = flow.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
-    missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, store=store, tally=tally, sync=config.sync)
+    missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, store=store, tally=tally, config=config)
     yield from (
         missing.repartition(target_num_rows_per_block=config.block_rows)
         .map_batches(
@@ -154,6 +158,15 @@ def _unread(counts: flow.Counts) -> int:
     return int(counts.get("read", {}).get("unreadable", 0))
 
 
+def _doubt(config: Config, counts: flow.Counts) -> str:
+    """Why what seems to be gone may be there after all; empty where there is no doubt."""
+    if unread := _unread(counts):
+        return f"{unread:,} files or lines could not be read and may hold what seems gone"
+    if flow.exit_code(counts, config.max_reject_fraction):
+        return "more rows than --max-reject-fraction allows were rejected, among them perhaps what seems gone"
+    return ""
+
+
 def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> Iterator["pa.Table"]:
     """Valid behaviors of a split; the others go to the table of rejects."""
     from persona import histories
@@ -165,11 +178,11 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> 
     yield from flow.keep_good(read_split(split, job="embed"), validate, split=split, store=store, tally=tally)
 
 
-def _missing(rows: "pa.Table", *, store: "Store", tally: Any, sync: bool) -> "pa.Table":
+def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) -> "pa.Table":
     """Of one bucket's behaviors, those that the store lacks or holds with another text, and those that are gone."""
     bucket = rows["bucket"][0].as_py()
     # All input has been read before the first bucket comes here.
-    sync = sync and not _unread(flow.totals(tally))
+    sync = config.sync and not _doubt(config, flow.totals(tally))
     missing, counts = store.missing(bucket, rows, sync=sync)
     flow.note(tally, "compare", str(bucket), counts)
     return missing
@@ -247,14 +260,14 @@ def _progress_line(counts: flow.Counts, seconds: float) -> str:
     return f"embed: {done:,} of {total:,} behaviors encoded and committed, {done / seconds:,.0f}/s"
 
 
-def _plan(target: str, splits: "list[Split]", identity: "Identity") -> Summary:
+def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identity") -> Summary:
     from persona.store import Store
 
     n_bytes = sum(split.end - split.start for split in splits)
     try:
         store = Store.open(target)
         would = (
-            "add what is missing to the store"
+            f"add what is missing to the store{' and take out what the histories lack' if config.sync else ''}"
             if store.identity == identity
             else "refuse: the store belongs to another encoder"
         )
@@ -281,8 +294,9 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         "encoded": int(encode.get("rows", 0)),
         "committed": committed,
         "files_rewritten": int(counts.get("commit", {}).get("rewritten", 0)),
-        "personas": int(counts.get("personas", {}).get("made", 0)),
+        "personas": int(counts.get("personas", {}).get("rows", 0)),
         "rejects": int(counts.get("read", {}).get("rejects", 0)),
+        "unreadable": _unread(counts),
         "tokens": int(encode.get("tokens", 0)),
         "seconds": round(seconds, 1),
         "behaviors_per_s": round(committed / seconds, 1),
@@ -293,7 +307,8 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         ("behaviors read", f"{result['read']:,}"),
         ("already known", f"{result['known']:,}"),
         ("encoded", f"{committed:,} ({result['new']:,} new, {result['edited']:,} edited)"),
-        *_sync_rows(config, result, _unread(counts)),
+        *_sync_rows(config, result, _doubt(config, counts)),
+        *([("personas made", f"{result['personas']:,}")] if config.plug else []),
         ("tokens", f"{result['tokens']:,} and {padding:.1%} padding"),
         ("seconds", f"{seconds:,.1f} ({result['behaviors_per_s']:,} behaviors/s)"),
         ("store", f"{store.uri}, version {result['version']}"),
@@ -302,12 +317,10 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
     return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
 
 
-def _sync_rows(config: Config, result: dict[str, Any], unread: int) -> list[tuple[str, str]]:
+def _sync_rows(config: Config, result: dict[str, Any], doubt: str) -> list[tuple[str, str]]:
     if not config.sync:
         return []
-    said = f"{result['gone']:,} that the histories no longer have"
-    if unread:
-        said = f"nothing, because {unread:,} files or lines could not be read and may hold what seems gone"
+    said = f"nothing, because {doubt}" if doubt else f"{result['gone']:,} that the histories no longer have"
     return [("taken out", said)]
 
 

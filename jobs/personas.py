@@ -14,20 +14,21 @@ from jobs.commits import Committer
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.store import Store
+    from persona.store import Identity, Store
+    from persona.writer import Writer
 
 _USERS_TOGETHER = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlugSource:
-    """A plug that fits the store: where it lies, and its fingerprint."""
+    """A plug that fits the encoder: where it lies, and its fingerprint."""
 
     uri: str
     fingerprint: str
 
 
-def check_plug(given: str, store: "Store") -> PlugSource:
+def check_plug(given: str, identity: "Identity") -> PlugSource:
     """Finds the plug of `--plug`. Raises PlugMismatch when it was trained on another encoder's vectors."""
     from persona import plug_folder, storage
     from persona.errors import PlugMismatch
@@ -37,30 +38,30 @@ def check_plug(given: str, store: "Store") -> PlugSource:
     with storage.local_folder(uri) as folder:
         record = plug_folder.read_record(folder)
         fingerprint = plug_folder.fingerprint(folder)
-    if record.encoder["fingerprint"] != store.identity.fingerprint:
+    if record.encoder["fingerprint"] != identity.fingerprint:
         raise PlugMismatch(
-            f"--plug {given} was trained on vectors of {record.encoder['name']!r}, but the store holds those of "
-            f"{store.identity.encoder!r}; give the plug of this store, or train one"
+            f"--plug {given} was trained on vectors of {record.encoder['name']!r}, and --encoder is "
+            f"{identity.encoder!r}; give the plug of this encoder, or train one"
         )
     return PlugSource(uri=uri, fingerprint=fingerprint)
 
 
-def update(store: "Store", plug: PlugSource, tally: Any) -> None:
+def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Any) -> None:
     """Makes the personas of all users who need one, bucket by bucket, and takes out those of users who are gone."""
     buckets = sorted({*store.buckets(), *store.persona_buckets()})
     work = [{"bucket": bucket} for bucket in buckets]
-    with store.writer("personas", job="jobs.embed") as writer, Committer(writer, tally, stage="personas") as committer:
-        for staged in flow.each(work, _make, store=store, plug=plug, tally=tally):
+    with Committer(writer, tally, stage="personas") as committer:
+        for staged in flow.each(work, _make, store=store, plug=plug):
             committer.take(staged)
 
 
-def _make(batch: "pa.Table", *, store: "Store", plug: PlugSource, tally: Any) -> Iterator["pa.Table"]:
+def _make(batch: "pa.Table", *, store: "Store", plug: PlugSource) -> Iterator["pa.Table"]:
     """The personas of one bucket, staged."""
     from persona import storage
     from persona.personas import MeanPersonas
+    from persona.writer import staged_files
 
     model = None
-    made = 0
     for bucket in batch["bucket"].to_pylist():
         work = store.personas_to_make(bucket, plug.fingerprint)
         for start in range(0, work.num_rows, _USERS_TOGETHER):
@@ -69,10 +70,6 @@ def _make(batch: "pa.Table", *, store: "Store", plug: PlugSource, tally: Any) ->
                 with storage.local_folder(plug.uri) as folder:
                     model = MeanPersonas.load(folder)
             rows = model.make(part, store.read_histories(bucket, part["user_id"].to_pylist()))
-            made += rows.num_rows
             yield store.stage("personas", rows)
-        flow.note(tally, "personas", str(bucket), {"made": made})
-    if not made:
-        from persona.writer import staged_files
-
+    if model is None:
         yield staged_files([])

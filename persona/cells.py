@@ -107,7 +107,8 @@ def _on_the_clock(column: pa.Array, per_second: int, name: str) -> Cells:
         good = (counts >= _FIRST_S * per_second) & (counts < (_LAST_S + 1) * per_second) & ~null
     counts = np.where(good, counts, 0)
     if counts.dtype.kind == "f":
-        micros = np.round(counts * 1e6).astype(np.int64)
+        whole = np.floor(counts)  # apart from the rest: together they would need more digits than a float has
+        micros = whole.astype(np.int64) * 10**6 + np.round((counts - whole) * 1e6).astype(np.int64)
     else:
         micros = counts.astype(np.int64)
         micros = micros * (10**6 // per_second) if per_second <= 10**6 else micros // (per_second // 10**6)

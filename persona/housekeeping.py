@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from persona.errors import StorageError
 from persona.histories import bucket_of
 from persona.layouts import LAYOUTS, DataFile
 from persona.store import Store
@@ -47,8 +48,12 @@ def verify(store: Store, name: str, partition: str) -> tuple[int, list[str]]:
     seen: list[pa.Array] = []
     rows = 0
     for file in table.files(table.partition_values([partition])):
-        read = table.read_file(file)
         where = f"{name}/{file.path}"
+        try:
+            read = table.read_file(file)
+        except StorageError as error:
+            problems.append(f"{where}: {error}")
+            continue
         if read.num_rows != file.n_rows:
             problems.append(f"{where}: has {read.num_rows:,} rows, and {file.n_rows:,} by the log")
         rows += read.num_rows

@@ -7,11 +7,13 @@ decide how long others wait. What keeps a holder that was paused from writing af
 commit carries it (`tables.Table.commit`), and the table's log refuses one that is no longer the highest.
 """
 
+import contextlib
 import json
 import os
 import socket
 import threading
 import time
+import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
@@ -32,6 +34,7 @@ class _Entry:
     pid: int
     since: str
     expires: str
+    token: str  # or two threads that write at the same moment would both find their own bytes
     released: bool = False
 
     @property
@@ -58,11 +61,12 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, daemon=True, name=f"lease of {folder}")
 
     @staticmethod
-    def acquire(store_uri: str, table: str, *, job: str, ttl_s: float = TTL_S) -> "Lease":
+    def acquire(store_uri: str, table: str, *, job: str, above: int = 0, ttl_s: float = TTL_S) -> "Lease":
         """Become the one writer of a table.
 
         A lease that nobody can be holding is taken over at once. One that might be held is watched until it is renewed
-        or has not been for `ttl_s`: a run that died on another machine delays its successor by no more than that.
+        or has not been for `ttl_s`: a run that died on another machine delays its successor by no more than that. The
+        number is `above` what the log knows of, also where somebody has deleted the leases.
 
         Raises LeaseHeld, with the holder and since when, for one that is renewed.
         """
@@ -73,18 +77,25 @@ class Lease:
                 _watch(folder, last, table, ttl_s)
             now = datetime.now(UTC)
             entry = _Entry(
-                number=last.number + 1 if last else 1,
+                number=max(last.number if last else 0, above) + 1,
                 job=job,
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 since=now.isoformat(timespec="seconds"),
                 expires=(now + timedelta(seconds=ttl_s)).isoformat(),
+                token=uuid.uuid4().hex,
             )
-            if storage.create_bytes(_uri(folder, entry.number), _written(entry)):
-                for file in storage.list_files(folder):
-                    if _number(file.uri) < entry.number:
-                        storage.delete(file.uri)
-                return Lease(folder, entry, ttl_s)
+            if not storage.create_bytes(_uri(folder, entry.number), _written(entry)):
+                continue
+            numbers = _numbers(folder)
+            if max(numbers) > entry.number:
+                # It was free only because it is so old that its entry has been deleted: nobody may have it again.
+                storage.delete(_uri(folder, entry.number))
+                continue
+            for number in numbers:
+                if number < entry.number:
+                    storage.delete(_uri(folder, number))
+            return Lease(folder, entry, ttl_s)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -95,7 +106,9 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if self._lost_to is None:
+        if self._lost_to is not None:
+            return
+        with contextlib.suppress(StorageError, OSError):  # what was done is done, and the lease runs out by itself
             storage.write_bytes(_uri(self._folder, self.number), _written(replace(self._entry, released=True)))
 
     def check(self) -> None:
@@ -116,7 +129,7 @@ class Lease:
                 expires = datetime.now(UTC) + timedelta(seconds=self._ttl_s)
                 self._entry = replace(self._entry, expires=expires.isoformat())
                 storage.write_bytes(_uri(self._folder, self.number), _written(self._entry))
-            except StorageError:
+            except (StorageError, OSError):
                 continue  # an object store that is away for a while; whoever takes over meanwhile is seen at a commit
 
 
@@ -137,22 +150,27 @@ def _watch(folder: str, seen: _Entry, table: str, ttl_s: float) -> None:
 
 def _last(folder: str) -> _Entry | None:
     """The entry with the highest number; None where there is none yet."""
-    while files := storage.list_files(folder, (".json",)):
-        uri = max((file.uri for file in files), key=_number)
+    while numbers := _numbers(folder):
+        uri = _uri(folder, max(numbers))
         try:
             return _Entry(**json.loads(storage.read_bytes(uri)))
         except StorageError:
             if storage.exists(uri):
                 raise  # and not just replaced by the next one
+        except (ValueError, TypeError) as error:
+            raise StorageError(
+                f"{uri} cannot be read as a lease ({error}); if no run is writing to this table, delete it"
+            ) from error
     return None
+
+
+def _numbers(folder: str) -> list[int]:
+    names = [file.uri.rsplit("/", 1)[1].removesuffix(".json") for file in storage.list_files(folder, (".json",))]
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def _uri(folder: str, number: int) -> str:
     return storage.join(folder, f"{number:08d}.json")
-
-
-def _number(uri: str) -> int:
-    return int(uri.rsplit("/", 1)[1].removesuffix(".json"))
 
 
 def _written(entry: _Entry) -> bytes:

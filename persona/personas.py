@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from persona import plug_folder
+from persona.errors import InputError
 from persona.plug import Plug
 
 
@@ -38,8 +40,14 @@ class MeanPersonas:
             scale=record.scale,
         )
         unused = ("query_encoder.", "log_temperature")
-        weights = load_file(folder / plug_folder.WEIGHTS)
-        plug.load_state_dict({name: value for name, value in weights.items() if not name.startswith(unused)})
+        try:
+            weights = load_file(folder / plug_folder.WEIGHTS)
+            plug.load_state_dict({name: value for name, value in weights.items() if not name.startswith(unused)})
+        except (RuntimeError, SafetensorError) as error:
+            raise InputError(
+                f"{folder}: {plug_folder.WEIGHTS} does not hold the weights that {plug_folder.RECORD} asks for "
+                f"({str(error).splitlines()[-1].strip()}); copy the whole folder anew, or train another plug"
+            ) from error
         return cls(plug.eval(), plug_folder.fingerprint(folder), record.max_behaviors)
 
     @torch.inference_mode()

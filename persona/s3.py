@@ -3,6 +3,7 @@
 A request raises what its library raises; `persona.retries` knows which of these errors pass.
 """
 
+import contextlib
 import functools
 import os
 import threading
@@ -42,7 +43,8 @@ def where() -> str:
     return (urlsplit(url).hostname or "the endpoint") if url else "AWS S3"
 
 
-def client(bucket: str, *, attempts: int = 1, silent_s: float | None = None) -> Any:
+@contextlib.contextmanager
+def client(bucket: str, *, attempts: int = 1, silent_s: float | None = None) -> Iterator[Any]:
     """A client for `bucket`, which gives up a request after `silent_s` without a byte."""
     wait_s = 2 * silence_s() if silent_s is None else silent_s
     config = Config(
@@ -51,7 +53,9 @@ def client(bucket: str, *, attempts: int = 1, silent_s: float | None = None) -> 
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
     with _building:  # the session, which is expensive to make, belongs to all threads and bears one at a time
-        return boto3.client("s3", region_name=_region(bucket), endpoint_url=endpoint(), config=config)
+        made = boto3.client("s3", region_name=_region(bucket), endpoint_url=endpoint(), config=config)
+    with contextlib.closing(made):
+        yield made
 
 
 def filesystem(bucket: str) -> pafs.S3FileSystem:
@@ -60,10 +64,11 @@ def filesystem(bucket: str) -> pafs.S3FileSystem:
     if url := endpoint():
         parts = urlsplit(url)
         options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
+    silent_s = max(silence_s(), 1.0)  # curl, which sees to it, counts whole seconds
     return pafs.S3FileSystem(
-        connect_timeout=silence_s(),
-        request_timeout=max(silence_s(), 1.0),  # the silence that curl bears, in whole seconds
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_attempts(silence_s())),
+        connect_timeout=silent_s,
+        request_timeout=silent_s,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_attempts(silent_s)),
         **options,
     )
 
@@ -87,13 +92,15 @@ def delta_options(uri: str) -> dict[str, str]:
 def get(uri: str) -> bytes:
     """The bytes of an object."""
     bucket, key = split(uri)
-    return bytes(client(bucket).get_object(Bucket=bucket, Key=key)["Body"].read())
+    with client(bucket) as asked, contextlib.closing(asked.get_object(Bucket=bucket, Key=key)["Body"]) as body:
+        return bytes(body.read())
 
 
 def put(uri: str, data: bytes) -> None:
     """Write an object."""
     bucket, key = split(uri)
-    client(bucket).put_object(Bucket=bucket, Key=key, Body=data)
+    with client(bucket) as asked:
+        asked.put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -103,7 +110,8 @@ def create(uri: str, data: bytes) -> bool:
     """
     bucket, key = split(uri)
     try:
-        client(bucket).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        with client(bucket) as asked:
+            asked.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
     except ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] != 412:
             raise
@@ -112,7 +120,7 @@ def create(uri: str, data: bytes) -> bool:
     try:
         return get(uri) == data
     except ClientError as error:
-        if is_missing(error):
+        if _is_missing(error):
             return False  # it was there a moment ago
         raise
 
@@ -120,7 +128,8 @@ def create(uri: str, data: bytes) -> bool:
 def delete(uri: str) -> None:
     """Remove an object, if there is one."""
     bucket, key = split(uri)
-    client(bucket).delete_object(Bucket=bucket, Key=key)
+    with client(bucket) as asked:
+        asked.delete_object(Bucket=bucket, Key=key)
 
 
 def size_bytes(uri: str) -> int | None:
@@ -129,9 +138,10 @@ def size_bytes(uri: str) -> int | None:
     if not key:
         return None
     try:
-        return int(client(bucket).head_object(Bucket=bucket, Key=key)["ContentLength"])
+        with client(bucket) as asked:
+            return int(asked.head_object(Bucket=bucket, Key=key)["ContentLength"])
     except ClientError as error:
-        if is_missing(error):
+        if _is_missing(error):
             return None
         raise
 
@@ -139,22 +149,23 @@ def size_bytes(uri: str) -> int | None:
 def pages(uri: str, *, what: str) -> Iterator[list[tuple[str, int]]]:
     """The objects below a prefix, key and size of each, as many at once as the store gives in one answer."""
     bucket, key = split(uri)
-    lister = client(bucket)
     more: dict[str, str] = {}
-    while True:
-        ask = functools.partial(lister.list_objects_v2, Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
-        page = persistently(ask, what)
-        yield [(entry["Key"], entry["Size"]) for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
-        if not page.get("IsTruncated"):
-            return
-        more = {"ContinuationToken": page["NextContinuationToken"]}
+    with client(bucket) as asked:
+        while True:
+            ask = functools.partial(asked.list_objects_v2, Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
+            page = persistently(ask, what)
+            yield [(found["Key"], found["Size"]) for found in page.get("Contents", ()) if found["Key"][-1] != "/"]
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def download(uri: str, path: Path) -> None:
     """Write an object of any size as a file, which is there in whole or not at all."""
     bucket, key = split(uri)
     try:
-        _carrier(bucket).download_file(bucket, key, str(path))
+        with _carrier(bucket) as carrier:
+            carrier.download_file(bucket, key, str(path))
     except RetriesExceededError as error:
         raise error.last_exception from error
 
@@ -162,23 +173,24 @@ def download(uri: str, path: Path) -> None:
 def upload(path: Path, uri: str) -> None:
     """Write a file of any size as an object, which is there in whole or not at all."""
     bucket, key = split(uri)
-    with path.open("rb") as file:
-        _carrier(bucket).upload_fileobj(file, bucket, key)
+    with path.open("rb") as file, _carrier(bucket) as carrier:
+        carrier.upload_fileobj(file, bucket, key)
 
 
 def copy(source_uri: str, target_uri: str) -> None:
     """Have the store itself copy an object."""
     (source, source_key), (target, target_key) = split(source_uri), split(target_uri)
     named = {"Bucket": source, "Key": source_key}
-    _carrier(target).copy(named, target, target_key, SourceClient=_carrier(source))
+    with _carrier(target) as carrier, _carrier(source) as reader:
+        carrier.copy(named, target, target_key, SourceClient=reader)
 
 
-def is_missing(error: ClientError) -> bool:
+def _is_missing(error: ClientError) -> bool:
     """Whether an error says that there is no such object."""
     return error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey")
 
 
-def _carrier(bucket: str) -> Any:
+def _carrier(bucket: str) -> contextlib.AbstractContextManager[Any]:
     # A large file is many requests: each has attempts of its own, so that not the whole is done again for one of them.
     return client(bucket, attempts=_attempts(2 * silence_s()))
 

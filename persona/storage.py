@@ -109,8 +109,8 @@ def _check_s3(uri: str, flag: str, write: bool) -> None:
                 f"{flag}: {uri} needs credentials and there are none; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a store other than AWS), or run under a role"
             )
-        client = s3.client(bucket, attempts=3, silent_s=_ANSWER_S)
-        found = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+        with s3.client(bucket, attempts=3, silent_s=_ANSWER_S) as client:
+            found = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "unknown")
         if code == "NoSuchBucket":

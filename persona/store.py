@@ -162,15 +162,14 @@ class Store:
     def write(self, table: str, rows: pa.Table) -> None:
         """`stage` and commit, in this process alone: what a job does with many."""
         if rows.num_rows:
-            staged = self.stage(table, rows)
             with self.writer(table, job="a single write") as writer:
-                writer.commit(staged)
+                writer.commit(self.stage(table, rows))
 
     @contextmanager
     def writer(self, table: str, *, job: str) -> Iterator["Writer"]:
         """The right to commit to a table, for as long as the context is open. Raises `LeaseHeld`: by whom."""
-        with Lease.acquire(self.uri, table, job=job) as lease:
-            opened = Table(join(self.uri, table), table)
+        opened = Table(join(self.uri, table), table)
+        with Lease.acquire(self.uri, table, job=job, above=opened.lease()) as lease:
             opened.fence(lease.number, job=job)
             yield Writer(opened, lease)
 

@@ -5,17 +5,18 @@ table's lease. The log itself puts commits in order (on S3 by conditional put, s
 knows which lease rules. Anyone reads the table without this project.
 """
 
-import contextlib
 import io
 import json
 import random
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,7 +36,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from persona import storage
 from persona.errors import LeaseLost, StorageError
 from persona.layouts import LAYOUTS, DataFile
-from persona.retries import persistently
+from persona.retries import in_one_line, is_transient, persistently
 from persona.storage import delta_options
 
 _WRITER = WriterProperties(
@@ -51,10 +52,12 @@ _PARQUET: dict[str, Any] = {
     "row_group_size": 16_384,
 }
 _LARGE = ("vector", "persona", "output")
-# The name under which a lease's number stands in the log, as one of Delta's application transactions.
-_WRITER_NAME = "persona.lease"
+# The names under which the number of the lease that rules, and that of the commits so far, stand in the log: Delta's
+# application transactions, which every later version keeps.
+_LEASE, _COMMITS = "persona.lease", "persona.commits"
 _JOB = "persona.job"
 _TRY_FOR_S = 300.0
+_DELETIONS_AT_ONCE = 16
 
 
 class Table:
@@ -150,14 +153,17 @@ class Table:
 
     def files(self, partitions: Sequence[Any] | None = None, *, version: int | None = None) -> list[DataFile]:
         """The files of some partitions, or of all, with what the log says of them."""
-        found = pa.table(self._at(version).get_add_actions(flatten=True))
+        return self._files(self._at(version), partitions)
+
+    def _files(self, table: DeltaTable, partitions: Sequence[Any] | None = None) -> list[DataFile]:
+        found = pa.table(table.get_add_actions(flatten=True))
         name = f"partition.{self.layout.partition}"
         if partitions is not None:
             found = found.filter(pc.is_in(found[name], value_set=pa.array(partitions, found.schema.field(name).type)))
         spans = {n: (f"min.{n}", f"max.{n}") for n in self.layout.spans}
         return [
             DataFile(
-                path=row["path"],
+                path=unquote(row["path"]),  # the log holds it in the form of a URL
                 partition=str(row[name]),
                 n_rows=row["num_records"],
                 size_bytes=row["size_bytes"],
@@ -199,7 +205,9 @@ class Table:
         """Columns of one file, the partition's among them; `vector` comes as `large_binary`."""
         names = self.layout.schema.names if columns is None else list(columns)
         stored = [name for name in names if name != self.layout.partition]
-        data = persistently(lambda: self._read(file, stored), f"cannot read {file.path} of {self.uri}")
+        what = f"cannot read {file.path} of {self.uri}"
+        with _storage_errors(what):
+            data = persistently(lambda: self._read(file, stored), what)
         kind = self.layout.schema.field(self.layout.partition).type
         value = pa.scalar(self.partition_values([file.partition])[0], kind)
         data = data.append_column(self.layout.partition, pa.repeat(value, data.num_rows)).select(names)
@@ -215,13 +223,20 @@ class Table:
         """Delete a file that was never committed."""
         storage.delete(storage.join(self.uri, file.path))
 
+    def lease(self) -> int:
+        """The number of the lease that rules; 0 before the first."""
+        return self._at(None).transaction_version(_LEASE) or 0
+
     def fence(self, number: int, *, job: str) -> None:
         """Note in the log that the lease of this number rules, for this job; older holders cannot commit any more."""
-        while self._fence() < number:
-            with contextlib.suppress(CommitFailedError):
-                self._transact([], number, {_JOB: job})
-        if self._fence() > number:
-            raise _lost(self.uri, number, self._fence())
+        give_up = time.monotonic() + _TRY_FOR_S
+        while self.lease() < number:
+            seen = self._latest.version()
+            try:
+                self._transact([], {_LEASE: number}, {_JOB: job})
+            except (CommitFailedError, StorageError) as error:
+                self._wait(error, seen, give_up)
+        self._held(number)
 
     def commit(self, add: Sequence[DataFile] = (), remove: Sequence[DataFile] = (), *, lease: int) -> None:
         """Files in and out, in one commit that counts once.
@@ -234,66 +249,99 @@ class Table:
             LeaseLost: a later lease rules.
             StorageError: a file to remove is gone, because another program changed the table; or no answer.
         """
-        if not add and not remove:
-            return
-        actions: list[Any] = [self._added(file) for file in add]
         now_ms = int(time.time() * 1000)
+        actions: list[Any] = [self._added(file) for file in add]
         actions += [
             RemoveAction(file.path, True, now_ms, file.size_bytes, {self.layout.partition: file.partition})
             for file in remove
         ]
+        if actions:
+            self._put(actions, lease, {file.path for file in remove})
+
+    def _put(self, actions: list[Any], lease: int, leaving: Collection[str] = ()) -> None:
         give_up = time.monotonic() + _TRY_FOR_S
-        first = True
+        number = None
         while True:
-            if self._fence() != lease:
-                raise _lost(self.uri, lease, self._fence())
-            if remove or not first:
-                there = {file.path for file in self.files()}
-                if not first and all(file.path in there for file in add) and not any(f.path in there for f in remove):
-                    return
-                if gone := [file.path for file in remove if file.path not in there]:
-                    raise StorageError(
-                        f"another program has removed {gone[0]} from {self.uri} while this run replaced rows of it; "
-                        "nothing was lost, run the same command again"
-                    )
-            first = False
+            # One look at the log answers all that follows: between two of them, another run could take over unseen.
+            latest = self._held(lease)
+            count = latest.transaction_version(_COMMITS) or 0
+            number = count + 1 if number is None else number
+            if count >= number:
+                return  # only this lease's holder counts, so it was an attempt of which no answer came
+            there = {file.path for file in self._files(latest)} if leaving else set()
+            if gone := next((path for path in leaving if path not in there), None):
+                raise StorageError(
+                    f"another program has removed {gone} from {self.uri} while this run replaced rows of it; "
+                    "nothing was lost, run the same command again"
+                )
+            seen = latest.version()
             try:
-                self._transact(actions, lease)
+                self._transact(actions, {_LEASE: lease, _COMMITS: number})
                 return
-            except CommitFailedError as error:
-                if time.monotonic() > give_up:
-                    raise StorageError(f"other writers of {self.uri} left no gap for {_TRY_FOR_S:.0f} s") from error
-            except StorageError:
-                if time.monotonic() > give_up:
-                    raise
-            time.sleep(random.uniform(0.01, 0.5))
+            except (CommitFailedError, StorageError) as error:
+                self._wait(error, seen, give_up)
+
+    def _wait(self, error: Exception, seen: int, give_up: float) -> None:
+        """A moment before the next attempt; raises where there is no use in one on top of a later version than seen."""
+        refused = isinstance(error, CommitFailedError) and not is_transient(error) and self.version() == seen
+        if refused or time.monotonic() > give_up:
+            raise StorageError(f"cannot write to the table {self.uri}: {in_one_line(error)}") from error
+        time.sleep(random.uniform(0.01, 0.5))
+
+    def _held(self, lease: int) -> DeltaTable:
+        """The newest version, in which this lease rules. Raises LeaseLost."""
+        ruling = self.lease()
+        if ruling != lease:
+            raise LeaseLost(
+                f"another run has taken over {self.uri} (lease {ruling}; this run held {lease} and did not renew it in "
+                "time); nothing was written since, run the same command again"
+            )
+        return self._latest
 
     def compact(self, *, lease: int, target_bytes: int) -> dict[str, Any]:
         """Merge small files of each partition, by the library's own means; returns its counts."""
+        latest = self._held(lease)
         try:
             with _storage_errors(f"cannot compact the table {self.uri}"):
-                found: dict[str, Any] = self._at(None).optimize.compact(
+                found: dict[str, Any] = latest.optimize.compact(
                     target_size=target_bytes,
                     writer_properties=_WRITER,
-                    commit_properties=CommitProperties(app_transactions=[Transaction(_WRITER_NAME, lease)]),
+                    commit_properties=CommitProperties(app_transactions=[Transaction(_LEASE, lease)]),
                 )
-        except CommitFailedError:
-            raise _lost(self.uri, lease, self._fence()) from None
+        except CommitFailedError as error:
+            self._held(lease)
+            raise StorageError(
+                f"cannot compact the table {self.uri}, which another program changed meanwhile ({in_one_line(error)}); "
+                "nothing was lost, run the same command again"
+            ) from error
         return found
 
-    def vacuum(self, *, retention_hours: int) -> list[str]:
-        """Delete the files that no version of the last hours holds, also those that were never committed."""
-        with _storage_errors(f"cannot vacuum the table {self.uri}"):
-            return list(
-                self._at(None).vacuum(retention_hours, dry_run=False, enforce_retention_duration=False, full=True)
-            )
+    def vacuum(self, *, lease: int, keep_hours: int) -> list[str]:
+        """Delete the files that no version of the last hours holds, also those that were never committed.
+
+        With 0 hours, everything but the newest version goes. Files are listed first, and deleted if this lease rules
+        after that: whoever rules later has staged nothing before, so nothing of theirs is on the list.
+        """
+        if not self.layout.key:
+            keep_hours = max(keep_hours, 1)  # `append` needs no lease: what it is about to commit is younger than that
+        listed = storage.list_files(self.uri, (".parquet",)) if not keep_hours else []
+        with _storage_errors(f"cannot list what is unused of the table {self.uri}"):
+            unused = set(self._at(None).vacuum(keep_hours, dry_run=True, enforce_retention_duration=False, full=True))
+        used = {file.path for file in self._files(self._held(lease))}
+        # The library believes clocks, and those of two machines differ.
+        unused |= {file.uri.removeprefix(storage.join(self.uri, "")) for file in listed}
+        found = sorted(storage.join(self.uri, path) for path in unused - used)
+        with ThreadPoolExecutor(_DELETIONS_AT_ONCE) as pool:
+            list(pool.map(storage.delete, found))
+        return found
 
     def forget_log(self, *, lease: int) -> list[str]:
         """Delete every version but a new last one: old ones name, in statistics, who is gone. Returns the files."""
-        self._transact([], lease)
+        self._put([], lease)
+        latest = self._held(lease)
         with _storage_errors(f"cannot write a checkpoint of {self.uri}"):
-            self._at(None).create_checkpoint()
-        last = self._latest.version()
+            latest.create_checkpoint()
+        last = latest.version()
         old = [
             file.uri
             for file in storage.list_files(storage.join(self.uri, "_delta_log"))
@@ -312,10 +360,7 @@ class Table:
         partition = {self.layout.partition: file.partition}
         return AddAction(file.path, file.size_bytes, partition, int(time.time() * 1000), True, json.dumps(stats))
 
-    def _fence(self) -> int:
-        return self._at(None).transaction_version(_WRITER_NAME) or 0
-
-    def _transact(self, actions: list[Any], lease: int, facts: dict[str, Any] | None = None) -> None:
+    def _transact(self, actions: list[Any], numbers: Mapping[str, int], facts: dict[str, Any] | None = None) -> None:
         """One attempt to be the next version. Raises CommitFailedError when another one was."""
         with _storage_errors(f"cannot write to the table {self.uri}"):
             self._latest.create_write_transaction(
@@ -326,14 +371,15 @@ class Table:
                 commit_properties=CommitProperties(
                     custom_metadata=facts,
                     max_commit_retries=0,
-                    app_transactions=[Transaction(_WRITER_NAME, lease)],
+                    app_transactions=[Transaction(name, number) for name, number in numbers.items()],
                 ),
             )
 
     def _at(self, version: int | None) -> DeltaTable:
-        with _storage_errors(f"cannot read the log of the table {self.uri}"):
+        what = f"cannot read the log of the table {self.uri}"
+        with _storage_errors(what):
             if version is None:
-                self._latest.update_incremental()
+                persistently(self._latest.update_incremental, what)
                 return self._latest
             if self._pinned is None or self._pinned[0] != version:
                 options = delta_options(self.uri)
@@ -354,13 +400,6 @@ def _literal(value: str | int) -> str:
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
 
 
-def _lost(uri: str, mine: int, ruling: int) -> LeaseLost:
-    return LeaseLost(
-        f"another run has taken over {uri} (lease {ruling}; this run held {mine} and did not renew it in time); "
-        "nothing was written since, run the same command again"
-    )
-
-
 @contextmanager
 def _storage_errors(what: str) -> Iterator[None]:
     """Give the libraries' errors, which run over many lines, one that a person can read; conflicts pass."""
@@ -368,5 +407,5 @@ def _storage_errors(what: str) -> Iterator[None]:
         yield
     except CommitFailedError:
         raise
-    except (DeltaError, OSError) as error:
+    except (DeltaError, OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{what}: {' '.join(str(error).split())[:500]}") from error

@@ -90,12 +90,13 @@ class Writer:
     def vacuum(self, *, keep_hours: int) -> int:
         """Deletes files that no version of the last hours has, and those never committed; returns how many."""
         self.lease.check()
-        return len(self.table.vacuum(retention_hours=keep_hours))
+        return len(self.table.vacuum(lease=self.lease.number, keep_hours=keep_hours))
 
     def erase_history(self) -> int:
         """Deletes every file, and every line of the log, that the newest version does not need; returns how many."""
         self.lease.check()
-        return len(self.table.vacuum(retention_hours=0)) + len(self.table.forget_log(lease=self.lease.number))
+        number = self.lease.number
+        return len(self.table.vacuum(lease=number, keep_hours=0)) + len(self.table.forget_log(lease=number))
 
 
 def rewrite(table: Table, file: DataFile, replacing: Sequence[DataFile]) -> Rewritten | None:

@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,85 +17,17 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from persona import histories
 from persona.errors import InputError, StorageError, StoreMismatch
 from persona.histories import bucket_of, text_hash
 from persona.inputs import rejects
 from persona.storage import delta_options, join
-from persona.store import DEFAULT_BUCKETS, Identity, Store
-
-IDENTITY = Identity(
-    encoder="tiny", revision="abc", fingerprint="f00d", width=4, pooling="mean", max_tokens=16, text_rule="text"
-)
-NASTY = ["it's", 'a "b"', "x/y", "{}", "é", "👍", " lead", "\\", "a\nb", "%20", "--", ";"]
+from persona.store import DEFAULT_BUCKETS, Store
+from tests.stores import IDENTITY, NASTY, answers, behaviors, encode, everything, refresh
 
 
 @pytest.fixture
 def store(root: str) -> Store:
     return Store.create(join(root, "store"), IDENTITY, 4)
-
-
-def behaviors(*rows: tuple[str, str, str, int | None], n_buckets: int = 4) -> pa.Table:
-    """(user_id, behavior_id, text, timestamp in microseconds) as `histories.validate` gives them."""
-    users, names, texts, times = zip(*rows, strict=True)
-    columns = {
-        "user_id": users,
-        "behavior_id": names,
-        "text": texts,
-        "timestamp": pa.array(times, pa.timestamp("us", "UTC")),
-        "bucket": bucket_of(users, n_buckets),
-        "text_hash": text_hash(texts),
-    }
-    return pa.table(columns, schema=histories.SCHEMA)
-
-
-def encode(rows: pa.Table) -> pa.Table:
-    """A vector that tells its text: the text's length, four times."""
-    texts = rows["text"].to_pylist()
-    vectors = [None if text is None else np.full(4, len(text), "<f2").tobytes() for text in texts]
-    return rows.append_column("vector", pa.array(vectors, pa.binary()))
-
-
-def refresh(store: Store, rows: pa.Table, *, sync: bool = False) -> dict[str, int]:
-    """What `embed` does, without Ray and without an encoder."""
-    total: dict[str, int] = {}
-    for bucket in set(rows["bucket"].to_pylist()):
-        mine = rows.filter(pa.compute.equal(rows["bucket"], bucket))
-        to_encode, counts = store.missing(bucket, mine, sync=sync)
-        store.write("behaviors", encode(to_encode))
-        total = {name: total.get(name, 0) + n for name, n in counts.items()}
-    return total
-
-
-def everything(store: Store) -> list[tuple[str, str, float]]:
-    tables = [store.read_histories(bucket) for bucket in range(store.n_buckets)]
-    return [
-        (row["user_id"], row["behavior_id"], float(np.frombuffer(row["vector"], "<f2")[0]))
-        for table in tables
-        for row in table.to_pylist()
-    ]
-
-
-def answers(
-    *ids: str, variant: str = "own", fingerprint: str = "f", output: str = "o", changes: Sequence[str] = ()
-) -> pa.Table:
-    n = len(ids)
-    return pa.table(
-        {
-            "request_id": ids,
-            "user_id": ids,
-            "output": [output] * n,
-            "variant": [variant] * n,
-            "plug": ["p"] * n,
-            "llm": ["l"] * n,
-            "n_behaviors": pa.array([1] * n, pa.int32()),
-            "n_tokens": pa.array([2] * n, pa.int32()),
-            "finish_reason": ["stop"] * n,
-            "fingerprint": [fingerprint] * n,
-            "bucket": bucket_of(ids, 4),
-            "change": list(changes) or ["new"] * n,
-        }
-    )
 
 
 def test_a_store_remembers_who_may_write_to_it(store: Store) -> None:
@@ -184,7 +115,7 @@ def test_a_vector_of_another_width_is_refused(store: Store, vector: bytes | None
     rows = rows.append_column("vector", pa.array([bytes(8), vector]))
     with pytest.raises(StoreMismatch, match="width 4, 8 bytes each"):
         store.write("behaviors", rows)
-    assert store.version("behaviors") == 0
+    assert everything(store) == [] and store.table("behaviors").files() == []
 
 
 def test_histories_are_read_by_user_and_in_order(store: Store) -> None:
