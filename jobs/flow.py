@@ -32,10 +32,6 @@ class Tally:
         """Notes what a unit of a stage did; the last word on a unit counts."""
         self._units[stage, unit] = dict(counts)
 
-    def units(self, stage: str) -> list[str]:
-        """The units of a stage that have been noted."""
-        return [unit for at, unit in self._units if at == stage]
-
     def totals(self) -> Counts:
         """Sums over units, by stage and name."""
         sums: Counts = defaultdict(lambda: defaultdict(float))
@@ -66,14 +62,6 @@ def totals(tally: Any) -> Counts:
 
     sums: Counts = ray.get(tally.totals.remote())
     return sums
-
-
-def units(tally: Any, stage: str) -> list[str]:
-    """The units of a stage that the tally knows now."""
-    import ray
-
-    found: list[str] = ray.get(tally.units.remote(stage))
-    return found
 
 
 @contextmanager
@@ -157,11 +145,11 @@ def requests_with_histories(
     versions: Mapping[str, int],
     stage: str = "join",
     limit: int | None = None,
-    keep: Any = None,
+    keep: Callable[..., Any] | None = None,
 ) -> "Dataset":
     """Requests, each once for each of `personas` with the history that it may see (`persona.join`), bucket by bucket.
 
-    `keep(joined, store, bucket)` may take rows out before their vectors are read; `stage` is where the tally counts.
+    `keep(joined, store, bucket)` may take rows out before they go on; `stage` is where the tally counts them.
     """
     reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target}
     rows = read(splits, read_requests, limit=limit, **reading)
@@ -188,20 +176,18 @@ def keep_good(
     import pyarrow as pa
 
     rejects = []
-    n_good = n_unreadable = 0
+    n_good = 0
     good = None
     for records in batches:
         good, bad = validate(records)
         n_good += good.num_rows
-        n_unreadable += records.rejects.num_rows
         if bad.num_rows:
             rejects.append(bad)
         if good.num_rows:
             yield good
     if good is not None and not n_good:
         yield good  # no rows, but columns, which the steps to come look for
-    # What could not even be read as a row: nobody knows whose it was.
-    counts: dict[str, float] = {"rows": n_good, "rejects": 0, "unreadable": n_unreadable}
+    counts: dict[str, float] = {"rows": n_good, "rejects": 0}
     if rejects:
         table = pa.concat_tables(rejects)
         store.write_rejects(table)
@@ -220,7 +206,7 @@ def join_bucket(
     personas: Sequence["Persona"],
     max_behaviors: int,
     versions: Mapping[str, int],
-    keep: Any,
+    keep: Callable[..., Any] | None,
 ) -> Iterator["pa.Table"]:
     """The requests of one bucket with their histories, a few hundred at a time; of a repeated id the first counts."""
     import numpy as np
@@ -236,39 +222,17 @@ def join_bucket(
     for persona in personas:
         for start in range(0, requests.num_rows, _JOINED_ROWS):
             part = requests.slice(start, _JOINED_ROWS)
-            part = part.append_column("persona", pa.repeat(persona, part.num_rows))
-            how: dict[str, Any] = {"persona": persona, "max_behaviors": max_behaviors, "versions": versions}
-            joined = join_histories(part, store, bucket, with_vectors=keep is None, **how)
+            joined = join_histories(
+                part, store, bucket, persona=persona, max_behaviors=max_behaviors, versions=versions
+            ).append_column("persona", pa.repeat(persona, part.num_rows))
             if persona == sees_own:
                 counts["untimed"] += sum(joined["n_untimed"].to_pylist())
                 counts["empty"] += joined["n_behaviors"].to_pylist().count(0)
             if keep is not None:
-                kept = keep(joined, store, bucket, counts).select([*part.column_names, *keep.adds])
-                joined = join_histories(kept, store, bucket, **how)
+                joined = keep(joined, store, bucket)
             counts["kept"] += joined.num_rows
             yield joined
     note(tally, stage, str(bucket), counts)
-
-
-def each(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **settings: Any) -> Iterator["pa.Table"]:
-    """What `work(table_of_one_item, **settings)` yields, items being worked on side by side."""
-    import ray
-
-    if items:
-        rows = ray.data.from_items(list(items), override_num_blocks=len(items))
-        done = rows.map_batches(work, batch_size=1, batch_format="pyarrow", fn_kwargs=settings)
-        yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
-
-
-def each_row(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **settings: Any) -> Iterator[dict[str, Any]]:
-    """The rows of what `each` yields."""
-    for table in each(items, work, **settings):
-        yield from table.to_pylist()
-
-
-def stage(rows: "pa.Table", *, store: "Store", table: str) -> "pa.Table":
-    """Writes a block to files that nobody sees until the driver commits them (`jobs.commits`)."""
-    return store.stage(table, rows)
 
 
 def reject_rows(counts: Counts) -> list[tuple[str, str]]:
