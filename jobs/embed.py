@@ -1,17 +1,20 @@
 """Encode what the store lacks: histories (Parquet or JSONL) become rows of the `behaviors` table, a text a row.
 
-Reads `--histories`, writes `<store>/behaviors` and `<store>/rejects`. Running it again encodes only what is new or
-edited, so the same command is the scheduled refresh.
+Reads `--histories`, writes `<store>/behaviors` and `<store>/rejects`, and with `--plug` brings `<store>/personas` up to
+date. Running it again encodes only what is new or edited, so the same command is the scheduled refresh; with `--sync`
+it also takes out what the histories no longer have.
 """
 
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jobs import command, flow, session
+from jobs import command, flow, personas, session
 from jobs.command import Summary
+from jobs.commits import Committer
 from persona.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +54,11 @@ class Config:
     buckets: int | None = None
     """Buckets of a new store, fixed for its life; about one for each 100,000 behaviors to come (default 64)."""
     block_rows: int = 4096
-    """Behaviors of one commit; what a killed run loses is at most this for each actor."""
+    """Behaviors that are encoded and committed together; a killed run loses at most two such blocks of each actor."""
+    sync: bool = False
+    """Take out what the histories no longer have; nothing goes while lines are unreadable or rejects are many."""
+    plug: str | None = None
+    """Folder of a plug: the personas of all users whose behaviors have changed are made with it (weighed equally)."""
     actors: int | None = None
     """Encoder actors; default one a GPU, or one a core."""
     cpus_per_actor: int = 1
@@ -69,6 +76,8 @@ class Config:
             command.at_least(self, name, 1)
         for name in ("buckets", "actors"):
             command.at_least(self, name, 1)
+        if self.sync and self.limit is not None:
+            raise UsageError("--sync with --limit would take out all that the limit leaves unread; give one of them")
         if not 0 <= self.max_reject_fraction <= 1:
             raise UsageError(f"--max-reject-fraction {self.max_reject_fraction}: must be between 0 and 1")
 
@@ -88,20 +97,32 @@ def main(config: Config) -> Summary:
     histories.check_columns(splits, columns)
     folder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
     identity = _identity(config, folder)
+    plug = personas.check_plug(config.plug, identity) if config.plug else None
     if config.dry_run:
-        return _plan(target, splits, identity)
+        return _plan(config, target, splits, identity)
     store = Store.open_or_create(target, identity, config.buckets)
 
-    machines = session.connect()
-    tally = flow.new_tally()
-    with flow.progress(tally, _progress_line):
-        for _ in _commits(config, splits, columns, store, machines, tally):
-            pass
+    with ExitStack() as leases:
+        # Both before any work: who cannot have the second one should not learn it hours later.
+        writer = leases.enter_context(store.writer("behaviors", job="jobs.embed"))
+        of_personas = leases.enter_context(store.writer("personas", job="jobs.embed")) if plug else None
+        machines = session.connect()
+        tally = flow.new_tally()
+        with flow.progress(tally, _progress_line):
+            with Committer(writer, tally) as committer:
+                for staged in _staged(config, splits, columns, store, machines, tally):
+                    committer.take(staged)
+            if config.sync and not _doubt(config, flow.totals(tally)):
+                seen = set(flow.units(tally, "compare"))
+                for bucket in sorted({str(bucket) for bucket in store.buckets()} - seen):
+                    flow.note(tally, "compare", bucket, {"gone": writer.remove_partition(bucket)})
+            if plug is not None and of_personas is not None:
+                personas.update(store, of_personas, plug, tally)
     counts = flow.totals(tally)
     return _summary(config, store, counts, time.perf_counter() - started)
 
 
-def _commits(
+def _staged(
     config: Config,
     splits: "list[Split]",
     columns: "Columns",
@@ -109,9 +130,9 @@ def _commits(
     machines: Any,
     tally: Any,
 ) -> Iterator[Any]:
-    """The job as one chain: read, find what is missing, encode, commit."""
+    """The job as one chain: read, find what is missing, encode, stage."""
     rows = flow.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
-    missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, store=store, tally=tally)
+    missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, store=store, tally=tally, config=config)
     yield from (
         missing.repartition(target_num_rows_per_block=config.block_rows)
         .map_batches(
@@ -123,13 +144,27 @@ def _commits(
             **machines.pool(config.actors, config.cpus_per_actor),
         )
         .map_batches(
-            _commit,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
+            flow.stage,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={"store": store, "tally": tally},
+            fn_kwargs={"store": store, "table": "behaviors"},
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )
+
+
+def _unread(counts: flow.Counts) -> int:
+    """Files and lines of the histories of which nobody knows what they hold."""
+    return int(counts.get("read", {}).get("unreadable", 0))
+
+
+def _doubt(config: Config, counts: flow.Counts) -> str:
+    """Why what seems to be gone may be there after all; empty where there is no doubt."""
+    if unread := _unread(counts):
+        return f"{unread:,} files or lines could not be read and may hold what seems gone"
+    if flow.exit_code(counts, config.max_reject_fraction):
+        return "more rows than --max-reject-fraction allows were rejected, among them perhaps what seems gone"
+    return ""
 
 
 def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> Iterator["pa.Table"]:
@@ -143,10 +178,12 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> 
     yield from flow.keep_good(read_split(split, job="embed"), validate, split=split, store=store, tally=tally)
 
 
-def _missing(rows: "pa.Table", *, store: "Store", tally: Any) -> "pa.Table":
-    """Of one bucket's behaviors, those that the store lacks or holds with another text."""
+def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) -> "pa.Table":
+    """Of one bucket's behaviors, those that the store lacks or holds with another text, and those that are gone."""
     bucket = rows["bucket"][0].as_py()
-    missing, counts = store.missing(bucket, rows)
+    # All input has been read before the first bucket comes here.
+    sync = config.sync and not _doubt(config, flow.totals(tally))
+    missing, counts = store.missing(bucket, rows, sync=sync)
     flow.note(tally, "compare", str(bucket), counts)
     return missing
 
@@ -176,29 +213,26 @@ class Encode:
         self.tally = tally
 
     def __call__(self, behaviors: "pa.Table") -> "pa.Table":
-        """The column `text` becomes `vector`: 2·d bytes of little-endian float16."""
+        """The column `text` becomes `vector`: 2·d bytes of little-endian float16, null for what is gone."""
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         started = time.perf_counter()
-        encoded = self.encoder.encode(behaviors["text"].to_pylist())
+        texts = behaviors["text"].filter(pc.not_equal(behaviors["change"], "gone")).to_pylist()
+        encoded = self.encoder.encode(texts)
         width = encoded.vectors.shape[1]
         vectors = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(2 * width), len(encoded.vectors), [None, pa.py_buffer(encoded.vectors.astype("<f2").tobytes())]
-        )
-        counts = {"rows": behaviors.num_rows, "tokens": encoded.n_tokens, "padded": encoded.n_padded}
-        unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
-        flow.note(self.tally, "encode", unit, {**counts, "seconds": time.perf_counter() - started})
-        return behaviors.drop_columns(["text"]).append_column("vector", vectors.cast(pa.binary()))
-
-
-def _commit(rows: "pa.Table", *, store: "Store", tally: Any) -> "pa.Table":
-    """One block, one commit."""
-    import pyarrow as pa
-
-    store.write_behaviors(rows)
-    if rows.num_rows:
-        flow.note(tally, "commit", f"{rows['user_id'][0]}/{rows['behavior_id'][0]}", {"rows": rows.num_rows})
-    return pa.table({"rows": [rows.num_rows]})
+            pa.binary(2 * width), len(texts), [None, pa.py_buffer(encoded.vectors.astype("<f2").tobytes())]
+        ).cast(pa.binary())
+        if len(texts) < behaviors.num_rows:
+            place = pc.cumulative_sum(pc.not_equal(behaviors["change"], "gone").cast(pa.int64()))
+            is_there = pc.not_equal(behaviors["change"], "gone")
+            vectors = vectors.take(pc.if_else(is_there, pc.subtract(place, 1), None).combine_chunks())
+        if behaviors.num_rows:
+            unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
+            counts = {"rows": len(texts), "tokens": encoded.n_tokens, "padded": encoded.n_padded}
+            flow.note(self.tally, "encode", unit, {**counts, "seconds": time.perf_counter() - started})
+        return behaviors.drop_columns(["text"]).append_column("vector", vectors)
 
 
 def _identity(config: Config, folder: "ModelFolder") -> "Identity":
@@ -226,14 +260,14 @@ def _progress_line(counts: flow.Counts, seconds: float) -> str:
     return f"embed: {done:,} of {total:,} behaviors encoded and committed, {done / seconds:,.0f}/s"
 
 
-def _plan(target: str, splits: "list[Split]", identity: "Identity") -> Summary:
+def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identity") -> Summary:
     from persona.store import Store
 
     n_bytes = sum(split.end - split.start for split in splits)
     try:
         store = Store.open(target)
         would = (
-            "add what is missing to the store"
+            f"add what is missing to the store{' and take out what the histories lack' if config.sync else ''}"
             if store.identity == identity
             else "refuse: the store belongs to another encoder"
         )
@@ -256,9 +290,13 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         "job": "embed",
         "store": store.uri,
         "read": int(counts.get("read", {}).get("rows", 0)),
-        **{name: int(compare.get(name, 0)) for name in ("known", "new", "edited", "duplicates")},
+        **{name: int(compare.get(name, 0)) for name in ("known", "new", "edited", "gone", "duplicates")},
+        "encoded": int(encode.get("rows", 0)),
         "committed": committed,
+        "files_rewritten": int(counts.get("commit", {}).get("rewritten", 0)),
+        "personas": int(counts.get("personas", {}).get("rows", 0)),
         "rejects": int(counts.get("read", {}).get("rejects", 0)),
+        "unreadable": _unread(counts),
         "tokens": int(encode.get("tokens", 0)),
         "seconds": round(seconds, 1),
         "behaviors_per_s": round(committed / seconds, 1),
@@ -269,12 +307,21 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         ("behaviors read", f"{result['read']:,}"),
         ("already known", f"{result['known']:,}"),
         ("encoded", f"{committed:,} ({result['new']:,} new, {result['edited']:,} edited)"),
+        *_sync_rows(config, result, _doubt(config, counts)),
+        *([("personas made", f"{result['personas']:,}")] if config.plug else []),
         ("tokens", f"{result['tokens']:,} and {padding:.1%} padding"),
         ("seconds", f"{seconds:,.1f} ({result['behaviors_per_s']:,} behaviors/s)"),
         ("store", f"{store.uri}, version {result['version']}"),
         *flow.reject_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
+
+
+def _sync_rows(config: Config, result: dict[str, Any], doubt: str) -> list[tuple[str, str]]:
+    if not config.sync:
+        return []
+    said = f"nothing, because {doubt}" if doubt else f"{result['gone']:,} that the histories no longer have"
+    return [("taken out", said)]
 
 
 if __name__ == "__main__":

@@ -161,10 +161,12 @@ def _losses(
 class _Answered:
     """Refuses requests without an answer when their bucket is joined, which is long before all losses are known."""
 
+    adds = ()
+
     def __init__(self, variants: Sequence[str]) -> None:
         self.variants = variants
 
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, _counts: Any) -> "pa.Table":
         """The rows as they came."""
         asked = set(joined["request_id"].to_pylist())
         for variant in self.variants:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from persona.errors import RunLost
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
@@ -32,6 +34,10 @@ class Tally:
         """Notes what a unit of a stage did; the last word on a unit counts."""
         self._units[stage, unit] = dict(counts)
 
+    def units(self, stage: str) -> list[str]:
+        """The units of a stage that have been noted."""
+        return [unit for at, unit in self._units if at == stage]
+
     def totals(self) -> Counts:
         """Sums over units, by stage and name."""
         sums: Counts = defaultdict(lambda: defaultdict(float))
@@ -51,17 +57,32 @@ def new_tally() -> Any:
 
 def note(tally: Any, stage: str, unit: str, counts: Mapping[str, float]) -> None:
     """Adds to the tally and waits until it is in: a worker may end as soon as its work is done."""
-    import ray
-
-    ray.get(tally.add.remote(stage, unit, counts))
+    _answer(tally.add.remote(stage, unit, counts))
 
 
 def totals(tally: Any) -> Counts:
     """What the tally knows now."""
+    sums: Counts = _answer(tally.totals.remote())
+    return sums
+
+
+def units(tally: Any, stage: str) -> list[str]:
+    """The units of a stage that the tally knows now."""
+    found: list[str] = _answer(tally.units.remote(stage))
+    return found
+
+
+def _answer(promise: Any) -> Any:
+    """What the tally answers. Counts that began anew would be wrong, and `--sync` acts on them: so it has one life."""
     import ray
 
-    sums: Counts = ray.get(tally.totals.remote())
-    return sums
+    try:
+        return ray.get(promise)
+    except ray.exceptions.RayActorError as error:
+        raise RunLost(
+            "the process that counts the work of this run has died (killed, or out of memory on the driver's machine); "
+            "what is committed stays: run the same command again"
+        ) from error
 
 
 @contextmanager
@@ -74,7 +95,10 @@ def progress(tally: Any, line: Callable[[Counts, float], str]) -> Iterator[None]
     def show() -> None:
         last, last_at = "", 0.0
         while not done.wait(1.0):
-            text = line(totals(tally), time.perf_counter() - started)
+            try:
+                text = line(totals(tally), time.perf_counter() - started)
+            except RunLost:
+                return  # the run itself will say so
             due = on_terminal or time.perf_counter() - last_at > _QUIET_S
             if text and text != last and due:
                 print(
@@ -145,11 +169,12 @@ def requests_with_histories(
     versions: Mapping[str, int],
     stage: str = "join",
     limit: int | None = None,
-    keep: Callable[..., Any] | None = None,
+    keep: Any = None,
 ) -> "Dataset":
     """Requests, each once for each of `personas` with the history that it may see (`persona.join`), bucket by bucket.
 
-    `keep(joined, store, bucket)` may take rows out before they go on; `stage` is where the tally counts them.
+    `keep(joined, store, bucket, counts)` may take rows out before their vectors are read, and adds the columns that
+    `keep.adds` names; `stage` is where the tally counts.
     """
     reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target}
     rows = read(splits, read_requests, limit=limit, **reading)
@@ -176,18 +201,20 @@ def keep_good(
     import pyarrow as pa
 
     rejects = []
-    n_good = 0
+    n_good = n_unreadable = 0
     good = None
     for records in batches:
         good, bad = validate(records)
         n_good += good.num_rows
+        n_unreadable += records.rejects.num_rows
         if bad.num_rows:
             rejects.append(bad)
         if good.num_rows:
             yield good
     if good is not None and not n_good:
         yield good  # no rows, but columns, which the steps to come look for
-    counts: dict[str, float] = {"rows": n_good, "rejects": 0}
+    # What could not even be read as a row: nobody knows whose it was.
+    counts: dict[str, float] = {"rows": n_good, "rejects": 0, "unreadable": n_unreadable}
     if rejects:
         table = pa.concat_tables(rejects)
         store.write_rejects(table)
@@ -206,7 +233,7 @@ def join_bucket(
     personas: Sequence["Persona"],
     max_behaviors: int,
     versions: Mapping[str, int],
-    keep: Callable[..., Any] | None,
+    keep: Any,
 ) -> Iterator["pa.Table"]:
     """The requests of one bucket with their histories, a few hundred at a time; of a repeated id the first counts."""
     import numpy as np
@@ -222,17 +249,39 @@ def join_bucket(
     for persona in personas:
         for start in range(0, requests.num_rows, _JOINED_ROWS):
             part = requests.slice(start, _JOINED_ROWS)
-            joined = join_histories(
-                part, store, bucket, persona=persona, max_behaviors=max_behaviors, versions=versions
-            ).append_column("persona", pa.repeat(persona, part.num_rows))
+            part = part.append_column("persona", pa.repeat(persona, part.num_rows))
+            how: dict[str, Any] = {"persona": persona, "max_behaviors": max_behaviors, "versions": versions}
+            joined = join_histories(part, store, bucket, with_vectors=keep is None, **how)
             if persona == sees_own:
                 counts["untimed"] += sum(joined["n_untimed"].to_pylist())
                 counts["empty"] += joined["n_behaviors"].to_pylist().count(0)
             if keep is not None:
-                joined = keep(joined, store, bucket)
+                kept = keep(joined, store, bucket, counts).select([*part.column_names, *keep.adds])
+                joined = join_histories(kept, store, bucket, **how)
             counts["kept"] += joined.num_rows
             yield joined
     note(tally, stage, str(bucket), counts)
+
+
+def each(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **settings: Any) -> Iterator["pa.Table"]:
+    """What `work(table_of_one_item, **settings)` yields, items being worked on side by side."""
+    import ray
+
+    if items:
+        rows = ray.data.from_items(list(items), override_num_blocks=len(items))
+        done = rows.map_batches(work, batch_size=1, batch_format="pyarrow", fn_kwargs=settings)
+        yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def each_row(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **settings: Any) -> Iterator[dict[str, Any]]:
+    """The rows of what `each` yields."""
+    for table in each(items, work, **settings):
+        yield from table.to_pylist()
+
+
+def stage(rows: "pa.Table", *, store: "Store", table: str) -> "pa.Table":
+    """Writes a block to files that nobody sees until the driver commits them (`jobs.commits`)."""
+    return store.stage(table, rows)
 
 
 def reject_rows(counts: Counts) -> list[tuple[str, str]]:

@@ -7,18 +7,20 @@ is replaced.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import command, flow, session
 from jobs.command import Summary
+from jobs.commits import Committer
 from persona.errors import UsageError
 from persona.options import Decoding
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from persona.inputs import Split
     from persona.plug_folder import PlugRecord
     from persona.store import Store
 
@@ -45,8 +47,10 @@ class Config(Decoding):
     """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
     batch_size: int = 32
     """Requests that are answered together; lower it when a GPU runs out of memory."""
+    keep_stale: bool = False
+    """Make only answers that are missing; leave those whose history, request, plug, LLM or decoding has changed."""
     block_rows: int = 512
-    """Answers of one commit; what a killed run loses is at most this for each actor."""
+    """Answers that are made and committed together; a killed run loses at most two such blocks of each actor."""
     actors: int | None = None
     """LLM actors; default one a GPU, or one a core."""
     cpus_per_actor: int = 1
@@ -89,41 +93,49 @@ def main(config: Config) -> Summary:
         would = f"answer the requests of {len({split.uri for split in splits})} files for {', '.join(config.persona)}"
         return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
 
-    machines = session.connect()
-    tally = flow.new_tally()
-    with flow.progress(tally, _progress_line):
-        for _ in (
-            flow.requests_with_histories(
-                splits,
-                store,
-                tally,
-                job="generate",
-                personas=config.persona,
-                max_behaviors=where["record"].max_behaviors,
-                needs_target=False,
-                versions={"behaviors": store.version("behaviors")},
-                limit=config.limit,
-                keep=_Unanswered(config, where),
-            )
-            .repartition(target_num_rows_per_block=config.block_rows)
-            .map_batches(
-                Generate,
-                fn_constructor_kwargs={"config": config, "where": where, "tally": tally},
-                batch_size=config.block_rows,
-                batch_format="pyarrow",
-                udf_modifying_row_count=False,
-                **machines.pool(config.actors, config.cpus_per_actor),
-            )
-            .map_batches(
-                _commit,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
-                batch_size=None,
-                batch_format="pyarrow",
-                fn_kwargs={"store": store, "tally": tally},
-            )
-            .iter_batches(batch_size=None, batch_format="pyarrow")
-        ):
-            pass
+    with store.writer("generations", job="jobs.generate") as writer:
+        machines = session.connect()
+        tally = flow.new_tally()
+        with flow.progress(tally, _progress_line), Committer(writer, tally) as committer:
+            for staged in _staged(config, splits, store, where, machines, tally):
+                committer.take(staged)
     return _summary(config, store, flow.totals(tally), time.perf_counter() - started)
+
+
+def _staged(
+    config: Config, splits: "list[Split]", store: "Store", where: Mapping[str, Any], machines: Any, tally: Any
+) -> Iterator[Any]:
+    """The job as one chain: read, join with what each request may see, answer, stage."""
+    yield from (
+        flow.requests_with_histories(
+            splits,
+            store,
+            tally,
+            job="generate",
+            personas=config.persona,
+            max_behaviors=where["record"].max_behaviors,
+            needs_target=False,
+            versions={"behaviors": store.version("behaviors")},
+            limit=config.limit,
+            keep=_Unanswered(config, where),
+        )
+        .repartition(target_num_rows_per_block=config.block_rows)
+        .map_batches(
+            Generate,
+            fn_constructor_kwargs={"config": config, "where": where, "tally": tally},
+            batch_size=config.block_rows,
+            batch_format="pyarrow",
+            udf_modifying_row_count=False,
+            **machines.pool(config.actors, config.cpus_per_actor),
+        )
+        .map_batches(
+            flow.stage,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"store": store, "table": "generations"},
+        )
+        .iter_batches(batch_size=None, batch_format="pyarrow")
+    )
 
 
 def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | None) -> dict[str, Any]:
@@ -189,27 +201,34 @@ def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[st
 
 
 class _Unanswered:
-    """Keeps the requests of a bucket that have no answer with their fingerprint."""
+    """Keeps the requests of a bucket that have no answer, or one with another fingerprint."""
+
+    adds = ("fingerprint", "variant", "change")
 
     def __init__(self, config: Config, where: Mapping[str, Any]) -> None:
         self.config = config
         self.where = where
 
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
-        """Rows of one persona; adds the columns `variant` and `fingerprint`."""
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, int]) -> "pa.Table":
+        """Rows of one persona; adds the columns of `adds`, and counts what is `stale`."""
         import pyarrow as pa
 
         columns = ["input", "query", "history_hash", "persona"]
         prints = [answer_fingerprint(row, self.config, self.where) for row in joined.select(columns).to_pylist()]
-        variants = [self.config.variant or persona for persona in joined["persona"].to_pylist()]
+        variant = self.config.variant or joined["persona"][0].as_py()
+        answered = store.answers(variant, bucket)
+        known = dict(zip(answered["request_id"].to_pylist(), answered["fingerprint"].to_pylist(), strict=True))
+        found = [known.get(request) for request in joined["request_id"].to_pylist()]
+        changes = [
+            "new" if old is None else None if old == now else "edited" for old, now in zip(found, prints, strict=True)
+        ]
+        counts["stale"] = counts.get("stale", 0) + changes.count("edited")
+        if self.config.keep_stale:
+            changes = [None if change == "edited" else change for change in changes]
         joined = joined.append_column("fingerprint", pa.array(prints, pa.string()))
-        joined = joined.append_column("variant", pa.array(variants, pa.string()))
-        answered: set[tuple[str, str]] = set()
-        for variant in set(variants):
-            known = store.answers(variant, bucket)
-            answered |= set(zip(known["request_id"].to_pylist(), known["fingerprint"].to_pylist(), strict=True))
-        asked = zip(joined["request_id"].to_pylist(), prints, strict=True)
-        return joined.filter(pa.array([pair not in answered for pair in asked], pa.bool_()))
+        joined = joined.append_column("variant", pa.repeat(variant, joined.num_rows))
+        joined = joined.append_column("change", pa.array(changes, pa.string()))
+        return joined.filter(joined["change"].is_valid())
 
 
 class Generate:
@@ -233,7 +252,7 @@ class Generate:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}
             flow.note(self.tally, "generate", unit, {**counts, "seconds": time.perf_counter() - started})
-        kept = ["request_id", "user_id", "variant", "n_behaviors", "fingerprint", "bucket"]
+        kept = ["request_id", "user_id", "variant", "n_behaviors", "fingerprint", "bucket", "change"]
         rows = requests.select(kept)
         for name in ("output", "n_tokens", "finish_reason"):
             rows = rows.append_column(name, answers[name])
@@ -249,16 +268,6 @@ def _with_models(rows: "pa.Table", where: Mapping[str, Any]) -> "pa.Table":
     return rows
 
 
-def _commit(rows: "pa.Table", *, store: "Store", tally: Any) -> "pa.Table":
-    """One block, one commit."""
-    import pyarrow as pa
-
-    store.write_generations(rows)
-    if rows.num_rows:
-        flow.note(tally, "commit", f"{rows['request_id'][0]}/{rows['variant'][0]}", {"rows": rows.num_rows})
-    return pa.table({"rows": [rows.num_rows]})
-
-
 def _progress_line(counts: flow.Counts, seconds: float) -> str:
     joined = counts.get("join", {})
     if not joined:
@@ -271,6 +280,7 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
     joined, generated = counts.get("join", {}), counts.get("generate", {})
     n_asked = int(joined.get("asked", 0)) * len(config.persona)
     n_answers = int(counts.get("commit", {}).get("rows", 0))
+    stale = _stale(config, int(joined.get("stale", 0)))
     result = {
         "job": "generate",
         "store": store.uri,
@@ -278,6 +288,7 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         "requests": int(joined.get("asked", 0)),
         "answered": n_answers,
         "already_answered": n_asked - int(joined.get("kept", 0)),
+        "stale": int(joined.get("stale", 0)),
         "repeated_ids": int(joined.get("repeated", 0)),
         "without_history": int(joined.get("empty", 0)),
         "untimed_behaviors": int(joined.get("untimed", 0)),
@@ -290,13 +301,19 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
     }
     table = [
         ("requests", f"{result['requests']:,} for {', '.join(config.persona)}"),
-        ("already answered", f"{result['already_answered']:,}"),
+        ("already answered", f"{result['already_answered']:,}{stale}"),
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
         ("seconds", f"{seconds:,.1f}"),
         ("store", f"{store.uri}, generations version {result['version']}"),
         *flow.reject_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
+
+
+def _stale(config: Config, n: int) -> str:
+    if not n:
+        return ""
+    return f", {n:,} of them out of date and left" if config.keep_stale else f"; {n:,} more were out of date"
 
 
 if __name__ == "__main__":

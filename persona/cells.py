@@ -100,12 +100,15 @@ def moments(column: pa.Array, name: str) -> Cells:
 def _on_the_clock(column: pa.Array, per_second: int, name: str) -> Cells:
     """Counts since 1970 in a unit, as microseconds; what lies outside the years 1 to 9999 gets a reason."""
     null = column.is_null().to_numpy(zero_copy_only=False)
+    if types.is_floating(column.type):
+        column = column.cast(pa.float64())  # less would round a date of today by minutes
     counts = column.fill_null(0).to_numpy(zero_copy_only=False)
     with np.errstate(invalid="ignore"):
         good = (counts >= _FIRST_S * per_second) & (counts < (_LAST_S + 1) * per_second) & ~null
     counts = np.where(good, counts, 0)
     if counts.dtype.kind == "f":
-        micros = np.round(counts * 1e6).astype(np.int64)
+        whole = np.floor(counts)  # apart from the rest: together they would need more digits than a float has
+        micros = whole.astype(np.int64) * 10**6 + np.round((counts - whole) * 1e6).astype(np.int64)
     else:
         micros = counts.astype(np.int64)
         micros = micros * (10**6 // per_second) if per_second <= 10**6 else micros // (per_second // 10**6)
@@ -167,6 +170,7 @@ def _from_values(values: list[Any], name: str) -> Cells:
 def kind_of(value: Any) -> str:
     """A JSON value's kind in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names[_Broken] = "broken JSON"
     return names.get(type(value), "a number")
 
 
@@ -191,9 +195,20 @@ def _decode(value: bytes | None) -> str | None:
         return None
 
 
+class _Broken:
+    """What a text that should be JSON and is not stands for; no reader takes it."""
+
+
 def decoded(column: pa.Array) -> list[Any]:
-    """The Python values of an `arrow.json` column."""
-    return [None if v is None else orjson.loads(v) for v in column.storage.to_pylist()]
+    """The Python values of an `arrow.json` column; one of a kind of its own where a text is no JSON."""
+    return [None if v is None else _loaded(v) for v in column.storage.to_pylist()]
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return _Broken()
 
 
 def is_json(kind: pa.DataType) -> bool:

@@ -5,7 +5,9 @@
     ├── InputError               exit 2   an input that cannot be read as what it should be
     ├── StoreMismatch            exit 2   a store that belongs to another encoder or layout
     ├── PlugMismatch             exit 2   a plug that belongs to another encoder or LLM
-    └── StorageError             exit 1   a disk or an object store that refused or did not answer
+    ├── StorageError             exit 1   a disk or an object store that refused or did not answer
+    ├── LeaseHeld                exit 1   a table that another run is writing to
+    └── LeaseLost                exit 1   a table that another run has taken over
 
 A message says what was given, what is allowed and what to do. A bad *row* is no error: it becomes a reject.
 """
@@ -43,3 +45,15 @@ class PlugMismatch(PersonaError):
 
 class StorageError(PersonaError):
     """A disk or an object store that refused, or did not answer in time."""
+
+
+class LeaseHeld(PersonaError):
+    """A table that another run is writing to at this moment."""
+
+
+class LeaseLost(PersonaError):
+    """A table that another run has taken over, because this one did not renew its lease in time."""
+
+
+class RunLost(PersonaError):
+    """A run that cannot go on because a process died that it had only once."""

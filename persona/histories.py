@@ -1,7 +1,6 @@
 """What users have written: raw records turned into behaviors, or into rejects with a reason.
 
-Two layouts are read, and told apart by what a file holds: a row a behavior, or a row a user with a list of
-behaviors in it.
+Two layouts are read, and told apart by what a row holds: a behavior, or a user with a list of behaviors.
 """
 
 import hashlib
@@ -84,14 +83,11 @@ def validate(records: Records, columns: Columns, n_buckets: int, *, job: str = "
     A `behavior_id` that is missing or blank becomes the text's hash; a timestamp that is missing stays null.
     """
     raw, bad = _rows(records.table, columns)
-    users, why_user = cells.ids(column(raw, "user_id"), columns.user_id)
-    names, why_name = cells.ids(column(raw, "behavior_id"), columns.behavior_id, required=False)
-    texts, why_text = cells.texts(column(raw, "text"), columns.text)
-    times, why_time = cells.moments(column(raw, "timestamp"), columns.timestamp)
-    reasons = pc.coalesce(why_user, why_name, why_text, why_time)
-    good = pa.table({"user_id": users, "behavior_id": names, "text": texts, "timestamp": times}).filter(
-        reasons.is_null()
-    )
+    read = pa.concat_tables(_read(part, columns) for part in raw)
+    if len(raw) > 1:
+        read = read.take(pc.sort_indices(column(read, "_row")))
+    reasons = column(read, "reason")
+    good = read.filter(reasons.is_null()).drop_columns(["_row", "reason"])
     good = good.combine_chunks()
     hashes = text_hash(column(good, "text"))
     names = pc.if_else(cells.is_blank(column(good, "behavior_id")), hashes, column(good, "behavior_id"))
@@ -102,7 +98,7 @@ def validate(records: Records, columns: Columns, n_buckets: int, *, job: str = "
         .cast(SCHEMA)
     )
     failed = reasons.is_valid()
-    bad_rows = [*(row for row, _ in bad), *column(raw, "_row").filter(failed).to_pylist()]
+    bad_rows = [*(row for row, _ in bad), *column(read, "_row").filter(failed).to_pylist()]
     bad_reasons = [*(reason for _, reason in bad), *reasons.filter(failed).to_pylist()]
     source = records.table["_source"][0].as_py() if bad_rows else ""
     found = rejects(job, [source] * len(bad_rows), bad_rows, bad_reasons)
@@ -126,12 +122,37 @@ _Bad = list[tuple[int, str]]
 _FIELDS = ("behavior_id", "text", "timestamp")
 
 
-def _rows(table: pa.Table, columns: Columns) -> tuple[pa.Table, _Bad]:
-    """Raw `user_id`, `_row` and `_FIELDS`, a row a behavior, whatever the layout."""
+def _read(raw: pa.Table, columns: Columns) -> pa.Table:
+    """Cells as what they should be, and the first `reason` why one cannot be."""
+    users, why_user = cells.ids(column(raw, "user_id"), columns.user_id)
+    names, why_name = cells.ids(column(raw, "behavior_id"), columns.behavior_id, required=False)
+    texts, why_text = cells.texts(column(raw, "text"), columns.text)
+    times, why_time = cells.moments(column(raw, "timestamp"), columns.timestamp)
+    reason = pc.coalesce(why_user, why_name, why_text, why_time)
+    read = {"user_id": users, "behavior_id": names, "text": texts, "timestamp": times}
+    return pa.table({**read, "_row": column(raw, "_row").cast(pa.int64()), "reason": reason})
+
+
+def _rows(table: pa.Table, columns: Columns) -> tuple[list[pa.Table], _Bad]:
+    """Raw `user_id`, `_row` and `_FIELDS`, a row a behavior, in a table for each layout."""
+    if columns.text not in table.column_names:
+        listed, bad = _listed(table, columns)
+        return [listed], bad
+    if columns.behaviors in table.column_names and _items(table.schema, columns.behaviors) is not None:
+        has_list = pc.and_(column(table, columns.text).is_null(), column(table, columns.behaviors).is_valid())
+        if pc.any(has_list).as_py():  # one user with a text of her own must not cost the others their behaviors
+            listed, bad = _listed(table.filter(has_list), columns)
+            return [_flat(table.filter(pc.invert(has_list)), columns), listed], bad
+    return [_flat(table, columns)], []
+
+
+def _flat(table: pa.Table, columns: Columns) -> pa.Table:
+    fields = {field: column(table, getattr(columns, field)) for field in _FIELDS}
+    return pa.table({"user_id": column(table, columns.user_id), "_row": column(table, "_row"), **fields})
+
+
+def _listed(table: pa.Table, columns: Columns) -> tuple[pa.Table, _Bad]:
     users, rows = column(table, columns.user_id), column(table, "_row")
-    if columns.text in table.column_names:
-        flat = {field: column(table, getattr(columns, field)) for field in _FIELDS}
-        return pa.table({"user_id": users, "_row": rows, **flat}), []
     name = _list_column(table.schema, columns)
     if name is None:
         reason = f"there is neither {columns.text!r} nor a list of behaviors"
@@ -140,6 +161,9 @@ def _rows(table: pa.Table, columns: Columns) -> tuple[pa.Table, _Bad]:
     if cells.is_json(lists.type):
         owners, parts, bad = _parsed(lists, rows, columns)
     elif types.is_null(lists.type) or (inner := _items(table.schema, name)) is None:
+        if _is_list(lists.type):
+            reason = f"an item of {name} is {lists.type.value_type}, not an object"
+            return _no_rows(), [(row, reason) for row in rows.take(pc.list_parent_indices(lists)).to_pylist()]
         reason = f"{name} is {lists.type}, not a list of behaviors"
         return _no_rows(), [(row, reason) for row in rows.filter(lists.is_valid()).to_pylist()]
     else:
@@ -188,10 +212,13 @@ def _items(schema: pa.Schema, name: str | None) -> pa.Schema | None:
         return None
     if cells.is_json(kind) or types.is_null(kind):
         return pa.schema([])
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    if is_list and types.is_null(kind.value_type):
+    if _is_list(kind) and types.is_null(kind.value_type):
         return pa.schema([])
-    return pa.schema(list(kind.value_type)) if is_list and types.is_struct(kind.value_type) else None
+    return pa.schema(list(kind.value_type)) if _is_list(kind) and types.is_struct(kind.value_type) else None
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
 def _no_rows() -> pa.Table:

@@ -7,6 +7,7 @@ judged later (`histories`, `requests`).
 
 import io
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,12 +40,17 @@ REJECTS = pa.schema(
 _PLACE = ("_source", "_row")
 _CHUNK_BYTES = 2**20
 _HELD_BYTES = 32 * 2**20  # of text before rows are handed on, however few they are
+_HELD_CELLS = 2**22  # of a table, most of them null where each line has keys of its own
+_MAX_DEPTH = 32  # of lists and objects in each other that become Arrow types; it takes seconds for hundreds
 WHOLE_FILE = -1  # the `row` of a reject that concerns all of a file, or all that follows in it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A byte range of a file; the lines or row groups that *start* in `[start, end)` belong to it."""
+    """A byte range of a file; the lines that *start* in `[start, end)` belong to it.
+
+    Row groups are taken to start at even distances: where they do is said by a footer that may be broken.
+    """
 
     uri: str
     start: int
@@ -117,42 +123,51 @@ def _unzip(bad: _Bad) -> tuple[list[int], list[str]]:
 def _read_parquet(split: Split, max_rows: int, columns: Sequence[str] | None) -> Iterator[tuple[pa.Table, _Bad]]:
     filesystem, path = open_filesystem(split.uri)
     try:
-        file = pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
+        raw = filesystem.open_input_file(path)
+        file = pq.ParquetFile(raw, pre_buffer=True, page_checksum_verification=True)
+        names = file.schema_arrow.names
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise pa.ArrowInvalid(f"it has more than one column {doubled[0]!r}")
+        if file.metadata.num_rows != sum(_rows_in_groups(file)):
+            raise pa.ArrowInvalid("its footer does not agree with itself on how many rows there are")
+    except _BROKEN as error:
         _raise_if_store(split, error)
         if split.start == 0:
             yield _nothing(), [(WHOLE_FILE, f"file cannot be read: {_first_line(error)}")]
         return
-    with file:
-        schema = file.schema_arrow
-        wanted = _wanted(schema.names, columns)
+    wanted = _wanted(names, columns)
+    with raw, file:
         row = 0
-        for group in range(file.num_row_groups):
-            facts = file.metadata.row_group(group)
-            first, row = row, row + facts.num_rows
-            if not split.start <= _group_start(facts) < split.end:
+        for group, n_rows in enumerate(_rows_in_groups(file)):
+            first, row = row, row + n_rows
+            if not split.start <= raw.size() * group // file.num_row_groups < split.end:
                 continue
+            row_bytes = max(1, file.metadata.row_group(group).total_byte_size // max(1, n_rows))
+            batch_rows = min(max_rows, max(1, _HELD_BYTES // row_bytes))
             try:
-                for batch in file.iter_batches(max_rows, row_groups=[group], columns=wanted, use_threads=False):
+                for batch in file.iter_batches(batch_rows, row_groups=[group], columns=wanted, use_threads=False):
                     yield _placed(pa.Table.from_batches([batch]), split, range(first, first + batch.num_rows)), []
                     first += batch.num_rows
-            except (OSError, pa.ArrowInvalid) as error:
+                if first < row:
+                    raise pa.ArrowInvalid("they are not there")
+            except _BROKEN as error:
                 _raise_if_store(split, error)
                 reason = f"rows {first} to {row - 1} cannot be read: {_first_line(error)}"
                 yield _nothing(), [(WHOLE_FILE, reason)]
 
 
-def _group_start(facts: pq.RowGroupMetaData) -> int:
-    if facts.num_columns == 0:
-        return 0
-    column = facts.column(0)
-    return int(column.dictionary_page_offset or column.data_page_offset)
+_BROKEN = (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError)
+
+
+def _rows_in_groups(file: pq.ParquetFile) -> list[int]:
+    return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
 
 def _read_lines(split: Split, max_rows: int, columns: Sequence[str] | None) -> Iterator[tuple[pa.Table, _Bad]]:
     objects: list[dict[str, Any]] = []
     places: list[int] = []
     bad: _Bad = []
+    names: set[str] = set()
     held_bytes = 0
     try:
         for place, line in _lines(split):
@@ -165,11 +180,13 @@ def _read_lines(split: Split, max_rows: int, columns: Sequence[str] | None) -> I
             if isinstance(value, dict):
                 objects.append(value)
                 places.append(place)
+                names.update(value)
             else:
                 bad.append((place, f"line is {kind_of(value)}, not an object"))
-            if len(objects) + len(bad) >= max_rows or held_bytes >= _HELD_BYTES:
+            full = held_bytes >= _HELD_BYTES or len(objects) * len(names) >= _HELD_CELLS
+            if full or len(objects) + len(bad) >= max_rows:
                 yield _placed(_table(objects, columns), split, places), bad
-                objects, places, bad, held_bytes = [], [], [], 0
+                objects, places, bad, names, held_bytes = [], [], [], set(), 0
     except (EOFError, zlib.error) as error:
         bad.append((WHOLE_FILE, f"file cannot be read to its end: {_first_line(error)}"))
     except OSError as error:
@@ -227,10 +244,42 @@ def _wanted(names: Iterable[str], columns: Sequence[str] | None) -> list[str]:
 
 def json_array(values: Sequence[Any]) -> pa.Array:
     """JSON values as an Arrow array: of their common type, or of type `arrow.json` where they have none."""
+    if _alike(values):
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, OverflowError):  # integers that are too large beside others that are negative
+            pass
+    return pa.array([None if v is None else _dumped(v) for v in values], pa.json_())
+
+
+def _alike(values: Sequence[Any]) -> bool:
+    """Whether the values share their types down to the last; Arrow itself takes 1 and true for 1.0 beside 0.5.
+
+    Values that are very deep, or objects of which nearly each has keys of its own, are not alike.
+    """
+    groups = [(0, values)]
+    while groups:
+        depth, group = groups.pop()
+        kinds = {type(v) for v in group} - {type(None)}
+        if len(kinds) > 1 or depth > _MAX_DEPTH:
+            return False
+        if kinds == {list}:
+            groups.append((depth + 1, [item for v in group if v is not None for item in v]))
+        if kinds == {dict}:
+            fields = defaultdict(list)
+            for name, value in (pair for v in group if v is not None for pair in v.items()):
+                fields[name].append(value)
+            if len(fields) * len(group) > max(_HELD_CELLS, 16 * sum(map(len, fields.values()))):
+                return False
+            groups += [(depth + 1, found) for found in fields.values()]
+    return True
+
+
+def _dumped(value: Any) -> str:
     try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-        return pa.array([None if v is None else orjson.dumps(v).decode() for v in values], pa.json_())
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:  # it is too deep; what is no JSON becomes a reject where someone asks for it
+        return ""
 
 
 def _placed(table: pa.Table, split: Split, rows: Sequence[int]) -> pa.Table:

@@ -31,6 +31,7 @@ def join_histories(
     persona: Persona,
     max_behaviors: int,
     versions: Mapping[str, int] | None = None,
+    with_vectors: bool = True,
 ) -> pa.Table:
     """The requests of one bucket with the history that each may see, in the order they came.
 
@@ -41,7 +42,8 @@ def join_histories(
 
     `own` and `mean` see the user's own history (they differ in how the plug weighs it), `none` an empty one,
     `other` that of the user who is next by id, around the bucket and then in those behind it, and has
-    anything to see at that time. `versions` pins tables by name (`Store.version`).
+    anything to see at that time. `versions` pins tables by name (`Store.version`). Without vectors there is no
+    `history`, and only keys are read.
     """
     version = (versions or {}).get("behaviors")
     users = requests["user_id"].to_pylist()
@@ -55,12 +57,14 @@ def join_histories(
     seen = [_Seen() for _ in users]
     for source in sorted({place[0] for place in places if place is not None}):
         mine = [(i, place[1]) for i, place in enumerate(places) if place is not None and place[0] == source]
-        histories = _Histories.of(store.read_histories(source, sorted({user for _, user in mine}), version=version))
+        of_users = sorted({user for _, user in mine})
+        histories = _Histories.of(store.read_histories(source, of_users, with_vectors=with_vectors, version=version))
         for i, user in mine:
             seen[i] = histories.see(user, as_of[i], max_behaviors)
+    if with_vectors:
+        requests = requests.append_column("history", _concatenated([s.vectors for s in seen]))
     return (
-        requests.append_column("history", _concatenated([s.vectors for s in seen]))
-        .append_column("n_behaviors", pa.array([s.n_behaviors for s in seen], pa.int32()))
+        requests.append_column("n_behaviors", pa.array([s.n_behaviors for s in seen], pa.int32()))
         .append_column("n_untimed", pa.array([s.n_untimed for s in seen], pa.int32()))
         .append_column("history_hash", pa.array([_digest(s.keys) for s in seen], pa.string()))
     )
@@ -94,7 +98,7 @@ class _Histories:
             number={user: i for i, user in enumerate(users)},
             start_U=start_U,
             time_N=_times(rows),
-            vectors=_spans(rows["vector"]),
+            vectors=_spans(rows["vector"]) if "vector" in rows.column_names else lambda _first, _end: _EMPTY,
             keys=_spans(pc.binary_join_element_wise(*parts, pa.scalar("\0", pa.large_string()))),
         )
 

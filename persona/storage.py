@@ -3,6 +3,9 @@
 Credentials, region and endpoint come from the environment or the machine's role, never from a URI, a flag or
 an object that travels between processes: build a filesystem where it is used (a pickled one carries the
 secret key in clear).
+
+What passes by itself (`persona.retries`) is tried again: every function here that asks an object store ends well, or
+with a `StorageError` within the time that `PERSONA_STORAGE_TIMEOUT_S` sets for each request or file.
 """
 
 import contextlib
@@ -12,25 +15,26 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 import boto3
 import pyarrow.fs as pafs
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from persona import s3
 from persona.errors import StorageError, UsageError
+from persona.retries import in_one_line, is_transient, persistently
 
-_S3 = "s3://"
+T = TypeVar("T")
+
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 # What may stand in the path of an S3 URI. Ray and pyarrow send a URI with other characters silently to the
 # local disk, or read them as a query; both would be found out much later.
+_ANSWER_S = 5.0  # how long the one question of `check_reachable` may take
 _KEY = re.compile(r"[A-Za-z0-9!_.*'()/=+,:@&$;~-]*")
-_COPY_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class FileEntry:
 
 def is_s3(uri: str) -> bool:
     """Whether the URI names an object store rather than this machine's disk."""
-    return uri.startswith(_S3)
+    return uri.startswith(s3.PREFIX)
 
 
 def check_uri(uri: str, *, flag: str) -> str:
@@ -75,7 +79,7 @@ def check_uri(uri: str, *, flag: str) -> str:
     parts = [part for part in key.split("/") if part]
     if ".." in parts or "." in parts:
         raise UsageError(f"{flag}: {uri!r} holds a relative part (. or ..), which object stores take literally")
-    return join(f"{_S3}{bucket}", *parts)
+    return join(f"{s3.PREFIX}{bucket}", *parts)
 
 
 def check_reachable(uri: str, *, flag: str, write: bool = False) -> None:
@@ -98,24 +102,29 @@ def check_reachable(uri: str, *, flag: str, write: bool = False) -> None:
 
 
 def _check_s3(uri: str, flag: str, write: bool) -> None:
-    bucket, key = _split(uri)
+    bucket, key = s3.split(uri)
     try:
         if boto3.Session().get_credentials() is None:
             raise UsageError(
                 f"{flag}: {uri} needs credentials and there are none; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a store other than AWS), or run under a role"
             )
-        found = _client(bucket, patient=False).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+        with s3.client(bucket, attempts=3, silent_s=_ANSWER_S) as client:
+            found = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "unknown")
         if code == "NoSuchBucket":
             raise UsageError(
-                f"{flag}: there is no bucket {bucket!r} at {_where()}; create it or correct the name"
+                f"{flag}: there is no bucket {bucket!r} at {s3.where()}; create it or correct the name"
             ) from None
-        raise StorageError(f"{flag}: {_where()} refused to list {uri} ({code}); check the key and its rights") from None
+        if is_transient(error):
+            raise StorageError(f"{flag}: {s3.where()} cannot list {uri} now ({code}); try again later") from None
+        raise StorageError(
+            f"{flag}: {s3.where()} refused to list {uri} ({code}); check the key and its rights"
+        ) from None
     except BotoCoreError as error:
         raise StorageError(
-            f"{flag}: {_where()} does not answer ({type(error).__name__}); check AWS_ENDPOINT_URL and the network"
+            f"{flag}: {s3.where()} does not answer ({type(error).__name__}); check AWS_ENDPOINT_URL and the network"
         ) from None
     if not write and not found.get("KeyCount"):
         raise UsageError(f"{flag}: there is nothing at {uri}")
@@ -130,30 +139,30 @@ def exists(uri: str) -> bool:
     """Whether there is a file, a folder or any object below `uri`."""
     if not is_s3(uri):
         return Path(uri).exists()
-    filesystem, path = open_filesystem(uri)
-    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    what = f"cannot look for {uri}"
+    if _asked(lambda: s3.size_bytes(uri), what) is not None:
+        return True
+    return _asked(lambda: any(s3.pages(uri, what=what)), what)
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The Arrow filesystem for `uri` and the path in it. Never send it to another process: it holds the secret key."""
+    """The Arrow filesystem for `uri` and the path in it. Never send it to another process: it holds the secret key.
+
+    It tries again what fails, a few times; what has to get past more than that is to be wrapped in `persistently`.
+    A stream that is closed writes what it has: on an error, an incomplete file is there.
+    """
     if not is_s3(uri):
         return pafs.LocalFileSystem(), uri
-    bucket, key = _split(uri)
-    options: dict[str, Any] = {"region": _region(bucket)}
-    if endpoint := _endpoint():
-        parts = urlsplit(endpoint)
-        options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
-    return pafs.S3FileSystem(**options), f"{bucket}/{key}".rstrip("/")
+    bucket, key = s3.split(uri)
+    return s3.filesystem(bucket), f"{bucket}/{key}".rstrip("/")
 
 
 def delta_options(uri: str) -> dict[str, str]:
-    """Options for `deltalake`: no secret in them; commits use S3's conditional put, so no lock table is needed."""
-    if not is_s3(uri):
-        return {}
-    options = {"AWS_REGION": _region(_split(uri)[0]), "aws_conditional_put": "etag", "connect_timeout": "10s"}
-    if endpoint := _endpoint():
-        options |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": str(endpoint.startswith("http://")).lower()}
-    return options
+    """Options for `deltalake`: no secret in them; commits use S3's conditional put, so no lock table is needed.
+
+    Requests are tried again for a while, but a commit whose answer is lost is not: it raises, and may have been made.
+    """
+    return s3.delta_options(uri) if is_s3(uri) else {}
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ("",)) -> list[FileEntry]:
@@ -162,46 +171,74 @@ def list_files(uri: str, suffixes: Sequence[str] = ("",)) -> list[FileEntry]:
     Names that begin with `_` or `.` are hidden, and what is below them. A `uri` that is itself a file is listed
     whatever its name; nothing there gives an empty list.
     """
-    filesystem, path = open_filesystem(uri)
-    info = filesystem.get_file_info(path)
-    if info.type == pafs.FileType.File:
-        return [FileEntry(uri=uri, size_bytes=info.size)]
     entries = []
-    for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True)):
-        name = info.path[len(path) :].lstrip("/")
+    for name, size_bytes in _listed(uri):
+        if not name:
+            return [FileEntry(uri=uri, size_bytes=size_bytes)]
         hidden = any(part.startswith(("_", ".")) for part in name.split("/"))
-        if info.type == pafs.FileType.File and not hidden and name.endswith(tuple(suffixes)):
-            entries.append(FileEntry(uri=join(uri, name), size_bytes=info.size))
+        if not hidden and name.endswith(tuple(suffixes)):
+            entries.append(FileEntry(uri=join(uri, name), size_bytes=size_bytes))
     return sorted(entries, key=lambda entry: entry.uri)
+
+
+def _listed(uri: str) -> Iterator[tuple[str, int]]:
+    """Name, relative to `uri`, and size of every file below; a file itself has an empty name."""
+    if is_s3(uri):
+        what = f"cannot list {uri}"
+        own_bytes = _asked(lambda: s3.size_bytes(uri), what)
+        if own_bytes is not None:
+            yield "", own_bytes
+            return
+        start = len(s3.split(uri)[1])
+        for page in _asked(lambda: list(s3.pages(uri, what=what)), what):
+            yield from ((key[start:].lstrip("/"), size_bytes) for key, size_bytes in page)
+        return
+    filesystem = pafs.LocalFileSystem()
+    info = filesystem.get_file_info(uri)
+    if info.type == pafs.FileType.File:
+        yield "", info.size
+        return
+    for info in filesystem.get_file_info(pafs.FileSelector(uri, allow_not_found=True, recursive=True)):
+        if info.type == pafs.FileType.File:
+            yield info.path[len(uri) :].lstrip("/"), info.size
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole of a small file."""
-    filesystem, path = open_filesystem(uri)
-    try:
-        with filesystem.open_input_file(path) as file:
-            return bytes(file.read())
-    except OSError as error:
-        raise StorageError(f"cannot read {uri}: {error}") from error
+    return _asked(lambda: s3.get(uri) if is_s3(uri) else Path(uri).read_bytes(), f"cannot read {uri}")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a small file so that a reader sees the old bytes or the new ones, never a part."""
     if is_s3(uri):
-        bucket, key = _split(uri)
-        try:
-            _client(bucket).put_object(Bucket=bucket, Key=key, Body=data)
-        except (ClientError, BotoCoreError) as error:
-            raise StorageError(f"cannot write {uri}: {error}") from error
+        _asked(lambda: s3.put(uri, data), f"cannot write {uri}")
         return
-    target = Path(uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        draft.write_bytes(data)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    with _draft(Path(uri), data) as draft:
+        draft.replace(uri)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a small file only where there is none; False when there is one.
+
+    Of several who try at once, exactly one gets True. Whose answer was lost on the way finds its own bytes there, and
+    that counts as well: `data` should name its writer.
+    """
+    if is_s3(uri):
+        return _asked(lambda: s3.create(uri, data), f"cannot write {uri}")
+    with _draft(Path(uri), data) as draft:
+        try:
+            Path(uri).hardlink_to(draft)
+        except FileExistsError:
+            return False
+    return True
+
+
+def delete(uri: str) -> None:
+    """Remove a small file; nothing happens where there is none."""
+    if is_s3(uri):
+        _asked(lambda: s3.delete(uri), f"cannot delete {uri}")
+    else:
+        Path(uri).unlink(missing_ok=True)
 
 
 def copy_folder(source_uri: str, target_uri: str) -> None:
@@ -228,21 +265,26 @@ def copy_folder(source_uri: str, target_uri: str) -> None:
 
 
 def _copy_files(source_uri: str, target_uri: str) -> None:
-    source, _ = open_filesystem(source_uri)
-    target, _ = open_filesystem(target_uri)
     files = list_files(source_uri)
     if not files:
         raise StorageError(f"there is no folder with files at {source_uri}")
     for file in sorted(files, key=lambda file: (file.uri.endswith(".json"), file.uri)):
-        path = _path(join(target_uri, file.uri[len(source_uri) :]))
-        if not is_s3(target_uri):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with source.open_input_stream(_path(file.uri)) as reader, target.open_output_stream(path) as writer:
-                while chunk := reader.read(_COPY_BYTES):
-                    writer.write(chunk)
-        except OSError as error:
-            raise StorageError(f"cannot copy {file.uri} to {target_uri}: {error}") from error
+        target = join(target_uri, file.uri[len(source_uri) :])
+        _asked(functools.partial(_copy_file, file.uri, target), f"cannot copy {file.uri} to {target}")
+
+
+def _copy_file(source: str, target: str) -> None:
+    if is_s3(target):
+        if is_s3(source):
+            s3.copy(source, target)
+        else:
+            s3.upload(Path(source), target)
+        return
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    if is_s3(source):
+        s3.download(source, Path(target))
+    else:
+        shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager
@@ -256,43 +298,21 @@ def local_folder(uri: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _split(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix(_S3).partition("/")
-    return bucket, key
-
-
-def _path(uri: str) -> str:
-    return uri.removeprefix(_S3)
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
-def _where() -> str:
-    endpoint = _endpoint()
-    return (urlsplit(endpoint).hostname or "the endpoint") if endpoint else "AWS S3"
-
-
-def _region(bucket: str) -> str:
-    named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if named:
-        return named
-    return "us-east-1" if _endpoint() else _configured_region(bucket)
-
-
-@functools.cache
-def _configured_region(bucket: str) -> str:
+@contextlib.contextmanager
+def _draft(target: Path, data: bytes) -> Iterator[Path]:
+    """A file beside `target` with all of its bytes, for as long as the context is open."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        return boto3.Session().region_name or str(pafs.resolve_s3_region(bucket))
-    except OSError as error:
-        raise StorageError(f"cannot find the region of bucket {bucket!r}; set AWS_REGION ({error})") from error
+        draft.write_bytes(data)
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
 
 
-def _client(bucket: str, *, patient: bool = True) -> Any:
-    config = Config(
-        connect_timeout=10 if patient else 3,
-        read_timeout=60 if patient else 10,
-        retries={"mode": "standard", "total_max_attempts": 5 if patient else 2},
-    )
-    return boto3.client("s3", region_name=_region(bucket), endpoint_url=_endpoint(), config=config)
+def _asked(work: Callable[[], T], what: str) -> T:
+    """What `work` gives in the end, or a StorageError that begins with `what`."""
+    try:
+        return persistently(work, what)
+    except (BotoCoreError, ClientError, OSError) as error:
+        raise StorageError(f"{what}: {in_one_line(error)}") from error

@@ -9,7 +9,8 @@ A user's bucket is `histories.bucket_of`; whoever works on one bucket reads that
 nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import reduce
@@ -19,8 +20,11 @@ import pyarrow.compute as pc
 
 from persona.cells import TIME
 from persona.errors import InputError, StoreMismatch
+from persona.layouts import LAYOUTS
+from persona.lease import Lease
 from persona.storage import join
-from persona.tables import LAYOUTS, Table, one_of
+from persona.tables import Table, one_of
+from persona.writer import CHANGES, Writer, staged_files
 
 DEFAULT_BUCKETS = 64
 _PREFIX = "persona."  # of our keys among the table properties, most of which are Delta's
@@ -94,22 +98,21 @@ class Store:
 
     def version(self, table: str) -> int:
         """The newest version of a table, for reading the same state again later."""
-        return self._table(table).version()
+        return self.table(table).version()
 
-    def missing(self, bucket: int, rows: pa.Table) -> tuple[pa.Table, dict[str, int]]:
-        """Which of a bucket's valid `rows` (`histories.SCHEMA`) the store lacks, or has with another text or timestamp.
+    def missing(self, bucket: int, rows: pa.Table, *, sync: bool = False) -> tuple[pa.Table, dict[str, int]]:
+        """What has to be done so that the store has a bucket's valid `rows` (`histories.SCHEMA`), each key once.
 
-        Reads keys, hashes and timestamps, no vectors. Returns the rows to encode, each once and with a bool
-        `edited`, and how many were `known`, `new`, `edited` and `duplicates` within the input, of which the
-        latest counts (of the same time, the one with the greatest text hash).
+        Reads keys, hashes and timestamps, no vectors. Returns the rows to work on with a string `change`: `new` ones,
+        `edited` ones (stored with another text or timestamp), and, with `sync`, the `gone` ones that are stored and not
+        among `rows`, with neither text nor hash. And how many were `known`, `new`, `edited`, `gone`, and `duplicates`
+        within the input, of which the latest counts (of the same time, the one with the greatest text hash).
         """
         wanted = _latest(rows)
-        stored = self._table("behaviors").scan([*_KEY, "text_hash", "timestamp"], one_of("bucket", [bucket]))
+        stored = self.table("behaviors").scan([*_KEY, "text_hash", "timestamp"], one_of("bucket", [bucket]))
         numbered = wanted.select(_KEY).append_column("row", pa.array(range(wanted.num_rows), pa.int64()))
-        stored = stored.rename_columns([*_KEY, "old_hash", "old_time"])
-        found = numbered.join(stored, _KEY, join_type="inner", use_threads=False).select(
-            ["row", "old_hash", "old_time"]
-        )
+        old = stored.rename_columns([*_KEY, "old_hash", "old_time"])
+        found = numbered.join(old, _KEY, join_type="inner", use_threads=False).select(["row", "old_hash", "old_time"])
         mine = wanted.take(found["row"])
         same_time = pc.or_(
             pc.fill_null(pc.equal(found["old_time"], mine["timestamp"]), False),
@@ -118,39 +121,57 @@ class Store:
         same = pc.and_(pc.equal(found["old_hash"], mine["text_hash"]), same_time)
         there = pc.is_in(numbered["row"], value_set=found["row"])
         todo = pc.invert(pc.is_in(numbered["row"], value_set=found.filter(same)["row"]))
-        to_encode = wanted.append_column("edited", there).filter(todo)
-        n_edited = pc.sum(to_encode["edited"]).as_py() or 0
-        counts = {
-            "known": wanted.num_rows - to_encode.num_rows,
-            "new": to_encode.num_rows - n_edited,
-            "edited": n_edited,
-            "duplicates": rows.num_rows - wanted.num_rows,
-        }
-        return to_encode, counts
+        work = wanted.append_column("change", pc.if_else(there, "edited", "new")).filter(todo)
+        n_known = wanted.num_rows - work.num_rows
+        if sync:
+            gone = stored.select(_KEY).join(numbered, _KEY, join_type="left anti", use_threads=False).select(_KEY)
+            work = pa.concat_tables([work, _gone(gone, bucket, work.schema)])
+        counts = {name: pc.sum(pc.equal(work["change"], name)).as_py() or 0 for name in CHANGES}
+        return work, {"known": n_known, **counts, "duplicates": rows.num_rows - wanted.num_rows}
 
-    def write_behaviors(self, rows: pa.Table) -> None:
-        """Commit encoded behaviors: what `missing` returned with a `vector` (2·d bytes) a row; `text` is not kept.
+    def stage(self, table: str, rows: pa.Table) -> pa.Table:
+        """Write rows (all columns of the table but its time stamp, and `change`) to files that no reader sees yet.
 
-        One commit; when any row is `edited`, rows that exist are replaced in that same commit. Raises
-        `StoreMismatch` for vectors of another width.
+        Returns a row a file, for `Writer`. Rows `gone` need their key only. A file holds rows of one bucket and one
+        change. Raises `StoreMismatch` for vectors of another width.
         """
-        if not rows.num_rows:
-            return
+        layout = LAYOUTS[table]
+        if table == "behaviors":
+            rows = self._checked(rows)
+        (stamp,) = set(layout.schema.names) - set(rows.column_names)
+        rows = rows.append_column(stamp, _now(rows.num_rows))
+        places = list(dict.fromkeys((layout.partition, "bucket", "change")))
+        staged = []
+        for place in rows.group_by(places).aggregate([]).to_pylist():
+            mine = rows.filter(reduce(pc.and_, (pc.equal(rows[name], value) for name, value in place.items())))
+            staged.append((self.table(table).write_file(mine), place["change"]))
+        return staged_files(staged)
+
+    def _checked(self, rows: pa.Table) -> pa.Table:
         size = 2 * self.identity.width
         vectors = rows["vector"].cast(pa.large_binary())
-        sizes = pc.unique(pc.binary_length(vectors).fill_null(0)).to_pylist()
-        if sizes != [size]:
-            other = next(s for s in sizes if s != size)
+        encoded = vectors.filter(pc.not_equal(rows["change"], "gone"))
+        other = next((n for n in pc.unique(pc.binary_length(encoded).fill_null(0)).to_pylist() if n != size), None)
+        if other is not None:
             raise StoreMismatch(
                 f"a vector has {other} bytes; the store at {self.uri} holds float16 vectors of width "
                 f"{self.identity.width}, {size} bytes each"
             )
-        edited = pc.any(rows["edited"]).as_py()
-        stamped = rows.set_column(rows.column_names.index("vector"), "vector", vectors).append_column(
-            "embedded_at", _now(rows.num_rows)
-        )
-        table = self._table("behaviors")
-        (table.replace if edited else table.append)(stamped)
+        return rows.set_column(rows.column_names.index("vector"), "vector", vectors)
+
+    def write(self, table: str, rows: pa.Table) -> None:
+        """`stage` and commit, in this process alone: what a job does with many."""
+        if rows.num_rows:
+            with self.writer(table, job="a single write") as writer:
+                writer.commit(self.stage(table, rows))
+
+    @contextmanager
+    def writer(self, table: str, *, job: str) -> Iterator["Writer"]:
+        """The right to commit to a table, for as long as the context is open. Raises `LeaseHeld`: by whom."""
+        opened = Table(join(self.uri, table), table)
+        with Lease.acquire(self.uri, table, job=job, above=opened.lease()) as lease:
+            opened.fence(lease.number, job=job)
+            yield Writer(opened, lease)
 
     def read_histories(
         self,
@@ -168,49 +189,71 @@ class Store:
         if user_ids is not None:
             where += f" AND {one_of('user_id', user_ids)}"
         columns = [*_KEY, "timestamp", "text_hash", *(["vector"] if with_vectors else [])]
-        table = self._table("behaviors").scan(columns, where, version=version)
+        table = self.table("behaviors").scan(columns, where, version=version)
         return table.take(
             _order(table, [("user_id", "ascending"), ("timestamp", "ascending"), ("behavior_id", "ascending")])
         )
 
     def users(self, bucket: int, version: int | None = None) -> list[str]:
         """Who has behaviors in a bucket, sorted."""
-        found = self._table("behaviors").scan(["user_id"], one_of("bucket", [bucket]), version=version)
+        found = self.table("behaviors").scan(["user_id"], one_of("bucket", [bucket]), version=version)
         return sorted(pc.unique(found["user_id"]).to_pylist())
 
     def buckets(self, version: int | None = None) -> list[int]:
         """The buckets that hold behaviors, sorted; read from the log alone."""
-        return self._table("behaviors").partitions(version=version)
+        return self.table("behaviors").partitions(version=version)
+
+    def persona_buckets(self) -> list[int]:
+        """The buckets that hold personas, sorted."""
+        return self.table("personas").partitions()
+
+    def personas_to_make(self, bucket: int, plug: str) -> pa.Table:
+        """The users of a bucket whose persona under a plug (its fingerprint) is missing or out of date, or who left.
+
+        Rows with `user_id`, `bucket` and `change`. Reads user ids and times, no vectors: a persona is out of date when
+        the user has another number of behaviors now, or one that was encoded later.
+        """
+        where = one_of("bucket", [bucket])
+        behaviors = self.table("behaviors").scan(["user_id", "embedded_at"], where)
+        now = behaviors.group_by("user_id").aggregate([("embedded_at", "max"), ("embedded_at", "count")])
+        made = self.table("personas").scan(
+            ["user_id", "n_behaviors", "updated_at"], f"{where} AND {one_of('plug', [plug])}"
+        )
+        both = now.join(made, "user_id", join_type="full outer", use_threads=False).sort_by("user_id")
+        is_new, is_gone = both["n_behaviors"].is_null(), both["embedded_at_count"].is_null()
+        is_old = pc.or_(
+            pc.not_equal(both["embedded_at_count"], both["n_behaviors"].cast(pa.int64())),
+            pc.greater(both["embedded_at_max"], both["updated_at"]),
+        )
+        cases = pc.make_struct(is_new, is_gone, pc.fill_null(is_old, False))
+        change = pc.case_when(cases, "new", "gone", "edited", pa.scalar(None, pa.string()))
+        buckets = pa.repeat(pa.scalar(bucket, pa.int32()), both.num_rows)
+        users = pa.table({"user_id": both["user_id"], "bucket": buckets, "change": change})
+        return users.filter(users["change"].is_valid())
 
     def answers(self, variant: str, bucket: int) -> pa.Table:
         """`request_id` and `fingerprint` of what has been answered."""
         where = f"{one_of('variant', [variant])} AND {one_of('bucket', [bucket])}"
-        return self._table("generations").scan(["request_id", "fingerprint"], where)
-
-    def write_generations(self, rows: pa.Table) -> None:
-        """Commit answers: all columns of the table but `created_at`; one that exists for its key is replaced."""
-        if not rows.num_rows:
-            return
-        table = self._table("generations")
-        places = rows.group_by(["variant", "bucket"]).aggregate([])
-        known = pa.concat_tables(self.answers(p["variant"], p["bucket"]) for p in places.to_pylist())
-        there = pc.is_in(rows["request_id"], value_set=known["request_id"])
-        stamped = rows.append_column("created_at", _now(rows.num_rows))
-        # An append goes past other writers; a replacement has to be made again when they touched the same
-        # rows.
-        (table.replace if pc.any(there).as_py() else table.append)(stamped)
+        return self.table("generations").scan(["request_id", "fingerprint"], where)
 
     def read_generations(self, variants: Sequence[str] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Answers of some variants, or of all."""
         where = None if variants is None else one_of("variant", variants)
-        return self._table("generations").scan(columns, where)
+        return self.table("generations").scan(columns, where)
 
     def write_rejects(self, rows: pa.Table) -> None:
-        """Commit bad input rows (`inputs.REJECTS`)."""
-        if rows.num_rows:
-            self._table("rejects").append(rows)
+        """Commit bad input rows (`inputs.REJECTS`); what an earlier run has already noted stays one row."""
+        if not rows.num_rows:
+            return
+        place = ["job", "source", "row", "reason"]
+        where = " AND ".join(one_of(name, pc.unique(rows[name]).to_pylist()) for name in ("job", "source"))
+        known = self.table("rejects").scan(place, where)
+        fresh = rows.join(known, place, join_type="left anti", use_threads=False).select(rows.column_names)
+        if fresh.num_rows:
+            self.table("rejects").append(fresh)
 
-    def _table(self, name: str) -> Table:
+    def table(self, name: str) -> Table:
+        """One of the tables of `layouts.LAYOUTS`, open."""
         if name not in self._tables:
             self._tables[name] = Table(join(self.uri, name), name)
         return self._tables[name]
@@ -249,6 +292,13 @@ def _same(store: Store, identity: Identity, n_buckets: int | None) -> Store:
             f"{identity.encoder}: {'; '.join(differing)}. Use the store's own settings, or another --store for these"
         )
     return store
+
+
+def _gone(keys: pa.Table, bucket: int, schema: pa.Schema) -> pa.Table:
+    """Rows of `schema` with nothing but key, bucket and change."""
+    known = {"bucket": pa.repeat(pa.scalar(bucket, pa.int32()), keys.num_rows), "change": ["gone"] * keys.num_rows}
+    columns = {**{name: keys[name] for name in keys.column_names}, **known}
+    return pa.table([columns.get(f.name, pa.nulls(keys.num_rows, f.type)) for f in schema], schema=schema)
 
 
 def _latest(rows: pa.Table) -> pa.Table:

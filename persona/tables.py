@@ -1,150 +1,124 @@
-"""The tables of a store as Delta tables: their schemas, and how rows get in and out, one whole commit at a time.
+"""A table of a store as a Delta table: how rows get in and out, one whole commit at a time.
 
-Anyone reads them without this project; `deltalake` writes them, on S3 by conditional put, so that no lock
-table is needed.
+Files are written by whoever has rows, on any machine, and nobody sees them. One process commits them: the holder of the
+table's lease. The log itself puts commits in order (on S3 by conditional put, so that no lock table is needed) and
+knows which lease rules. Anyone reads the table without this project.
 """
 
+import io
+import json
 import random
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties, write_deltalake
+import pyarrow.parquet as pq
+from deltalake import (
+    CommitProperties,
+    DeltaTable,
+    Transaction,
+)
+from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
 
-from persona.cells import TIME
-from persona.errors import StorageError
-from persona.inputs import REJECTS
+from persona import storage
+from persona.errors import LeaseLost, StorageError
+from persona.layouts import LAYOUTS, DataFile
+from persona.retries import in_one_line, is_transient, persistently
 from persona.storage import delta_options
 
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a table is laid out: its key, and the order of rows in a file, by which readers skip what they can."""
-
-    schema: pa.Schema
-    partition: str
-    key: tuple[str, ...]
-    order: tuple[str, ...]
-
-
-LAYOUTS = {
-    "behaviors": Layout(
-        schema=pa.schema(
-            [
-                ("bucket", pa.int32()),
-                ("user_id", pa.string()),
-                ("behavior_id", pa.string()),
-                ("timestamp", TIME),
-                ("text_hash", pa.string()),
-                ("vector", pa.binary()),
-                ("embedded_at", TIME),
-            ]
-        ),
-        partition="bucket",
-        key=("bucket", "user_id", "behavior_id"),
-        order=("bucket", "user_id", "timestamp"),
-    ),
-    "personas": Layout(
-        schema=pa.schema(
-            [
-                ("bucket", pa.int32()),
-                ("user_id", pa.string()),
-                ("plug", pa.string()),
-                ("n_behaviors", pa.int32()),
-                ("persona", pa.list_(pa.float32())),
-                ("updated_at", TIME),
-            ]
-        ),
-        partition="bucket",
-        key=("bucket", "user_id", "plug"),
-        order=("bucket", "user_id"),
-    ),
-    "generations": Layout(
-        schema=pa.schema(
-            [
-                ("request_id", pa.string()),
-                ("user_id", pa.string()),
-                ("output", pa.string()),
-                ("variant", pa.string()),
-                ("plug", pa.string()),
-                ("llm", pa.string()),
-                ("n_behaviors", pa.int32()),
-                ("n_tokens", pa.int32()),
-                ("finish_reason", pa.string()),
-                ("fingerprint", pa.string()),
-                ("created_at", TIME),
-                ("bucket", pa.int32()),
-            ]
-        ),
-        partition="variant",
-        key=("variant", "bucket", "request_id"),
-        order=("variant", "bucket", "request_id"),
-    ),
-    "rejects": Layout(schema=REJECTS, partition="job", key=(), order=("job", "source", "row")),
+_PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "row_group_size": 16_384,
 }
-
-_WRITER = WriterProperties(
-    compression="ZSTD",
-    compression_level=1,
-    max_row_group_size=16_384,
-    # Vectors do not repeat: a dictionary of them costs memory and time, and gains nothing.
-    column_properties={"vector": ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE")},
-)
-_COMMIT = CommitProperties(max_commit_retries=100)
+_LARGE = ("vector", "persona", "output")
+# The names under which the number of the lease that rules, and that of the commits so far, stand in the log: Delta's
+# application transactions, which every later version keeps.
+_LEASE, _COMMITS = "persona.lease", "persona.commits"
+_JOB = "persona.job"
 _TRY_FOR_S = 300.0
-_LONGEST_PAUSE_S = 2.0
+_DELETIONS_AT_ONCE = 16
 
 
 class Table:
-    """An open Delta table; it follows the newest version. Not for other processes: open it where it is used."""
+    """A Delta table; it follows the newest version. Not for other processes: make it where it is used.
+
+    The log is read when it is needed first: who only reads or writes files, does without.
+    """
 
     def __init__(self, uri: str, name: str) -> None:
-        """Open; raises `StorageError` where there is none or nothing answers."""
+        """For a table that exists; whatever reads the log raises `StorageError` where there is none."""
         self.uri = uri
+        self.name = name
         self.layout = LAYOUTS[name]
-        with _storage_errors(f"cannot open the table {uri}"):
-            self._latest = DeltaTable(uri, storage_options=delta_options(uri))
+        self._opened: DeltaTable | None = None
         self._pinned: tuple[int, DeltaTable] | None = None
 
     @staticmethod
     def create(uri: str, name: str, properties: Mapping[str, str]) -> None:
         """Create an empty table with `properties` in its metadata; leaves one that exists as it is."""
         layout = LAYOUTS[name]
-        with _storage_errors(f"cannot create the table {uri}"):
-            DeltaTable.create(
-                uri,
-                layout.schema,
-                mode="ignore",
-                name=name,
-                partition_by=[layout.partition],
-                # Only these columns are worth statistics in the log, which every reader reads.
-                configuration={"delta.dataSkippingStatsColumns": ",".join(layout.order), **properties},
-                raise_if_key_not_exists=False,
-                storage_options=delta_options(uri),
-            )
+        # Only these columns are worth statistics in the log, which every reader reads.
+        spans = {"delta.dataSkippingStatsColumns": ",".join(layout.spans or layout.order)}
+        create = partial(
+            DeltaTable.create,
+            uri,
+            layout.schema,
+            mode="ignore",
+            name=name,
+            partition_by=[layout.partition],
+            configuration={**spans, **properties},
+            raise_if_key_not_exists=False,
+            storage_options=delta_options(uri),
+        )
+        what = f"cannot create the table {uri}"
+        # A conflict: another process has created it meanwhile.
+        with _storage_errors(what), suppress(CommitFailedError):
+            persistently(create, what)
 
     @staticmethod
     def find(uri: str, name: str) -> "Table | None":
         """The table, or None where there is none."""
+        table = Table(uri, name)
         try:
-            return Table(uri, name)
+            table.version()
         except StorageError as error:
             if isinstance(error.__cause__, TableNotFoundError):
                 return None
             raise
+        return table
 
     def properties(self) -> dict[str, str]:
         """What `create` was given, and Delta's own."""
-        return dict(self._latest.metadata().configuration)
+        return dict(self._at(None).metadata().configuration)
 
     def version(self) -> int:
         """The newest version."""
         return self._at(None).version()
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Who has taken the lease of this table and when, newest first, as far as the log goes back."""
+        return [
+            {
+                "table": self.name,
+                "version": entry["version"],
+                "job": entry[_JOB],
+                "at": datetime.fromtimestamp(entry["timestamp"] / 1000, UTC).isoformat(timespec="seconds"),
+            }
+            for entry in self._at(None).history()
+            if _JOB in entry
+        ]
 
     def partitions(self, *, version: int | None = None) -> list[Any]:
         """The values of the partition column that have rows, sorted."""
@@ -161,72 +135,271 @@ class Table:
         names = self.layout.schema.names if columns is None else list(columns)
         fields = [self.layout.schema.field(name) for name in names]
         schema = pa.schema([f.with_type(pa.large_binary()) if f.name == "vector" else f for f in fields])
-        with _storage_errors(f"cannot read the table {self.uri}"):
+        what = f"cannot read the table {self.uri}"
+
+        def read() -> pa.Table:
             reader = pa.RecordBatchReader.from_stream(self._at(version).scan(columns=names, predicate=where))
             return pa.Table.from_batches((batch.select(names).cast(schema) for batch in reader), schema)
 
+        with _storage_errors(what):
+            return persistently(read, what)
+
     def append(self, rows: pa.Table) -> None:
-        """Add rows in one commit."""
-        ordered = self._prepared(rows)
-        self._commit(
-            lambda delta: write_deltalake(
-                delta, ordered, mode="append", writer_properties=_WRITER, commit_properties=_COMMIT
-            )
-        )
-
-    def replace(self, rows: pa.Table) -> None:
-        """Add rows in one commit, each in the place of the row with the same key if there is one."""
-        ordered = self._prepared(rows)
-        partition = self.layout.partition
-        touched = ", ".join(_literal(value) for value in pc.unique(rows[partition]).to_pylist())
-        same = " AND ".join(f"old.{name} = new.{name}" for name in self.layout.key)
-        self._commit(
-            lambda delta: (
-                delta.merge(
-                    ordered,
-                    predicate=f"old.{partition} IN ({touched}) AND {same}",
-                    source_alias="new",
-                    target_alias="old",
-                    writer_properties=_WRITER,
-                    commit_properties=_COMMIT,
-                )
-                .when_matched_update_all()
-                .when_not_matched_insert_all()
-                .execute()
-            )
-        )
-
-    def _prepared(self, rows: pa.Table) -> pa.Table:
-        return (
-            rows.select(self.layout.schema.names)
-            .cast(self.layout.schema)
-            .sort_by([(c, "ascending") for c in self.layout.order])
-        )
-
-    def _commit(self, write: Callable[[DeltaTable], object]) -> None:
-        """Write against the newest version, again when another writer came first, until it succeeds or time is up."""
+        """Add rows of one partition in one commit that goes past other writers: for a table without a key."""
+        file = self.write_file(rows)
         give_up = time.monotonic() + _TRY_FOR_S
-        pause_s = 0.05
         while True:
-            delta = self._at(None)
+            latest = self._at(None)
+            if file.path in {known.path for known in self._files(latest)}:
+                return  # by an attempt of which no answer came
+            seen = latest.version()
             try:
-                with _storage_errors(f"cannot write to the table {self.uri}"):
-                    write(delta)
+                self._transact([self._added(file, same_rows=False)], {})
                 return
-            except CommitFailedError as error:
-                if time.monotonic() > give_up:
-                    raise StorageError(f"other writers of {self.uri} left no gap for {_TRY_FOR_S:.0f} s") from error
-            time.sleep(random.uniform(0, pause_s))
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            except (CommitFailedError, StorageError) as error:
+                self._wait(error, seen, give_up)
+
+    def files(self, partitions: Sequence[Any] | None = None, *, version: int | None = None) -> list[DataFile]:
+        """The files of some partitions, or of all, with what the log says of them."""
+        return self._files(self._at(version), partitions)
+
+    def _files(self, table: DeltaTable, partitions: Sequence[Any] | None = None) -> list[DataFile]:
+        found = pa.table(table.get_add_actions(flatten=True))
+        name = f"partition.{self.layout.partition}"
+        if partitions is not None:
+            found = found.filter(pc.is_in(found[name], value_set=pa.array(partitions, found.schema.field(name).type)))
+        spans = {n: (f"min.{n}", f"max.{n}") for n in self.layout.spans}
+        return [
+            DataFile(
+                path=unquote(row["path"]),  # the log holds it in the form of a URL
+                partition=str(row[name]),
+                n_rows=row["num_records"],
+                size_bytes=row["size_bytes"],
+                span={n: (row[low], row[high]) for n, (low, high) in spans.items() if row.get(low) is not None},
+            )
+            for row in found.to_pylist()
+        ]
+
+    def partition_values(self, values: Iterable[str]) -> list[Any]:
+        """Partitions as `DataFile` names them, as values of the column."""
+        kind = self.layout.schema.field(self.layout.partition).type
+        return [int(value) if pa.types.is_integer(kind) else value for value in values]
+
+    def write_file(self, rows: pa.Table) -> DataFile:
+        """Write rows of one partition as a file that no reader sees until it is committed."""
+        layout = self.layout
+        value = rows[layout.partition][0].as_py()
+        rows = rows.select(layout.schema.names).cast(layout.schema)
+        rows = rows.sort_by([(name, "ascending") for name in layout.order])
+        folder = f"{layout.partition}={re.sub(r'[^A-Za-z0-9_.-]', '_', str(value))}"
+        path = f"{folder}/part-{uuid.uuid4().hex}.parquet"
+        sink = io.BytesIO()
+        rows = rows.drop_columns([layout.partition])
+        # Vectors and texts do not repeat: a dictionary of them costs memory and time, and gains nothing.
+        small = [name for name in rows.column_names if name not in _LARGE]
+        pq.write_table(rows, sink, use_dictionary=small, write_statistics=small, **_PARQUET)
+        data = sink.getvalue()
+        storage.write_bytes(storage.join(self.uri, path), data)
+        spans = {name: pc.min_max(rows[name]).as_py() for name in layout.spans}
+        return DataFile(
+            path=path,
+            partition=str(value),
+            n_rows=rows.num_rows,
+            size_bytes=len(data),
+            span={name: (ends["min"], ends["max"]) for name, ends in spans.items()},
+        )
+
+    def read_file(self, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
+        """Columns of one file, the partition's among them; `vector` comes as `large_binary`."""
+        names = self.layout.schema.names if columns is None else list(columns)
+        stored = [name for name in names if name != self.layout.partition]
+        what = f"cannot read {file.path} of {self.uri}"
+        with _storage_errors(what):
+            data = persistently(lambda: self._read(file, stored), what)
+        kind = self.layout.schema.field(self.layout.partition).type
+        value = pa.scalar(self.partition_values([file.partition])[0], kind)
+        data = data.append_column(self.layout.partition, pa.repeat(value, data.num_rows)).select(names)
+        kinds = {"vector": pa.large_binary()}
+        return data.cast(pa.schema([(name, kinds.get(name, self.layout.schema.field(name).type)) for name in names]))
+
+    def _read(self, file: DataFile, columns: list[str]) -> pa.Table:
+        filesystem, path = storage.open_filesystem(storage.join(self.uri, file.path))
+        with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as parquet:
+            return parquet.read(columns, use_threads=False)
+
+    def discard(self, file: DataFile) -> None:
+        """Delete a file that was never committed."""
+        storage.delete(storage.join(self.uri, file.path))
+
+    def lease(self) -> int:
+        """The number of the lease that rules; 0 before the first."""
+        return self._at(None).transaction_version(_LEASE) or 0
+
+    def fence(self, number: int, *, job: str) -> None:
+        """Note in the log that the lease of this number rules, for this job; older holders cannot commit any more."""
+        give_up = time.monotonic() + _TRY_FOR_S
+        while self.lease() < number:
+            seen = self._log.version()
+            try:
+                self._transact([], {_LEASE: number}, {_JOB: job})
+            except (CommitFailedError, StorageError) as error:
+                self._wait(error, seen, give_up)
+        self._held(number)
+
+    def commit(
+        self,
+        add: Sequence[DataFile] = (),
+        remove: Sequence[DataFile] = (),
+        *,
+        lease: int,
+        same_rows: bool = False,
+    ) -> None:
+        """Files in and out, in one commit that counts once; with `same_rows`, readers of changes pass it over.
+
+        It goes on top of a version in which the lease of this number rules and nothing of it has happened yet; where
+        another commit comes first, or the answer is lost, it looks again. So no file is committed twice, and nothing by
+        a holder that was replaced.
+
+        Raises:
+            LeaseLost: a later lease rules.
+            StorageError: a file to remove is gone, because another program changed the table; or no answer.
+        """
+        now_ms = int(time.time() * 1000)
+        actions: list[Any] = [self._added(file, same_rows) for file in add]
+        actions += [
+            RemoveAction(file.path, not same_rows, now_ms, file.size_bytes, {self.layout.partition: file.partition})
+            for file in remove
+        ]
+        if actions:
+            self._put(actions, lease, {file.path for file in remove})
+
+    def _put(self, actions: list[Any], lease: int, leaving: Collection[str] = ()) -> None:
+        give_up = time.monotonic() + _TRY_FOR_S
+        number = None
+        while True:
+            # One look at the log answers all that follows: between two of them, another run could take over unseen.
+            latest = self._held(lease)
+            count = latest.transaction_version(_COMMITS) or 0
+            number = count + 1 if number is None else number
+            if count >= number:
+                return  # only this lease's holder counts, so it was an attempt of which no answer came
+            there = {file.path for file in self._files(latest)} if leaving else set()
+            if gone := next((path for path in leaving if path not in there), None):
+                raise StorageError(
+                    f"another program has removed {gone} from {self.uri} while this run replaced rows of it; "
+                    "nothing was lost, run the same command again"
+                )
+            seen = latest.version()
+            try:
+                self._transact(actions, {_LEASE: lease, _COMMITS: number})
+                return
+            except (CommitFailedError, StorageError) as error:
+                self._wait(error, seen, give_up)
+
+    def _wait(self, error: Exception, seen: int, give_up: float) -> None:
+        """A moment before the next attempt; raises where there is no use in one on top of a later version than seen."""
+        refused = isinstance(error, CommitFailedError) and not is_transient(error) and self.version() == seen
+        if refused or time.monotonic() > give_up:
+            raise StorageError(f"cannot write to the table {self.uri}: {in_one_line(error)}") from error
+        time.sleep(random.uniform(0.01, 0.5))
+
+    def _held(self, lease: int) -> DeltaTable:
+        """The newest version, in which this lease rules. Raises LeaseLost."""
+        ruling = self.lease()
+        if ruling != lease:
+            raise LeaseLost(
+                f"another run has taken over {self.uri} (lease {ruling}; this run held {lease} and did not renew it in "
+                "time); nothing was written since, run the same command again"
+            )
+        return self._log
+
+    def vacuum(self, *, lease: int, keep_hours: int) -> list[str]:
+        """Delete the files that no version of the last hours holds, also those that were never committed.
+
+        With 0 hours, everything but the newest version goes. Files are listed first, and deleted if this lease rules
+        after that: whoever rules later has staged nothing before, so nothing of theirs is on the list.
+        """
+        if not self.layout.key:
+            keep_hours = max(keep_hours, 1)  # `append` needs no lease: what it is about to commit is younger than that
+        listed = storage.list_files(self.uri, (".parquet",)) if not keep_hours else []
+        what = f"cannot list what is unused of the table {self.uri}"
+        with _storage_errors(what):
+            latest = self._at(None)
+            look = partial(latest.vacuum, keep_hours, dry_run=True, enforce_retention_duration=False, full=True)
+            unused = set(persistently(look, what))
+        used = {file.path for file in self._files(self._held(lease))}
+        # The library believes clocks, and those of two machines differ.
+        unused |= {file.uri.removeprefix(storage.join(self.uri, "")) for file in listed}
+        found = sorted(storage.join(self.uri, path) for path in unused - used)
+        with ThreadPoolExecutor(_DELETIONS_AT_ONCE) as pool:
+            list(pool.map(storage.delete, found))
+        return found
+
+    def forget_log(self, *, lease: int) -> list[str]:
+        """Delete every version but a new last one: old ones name, in statistics, who is gone. Returns the files."""
+        self._put([], lease)
+        latest = self._held(lease)
+        what = f"cannot write a checkpoint of {self.uri}"
+        with _storage_errors(what):
+            persistently(latest.create_checkpoint, what)
+        last = latest.version()
+        old = [
+            file.uri
+            for file in storage.list_files(storage.join(self.uri, "_delta_log"))
+            if (number := file.uri.rsplit("/", 1)[1].split(".")[0]).isdigit() and int(number) < last
+        ]
+        for uri in old:
+            storage.delete(uri)
+        self._pinned = None
+        return old
+
+    def _added(self, file: DataFile, same_rows: bool) -> AddAction:
+        low = {name: ends[0] for name, ends in file.span.items()}
+        high = {name: ends[1] for name, ends in file.span.items()}
+        nulls = dict.fromkeys(file.span, 0)
+        stats = {"numRecords": file.n_rows, "minValues": low, "maxValues": high, "nullCount": nulls}
+        partition = {self.layout.partition: file.partition}
+        # The library reads an escaped character beyond U+1FFFF as another one.
+        text = json.dumps(stats, ensure_ascii=False)
+        return AddAction(file.path, file.size_bytes, partition, int(time.time() * 1000), not same_rows, text)
+
+    def _transact(self, actions: list[Any], numbers: Mapping[str, int], facts: dict[str, Any] | None = None) -> None:
+        """One attempt to be the next version. Raises CommitFailedError when another one was."""
+        with _storage_errors(f"cannot write to the table {self.uri}"):
+            self._log.create_write_transaction(
+                actions,
+                "append",
+                DeltaSchema.from_arrow(self.layout.schema),
+                [self.layout.partition],
+                commit_properties=CommitProperties(
+                    custom_metadata=facts,
+                    max_commit_retries=0,
+                    app_transactions=[Transaction(name, number) for name, number in numbers.items()],
+                ),
+            )
+
+    @property
+    def _log(self) -> DeltaTable:
+        """The log as it was when it was last read."""
+        if self._opened is None:
+            with _storage_errors(f"cannot open the table {self.uri}"):
+                self._opened = self._open()
+        return self._opened
+
+    def _open(self, version: int | None = None) -> DeltaTable:
+        options = delta_options(self.uri)
+        what = f"cannot open the table {self.uri}"
+        return persistently(lambda: DeltaTable(self.uri, version=version, storage_options=options), what)
 
     def _at(self, version: int | None) -> DeltaTable:
-        with _storage_errors(f"cannot read the log of the table {self.uri}"):
+        what = f"cannot read the log of the table {self.uri}"
+        with _storage_errors(what):
             if version is None:
-                self._latest.update_incremental()
-                return self._latest
+                if self._opened is not None:
+                    persistently(self._opened.update_incremental, what)
+                return self._log
             if self._pinned is None or self._pinned[0] != version:
-                options = delta_options(self.uri)
-                self._pinned = version, DeltaTable(self.uri, version=version, storage_options=options)
+                self._pinned = version, self._open(version)
             return self._pinned[1]
 
 
@@ -250,5 +423,5 @@ def _storage_errors(what: str) -> Iterator[None]:
         yield
     except CommitFailedError:
         raise
-    except (DeltaError, OSError) as error:
+    except (DeltaError, OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{what}: {' '.join(str(error).split())[:500]}") from error
