@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for: an S3 server for the session, and a fresh bucket on it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -17,23 +18,51 @@ server.start()
 print("http://%s:%s" % server.get_host_and_port(), flush=True)
 sys.stdin.read()
 """
+# It listens for other protocols than S3, on every interface, unless told not to.
+_OTHER_SERVER = """
+import os, signal, socket, sys, threading, time
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ |= {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3", "LOG_LEVEL": "ERROR"}
+os.environ |= {"IOT_MTLS_ENABLED": "0", "SFTP_ENABLED": "0"}
+def tell_and_wait():
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", port)):
+            time.sleep(0.02)
+    print(f"http://127.0.0.1:{port}", flush=True)
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=tell_and_wait, daemon=True).start()
+sys.argv = ["ministack"]
+from ministack.app import main
+main()
+"""
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """The endpoint of an S3-compatible server; the environment names it for this process and all that it starts."""
+@contextlib.contextmanager
+def s3_process(code: str = _SERVER) -> Iterator[str]:
+    """The endpoint of an S3-compatible server in a process of its own."""
     # A process of its own: a library that waits for an answer with Python's lock in hand would wait for ever
     # on a thread.
     server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER],
+        [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert server.stdin is not None and server.stdout is not None
-    endpoint = server.stdout.readline().strip()
-    with pytest.MonkeyPatch.context() as environment:
+    yield server.stdout.readline().strip()
+    server.stdin.close()  # the server ends with it, and also when this process is killed
+    server.stdout.close()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of an S3-compatible server; the environment names it for this process and all that it starts."""
+    with s3_process() as endpoint, pytest.MonkeyPatch.context() as environment:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             environment.delenv(name)
         environment.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -44,14 +73,29 @@ def s3_server() -> Iterator[str]:
         environment.setenv("AWS_CONFIG_FILE", os.devnull)
         environment.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         yield endpoint
-    server.stdin.close()  # the server ends with it, and also when this process is killed
-    server.stdout.close()
-    server.wait()
+
+
+@pytest.fixture(scope="session")
+def other_s3_server(s3_server: str) -> Iterator[str]:
+    """The endpoint of a server of another make, which takes the same credentials."""
+    with s3_process(_OTHER_SERVER) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
 def s3(s3_server: str) -> str:
     """`s3://bucket` of a bucket that nobody else uses."""
+    return _new_bucket()
+
+
+@pytest.fixture
+def other_s3(other_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same on the other server, which the environment names as long as the test runs."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", other_s3_server)
+    return _new_bucket()
+
+
+def _new_bucket() -> str:
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
@@ -61,3 +105,15 @@ def s3(s3_server: str) -> str:
 def root(request: pytest.FixtureRequest) -> str:
     """A fresh folder to write into, once on the disk and once on the S3 server."""
     return str(request.getfixturevalue("tmp_path" if request.param == "local" else "s3"))
+
+
+@pytest.fixture(params=["s3", "other_s3"])
+def each_s3(request: pytest.FixtureRequest) -> str:
+    """A fresh bucket on one server, and on the other."""
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(params=["tmp_path", "s3", "other_s3"])
+def each_root(request: pytest.FixtureRequest) -> str:
+    """A fresh folder to write into, on the disk and on each server: for tests of storage itself."""
+    return str(request.getfixturevalue(request.param))

@@ -40,10 +40,10 @@ def write(store: Store, rows: list[Row]) -> None:
             "text_hash": text_hash([str(row["n"]) for row in rows]),
             "bucket": bucket_of(users, store.n_buckets),
             "vector": [np.full(WIDTH, row["n"], "<f2").tobytes() for row in rows],
-            "edited": [False] * len(rows),
+            "change": ["new"] * len(rows),
         }
     )
-    store.write_behaviors(table)
+    store.write("behaviors", table)
 
 
 def make_store(folder: Path, rows: list[Row], n_buckets: int = N_BUCKETS) -> Store:

@@ -2,12 +2,14 @@
 
 import os
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
 
-from persona import storage
+from persona import s3, storage
 from persona.errors import PersonaError, StorageError, UsageError
 
 
@@ -55,17 +57,17 @@ def test_a_secret_in_a_uri_is_not_repeated() -> None:
     assert "hush" not in str(caught.value)
 
 
-def test_what_is_written_is_read_and_listed(root: str) -> None:
+def test_what_is_written_is_read_and_listed(each_root: str) -> None:
     for name in ["b.jsonl", "sub/a.jsonl", "sub/x.txt", "_hidden/c.jsonl", ".d.jsonl"]:
-        storage.write_bytes(storage.join(root, "in", name), name.encode())
-    folder = storage.join(root, "in")
+        storage.write_bytes(storage.join(each_root, "in", name), name.encode())
+    folder = storage.join(each_root, "in")
     listed = storage.list_files(folder, [".jsonl"])
     assert [entry.uri for entry in listed] == [storage.join(folder, "b.jsonl"), storage.join(folder, "sub/a.jsonl")]
     assert [entry.size_bytes for entry in listed] == [7, 11]
     assert storage.read_bytes(listed[1].uri) == b"sub/a.jsonl"
     assert storage.list_files(storage.join(folder, "sub/x.txt"), [".jsonl"])[0].size_bytes == 9
-    assert storage.list_files(storage.join(root, "nowhere")) == []
-    assert storage.exists(folder) and not storage.exists(storage.join(root, "nowhere"))
+    assert storage.list_files(storage.join(each_root, "nowhere")) == []
+    assert storage.exists(folder) and not storage.exists(storage.join(each_root, "nowhere"))
 
 
 def test_writing_replaces_and_leaves_no_draft(tmp_path: Path) -> None:
@@ -75,17 +77,64 @@ def test_writing_replaces_and_leaves_no_draft(tmp_path: Path) -> None:
     assert target.read_bytes() == b"2" and names(tmp_path) == ["state.json"]
 
 
-def test_reading_what_is_not_there_is_a_storage_error(root: str) -> None:
+def test_of_twelve_that_create_a_file_one_wins(each_root: str) -> None:
+    uri, writers = storage.join(each_root, "lease.json"), [f"writer {i}".encode() for i in range(12)]
+    together = threading.Barrier(len(writers))
+
+    def create(data: bytes) -> bool:
+        together.wait()
+        return storage.create_bytes(uri, data)
+
+    with ThreadPoolExecutor(len(writers)) as pool:
+        won = [data for data, ok in zip(writers, pool.map(create, writers), strict=True) if ok]
+    assert won == [storage.read_bytes(uri)]
+    assert not storage.create_bytes(uri, b"late") and storage.read_bytes(uri) == won[0]
+    assert [entry.uri for entry in storage.list_files(each_root)] == [uri]
+
+
+def test_what_is_deleted_is_gone_and_may_be_deleted_again(each_root: str) -> None:
+    uri, other = storage.join(each_root, "file"), storage.join(each_root, "file-2")
+    for name in (uri, other):
+        storage.write_bytes(name, b"1")
+    storage.delete(uri)
+    storage.delete(uri)
+    assert not storage.exists(uri) and storage.exists(other)
+    assert storage.create_bytes(uri, b"2") and storage.read_bytes(uri) == b"2"
+
+
+def test_a_name_that_only_begins_like_another_is_another(each_root: str) -> None:
+    storage.write_bytes(storage.join(each_root, "a-b", "file"), b"1")
+    storage.write_bytes(storage.join(each_root, "a.txt"), b"1")
+    assert not storage.exists(storage.join(each_root, "a")) and storage.list_files(storage.join(each_root, "a")) == []
+
+
+def test_more_files_than_one_answer_holds_are_listed(other_s3: str) -> None:
+    with s3.client(other_s3[5:]) as client:
+        for i in range(1003):
+            client.put_object(Bucket=other_s3[5:], Key=f"many/{i:04d}", Body=b"")
+    assert len(storage.list_files(f"{other_s3}/many")) == 1003
+
+
+def test_a_folder_is_copied_within_the_store(each_s3: str) -> None:
+    data = os.urandom(9 * 2**20)  # large enough to go in parts
+    storage.write_bytes(f"{each_s3}/plug/weights", data)
+    storage.write_bytes(f"{each_s3}/plug/sub/plug.json", b"{}")
+    storage.copy_folder(f"{each_s3}/plug", f"{each_s3}/copy")
+    assert storage.read_bytes(f"{each_s3}/copy/weights") == data
+    assert storage.read_bytes(f"{each_s3}/copy/sub/plug.json") == b"{}"
+
+
+def test_reading_what_is_not_there_is_a_storage_error(each_root: str) -> None:
     with pytest.raises(StorageError, match="nothing-here"):
-        storage.read_bytes(storage.join(root, "nothing-here"))
+        storage.read_bytes(storage.join(each_root, "nothing-here"))
 
 
-def test_a_folder_goes_to_the_store_and_back(root: str, tmp_path: Path) -> None:
+def test_a_folder_goes_to_the_store_and_back(each_root: str, tmp_path: Path) -> None:
     plug = tmp_path / "plug"
     (plug / "sub").mkdir(parents=True)
     (plug / "plug.json").write_bytes(b"{}")
     (plug / "sub" / "weights").write_bytes(os.urandom(100_000))
-    there, back = storage.join(root, "there"), tmp_path / "back"
+    there, back = storage.join(each_root, "there"), tmp_path / "back"
     back.mkdir()
     (back / "old").write_bytes(b"of a former copy")
     storage.copy_folder(str(plug), there)
@@ -105,21 +154,21 @@ def test_copying_nothing_is_an_error_and_leaves_the_target(tmp_path: Path) -> No
     assert names(tmp_path / "kept") == ["file"]
 
 
-def test_a_filesystem_uses_the_endpoint_of_the_environment(s3: str) -> None:
-    filesystem, path = storage.open_filesystem(f"{s3}/x")
-    assert isinstance(filesystem, pafs.S3FileSystem) and path == f"{s3[5:]}/x"
-    assert filesystem.get_file_info(s3[5:]).type == pafs.FileType.Directory
+def test_a_filesystem_uses_the_endpoint_of_the_environment(each_s3: str) -> None:
+    filesystem, path = storage.open_filesystem(f"{each_s3}/x")
+    assert isinstance(filesystem, pafs.S3FileSystem) and path == f"{each_s3[5:]}/x"
+    assert filesystem.get_file_info(each_s3[5:]).type == pafs.FileType.Directory
 
 
-def test_reachable_paths_pass(root: str) -> None:
-    storage.write_bytes(storage.join(root, "x", "file"), b"1")
-    storage.check_reachable(storage.join(root, "x"), flag="--histories")
-    storage.check_reachable(storage.join(root, "new", "folder"), flag="--store", write=True)
+def test_reachable_paths_pass(each_root: str) -> None:
+    storage.write_bytes(storage.join(each_root, "x", "file"), b"1")
+    storage.check_reachable(storage.join(each_root, "x"), flag="--histories")
+    storage.check_reachable(storage.join(each_root, "new", "folder"), flag="--store", write=True)
 
 
-def test_nothing_to_read_is_refused(root: str) -> None:
+def test_nothing_to_read_is_refused(each_root: str) -> None:
     with pytest.raises(UsageError, match="--histories: .*nowhere"):
-        storage.check_reachable(storage.join(root, "nowhere"), flag="--histories")
+        storage.check_reachable(storage.join(each_root, "nowhere"), flag="--histories")
 
 
 def test_a_file_is_no_folder_to_write_below(tmp_path: Path) -> None:
@@ -128,29 +177,29 @@ def test_a_file_is_no_folder_to_write_below(tmp_path: Path) -> None:
         storage.check_reachable(str(tmp_path / "file" / "store"), flag="--store", write=True)
 
 
-def test_a_bucket_that_does_not_exist_is_refused(s3: str) -> None:
+def test_a_bucket_that_does_not_exist_is_refused(each_s3: str) -> None:
     with pytest.raises(UsageError, match="--store: there is no bucket 'absent-bucket'"):
         storage.check_reachable("s3://absent-bucket/x", flag="--store", write=True)
 
 
-def test_s3_without_credentials_says_which_variables_to_set(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_without_credentials_says_which_variables_to_set(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(UsageError, match="--store: .*AWS_ACCESS_KEY_ID"):
-        storage.check_reachable(f"{s3}/x", flag="--store", write=True)
+        storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
 
 
-def test_an_endpoint_that_is_down_is_named_without_the_secret(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_down_is_named_without_the_secret(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
         with pytest.raises(PersonaError) as caught:
-            storage.check_reachable(f"{s3}/x", flag="--store")
+            storage.check_reachable(f"{each_s3}/x", flag="--store")
     assert isinstance(caught.value, StorageError) and "AWS_ENDPOINT_URL" in str(caught.value)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
 
 
-def test_delta_options_hold_no_credentials(s3: str) -> None:
-    options = storage.delta_options(f"{s3}/store")
+def test_delta_options_hold_no_credentials(each_s3: str) -> None:
+    options = storage.delta_options(f"{each_s3}/store")
     assert options["AWS_ENDPOINT_URL"] == os.environ["AWS_ENDPOINT_URL"]
     assert not set(options.values()) & {os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]}

@@ -1,0 +1,137 @@
+"""The data path without a real encoder, for as many users as you like: rates, and whether memory stays flat.
+
+    python tests/benchmarks/scale.py --users 1000000 --each 5
+
+`embed` of all histories, a refresh in which 1 % of the users have one behavior more, and `generate`'s join of a request
+for every tenth user, in one process tree whose memory is watched. An encoder that costs next to nothing stands in the
+place of the real one. Memory is resident and private (without Ray's object store, which all processes share).
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs import embed, flow, session
+from persona import inputs, packaged
+from persona.store import Store
+from tests.benchmarks import many_users
+
+
+class Memory:
+    """The peak of each process below this one, by its name, while the context is open."""
+
+    def __init__(self) -> None:
+        self.peak: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Looks twice a second."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                me = psutil.Process()
+                for process in [me, *me.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess):
+                        found = process.memory_info()
+                        name = "driver" if process.pid == me.pid else process.name().split(":")[0]
+                        self.peak[name] = max(self.peak[name], (found.rss - found.shared) / 2**20)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def main() -> None:
+    """Prints a line a step and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--each", type=int, default=5, help="behaviors of a user")
+    parser.add_argument("--folder", help="where to work (default: a temporary folder, deleted at the end)")
+    arguments = parser.parse_args()
+    folder = Path(arguments.folder or tempfile.mkdtemp(prefix="scale-"))
+    embed.Encode = many_users.CheapEncode  # type: ignore[misc]
+    n_rows = many_users.write(folder / "histories", many_users.histories(arguments.users, arguments.each))
+    cores = session.connect().cores
+    memory = Memory()
+    found: dict[str, Any] = {"users": arguments.users, "behaviors": n_rows, "cores": cores}
+    config = embed.Config(
+        histories=str(folder / "histories"),
+        store=str(folder / "store"),
+        encoder=str(packaged.minilm()),
+        max_tokens=64,
+        block_rows=16_384,
+    )
+    with memory.watched():
+        started = time.perf_counter()
+        assert embed.main(config).result["committed"] == n_rows
+        found["embed"] = _rate(n_rows, started, cores)
+
+        one_more = many_users.histories(arguments.users // 100, arguments.each + 1)
+        many_users.write(folder / "histories" / "more", (_last(table, arguments.each) for table in one_more))
+        started = time.perf_counter()
+        assert embed.main(config).result["committed"] == arguments.users // 100
+        found["refresh"] = _rate(n_rows, started, cores)
+
+        pq.write_table(_requests(arguments.users), folder / "requests.parquet")
+        started = time.perf_counter()
+        found["join"] = {"requests": _join(folder), **_rate(arguments.users // 10, started, cores)}
+    found["peak_mib"] = {name: round(mib) for name, mib in sorted(memory.peak.items())}
+    for name in ("embed", "refresh", "join"):
+        print(f"{name:<10} {found[name]['seconds']:8.1f} s   {found[name]['per_s_core']:10,.0f} a second and core")
+    print(f"peak MiB   {found['peak_mib']}")
+    if arguments.folder is None:
+        shutil.rmtree(folder)
+    print(json.dumps(found))
+
+
+def _rate(n: int, started: float, cores: int) -> dict[str, float]:
+    seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 1), "per_s_core": round(n / seconds / cores)}
+
+
+def _last(table: pa.Table, number: int) -> pa.Table:
+    return table.filter(pc.equal(table["behavior_id"], f"b{number}"))
+
+
+def _requests(n_users: int) -> pa.Table:
+    name = pc.utf8_lpad(pa.array(range(0, n_users, 10)).cast(pa.string()), 9, "0")
+    users = pc.binary_join_element_wise("user", name, "-")
+    return pa.table({"request_id": users, "user_id": users, "input": pa.repeat("What next?", len(users))})
+
+
+def _join(folder: Path) -> int:
+    """The requests of `generate` with all their vectors, thrown away as they come; returns how many came."""
+    store = Store.open(str(folder / "store"))
+    joined = flow.requests_with_histories(
+        inputs.plan_splits(str(folder / "requests.parquet"), flag="--requests"),
+        store,
+        flow.new_tally(),
+        job="generate",
+        personas=["own"],
+        max_behaviors=512,
+        needs_target=False,
+        versions={"behaviors": store.version("behaviors")},
+    )
+    return sum(table.num_rows for table in joined.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+if __name__ == "__main__":
+    main()
