@@ -34,10 +34,11 @@ BUCKETS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """How a job ended: exit code, the JSON of its last line (None after an error), and what it said on stderr."""
+    """How a job ended: exit code, the JSON of its last line (None after an error), the lines before, and stderr."""
 
     code: int
     result: Any
+    table: str
     said: str
 
 
@@ -80,7 +81,8 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Job:
         capsys.readouterr()
         code = run(job.Config, job.main, arguments(**flags))
         out, said = capsys.readouterr()
-        return Done(code=code, result=json.loads(out.splitlines()[-1]) if out else None, said=said)
+        *table, last = out.splitlines() or [""]
+        return Done(code=code, result=json.loads(last) if last else None, table="\n".join(table), said=said)
 
     return call
 
@@ -176,6 +178,12 @@ def fill_store(uri: Path, encoder: str, rows: Sequence[Row]) -> Path:
         text_rule="text as given, cut to max_tokens",
     )
     store = Store.open_or_create(str(uri), identity, BUCKETS)
+    store.write("behaviors", encoded(encoder, rows))
+    return uri
+
+
+def encoded(encoder: str, rows: Sequence[Row], change: str = "new") -> pa.Table:
+    """Behaviors with their vectors, as a store takes them: all `new`, or all `edited`."""
     table = pa.Table.from_pylist([*rows])
     places = {"_row": pa.array(range(len(rows))), "_source": pa.repeat("test", len(rows))}
     for name, values in places.items():
@@ -183,11 +191,11 @@ def fill_store(uri: Path, encoder: str, rows: Sequence[Row]) -> Path:
     good, bad = histories.validate(Records(table=table, rejects=rejects("", [], [], [])), histories.Columns(), BUCKETS)
     assert bad.num_rows == 0
     # Each text in a batch of its own: no vector depends, in its last bits, on what the others have written.
+    folder = resolve(encoder, flag="--encoder")
     encoder_alone = TextEncoder(folder, pooling="cls", max_tokens=32, token_budget=1, precision="fp32")
     vectors = encoder_alone.encode(good["text"].to_pylist()).vectors
     good = good.append_column("vector", pa.array([vector.tobytes() for vector in vectors], pa.binary()))
-    store.write_behaviors(good.append_column("edited", pa.repeat(False, good.num_rows)))
-    return uri
+    return good.append_column("change", pa.repeat(change, good.num_rows))
 
 
 @pytest.fixture(scope="session")

@@ -290,6 +290,7 @@ def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path):
         "class Config:\n"
         "    limit: int | None = None\n"
         "def main(config):\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored\n"
         "    print('ready', flush=True)\n"
         "    signal.pause()\n"
         "sys.exit(run(Config, main))\n"
@@ -323,7 +324,7 @@ def main(config):
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
 
     def fail(*_):
         print("a worker speaks")

@@ -42,11 +42,12 @@ def answer(uri: str, asked: list[Row], **answers: Callable[[Row], str]) -> None:
             "finish_reason": "stop",
             "fingerprint": "f",
             "bucket": int(bucket_of([row["user_id"]], BUCKETS)[0]),
+            "change": "new",
         }
         for variant, say in answers.items()
         for row in asked
     ]
-    Store.open(uri).write_generations(pa.Table.from_pylist(rows))
+    Store.open(uri).write("generations", pa.Table.from_pylist(rows))
 
 
 @torch.inference_mode()

@@ -1,0 +1,113 @@
+"""Jobs whose object store fails, delays or cuts requests: they end well, or say why not and leave a sound table."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persona import housekeeping
+from persona.storage import join, list_files
+from persona.store import Store
+from tests.faulty_s3 import FaultyS3
+from tests.jobs.conftest import arguments, behaviors, fill_store, requests, write
+
+ROOT = Path(__file__).parents[2]
+ENDS_WITHIN_S = 120
+
+
+@pytest.fixture
+def bad(each_s3: str) -> Iterator[FaultyS3]:
+    """A proxy, without faults as yet, in front of each server; this process goes past it."""
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"], seed=5) as proxy:
+        proxy.delay_s = 0.1
+        yield proxy
+
+
+def start(job: str, bad: FaultyS3, **flags: Any) -> "subprocess.Popen[str]":
+    """The job in a process of its own, with a Ray of its own, all of which has its store behind the proxy."""
+    environment = {**os.environ, "AWS_ENDPOINT_URL": bad.url, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PERSONA_STORAGE_TIMEOUT_S": "20"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments(**flags)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def embedding(models: dict[str, str], root: str, n_each: int) -> dict[str, Any]:
+    """Flags by which each text is in a batch of its own: vectors are the same to the last bit."""
+    histories = write(join(root, "in/histories.jsonl"), behaviors(8, n_each))
+    alone = {"token_budget": 1, "precision": "fp32", "max_tokens": 32, "actors": 1, "block_rows": 8, "buckets": 4}
+    return {"histories": histories, "store": join(root, "store"), "encoder": models["encoder"], **alone}
+
+
+def rows(store: Store) -> dict[tuple[str, str], bytes]:
+    found = store.table("behaviors").scan(["user_id", "behavior_id", "vector"]).to_pylist()
+    by_key = {(row["user_id"], row["behavior_id"]): row["vector"] for row in found}
+    assert len(by_key) == len(found), "a key is there twice"
+    return by_key
+
+
+def problems(store: Store) -> list[str]:
+    """What `jobs.store verify` would say."""
+    names = ("behaviors", "generations")
+    partitions = [(name, value) for name in names for value in housekeeping.facts(store, name)["rows_by_partition"]]
+    return [problem for name, value in partitions for problem in housekeeping.verify(store, name, value)[1]]
+
+
+@pytest.mark.parametrize("share", [pytest.param(0.05, marks=pytest.mark.soak), 0.2])
+@pytest.mark.parametrize("each_s3", ["s3", pytest.param("other_s3", marks=pytest.mark.soak)], indirect=True)
+def test_jobs_end_well_where_some_requests_fail(
+    each_s3: str, bad: FaultyS3, share: float, models: dict[str, str], plug: str, tmp_path: Path
+) -> None:
+    flags = embedding(models, each_s3, 6)
+    bad.share = share
+    with start("embed", bad, **flags) as job:
+        said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    store = Store.open(flags["store"])
+    same = Store.open(str(fill_store(tmp_path / "same", models["encoder"], behaviors(8, 6))))
+    assert rows(store) == rows(same)
+
+    asked = write(join(each_s3, "in/requests.parquet"), requests(8, 2))
+    decoding = {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "block_rows": 4, "actors": 1}
+    with start("generate", bad, requests=asked, store=flags["store"], plug=plug, **decoding) as job:
+        said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    answered = store.read_generations()["request_id"].to_pylist()
+    assert sorted(answered) == sorted(row["request_id"] for row in requests(8, 2))
+    assert problems(store) == []
+    assert bad.faults > 0.5 * share * bad.done.total(), bad.done
+
+
+@pytest.mark.soak
+def test_a_store_that_fails_for_good_ends_the_job_in_time_and_the_next_run_ends_the_work(
+    each_s3: str, bad: FaultyS3, models: dict[str, str], tmp_path: Path
+) -> None:
+    flags = embedding(models, each_s3, 60)
+    with start("embed", bad, **flags) as job:
+        # What is in the table by then is to stay.
+        while len(list_files(join(flags["store"], "behaviors"), (".parquet",))) < 4 and job.poll() is None:
+            time.sleep(0.05)
+        bad.share, bad.kinds = 1.0, ("error",)
+        began = time.monotonic()
+        out, said = job.communicate(timeout=300)
+        took_s = time.monotonic() - began
+    assert (job.returncode, out) == (1, ""), said
+    assert took_s < ENDS_WITHIN_S
+    last = said.strip().splitlines()[-1]
+    assert "tried for" in last and "test-secret" not in said, said
+    store = Store.open(flags["store"])
+    before = rows(store)
+    assert len(before) < 480 and problems(store) == []
+
+    bad.share = 0.0
+    with start("embed", bad, **flags) as job:
+        said = str(job.communicate(timeout=300))
+    assert job.returncode == 0, said
+    same = Store.open(str(fill_store(tmp_path / "same", models["encoder"], behaviors(8, 60))))
+    assert rows(store) == rows(same) and problems(store) == []

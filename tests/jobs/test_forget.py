@@ -1,0 +1,213 @@
+"""`forget` on a real Ray: nothing of the users is left in any byte below the store, and nothing else is touched."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+from jobs import forget
+from persona.inputs import rejects
+from persona.personas import MeanPersonas
+from persona.storage import write_bytes
+from persona.store import Store
+from tests.jobs.conftest import Job, Row, behaviors, encoded, fill_store, write
+from tests.stores import answers
+
+TABLES = ("behaviors", "personas", "generations")
+# Alone in a bucket; between others; and one whose id needs care in SQL, in JSON and in paths.
+ALONE, JOHN, OBRIEN = "user-5", "john.doe+7@example.org", 'O\'Brien "x"/ü\\%20'
+LEAVING = (ALONE, JOHN, OBRIEN)
+
+
+def rows_of(user: str) -> list[Row]:
+    """Four behaviors whose ids and texts nobody else has."""
+    return [
+        {**row, "user_id": user, **{name: f"{row[name]} of {user}" for name in ("behavior_id", "text")}}
+        for row in behaviors(1, 4)
+    ]
+
+
+def answers_of(users: list[str], variant: str, output: str, change: str = "new") -> pa.Table:
+    rows = answers(*users, variant=variant, changes=[change] * len(users))
+    said = {"request_id": [f"request of {user}" for user in users], "output": [f"{output}, {user}" for user in users]}
+    for name, values in said.items():
+        rows = rows.set_column(rows.column_names.index(name), name, pa.array(values))
+    return rows
+
+
+@pytest.fixture
+def store(models: dict[str, str], plug: str, tmp_path: Path) -> Path:
+    """A store with a past: rows that were replaced, files that no version has any more, and one that none has yet."""
+    rows = [*behaviors(5), *(row for user in LEAVING for row in rows_of(user))]
+    uri = fill_store(tmp_path / "store", models["encoder"], rows)
+    opened = Store.open(str(uri))
+    edited = [{**row, "text": f"after all, {row['text']}"} for row in rows if row["behavior_id"].startswith("b0")]
+    opened.write("behaviors", encoded(models["encoder"], edited, change="edited"))
+    model = MeanPersonas.load(Path(plug))
+    for bucket in opened.buckets():
+        users = opened.personas_to_make(bucket, model.fingerprint)
+        opened.write("personas", model.make(users, opened.read_histories(bucket)))
+    names = sorted({row["user_id"] for row in rows})
+    for variant in ("own", "a/b c"):
+        opened.write("generations", answers_of(names, variant, "first"))
+        opened.write("generations", answers_of([*LEAVING, "user-1"], variant, "second", "edited"))
+    opened.stage("generations", answers_of(names, "never committed", "third"))
+    opened.write_rejects(rejects("embed", ["in.jsonl"], [3], ["text is empty"]))
+    return uri
+
+
+def stored(store: Path, version: int | None = None) -> dict[str, list[Row]]:
+    tables = {name: DeltaTable(f"{store}/{name}", version=version) for name in TABLES}
+    return {name: sorted(table.to_pyarrow_table().to_pylist(), key=repr) for name, table in tables.items()}
+
+
+def without(tables: dict[str, list[Row]], *users: str) -> dict[str, list[Row]]:
+    return {name: [row for row in rows if row["user_id"] not in users] for name, rows in tables.items()}
+
+
+def versions(store: Path) -> dict[str, int]:
+    return {name: DeltaTable(f"{store}/{name}").version() for name in (*TABLES, "rejects")}
+
+
+def traces(store: Path, user: str) -> set[bytes]:
+    """What only rows of this user hold, or have ever held: ids, hashes, outputs, vectors and personas."""
+    found = {user.encode()}
+    for name, latest in versions(store).items():
+        for version in range(latest + 1):
+            for row in DeltaTable(f"{store}/{name}", version=version).to_pyarrow_table().to_pylist():
+                if row.get("user_id") == user:
+                    found |= {row[key].encode() for key in ("text_hash", "output") if key in row}
+                    found |= set(leaves([row.get("vector"), row.get("persona")]))
+    return found
+
+
+def leaves(value: Any) -> Iterator[bytes]:
+    """All that stands in a value, also where it is JSON in JSON."""
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, str):
+        yield value.encode()
+        if value.startswith("{"):
+            yield from leaves(json.loads(value))
+    elif isinstance(value, dict):
+        yield from (leaf for pair in value.items() for one in pair for leaf in leaves(one))
+    elif isinstance(value, list) and value and isinstance(value[0], float):
+        yield np.asarray(value, "<f4").tobytes()
+    elif isinstance(value, list | tuple):
+        yield from (leaf for one in value for leaf in leaves(one))
+
+
+def everything(folder: Path) -> bytes:
+    """Each byte of each file below, as it is and unpacked."""
+    parts = []
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            continue
+        parts += [str(path).encode(), path.read_bytes()]
+        if path.suffix == ".parquet":
+            parts += leaves(pq.read_table(path, partitioning=None).to_pylist())
+        elif path.suffix == ".json":
+            parts += [leaf for line in path.read_text().splitlines() for leaf in leaves(json.loads(line))]
+        else:
+            assert path.name == "_last_checkpoint", f"{path} may hold anything"
+    return b"\n".join(parts)
+
+
+def ray_log_lines() -> list[str]:
+    """What Ray has written on this machine since it was started, but for what is said to developers of Ray."""
+    import ray
+
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    lines = [
+        line for path in logs.rglob("*") if path.is_file() for line in path.read_text(errors="replace").splitlines()
+    ]
+    assert lines
+    return [line for line in lines if "DEBUG" not in line]
+
+
+def test_rows_bytes_and_versions_go_and_nothing_else(
+    do: Job, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, rejected = stored(store), DeltaTable(f"{store}/rejects").to_pyarrow_table()
+    marks = {user: traces(store, user) for user in LEAVING}
+    # 5 versions of behaviors' vectors and hashes, a persona, and two outputs beside the id
+    assert {user: len(found) for user, found in marks.items()} == dict.fromkeys(LEAVING, 14)
+    whole = everything(store)
+    assert all(mark in whole for found in marks.values() for mark in found), "what is searched for can be found"
+    old = versions(store)
+    listed = write(str(tmp_path / "users.parquet"), [{"user_id": JOHN, "why": 1}, {"user_id": "of whom nobody knows"}])
+    caplog.set_level(logging.INFO)
+
+    dry = do(forget, store=store, user=ALONE, users=listed, dry_run=True)
+    counts = {"behaviors": 8, "personas": 2, "generations": 4}
+    assert (dry.code, dry.result["users"], dry.result["rows"]) == (0, 3, counts)
+    assert versions(store) == old
+
+    done = do(forget, store=store, user=ALONE, users=listed)
+    assert done.code == 0
+    assert (done.result["rows_before"], done.result["rows_after"]) == (counts, dict.fromkeys(TABLES, 0))
+    assert "8 behaviors, 2 personas, 4 generations" in done.table
+    left = everything(store)
+    assert not [mark for user in (ALONE, JOHN) for mark in marks[user] if mark in left]
+    assert OBRIEN.encode() in left
+    assert stored(store) == without(before, ALONE, JOHN)
+    assert DeltaTable(f"{store}/rejects").to_pyarrow_table() == rejected
+    for name in TABLES:
+        for version in range(old[name] + 1):
+            with pytest.raises(Exception, match="(?i)version|not found|no such|no files in log"):
+                DeltaTable(f"{store}/{name}", version=version).to_pyarrow_table()
+
+    outputs = "\n".join([*(str(one) for one in (dry, done)), caplog.text, *ray_log_lines()])
+    assert JOHN not in outputs
+
+
+def test_an_id_that_needs_care_and_a_second_run(do: Job, store: Path, tmp_path: Path) -> None:
+    before, marks = stored(store), traces(store, OBRIEN)
+    listed = write(str(tmp_path / "users.jsonl"), [{"user_id": OBRIEN}])
+    done = do(forget, store=store, users=listed)
+    assert done.code == 0
+    assert done.result["rows_before"] == {"behaviors": 4, "personas": 1, "generations": 2}
+    left = everything(store)
+    assert not [mark for mark in marks if mark in left]
+    assert stored(store) == without(before, OBRIEN)
+    assert "Brien" not in "\n".join([str(done), *ray_log_lines()])
+
+    again = do(forget, store=store, users=listed)
+    assert (again.code, again.result["rows_before"]) == (0, dict.fromkeys(TABLES, 0))
+    assert stored(store) == without(before, OBRIEN)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            b'{"user_id": "user-1"}\n{"user_id": null}\n',
+            "rows without a readable user_id: 1; nobody has been forgotten",
+        ),
+        (b'{"user_id": "user-1"}\n{"user_i', "rows without a readable user_id: 1; nobody has been forgotten"),
+        (b'{"user": "user-1"}\n', "no column 'user_id'"),
+        (b"[]\n", "no row can be read"),
+    ],
+)
+def test_a_bad_file_of_users_forgets_nobody(
+    refuse: Job, store: Path, tmp_path: Path, lines: bytes, message: str
+) -> None:
+    before = versions(store)
+    write_bytes(str(tmp_path / "users.jsonl"), lines)
+    done = refuse(forget, store=store, user=ALONE, users=tmp_path / "users.jsonl")
+    assert done.code == 2
+    assert message in done.said
+    assert versions(store) == before
+
+
+def test_nobody_to_forget_is_wrong_usage(refuse: Job, store: Path, tmp_path: Path) -> None:
+    assert "--user or --users must say whom to forget" in refuse(forget, store=store).said
+    assert "there is no store at" in refuse(forget, store=tmp_path, user="a").said
+    assert "--user: an id is empty" in refuse(forget, store=store, user="").said

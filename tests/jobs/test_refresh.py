@@ -1,0 +1,208 @@
+"""A scheduled refresh on a real Ray: it ends where a new store would begin, whatever was there before."""
+
+import gzip
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deltalake import DeltaTable
+
+from jobs import embed, session
+from persona.lease import Lease
+from persona.personas import MeanPersonas
+from persona.storage import write_bytes
+from persona.store import Store
+from tests.jobs.conftest import START, Job, Row, behaviors, fill_store, write
+
+ALONE = "user-5"  # in a bucket of their own
+Rows = dict[tuple[str, str], Row]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """Where the histories are; not written yet."""
+    return str(tmp_path / "in" / "histories.jsonl")
+
+
+@pytest.fixture
+def flags(models: dict[str, str], store: Path, source: str) -> dict[str, Any]:
+    """Each text in a batch of its own, as in `fill_store`: vectors are the same to the last bit."""
+    alone = {"token_budget": 1, "precision": "fp32", "max_tokens": 32, "actors": 1}
+    return {"histories": str(Path(source).parent), "store": str(store), "encoder": models["encoder"], **alone}
+
+
+def stored(store: Path | str, table: str = "behaviors", without: str | None = "embedded_at") -> Rows:
+    """The rows of a table by their key, read without this project."""
+    rows = DeltaTable(f"{store}/{table}").to_pyarrow_table().to_pylist()
+    key = {"behaviors": "behavior_id", "personas": "plug"}[table]
+    by_key = {(row["user_id"], row[key]): {k: v for k, v in row.items() if k != without} for row in rows}
+    assert len(by_key) == len(rows), "a key is there twice"
+    return by_key
+
+
+def changed(before: Rows, after: Rows) -> set[tuple[str, str]]:
+    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+
+
+def next_day() -> tuple[list[Row], set[tuple[str, str]]]:
+    """`behaviors()` a day later, and the keys of which the text or the time is another or was not there."""
+    rows = {(row["user_id"], row["behavior_id"]): row for row in behaviors() if row["user_id"] != ALONE}
+    del rows["user-2", "b4"]
+    rows["user-0", "b1"] |= {"text": "user 0 has changed their mind"}
+    rows["user-1", "b2"] |= {"timestamp": START + timedelta(days=30)}
+    rows["user-0", "b5"] = {**rows["user-0", "b4"], "behavior_id": "b5", "text": "one more"}
+    rows["user-9", "b0"] = {**rows["user-0", "b4"], "user_id": "user-9", "behavior_id": "b0"}
+    return list(rows.values()), {("user-0", "b1"), ("user-1", "b2"), ("user-0", "b5"), ("user-9", "b0")}
+
+
+def test_a_synced_store_is_the_one_that_would_be_made_anew(
+    do: Job, flags: dict[str, Any], source: str, store: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    before, stamps = stored(store), stored(store, without=None)
+    rows, to_encode = next_day()
+    write(source, rows)
+    done = do(embed, sync=True, block_rows=3, **flags)
+    assert done.code == 0
+    found = {name: done.result[name] for name in ("read", "known", "new", "edited", "gone", "encoded", "committed")}
+    assert found == {"read": 26, "known": 22, "new": 2, "edited": 2, "gone": 6, "encoded": 4, "committed": 4}
+    assert "taken out" in done.table and "6 that the histories no longer have" in done.table
+
+    fresh = stored(fill_store(tmp_path / "fresh", models["encoder"], rows))
+    assert {row["bucket"] for row in before.values()} > {row["bucket"] for row in fresh.values()}, "a bucket is empty"
+    assert stored(store) == fresh
+    after = stored(store, without=None)
+    assert changed(stamps, after) == to_encode | (before.keys() - fresh.keys()), "a row that stayed was written anew"
+
+
+def test_nothing_is_taken_out_while_a_file_or_a_line_cannot_be_read(
+    do: Job, flags: dict[str, Any], source: str, store: Path
+) -> None:
+    before = stored(store)
+    rows, to_encode = next_day()
+    write(source, rows)
+    cut = gzip.compress(b'{"user_id": "user-5", "text": "whole"}\n' * 2)[:-12]
+    write_bytes(source.replace("histories.jsonl", "cut.jsonl.gz"), cut)
+    write_bytes(source.replace("histories.jsonl", "bad.jsonl"), b'{"user_id": "user-2", "behav')
+    done = do(embed, sync=True, max_reject_fraction=0.5, **flags)
+    assert done.code == 0
+    assert (done.result["gone"], done.result["unreadable"], done.result["rejects"]) == (0, 2, 2)
+    assert "nothing, because 2 files or lines could not be read and may hold what seems gone" in done.table
+    after = stored(store)
+    assert before.keys() <= after.keys()
+    assert {key for key in changed(before, after) if key[1].startswith("b")} == to_encode
+
+
+def test_nothing_is_taken_out_where_too_many_rows_are_rejected(
+    do: Job, flags: dict[str, Any], source: str, store: Path
+) -> None:
+    """Or a day on which the time stamps have another form would empty the store."""
+    before = stored(store)
+    write(source, [{**row, "timestamp": "yesterday"} for row in behaviors()] + behaviors(1, 1))
+    done = do(embed, sync=True, **flags)
+    assert (done.code, done.result["gone"], done.result["unreadable"], done.result["rejects"]) == (3, 0, 0, 30)
+    assert "nothing, because more rows than --max-reject-fraction allows were rejected" in done.table
+    assert stored(store) == before
+
+
+def test_a_sync_of_some_rows_only_is_refused(refuse: Job, flags: dict[str, Any], source: str, store: Path) -> None:
+    write(source, behaviors(1, 1))
+    done = refuse(embed, sync=True, limit=1, **flags)
+    assert done.code == 2
+    assert "--sync with --limit would take out all that the limit leaves unread" in done.said
+    assert len(stored(store)) == 30
+
+
+def made_by_hand(store: Path, plug: str) -> dict[str, tuple[int, list[float]]]:
+    """How many behaviors each user has, and what the plug's own class makes of them."""
+    opened, model = Store.open(str(store)), MeanPersonas.load(Path(plug))
+    found = {}
+    for bucket in opened.buckets():
+        users = opened.personas_to_make(bucket, "of nobody")
+        rows = model.make(users, opened.read_histories(bucket)).to_pylist()
+        found |= {row["user_id"]: (row["n_behaviors"], row["persona"]) for row in rows}
+    return found
+
+
+def personas(store: Path) -> dict[str, Row]:
+    return {user: row for (user, _), row in stored(store, "personas", without=None).items()}
+
+
+def check_personas(store: Path, plug: str) -> None:
+    """Each user has one, and it is that of all their behaviors."""
+    found, expected = personas(store), made_by_hand(store, plug)
+    assert {user: row["n_behaviors"] for user, row in found.items()} == {user: n for user, (n, _) in expected.items()}
+    for user, (_, persona) in expected.items():
+        # float32 sums whose order depends on how many users are made together
+        assert found[user]["persona"] == pytest.approx(persona, rel=1e-5, abs=1e-6), user
+
+
+def test_personas_are_made_of_the_users_who_were_touched(
+    do: Job, flags: dict[str, Any], source: str, store: Path, plug: str
+) -> None:
+    write(source, behaviors())
+    first = do(embed, plug=plug, **flags)
+    assert (first.code, first.result["encoded"], first.result["personas"]) == (0, 0, 6)
+    before = personas(store)
+    assert len(before) == 6
+    check_personas(store, plug)
+
+    # Beside a day's change, what runs may have left that were ended half-way: a persona and a behavior too few.
+    DeltaTable(f"{store}/personas").delete("user_id = 'user-3'")
+    DeltaTable(f"{store}/behaviors").delete("user_id = 'user-4' AND behavior_id = 'b2'")
+    rows, to_encode = next_day()
+    write(source, rows)
+    done = do(embed, plug=plug, sync=True, **flags)
+    assert done.code == 0
+    assert done.result["encoded"] == len(to_encode) + 1
+    after = personas(store)
+    touched = {user for user, _ in to_encode} | {"user-2", "user-3", "user-4"}
+    assert {user for user in after if after[user] != before.get(user)} == touched
+    assert {user for user in after if user in before and after[user]["updated_at"] > before[user]["updated_at"]} == (
+        touched & before.keys()
+    )
+    assert before.keys() - after.keys() == {ALONE}
+    assert done.result["personas"] == len(touched)
+    check_personas(store, plug)
+
+    again = do(embed, plug=plug, sync=True, **flags)
+    assert (again.code, again.result["personas"], again.result["files_rewritten"]) == (0, 0, 0)
+    assert personas(store) == after
+
+
+@pytest.mark.parametrize("table", ["behaviors", "personas"])
+def test_a_second_refresh_at_the_same_time_says_who_is_first(
+    refuse: Job,
+    flags: dict[str, Any],
+    source: str,
+    store: Path,
+    plug: str,
+    table: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write(source, behaviors(7))
+    rows = stored(store)
+    monkeypatch.setattr(session, "connect", lambda: pytest.fail("it goes to Ray first"))
+    # A holder that renews the lease every half second.
+    with Lease.acquire(str(store), table, job="jobs.first", ttl_s=2):
+        done = refuse(embed, plug=plug, **flags)
+    assert done.code == 1
+    assert f"the table {table!r} is being written by jobs.first (process " in done.said
+    assert ", since 20" in done.said and "wait until that run has ended, or end it" in done.said
+    assert stored(store) == rows
+
+
+def test_a_refresh_works_after_another_has_ended_and_without_sync_nothing_goes(
+    do: Job, flags: dict[str, Any], source: str, store: Path
+) -> None:
+    before = stored(store)
+    rows, to_encode = next_day()
+    write(source, rows)
+    with Lease.acquire(str(store), "behaviors", job="jobs.first"):
+        pass
+    done = do(embed, **flags)
+    assert (done.code, done.result["encoded"], done.result["gone"]) == (0, len(to_encode), 0)
+    assert "taken out" not in done.table
+    after = stored(store)
+    assert before.keys() <= after.keys()
+    assert changed(before, after) == to_encode

@@ -1,0 +1,140 @@
+"""Answers that are out of date, on a real Ray: exactly those are made again, and a reader can tell which they were."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+
+from jobs import generate
+from persona.storage import join
+from persona.store import Store
+from persona.writer import merge
+from tests.jobs.conftest import Job, Row, behaviors, encoded, new_plug, requests, write
+from tests.stores import IDENTITY, answers
+
+Answers = dict[tuple[str, str], Row]
+
+
+@pytest.fixture
+def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
+    """Requests of two users, on each of five days; the plug sees the last three behaviors before."""
+    source = write(str(tmp_path / "requests.parquet"), requests(2, 5))
+    decoding = {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "batch_size": 4}
+    return {"requests": source, "store": str(store), "plug": plug, "actors": 1, **decoding}
+
+
+def stored(uri: str) -> Answers:
+    rows = DeltaTable(f"{uri}/generations").to_pyarrow_table().to_pylist()
+    answers = {(row["request_id"], row["variant"]): row for row in rows}
+    assert len(answers) == len(rows), "a key is there twice"
+    return answers
+
+
+def changed(before: Answers, after: Answers) -> set[tuple[str, str]]:
+    """Keys of which any column differs, the time stamp among them."""
+    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+
+
+@pytest.fixture
+def changed_since(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], list[Row]]:
+    """The function that the README shows."""
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "def changed_since" in block)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    return lambda uri, version: names["changed_since"](uri, version).to_pylist()
+
+
+def test_exactly_the_answers_that_are_out_of_date_are_made_again(
+    do: Job,
+    flags: dict[str, Any],
+    store: Path,
+    models: dict[str, str],
+    changed_since: Callable[[str, int], list[Row]],
+) -> None:
+    both = {**flags, "persona": ("own", "none")}
+    first = do(generate, **both)
+    assert (first.code, first.result["answered"], first.result["stale"]) == (0, 20, 0)
+    before = stored(str(store))
+
+    # What user-1 wrote on the second day is seen from the third day on, until three later texts stand before it.
+    edited = next(row for row in behaviors() if (row["user_id"], row["behavior_id"]) == ("user-1", "b1"))
+    rows = encoded(models["encoder"], [{**edited, "text": "something else"}], change="edited")
+    Store.open(str(store)).write("behaviors", rows)
+    asked = {row["request_id"]: row for row in requests(2, 5)}
+    asked["r0-2"] |= {"input": "another title"}
+    write(flags["requests"], [*asked.values(), *requests(1, 1, first_user=4)])
+    stale = {("r1-1", "own"), ("r1-2", "own"), ("r1-3", "own"), ("r0-2", "own"), ("r0-2", "none")}
+    new = {("r4-0", "own"), ("r4-0", "none")}
+
+    done = do(generate, keep_stale=True, **both)
+    assert done.code == 0
+    assert (done.result["stale"], done.result["answered"], done.result["already_answered"]) == (5, 2, 20)
+    assert "5 of them out of date and left" in done.table
+    kept = stored(str(store))
+    assert changed(before, kept) == new
+
+    done = do(generate, **both)
+    assert done.code == 0
+    assert (done.result["stale"], done.result["answered"], done.result["already_answered"]) == (5, 5, 17)
+    assert "5 more were out of date" in done.table
+    after = stored(str(store))
+    assert changed(kept, after) == stale
+    assert all(after[key]["created_at"] > kept[key]["created_at"] for key in stale)
+    uri, versions = f"{store}/generations", (first.result["version"], done.result["version"])
+    keys = [{(row["request_id"], row["variant"]) for row in changed_since(uri, version)} for version in versions]
+    assert keys == [stale | new, set()]
+
+
+def test_another_decoding_or_plug_makes_the_answers_of_its_variant_anew(
+    do: Job, flags: dict[str, Any], store: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    do(generate, **{**flags, "persona": ("own", "mean")})
+    before = stored(str(store))
+    longer = do(generate, **{**flags, "persona": "mean", "max_new_tokens": 5})
+    assert (longer.result["stale"], longer.result["answered"]) == (10, 10)
+    middle = stored(str(store))
+    assert changed(before, middle) == {key for key in before if key[1] == "mean"}
+
+    other = new_plug(tmp_path / "other", models["encoder"], models["llama"], seed=1)
+    done = do(generate, **{**flags, "plug": other})
+    assert (done.result["stale"], done.result["answered"]) == (10, 10)
+    after = stored(str(store))
+    assert changed(middle, after) == {key for key in before if key[1] == "own"}
+    assert len({row["plug"] for row in after.values()}) == 2
+
+
+def test_a_reader_asks_for_what_has_changed_since_a_version(
+    root: str, changed_since: Callable[[str, int], list[Row]]
+) -> None:
+    store = Store.create(join(root, "store"), IDENTITY, 4)
+    uri = join(store.uri, "generations")
+    names = [f"request {number}" for number in range(8)]
+    # The second one is no name of a folder. Both are staged together, with one time stamp.
+    variants = [answers(*names, variant=variant, fingerprint=variant) for variant in ("own", "a/b c")]
+    store.write("generations", pa.concat_tables(variants))
+    since = store.version("generations")
+    assert changed_since(uri, since) == []
+    assert len(changed_since(uri, 0)) == 16
+    store.write("generations", answers(*names[:2], output="second", changes=["edited"] * 2))
+    store.write("generations", answers(names[2], variant="a/b c", output="third", changes=["edited"]))
+    store.write("generations", answers("request 9", output="fourth"))
+    expected = [
+        ("request 0", "own", "second"),
+        ("request 1", "own", "second"),
+        ("request 2", "a/b c", "third"),
+        ("request 9", "own", "fourth"),
+    ]
+
+    def found() -> list[tuple[str, str, str]]:
+        return sorted((row["request_id"], row["variant"], row["output"]) for row in changed_since(uri, since))
+
+    assert found() == expected
+    with store.writer("generations", job="test") as writer:
+        writer.exchange_merged([merge(writer.table, group) for group in writer.small_files(2**20)])
+    assert found() == expected, "files that were merged hold nothing new"
