@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from persona.store import Store
 
 Counts = dict[str, dict[str, float]]
-_PARTITION_BYTES = 64 * 2**20
+# Of input, packed: ten to a hundred thousand rows, which a worker holds in memory all at once.
+_PARTITION_BYTES = 2**20
 _JOINED_ROWS = 512
 _QUIET_S = 10.0
 

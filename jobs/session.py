@@ -84,7 +84,10 @@ def _settle_ray_data() -> None:
     from ray.data import DataContext
     from ray.util.debug import log_once
 
-    DataContext.get_current().enable_progress_bars = False  # the jobs print their own, in rows and not in blocks
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # the jobs print their own, in rows and not in blocks
+    # What a task sorts into buckets at a time; by default 1 GiB, which a worker would have to hold.
+    context.shuffle_input_batch_bytes = 64 * 2**20
     log_once("ray_data_progress_manager_disabled")  # takes that as said
     # Nothing to encode or to answer is how a refresh often ends, and no reason for advice.
     warnings.filterwarnings("ignore", "The minimum number of concurrent actors for", UserWarning)

@@ -47,7 +47,9 @@ class Memory:
                 for process in [me, *me.children(recursive=True)]:
                     with suppress(psutil.NoSuchProcess):
                         found = process.memory_info()
-                        name = "driver" if process.pid == me.pid else process.name().split(":")[0]
+                        # Ray's workers are named after what they do at the moment.
+                        name = "driver" if process.pid == me.pid else (process.cmdline() or ["?"])[0].split("(")[0]
+                        name = Path(name).name
                         self.peak[name] = max(self.peak[name], (found.rss - found.shared) / 2**20)
 
         watcher = threading.Thread(target=watch)

@@ -59,8 +59,8 @@ def problems(store: Store) -> list[str]:
     return [problem for name, value in partitions for problem in housekeeping.verify(store, name, value)[1]]
 
 
-@pytest.mark.parametrize("share", [pytest.param(0.05, marks=pytest.mark.soak), 0.2])
-@pytest.mark.parametrize("each_s3", ["s3", pytest.param("other_s3", marks=pytest.mark.soak)], indirect=True)
+@pytest.mark.soak
+@pytest.mark.parametrize("share", [0.05, 0.2])
 def test_jobs_end_well_where_some_requests_fail(
     each_s3: str, bad: FaultyS3, share: float, models: dict[str, str], plug: str, tmp_path: Path
 ) -> None:
