@@ -89,8 +89,9 @@ class Committer:
                     together = pa.concat_tables(blocks)
                     is_new = pc.equal(together["change"], "new")
                     self._add(together.filter(is_new))
-                    if not all(is_new.to_pylist()):
-                        waiting.append(together.filter(pc.invert(is_new)))
+                    replacing = together.filter(pc.invert(is_new))
+                    if replacing.num_rows:
+                        waiting.append(replacing)
                         wait_until = min(wait_until, started + _REPLACED_AFTER_S)
                 self._end_wave(wait=ended)
                 n_waiting = sum(pc.sum(block["rows"]).as_py() for block in waiting)
@@ -139,9 +140,7 @@ class Committer:
             return
         if not wait and wave.files and ray.wait(wave.files, num_returns=len(wave.files), timeout=0)[1]:
             return
-        rewritten = [pair for pair in ray.get(wave.files) if pair is not None]
-        self._writer.replace(wave.staged, rewritten)
-        self._note(wave.staged, rewritten=len(rewritten))
+        self._note(wave.staged, rewritten=self._writer.replace(wave.staged, ray.get(wave.files)))
         self._wave = None
 
     def _note(self, staged: "pa.Table", **counts: float) -> None:

@@ -54,7 +54,7 @@ class Config:
     buckets: int | None = None
     """Buckets of a new store, fixed for its life; about one for each 100,000 behaviors to come (default 64)."""
     block_rows: int = 4096
-    """Behaviors that are encoded and committed together; a killed run loses at most two such blocks of each actor."""
+    """Behaviors that are encoded and staged together; whoever is killed loses what an actor has in hand of them."""
     sync: bool = False
     """Take out what the histories no longer have; nothing goes while lines are unreadable or rejects are many."""
     plug: str | None = None

@@ -11,12 +11,12 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -36,6 +36,8 @@ from persona.errors import LeaseLost, StorageError
 from persona.layouts import LAYOUTS, DataFile
 from persona.retries import in_one_line, is_transient, persistently
 from persona.storage import delta_options
+
+T = TypeVar("T")
 
 _PARQUET: dict[str, Any] = {
     "compression": "zstd",
@@ -82,10 +84,8 @@ class Table:
             raise_if_key_not_exists=False,
             storage_options=delta_options(uri),
         )
-        what = f"cannot create the table {uri}"
-        # A conflict: another process has created it meanwhile.
-        with _storage_errors(what), suppress(CommitFailedError):
-            persistently(create, what)
+        with suppress(CommitFailedError):  # another process has created it meanwhile
+            _asked(create, f"cannot create the table {uri}")
 
     @staticmethod
     def find(uri: str, name: str) -> "Table | None":
@@ -135,29 +135,18 @@ class Table:
         names = self.layout.schema.names if columns is None else list(columns)
         fields = [self.layout.schema.field(name) for name in names]
         schema = pa.schema([f.with_type(pa.large_binary()) if f.name == "vector" else f for f in fields])
-        what = f"cannot read the table {self.uri}"
+        table = self._at(version)
 
         def read() -> pa.Table:
-            reader = pa.RecordBatchReader.from_stream(self._at(version).scan(columns=names, predicate=where))
+            reader = pa.RecordBatchReader.from_stream(table.scan(columns=names, predicate=where))
             return pa.Table.from_batches((batch.select(names).cast(schema) for batch in reader), schema)
 
-        with _storage_errors(what):
-            return persistently(read, what)
+        return _asked(read, f"cannot read the table {self.uri}")
 
     def append(self, rows: pa.Table) -> None:
         """Add rows of one partition in one commit that goes past other writers: for a table without a key."""
         file = self.write_file(rows)
-        give_up = time.monotonic() + _TRY_FOR_S
-        while True:
-            latest = self._at(None)
-            if file.path in {known.path for known in self._files(latest)}:
-                return  # by an attempt of which no answer came
-            seen = latest.version()
-            try:
-                self._transact([self._added(file, same_rows=False)], {})
-                return
-            except (CommitFailedError, StorageError) as error:
-                self._wait(error, seen, give_up)
+        self._put([self._added(file, same_rows=False)], {}, lambda: file.path in {one.path for one in self.files()})
 
     def files(self, partitions: Sequence[Any] | None = None, *, version: int | None = None) -> list[DataFile]:
         """The files of some partitions, or of all, with what the log says of them."""
@@ -213,9 +202,7 @@ class Table:
         """Columns of one file, the partition's among them; `vector` comes as `large_binary`."""
         names = self.layout.schema.names if columns is None else list(columns)
         stored = [name for name in names if name != self.layout.partition]
-        what = f"cannot read {file.path} of {self.uri}"
-        with _storage_errors(what):
-            data = persistently(lambda: self._read(file, stored), what)
+        data = _asked(lambda: self._read(file, stored), f"cannot read {file.path} of {self.uri}")
         kind = self.layout.schema.field(self.layout.partition).type
         value = pa.scalar(self.partition_values([file.partition])[0], kind)
         data = data.append_column(self.layout.partition, pa.repeat(value, data.num_rows)).select(names)
@@ -237,13 +224,7 @@ class Table:
 
     def fence(self, number: int, *, job: str) -> None:
         """Note in the log that the lease of this number rules, for this job; older holders cannot commit any more."""
-        give_up = time.monotonic() + _TRY_FOR_S
-        while self.lease() < number:
-            seen = self._log.version()
-            try:
-                self._transact([], {_LEASE: number}, {_JOB: job})
-            except (CommitFailedError, StorageError) as error:
-                self._wait(error, seen, give_up)
+        self._put([], {_LEASE: number}, lambda: self.lease() >= number, {_JOB: job})
         self._held(number)
 
     def commit(
@@ -271,37 +252,49 @@ class Table:
             for file in remove
         ]
         if actions:
-            self._put(actions, lease, {file.path for file in remove})
+            self._put_once(actions, lease, {file.path for file in remove})
 
-    def _put(self, actions: list[Any], lease: int, leaving: Collection[str] = ()) -> None:
-        give_up = time.monotonic() + _TRY_FOR_S
-        number = None
-        while True:
+    def _put_once(self, actions: list[Any], lease: int, leaving: Collection[str] = ()) -> None:
+        numbers = {_LEASE: lease}
+
+        def is_in() -> bool:
             # One look at the log answers all that follows: between two of them, another run could take over unseen.
             latest = self._held(lease)
             count = latest.transaction_version(_COMMITS) or 0
-            number = count + 1 if number is None else number
-            if count >= number:
-                return  # only this lease's holder counts, so it was an attempt of which no answer came
+            if count >= numbers.setdefault(_COMMITS, count + 1):
+                return True  # only this lease's holder counts, so it was an attempt of which no answer came
             there = {file.path for file in self._files(latest)} if leaving else set()
             if gone := next((path for path in leaving if path not in there), None):
                 raise StorageError(
                     f"another program has removed {gone} from {self.uri} while this run replaced rows of it; "
                     "nothing was lost, run the same command again"
                 )
-            seen = latest.version()
+            return False
+
+        self._put(actions, numbers, is_in)
+
+    def _put(
+        self,
+        actions: list[Any],
+        numbers: Mapping[str, int],
+        is_in: Callable[[], bool],
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Attempts to be the next version until one succeeds, or `is_in`, which looks at the log before each, says so.
+
+        Raises StorageError where there is no use in another attempt on top of a later version.
+        """
+        give_up = time.monotonic() + _TRY_FOR_S
+        while not is_in():
+            seen = self._log.version()
             try:
-                self._transact(actions, {_LEASE: lease, _COMMITS: number})
+                self._transact(actions, numbers, facts)
                 return
             except (CommitFailedError, StorageError) as error:
-                self._wait(error, seen, give_up)
-
-    def _wait(self, error: Exception, seen: int, give_up: float) -> None:
-        """A moment before the next attempt; raises where there is no use in one on top of a later version than seen."""
-        refused = isinstance(error, CommitFailedError) and not is_transient(error) and self.version() == seen
-        if refused or time.monotonic() > give_up:
-            raise StorageError(f"cannot write to the table {self.uri}: {in_one_line(error)}") from error
-        time.sleep(random.uniform(0.01, 0.5))
+                refused = isinstance(error, CommitFailedError) and not is_transient(error) and self.version() == seen
+                if refused or time.monotonic() > give_up:
+                    raise StorageError(f"cannot write to the table {self.uri}: {in_one_line(error)}") from error
+            time.sleep(random.uniform(0.01, 0.5))
 
     def _held(self, lease: int) -> DeltaTable:
         """The newest version, in which this lease rules. Raises LeaseLost."""
@@ -322,11 +315,9 @@ class Table:
         if not self.layout.key:
             keep_hours = max(keep_hours, 1)  # `append` needs no lease: what it is about to commit is younger than that
         listed = storage.list_files(self.uri, (".parquet",)) if not keep_hours else []
-        what = f"cannot list what is unused of the table {self.uri}"
-        with _storage_errors(what):
-            latest = self._at(None)
-            look = partial(latest.vacuum, keep_hours, dry_run=True, enforce_retention_duration=False, full=True)
-            unused = set(persistently(look, what))
+        latest = self._at(None)
+        look = partial(latest.vacuum, keep_hours, dry_run=True, enforce_retention_duration=False, full=True)
+        unused = set(_asked(look, f"cannot list what is unused of the table {self.uri}"))
         used = {file.path for file in self._files(self._held(lease))}
         # The library believes clocks, and those of two machines differ.
         unused |= {file.uri.removeprefix(storage.join(self.uri, "")) for file in listed}
@@ -337,11 +328,9 @@ class Table:
 
     def forget_log(self, *, lease: int) -> list[str]:
         """Delete every version but a new last one: old ones name, in statistics, who is gone. Returns the files."""
-        self._put([], lease)
+        self._put_once([], lease)
         latest = self._held(lease)
-        what = f"cannot write a checkpoint of {self.uri}"
-        with _storage_errors(what):
-            persistently(latest.create_checkpoint, what)
+        _asked(latest.create_checkpoint, f"cannot write a checkpoint of {self.uri}")
         last = latest.version()
         old = [
             file.uri
@@ -382,25 +371,22 @@ class Table:
     def _log(self) -> DeltaTable:
         """The log as it was when it was last read."""
         if self._opened is None:
-            with _storage_errors(f"cannot open the table {self.uri}"):
-                self._opened = self._open()
+            self._opened = self._open()
         return self._opened
 
     def _open(self, version: int | None = None) -> DeltaTable:
         options = delta_options(self.uri)
-        what = f"cannot open the table {self.uri}"
-        return persistently(lambda: DeltaTable(self.uri, version=version, storage_options=options), what)
+        table = partial(DeltaTable, self.uri, version=version, storage_options=options)
+        return _asked(table, f"cannot open the table {self.uri}")
 
     def _at(self, version: int | None) -> DeltaTable:
-        what = f"cannot read the log of the table {self.uri}"
-        with _storage_errors(what):
-            if version is None:
-                if self._opened is not None:
-                    persistently(self._opened.update_incremental, what)
-                return self._log
-            if self._pinned is None or self._pinned[0] != version:
-                self._pinned = version, self._open(version)
-            return self._pinned[1]
+        if version is None:
+            if self._opened is not None:
+                _asked(self._opened.update_incremental, f"cannot read the log of the table {self.uri}")
+            return self._log
+        if self._pinned is None or self._pinned[0] != version:
+            self._pinned = version, self._open(version)
+        return self._pinned[1]
 
 
 def one_of(column: str, values: Sequence[str] | Sequence[int]) -> str:
@@ -425,3 +411,9 @@ def _storage_errors(what: str) -> Iterator[None]:
         raise
     except (DeltaError, OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{what}: {' '.join(str(error).split())[:500]}") from error
+
+
+def _asked(work: Callable[[], T], what: str) -> T:
+    """What `work` gives in the end, or a StorageError that begins with `what`."""
+    with _storage_errors(what):
+        return persistently(work, what)

@@ -60,11 +60,12 @@ class Writer:
         ]
         return [(file, news) for file, news in pairs if news]
 
-    def replace(self, staged: pa.Table, rewritten: Sequence[Rewritten | None]) -> None:
-        """What `rewrite` made of the touched files, and the staged files, in one commit."""
-        self.exchange(rewritten, files_of(staged, "new", "edited"))
+    def replace(self, staged: pa.Table, rewritten: Sequence[Rewritten | None]) -> int:
+        """What `rewrite` made of the touched files, and the staged files, in one commit; how many were rewritten."""
+        n_rewritten = self.exchange(rewritten, files_of(staged, "new", "edited"))
         for file in files_of(staged, "gone"):
             self.table.discard(file)
+        return n_rewritten
 
     def exchange(self, rewritten: Sequence[Rewritten | None], added: Sequence[DataFile] = ()) -> int:
         """Rewritten files in the place of the old ones, beside `added` ones, in one commit; returns how many."""

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from deltalake import DeltaTable
 
 from jobs.command import run
 from persona import histories, plug_folder
@@ -23,13 +25,26 @@ from persona.llm import FrozenLLM
 from persona.models import resolve
 from persona.options import PlugOptions
 from persona.plug import Plug
-from persona.storage import write_bytes
+from persona.storage import delta_options, join, write_bytes
 from persona.store import Identity, Store
 from tests.models import ENCODER_WIDTH, LLM_WIDTH, tiny_encoder, tiny_llama, tiny_t5
 
 Row = dict[str, Any]
 START = datetime(2024, 1, 1, tzinfo=UTC)
 BUCKETS = 4
+# `train` at the size of a test: steps of 4 requests, a checkpoint after each.
+TRAINING: Row = {
+    "run": "r",
+    "epochs": 2,
+    "global_batch": 4,
+    "micro_batch": 2,
+    "validate_every": 1,
+    "learning_rate": 3e-3,
+    "query_learning_rate": 1e-3,
+    "max_input_tokens": 32,
+    "max_query_tokens": 32,
+    "precision": "fp32",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,3 +251,32 @@ def new_plug(path: Path, encoder: str, llm: str, seed: int = 0) -> str:
     )
     plug_folder.save(path, plug.state_dict(), record, "a plug for tests")
     return str(path)
+
+
+Rows = dict[tuple[str, ...], Row]
+
+
+def stored(store: Path | str, table: str, without: Sequence[str] = ()) -> Rows:
+    """The rows of a table by what tells them apart, each there once; read without this project."""
+    uri = join(str(store), table)
+    rows = DeltaTable(uri, storage_options=delta_options(uri)).to_pyarrow_table().to_pylist()
+    names = {
+        "behaviors": ("user_id", "behavior_id"),
+        "personas": ("user_id", "plug"),
+        "generations": ("request_id", "variant"),
+    }[table]
+    by_key = {tuple(row[name] for name in names): {k: v for k, v in row.items() if k not in without} for row in rows}
+    assert len(by_key) == len(rows), "a key is there twice"
+    return by_key
+
+
+def changed(before: Rows, after: Rows) -> set[tuple[str, ...]]:
+    """Keys of which any column differs, or that are on one side only."""
+    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+
+
+def n_reports(runs: Path) -> int:
+    """Checkpoints of the run `r` that Ray Train has heard of; it resumes at no other, though more may lie there."""
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        return int(json.loads((runs / "r" / "checkpoint_manager_snapshot.json").read_text())["current_report_index"])
+    return 0

@@ -14,7 +14,7 @@ from persona import housekeeping
 from persona.storage import join, list_files
 from persona.store import Store
 from tests.faulty_s3 import FaultyS3
-from tests.jobs.conftest import arguments, behaviors, fill_store, requests, write
+from tests.jobs.conftest import Rows, arguments, behaviors, fill_store, requests, stored, write
 
 ROOT = Path(__file__).parents[2]
 ENDS_WITHIN_S = 120
@@ -45,11 +45,8 @@ def embedding(models: dict[str, str], root: str, n_each: int) -> dict[str, Any]:
     return {"histories": histories, "store": join(root, "store"), "encoder": models["encoder"], **alone}
 
 
-def rows(store: Store) -> dict[tuple[str, str], bytes]:
-    found = store.table("behaviors").scan(["user_id", "behavior_id", "vector"]).to_pylist()
-    by_key = {(row["user_id"], row["behavior_id"]): row["vector"] for row in found}
-    assert len(by_key) == len(found), "a key is there twice"
-    return by_key
+def rows(store: Store) -> Rows:
+    return stored(store.uri, "behaviors", ["embedded_at"])
 
 
 def problems(store: Store) -> list[str]:

@@ -14,21 +14,13 @@ from persona import models as persona_models
 from persona.encoder import TextEncoder
 from persona.storage import delta_options, join, read_bytes, write_bytes
 from persona.store import Store
-from tests.jobs.conftest import BUCKETS, START, Job, behaviors, write
+from tests.jobs.conftest import BUCKETS, START, Job, behaviors, stored, write
 
 
 @pytest.fixture
 def flags(models: dict[str, str], root: str) -> dict[str, object]:
     store = join(root, "store")
     return {"store": store, "encoder": models["encoder"], "max_tokens": 32, "buckets": BUCKETS, "actors": 1}
-
-
-def stored(uri: str) -> dict[tuple[str, str], dict[str, object]]:
-    """The behaviors of a store by their key, read without this project."""
-    table = DeltaTable(join(uri, "behaviors"), storage_options=delta_options(uri)).to_pyarrow_table()
-    rows = {(row["user_id"], row["behavior_id"]): row for row in table.to_pylist()}
-    assert len(rows) == table.num_rows, "a key is there twice"
-    return rows
 
 
 def rejects(uri: str) -> list[dict[str, object]]:
@@ -49,7 +41,7 @@ def test_a_refresh_encodes_what_is_new_or_edited_and_nothing_else(do: Job, flags
     first = do(embed, histories=join(root, "in"), **flags)
     assert first.code == 0
     assert (first.result["read"], first.result["new"], first.result["committed"]) == (30, 30, 30)
-    before = stored(flags["store"])
+    before = stored(flags["store"], "behaviors")
     texts = [row["text"] for row in rows]
     encoder = TextEncoder(persona_models.resolve(flags["encoder"], flag=""), pooling="cls", max_tokens=32)
     for row, vector in zip(rows, encoder.encode(texts).vectors, strict=True):
@@ -69,7 +61,7 @@ def test_a_refresh_encodes_what_is_new_or_edited_and_nothing_else(do: Job, flags
     write(join(root, "in", "1.parquet"), [edited, *rows[1:10], new])
     third = do(embed, histories=join(root, "in"), **flags)
     assert (third.result["known"], third.result["new"], third.result["edited"]) == (29, 1, 1)
-    after = stored(flags["store"])
+    after = stored(flags["store"], "behaviors")
     changed = {key for key in after if after[key] != before.get(key)}
     assert changed == {("user-9", "b0"), ("user-0", "b0")}
 
@@ -91,7 +83,7 @@ def test_bad_rows_are_rejected_and_no_good_row_is_lost(do: Job, flags: dict, roo
     done = do(embed, histories=join(root, "in"), max_reject_fraction=0.5, **flags)
     assert done.code == 0
     assert done.result["rejects"] == 5
-    kept = stored(flags["store"])
+    kept = stored(flags["store"], "behaviors")
     assert {user for user, _ in kept} >= {*(row["user_id"] for row in rows), "u"}
     assert len([user for user, _ in kept if user == "u"]) == 3
     found = [(row["job"], row["source"].rsplit("/", 1)[1], row["reason"]) for row in rejects(flags["store"])]
@@ -124,7 +116,7 @@ def test_columns_of_other_names_and_a_limit(do: Job, flags: dict, root: str) -> 
     named = {"histories": join(root, "in.parquet"), "columns": "user_id=author,text=body"}
     done = do(embed, **named, **flags, limit=2)
     assert done.result["committed"] == 2
-    assert {user for user, _ in stored(flags["store"])} == {"a"}
+    assert {user for user, _ in stored(flags["store"], "behaviors")} == {"a"}
     assert do(embed, **named, **flags).result["committed"] == 1
 
 
@@ -135,8 +127,8 @@ def test_small_blocks_are_committed_on_their_own(do: Job, flags: dict, root: str
     assert done.result["committed"] == 20
     files = DeltaTable(join(flags["store"], "behaviors")).file_uris()
     assert len(files) >= 4
-    assert len(stored(flags["store"])) == 20
-    assert len(stored(flags["store"])) == 20
+    assert len(stored(flags["store"], "behaviors")) == 20
+    assert len(stored(flags["store"], "behaviors")) == 20
     assert Store.open(str(flags["store"])).n_buckets == BUCKETS
 
 

@@ -18,9 +18,7 @@ from persona.llm import FrozenLLM
 from persona.options import Decoding
 from persona.requests import SCHEMA
 from persona.store import Store
-from tests.jobs.conftest import BUCKETS, START, Job, Row, new_plug, requests, write
-
-Answers = dict[tuple[str, str], Row]
+from tests.jobs.conftest import BUCKETS, START, Job, Row, Rows, new_plug, requests, stored, write
 
 
 @pytest.fixture
@@ -32,14 +30,7 @@ def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
     return {"requests": source, "store": str(store), "plug": plug, "actors": 1, **decoding}
 
 
-def stored(uri: str) -> Answers:
-    rows = DeltaTable(f"{uri}/generations").to_pyarrow_table().to_pylist()
-    answers = {(row["request_id"], row["variant"]): row for row in rows}
-    assert len(answers) == len(rows), "a key is there twice"
-    return answers
-
-
-def outputs(answers: Answers, variant: str) -> dict[str, str]:
+def outputs(answers: Rows, variant: str) -> dict[str, str]:
     return {request: row["output"] for (request, of), row in answers.items() if of == variant}
 
 
@@ -66,7 +57,7 @@ def test_answers_of_each_persona_are_those_of_the_plug_alone(do: Job, flags: dic
     assert done.code == 0
     assert (done.result["requests"], done.result["answered"]) == (8, 32)
     assert done.result["without_history"] == 2
-    answers = stored(flags["store"])
+    answers = stored(flags["store"], "generations")
     asked = [*requests(3, 2), *requests(1, 2, first_user=50)]
     greedy = Decoding(beams=1, max_new_tokens=8)
     for persona in personas:
@@ -81,22 +72,22 @@ def test_answers_of_each_persona_are_those_of_the_plug_alone(do: Job, flags: dic
 
     again = do(generate, persona=personas, **flags)
     assert (again.code, again.result["answered"], again.result["already_answered"]) == (0, 0, 32)
-    assert stored(flags["store"]) == answers
+    assert stored(flags["store"], "generations") == answers
 
 
 def test_only_what_has_changed_is_answered_again(do: Job, flags: dict[str, Any]) -> None:
     do(generate, **flags)
-    before = stored(flags["store"])
+    before = stored(flags["store"], "generations")
     asked = requests(3, 2)
     write(flags["requests"], [{**asked[0], "input": "another title"}, *asked[1:], *requests(1, 1, first_user=4)])
     done = do(generate, **flags)
     assert (done.result["answered"], done.result["already_answered"]) == (2, 5)
-    after = stored(flags["store"])
+    after = stored(flags["store"], "generations")
     assert {key for key in after if after[key] != before.get(key)} == {("r0-0", "own"), ("r4-0", "own")}
 
     longer = do(generate, **{**flags, "max_new_tokens": 9})
     assert (longer.result["answered"], longer.result["already_answered"]) == (7, 0)
-    found = stored(flags["store"])
+    found = stored(flags["store"], "generations")
     assert set(found) == set(after), "the answers to requests that nobody asks now stay"
     assert sum(found[key]["fingerprint"] != after[key]["fingerprint"] for key in after) == 7
 
@@ -134,7 +125,7 @@ def test_beams_and_sampling_with_a_seed_a_request(do: Job, flags: dict[str, Any]
     do(generate, **{**flags, "beams": 3, "variant": "beams"})
     sampling = {"sample": True, "sampling_temperature": 2.0, "top_p": 0.9}
     do(generate, **flags, **sampling, seed=1, variant="drawn")
-    answers = stored(flags["store"])
+    answers = stored(flags["store"], "generations")
     beams = Decoding(beams=3, max_new_tokens=8)
     assert outputs(answers, "beams") == expected(flags["store"], plug, asked, "own", beams)
     one, two = (Decoding(beams=1, max_new_tokens=8, **sampling, seed=seed) for seed in (1, 2))

@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from deltalake import DeltaTable
 from safetensors.numpy import load_file
 
 from persona import housekeeping, storage
 from persona.store import Store
-from tests.jobs.conftest import arguments, behaviors, fill_store, new_plug, requests, write
+from tests.jobs.conftest import TRAINING, arguments, behaviors, fill_store, n_reports, new_plug, requests, stored, write
 from tests.killable import LOG
 from tests.stores import answers
 
@@ -217,15 +216,7 @@ class Work:
     def _train_progress(self, moment: str) -> int:
         if moment == "staged":
             return sum(1 for _ in (self.folder / "runs" / "r").glob("checkpoint_*"))
-        return n_reports(self.folder)
-
-
-def n_reports(folder: Path) -> int:
-    """Checkpoints that Ray Train knows of."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        snapshot = folder / "runs" / "r" / "checkpoint_manager_snapshot.json"
-        return int(json.loads(snapshot.read_text())["current_report_index"])
-    return 0
+        return n_reports(self.folder / "runs")
 
 
 def attack(pending: list[Kill], work: Work, driver: "subprocess.Popen[bytes]", nodes: Nodes) -> int:
@@ -307,16 +298,7 @@ def beginnings(
         "requests": write(str(folder / "train.parquet"), requests(8, 3)),
         "validation": write(str(folder / "validation.jsonl"), requests(3, first_user=20)),
         "llm": models["llama"],
-        "run": "r",
-        "epochs": 2,
-        "global_batch": 4,
-        "micro_batch": 2,
-        "validate_every": 1,
-        "learning_rate": 3e-3,
-        "query_learning_rate": 1e-3,
-        "max_input_tokens": 32,
-        "max_query_tokens": 32,
-        "precision": "fp32",
+        **TRAINING,
         "workers": WORKERS,
     }
     return {"embed": (yesterday, embedding), "generate": (today, generating), "train": (today, training)}
@@ -338,21 +320,12 @@ def undisturbed(
     return Undisturbed()
 
 
-def rows(work: Work) -> dict[tuple[str, ...], Any]:
-    """The table by its key, without the time stamp of the writing."""
-    names = {"embed": ("user_id", "behavior_id"), "generate": ("variant", "request_id")}[work.job]
-    found = DeltaTable(work.table()).to_pyarrow_table().to_pylist()
-    by_key = {
-        tuple(row[name] for name in names): {k: v for k, v in row.items() if k not in {"embedded_at", "created_at"}}
-        for row in found
-    }
-    assert len(by_key) == len(found), "a key is there twice"
-    return by_key
-
-
 def check_tables(work: Work, same: Work) -> None:
     """All rows, each once, nothing that breaks a promise, and no file that is not needed after a vacuum."""
-    assert rows(work) == rows(same)
+    of_work, of_same = (
+        stored(one.folder / "store", one.table().name, ["embedded_at", "created_at"]) for one in (work, same)
+    )
+    assert of_work == of_same
     store = Store.open(str(work.folder / "store"))
     name = work.table().name
     for partition in housekeeping.facts(store, name)["rows_by_partition"]:
@@ -396,8 +369,8 @@ def check_plug(work: Work, same: Work, n_kills: int) -> None:
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
     curve = json.loads((work.folder / "plug" / "plug.json").read_text())["training"]["training_curve"]
     assert [step for step, _ in curve] == list(range(1, STEPS + 1))
-    print(f"{n_reports(work.folder)} checkpoints of {STEPS} steps")
-    assert STEPS <= n_reports(work.folder) <= STEPS + n_kills
+    print(f"{n_reports(work.folder / 'runs')} checkpoints of {STEPS} steps")
+    assert STEPS <= n_reports(work.folder / "runs") <= STEPS + n_kills
 
 
 @pytest.mark.soak
@@ -414,4 +387,4 @@ def test_training_goes_on_with_another_number_of_workers(
     for name, value in load_file(tmp_path / "plug" / "plug.safetensors").items():
         # The order of float32 sums; see test_two_workers_train_the_plug_that_one_trains.
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-4, err_msg=name)
-    assert n_reports(tmp_path) <= STEPS + 1
+    assert n_reports(tmp_path / "runs") <= STEPS + 1

@@ -13,10 +13,10 @@ from persona.lease import Lease
 from persona.personas import MeanPersonas
 from persona.storage import write_bytes
 from persona.store import Store
-from tests.jobs.conftest import START, Job, Row, behaviors, fill_store, write
+from tests.jobs.conftest import START, Job, Row, behaviors, changed, fill_store, stored, write
 
 ALONE = "user-5"  # in a bucket of their own
-Rows = dict[tuple[str, str], Row]
+STAMP = ("embedded_at",)
 
 
 @pytest.fixture
@@ -30,19 +30,6 @@ def flags(models: dict[str, str], store: Path, source: str) -> dict[str, Any]:
     """Each text in a batch of its own, as in `fill_store`: vectors are the same to the last bit."""
     alone = {"token_budget": 1, "precision": "fp32", "max_tokens": 32, "actors": 1}
     return {"histories": str(Path(source).parent), "store": str(store), "encoder": models["encoder"], **alone}
-
-
-def stored(store: Path | str, table: str = "behaviors", without: str | None = "embedded_at") -> Rows:
-    """The rows of a table by their key, read without this project."""
-    rows = DeltaTable(f"{store}/{table}").to_pyarrow_table().to_pylist()
-    key = {"behaviors": "behavior_id", "personas": "plug"}[table]
-    by_key = {(row["user_id"], row[key]): {k: v for k, v in row.items() if k != without} for row in rows}
-    assert len(by_key) == len(rows), "a key is there twice"
-    return by_key
-
-
-def changed(before: Rows, after: Rows) -> set[tuple[str, str]]:
-    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 
 
 def next_day() -> tuple[list[Row], set[tuple[str, str]]]:
@@ -59,7 +46,7 @@ def next_day() -> tuple[list[Row], set[tuple[str, str]]]:
 def test_a_synced_store_is_the_one_that_would_be_made_anew(
     do: Job, flags: dict[str, Any], source: str, store: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
-    before, stamps = stored(store), stored(store, without=None)
+    before, stamps = stored(store, "behaviors", STAMP), stored(store, "behaviors")
     rows, to_encode = next_day()
     write(source, rows)
     done = do(embed, sync=True, block_rows=3, **flags)
@@ -68,17 +55,17 @@ def test_a_synced_store_is_the_one_that_would_be_made_anew(
     assert found == {"read": 26, "known": 22, "new": 2, "edited": 2, "gone": 6, "encoded": 4, "committed": 4}
     assert "taken out" in done.table and "6 that the histories no longer have" in done.table
 
-    fresh = stored(fill_store(tmp_path / "fresh", models["encoder"], rows))
+    fresh = stored(fill_store(tmp_path / "fresh", models["encoder"], rows), "behaviors", STAMP)
     assert {row["bucket"] for row in before.values()} > {row["bucket"] for row in fresh.values()}, "a bucket is empty"
-    assert stored(store) == fresh
-    after = stored(store, without=None)
+    assert stored(store, "behaviors", STAMP) == fresh
+    after = stored(store, "behaviors")
     assert changed(stamps, after) == to_encode | (before.keys() - fresh.keys()), "a row that stayed was written anew"
 
 
 def test_nothing_is_taken_out_while_a_file_or_a_line_cannot_be_read(
     do: Job, flags: dict[str, Any], source: str, store: Path
 ) -> None:
-    before = stored(store)
+    before = stored(store, "behaviors", STAMP)
     rows, to_encode = next_day()
     write(source, rows)
     cut = gzip.compress(b'{"user_id": "user-5", "text": "whole"}\n' * 2)[:-12]
@@ -88,7 +75,7 @@ def test_nothing_is_taken_out_while_a_file_or_a_line_cannot_be_read(
     assert done.code == 0
     assert (done.result["gone"], done.result["unreadable"], done.result["rejects"]) == (0, 2, 2)
     assert "nothing, because 2 files or lines could not be read and may hold what seems gone" in done.table
-    after = stored(store)
+    after = stored(store, "behaviors", STAMP)
     assert before.keys() <= after.keys()
     assert {key for key in changed(before, after) if key[1].startswith("b")} == to_encode
 
@@ -97,12 +84,12 @@ def test_nothing_is_taken_out_where_too_many_rows_are_rejected(
     do: Job, flags: dict[str, Any], source: str, store: Path
 ) -> None:
     """Or a day on which the time stamps have another form would empty the store."""
-    before = stored(store)
+    before = stored(store, "behaviors", STAMP)
     write(source, [{**row, "timestamp": "yesterday"} for row in behaviors()] + behaviors(1, 1))
     done = do(embed, sync=True, **flags)
     assert (done.code, done.result["gone"], done.result["unreadable"], done.result["rejects"]) == (3, 0, 0, 30)
     assert "nothing, because more rows than --max-reject-fraction allows were rejected" in done.table
-    assert stored(store) == before
+    assert stored(store, "behaviors", STAMP) == before
 
 
 def test_a_sync_of_some_rows_only_is_refused(refuse: Job, flags: dict[str, Any], source: str, store: Path) -> None:
@@ -110,7 +97,7 @@ def test_a_sync_of_some_rows_only_is_refused(refuse: Job, flags: dict[str, Any],
     done = refuse(embed, sync=True, limit=1, **flags)
     assert done.code == 2
     assert "--sync with --limit would take out all that the limit leaves unread" in done.said
-    assert len(stored(store)) == 30
+    assert len(stored(store, "behaviors", STAMP)) == 30
 
 
 def made_by_hand(store: Path, plug: str) -> dict[str, tuple[int, list[float]]]:
@@ -125,7 +112,7 @@ def made_by_hand(store: Path, plug: str) -> dict[str, tuple[int, list[float]]]:
 
 
 def personas(store: Path) -> dict[str, Row]:
-    return {user: row for (user, _), row in stored(store, "personas", without=None).items()}
+    return {user: row for (user, _), row in stored(store, "personas").items()}
 
 
 def check_personas(store: Path, plug: str) -> None:
@@ -181,7 +168,7 @@ def test_a_second_refresh_at_the_same_time_says_who_is_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write(source, behaviors(7))
-    rows = stored(store)
+    rows = stored(store, "behaviors", STAMP)
     monkeypatch.setattr(session, "connect", lambda: pytest.fail("it goes to Ray first"))
     # A holder that renews the lease every half second.
     with Lease.acquire(str(store), table, job="jobs.first", ttl_s=2):
@@ -189,13 +176,13 @@ def test_a_second_refresh_at_the_same_time_says_who_is_first(
     assert done.code == 1
     assert f"the table {table!r} is being written by jobs.first (process " in done.said
     assert ", since 20" in done.said and "wait until that run has ended, or end it" in done.said
-    assert stored(store) == rows
+    assert stored(store, "behaviors", STAMP) == rows
 
 
 def test_a_refresh_works_after_another_has_ended_and_without_sync_nothing_goes(
     do: Job, flags: dict[str, Any], source: str, store: Path
 ) -> None:
-    before = stored(store)
+    before = stored(store, "behaviors", STAMP)
     rows, to_encode = next_day()
     write(source, rows)
     with Lease.acquire(str(store), "behaviors", job="jobs.first"):
@@ -203,6 +190,6 @@ def test_a_refresh_works_after_another_has_ended_and_without_sync_nothing_goes(
     done = do(embed, **flags)
     assert (done.code, done.result["encoded"], done.result["gone"]) == (0, len(to_encode), 0)
     assert "taken out" not in done.table
-    after = stored(store)
+    after = stored(store, "behaviors", STAMP)
     assert before.keys() <= after.keys()
     assert changed(before, after) == to_encode

@@ -7,16 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
 
 from jobs import generate
 from persona.storage import join
 from persona.store import Store
 from persona.writer import merge
-from tests.jobs.conftest import Job, Row, behaviors, encoded, new_plug, requests, write
+from tests.jobs.conftest import Job, Row, behaviors, changed, encoded, new_plug, requests, stored, write
 from tests.stores import IDENTITY, answers
-
-Answers = dict[tuple[str, str], Row]
 
 
 @pytest.fixture
@@ -25,18 +22,6 @@ def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
     source = write(str(tmp_path / "requests.parquet"), requests(2, 5))
     decoding = {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "batch_size": 4}
     return {"requests": source, "store": str(store), "plug": plug, "actors": 1, **decoding}
-
-
-def stored(uri: str) -> Answers:
-    rows = DeltaTable(f"{uri}/generations").to_pyarrow_table().to_pylist()
-    answers = {(row["request_id"], row["variant"]): row for row in rows}
-    assert len(answers) == len(rows), "a key is there twice"
-    return answers
-
-
-def changed(before: Answers, after: Answers) -> set[tuple[str, str]]:
-    """Keys of which any column differs, the time stamp among them."""
-    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 
 
 @pytest.fixture
@@ -60,7 +45,7 @@ def test_exactly_the_answers_that_are_out_of_date_are_made_again(
     both = {**flags, "persona": ("own", "none")}
     first = do(generate, **both)
     assert (first.code, first.result["answered"], first.result["stale"]) == (0, 20, 0)
-    before = stored(str(store))
+    before = stored(store, "generations")
 
     # What user-1 wrote on the second day is seen from the third day on, until three later texts stand before it.
     edited = next(row for row in behaviors() if (row["user_id"], row["behavior_id"]) == ("user-1", "b1"))
@@ -76,14 +61,14 @@ def test_exactly_the_answers_that_are_out_of_date_are_made_again(
     assert done.code == 0
     assert (done.result["stale"], done.result["answered"], done.result["already_answered"]) == (5, 2, 20)
     assert "5 of them out of date and left" in done.table
-    kept = stored(str(store))
+    kept = stored(store, "generations")
     assert changed(before, kept) == new
 
     done = do(generate, **both)
     assert done.code == 0
     assert (done.result["stale"], done.result["answered"], done.result["already_answered"]) == (5, 5, 17)
     assert "5 more were out of date" in done.table
-    after = stored(str(store))
+    after = stored(store, "generations")
     assert changed(kept, after) == stale
     assert all(after[key]["created_at"] > kept[key]["created_at"] for key in stale)
     uri, versions = f"{store}/generations", (first.result["version"], done.result["version"])
@@ -95,16 +80,16 @@ def test_another_decoding_or_plug_makes_the_answers_of_its_variant_anew(
     do: Job, flags: dict[str, Any], store: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
     do(generate, **{**flags, "persona": ("own", "mean")})
-    before = stored(str(store))
+    before = stored(store, "generations")
     longer = do(generate, **{**flags, "persona": "mean", "max_new_tokens": 5})
     assert (longer.result["stale"], longer.result["answered"]) == (10, 10)
-    middle = stored(str(store))
+    middle = stored(store, "generations")
     assert changed(before, middle) == {key for key in before if key[1] == "mean"}
 
     other = new_plug(tmp_path / "other", models["encoder"], models["llama"], seed=1)
     done = do(generate, **{**flags, "plug": other})
     assert (done.result["stale"], done.result["answered"]) == (10, 10)
-    after = stored(str(store))
+    after = stored(store, "generations")
     assert changed(middle, after) == {key for key in before if key[1] == "own"}
     assert len({row["plug"] for row in after.values()}) == 2
 

@@ -18,23 +18,11 @@ from safetensors.numpy import load_file
 from jobs import train
 from persona import plug_folder
 from persona.storage import join, list_files, local_folder
-from tests.jobs.conftest import START, Job, behaviors, fill_store, requests, write
+from tests.jobs.conftest import START, TRAINING, Job, behaviors, fill_store, n_reports, requests, write
 
 # 24 requests in batches of 4 are 6 steps an epoch.
 STEPS = 12
-SETTINGS: dict[str, Any] = {
-    "run": "r",
-    "epochs": 2,
-    "global_batch": 4,
-    "micro_batch": 2,
-    "validate_every": 1,
-    "learning_rate": 3e-3,
-    "query_learning_rate": 1e-3,
-    "max_input_tokens": 32,
-    "max_query_tokens": 32,
-    "validation_rows": 8,
-    "precision": "fp32",
-}
+SETTINGS: dict[str, Any] = {**TRAINING, "validation_rows": 8}
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +105,6 @@ def train_worker_pid() -> int | None:
             if process.name().startswith("ray::RayTrain"):
                 return process.pid
     return None
-
-
-def n_reports(runs: Path) -> int:
-    """Checkpoints that Ray Train has heard of; before that a folder may lie there that no run would resume at."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        return int(json.loads((runs / "r" / "checkpoint_manager_snapshot.json").read_text())["current_report_index"])
-    return 0
 
 
 @contextmanager
