@@ -8,7 +8,7 @@ Shapes: B requests, S soft tokens, L text tokens, T target tokens, D LLM width, 
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from persona.decoding import Answer, SeededSampling
+from persona.decoding import Answer, SeededSampling, follow, search
 from persona.encoder import choose_precision, pad
 from persona.models import ModelFolder
+from persona.next_token import CausalSteps, Seq2SeqSteps
 from persona.options import Decoding, Precision
 
 _IGNORED = -100
@@ -48,8 +47,6 @@ class FrozenLLM(nn.Module):
         self.max_input_tokens = max_input_tokens
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._eos_ids = _declared_eos_ids(model, tokenizer)
-        # What a decoding leaves open, `generate` would silently take from here: penalties, forced or suppressed tokens.
-        model.generation_config = GenerationConfig()
         self.width: int = self._embeddings().embedding_dim
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.separator: list[int] = (
@@ -151,28 +148,17 @@ class FrozenLLM(nn.Module):
     ) -> list[Answer]:
         """Answers to a batch; `seeds` (one a request) make a sampled answer the same in any batch."""
         embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, left=not self.is_encoder_decoder)
-        processors = LogitsProcessorList([SeededSampling(decoding, seeds)] if decoding.sample else [])
-        output_BT = self.model.generate(
-            inputs_embeds=embeds_BLD,
-            attention_mask=mask_BL,
-            logits_processor=processors,
-            generation_config=GenerationConfig(
-                max_new_tokens=decoding.max_new_tokens,
-                num_beams=decoding.beams,
-                do_sample=False,
-                eos_token_id=self._eos_ids,
-                pad_token_id=self.pad_id,
-                decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
-                bos_token_id=self.tokenizer.bos_token_id,
-            ),
-        )
-        if self.is_encoder_decoder:
-            output_BT = output_BT[:, 1:]  # the decoder's start token
-        return [self._answer(row) for row in output_BT.tolist()]
+        steps = (Seq2SeqSteps if self.is_encoder_decoder else CausalSteps)(self.model, embeds_BLD, mask_BL)
+        limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": self._eos_ids}
+        if decoding.beams > 1:
+            said = search(steps, beams=decoding.beams, **limits)
+        else:
+            said = follow(steps, sampling=SeededSampling(decoding, seeds) if decoding.sample else None, **limits)
+        return [self._answer(tokens) for tokens in said]
 
-    def _answer(self, row: list[int]) -> Answer:
-        end = next((i for i, token in enumerate(row) if token in self._eos_ids), None)
-        tokens = row[:end]
+    def _answer(self, said: list[int]) -> Answer:
+        end = next((i for i, token in enumerate(said) if token in self._eos_ids), None)
+        tokens = said[:end]
         text = cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
         return Answer(text=text.strip(), n_tokens=len(tokens), finish_reason="length" if end is None else "stop")
 

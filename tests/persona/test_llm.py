@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
+from persona import llm as llm_module
 from persona.llm import FrozenLLM
 from persona.models import ModelFolder, resolve
 from persona.options import Decoding
@@ -209,17 +211,22 @@ def test_a_request_gets_the_same_answer_alone_and_in_any_batch(brief, decoding):
     assert {answer.finish_reason for answer in together} == {"stop", "length"}
 
 
-def said_by(llm: FrozenLLM) -> list[list[int]]:
-    """A list that fills with the tokens that the LLM says, the first row of each batch."""
-    generate, said = llm.model.generate, []
+@pytest.fixture
+def said(monkeypatch) -> list[list[int]]:
+    """Fills with the tokens of every answer."""
+    answers: list[list[int]] = []
 
-    def listen(**settings):
-        output = generate(**settings)
-        said.append(output[0, 1:].tolist() if llm.is_encoder_decoder else output[0].tolist())
-        return output
+    def listening(decode):
+        def listen(*args, **settings):
+            found = decode(*args, **settings)
+            answers.extend(found)
+            return found
 
-    llm.model.generate = listen
-    return said
+        return listen
+
+    for name in ("follow", "search"):
+        monkeypatch.setattr(llm_module, name, listening(getattr(llm_module, name)))
+    return answers
 
 
 @torch.no_grad()
@@ -236,27 +243,25 @@ def next_word(llm: FrozenLLM, soft_1SD: torch.Tensor, text: list[int], said_NT: 
     return torch.log_softmax(logits[:, -1], dim=-1)
 
 
-def test_greedy_takes_the_likeliest_token_each_time(llm):
+def test_greedy_takes_the_likeliest_token_each_time(llm, said):
     soft_1SD, [text] = soft_tokens(llm, 1), llm.tokenize_inputs(["the movie is"])
     expected: list[int] = []
     for _ in range(6):
         beginning = torch.tensor([expected], dtype=torch.long)
         expected.append(int(next_word(llm, soft_1SD, text, beginning)[0].argmax()))
-    said = said_by(llm)
     [answer] = llm.generate(soft_1SD, [text], Decoding(max_new_tokens=6, beams=1), [0])
     assert said == [expected]
     assert answer.text == llm.tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_beams_find_the_likeliest_answer(llm, seed):
+def test_beams_find_the_likeliest_answer(llm, seed, said):
     """With as many beams as words, two tokens are searched completely; here they are by trying all."""
     soft_1SD, [text] = soft_tokens(llm, 1, seed), llm.tokenize_inputs(["the movie is"])
     first_V = next_word(llm, soft_1SD, text, torch.empty(1, 0, dtype=torch.long))[0]
     n_words = len(first_V)
     both_VV = first_V.unsqueeze(1) + next_word(llm, soft_1SD, text, torch.arange(n_words).unsqueeze(1))
     both_VV[llm.tokenizer.eos_token_id] = -torch.inf  # an answer that is over has no second token
-    said = said_by(llm)
     llm.generate(soft_1SD, [text], Decoding(max_new_tokens=2, beams=n_words), [0])
     assert said == [list(divmod(int(both_VV.argmax()), n_words))]
 
@@ -268,9 +273,8 @@ def test_what_is_sampled_depends_on_the_seed(llm):
     assert llm.generate(soft_BSD, inputs, SAMPLE, [3] * 8) == [answers[3]] * 8
 
 
-def test_an_answer_ends_at_any_declared_end_or_at_the_limit(llm, llm_folder, tmp_path):
+def test_an_answer_ends_at_any_declared_end_or_at_the_limit(llm, llm_folder, tmp_path, said):
     soft_1SD, inputs = soft_tokens(llm, 1), llm.tokenize_inputs(["the movie is"])
-    said = said_by(llm)
     [whole] = llm.generate(soft_1SD, inputs, GREEDY, [0])
     [tokens] = said
     assert (whole.finish_reason, whole.n_tokens) == ("length", 10)
@@ -284,15 +288,69 @@ def test_an_answer_ends_at_any_declared_end_or_at_the_limit(llm, llm_folder, tmp
     assert cut.text == llm.tokenizer.decode(tokens[:first], skip_special_tokens=True).strip()
 
 
-def test_the_tokenizers_own_end_counts_although_the_model_declares_another(llm_folder, tmp_path):
-    folder = folder_with(llm_folder, tmp_path / "other", eos_token_id=[9])
-    llm = FrozenLLM.load(folder, precision="fp32", device="cpu")
-    own = llm.tokenizer.eos_token_id
-    calls = []
-    generate = llm.model.generate
-    llm.model.generate = lambda **settings: calls.append(settings) or generate(**settings)
-    llm.generate(soft_tokens(llm, 1), llm.tokenize_inputs(["a"]), GREEDY, [0])
-    assert calls[0]["generation_config"].eos_token_id == [own, 9]
+@pytest.mark.parametrize("declared", ["by the model", "by the tokenizer alone"])
+def test_the_models_and_the_tokenizers_end_count(llm, llm_folder, tmp_path, said, declared):
+    soft_1SD, inputs = soft_tokens(llm, 1), llm.tokenize_inputs(["the movie is"])
+    llm.generate(soft_1SD, inputs, GREEDY, [0])
+    [whole] = said
+    folder = folder_with(llm_folder, tmp_path / "other", eos_token_id=[whole[4]] if declared == "by the model" else [9])
+    if declared != "by the model":
+        names = json.loads((Path(folder.path) / "tokenizer_config.json").read_text())
+        names["eos_token"] = llm.tokenizer.convert_ids_to_tokens(whole[4])
+        (Path(folder.path) / "tokenizer_config.json").write_text(json.dumps(names))
+        folder = resolve(str(folder.path), flag="--llm")
+    other = FrozenLLM.load(folder, precision="fp32", device="cpu")
+    [answer] = other.generate(soft_1SD, inputs, GREEDY, [0])
+    assert (answer.finish_reason, answer.n_tokens) == ("stop", whole.index(whole[4]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("beams", [1, 2, 4])
+def test_answers_are_those_of_transformers(brief, said, beams, seed):
+    """Row by row without padding, by `transformers.generate`; here all in one batch that shrinks as rows end."""
+    texts = [*INPUTS, *(f"{text} {number}" for number in range(5) for text in ("title", "it is", "for the paper"))]
+    soft_BSD, inputs = soft_tokens(brief, len(texts), seed), brief.tokenize_inputs(texts)
+    ends = json.loads((Path(brief.model.name_or_path) / "generation_config.json").read_text())["eos_token_id"]
+    ends = sorted({*ends, brief.tokenizer.eos_token_id})
+    expected = []
+    for soft_SD, ids in zip(soft_BSD, inputs, strict=True):
+        embeds = torch.cat([soft_SD.unsqueeze(0), brief.embed(torch.tensor([ids], dtype=torch.long))], dim=1)
+        [row] = brief.model.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+            generation_config=GenerationConfig(
+                max_new_tokens=12, num_beams=beams, do_sample=False, eos_token_id=ends, pad_token_id=0,
+                decoder_start_token_id=getattr(brief.model.config, "decoder_start_token_id", None),
+            ),
+        ).tolist()  # fmt: skip
+        expected.append(row[1:] if brief.is_encoder_decoder else row)
+    brief.generate(soft_BSD, inputs, Decoding(max_new_tokens=12, beams=beams), [0] * len(texts))
+    assert [until(row, ends) for row in said] == [until(row, ends) for row in expected]
+    assert len({len(until(row, ends)) for row in said}) > 2
+
+
+def until(row: list[int], ends: list[int]) -> list[int]:
+    return row[: next((i for i, token in enumerate(row) if token in ends), None)]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_finished_request_costs_no_more_steps_and_a_prompt_is_read_once(brief, said, beams):
+    read: list[int] = []
+
+    def listen(module, args, given):
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        read.append(len(tokens))
+
+    decoder = brief.model.get_decoder() if brief.is_encoder_decoder else brief.model
+    decoder.register_forward_pre_hook(listen, with_kwargs=True)
+    texts = [f"{text} {number}" for number in range(5) for text in ("title", "it is", "for the paper")]
+    soft_BSD, inputs = soft_tokens(brief, len(texts)), brief.tokenize_inputs(texts)
+    brief.generate(soft_BSD, inputs, Decoding(max_new_tokens=10, beams=beams), [0] * len(texts))
+    assert read[0] == len(texts)
+    assert read[1:] == sorted(read[1:], reverse=True)
+    assert read[-1] < read[1] <= beams * len(texts)
+    if beams == 1:
+        assert sum(read) == sum(min(len(row), 10) for row in said)
 
 
 def test_what_a_model_would_decode_with_by_itself_changes_no_answer(llm, llm_folder, tmp_path):
