@@ -4,7 +4,9 @@ Shapes: N texts, T tokens, d encoder width.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, get_args
 
 import numpy as np
@@ -12,12 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from persona import attention
 from persona.errors import UsageError
 from persona.models import ModelFolder
 from persona.options import Pooling, Precision
 
 # A CPU has nothing to gain from large batches, and small ones hold rows of about one length: less padding.
 _TOKEN_BUDGETS = {True: 16_384, False: 2_048}
+# Tokenized at once: enough for batches of rows of one length, so few that a GPU waits but a moment for the first.
+_TOKENS_A_PART = 131_072
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +66,16 @@ def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token rows to (ids, mask), both (N, T), padded on the right."""
-    length = max((len(row) for row in rows), default=0)
-    ids_NT = torch.full((len(rows), max(length, 1)), pad_id, dtype=torch.long)
-    mask_NT = torch.zeros_like(ids_NT, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids_NT[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask_NT[i, : len(row)] = True
-    return ids_NT.to(device), mask_NT.to(device)
+    lengths_N1 = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 1)
+    mask_NT = np.arange(max(lengths_N1.max(initial=0), 1)) < lengths_N1
+    ids_NT = np.full(mask_NT.shape, pad_id, np.int64)
+    ids_NT[mask_NT] = np.fromiter(chain.from_iterable(rows), np.int64, lengths_N1.sum())
+    return to_device(torch.from_numpy(ids_NT), device), to_device(torch.from_numpy(mask_NT), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copied while the device goes on with what it has: only from pinned memory can it be."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -120,7 +128,9 @@ class TextEncoder:
         self.token_budget = token_budget or _TOKEN_BUDGETS[self.device.type == "cuda"]
         dtype = choose_precision(precision, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder.path)
-        self.model = AutoModel.from_pretrained(folder.path, dtype=dtype, use_safetensors=True)
+        by_exp = self.device.type == "cpu" and dtype == torch.bfloat16
+        how = attention.register() if by_exp and folder.config["model_type"] in attention.MODEL_TYPES else None
+        self.model = AutoModel.from_pretrained(folder.path, dtype=dtype, use_safetensors=True, attn_implementation=how)
         self.model.to(self.device).eval().requires_grad_(False)
         self.width: int = self.model.config.hidden_size
         check_positions(self.model.config, max_tokens)
@@ -134,13 +144,39 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encodes texts; the result has their order, whatever the batches were."""
-        rows = self.tokenize(texts)
-        vectors = np.empty((len(rows), self.width), dtype=np.float16)
-        n_padded = 0
-        for batch in token_batches([len(row) for row in rows], self.token_budget):
-            ids_NT, mask_NT = pad([rows[row] for row in batch], self.tokenizer.pad_token_id or 0, self.device)
-            hidden_NTd = self.model(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state
-            vectors[batch] = pool(hidden_NTd, mask_NT, self.pooling).half().cpu().numpy()
-            n_padded += ids_NT.numel()
-        return Encoded(vectors=vectors, n_tokens=sum(map(len, rows)), n_padded=n_padded)
+        """Encodes texts; the result has their order, whatever the batches were.
+
+        A thread tokenizes the next part of the texts while the model works on this one.
+        """
+        vectors = np.empty((len(texts), self.width), dtype=np.float16)
+        n_tokens = n_padded = 0
+        parts = list(_parts(texts, _TOKENS_A_PART))
+        with ThreadPoolExecutor(1) as beside:
+            waiting = [beside.submit(self.tokenize, [texts[i] for i in part]) for part in parts]
+            for part, tokenized in zip(parts, waiting, strict=True):
+                rows = tokenized.result()
+                done = []
+                for batch in token_batches([len(row) for row in rows], self.token_budget):
+                    pooled_Nd, n = self._forward([rows[row] for row in batch])
+                    done.append((part[batch], pooled_Nd))
+                    n_padded += n
+                for numbers, pooled_Nd in done:  # the device has all of them to do before the first is asked for
+                    vectors[numbers] = pooled_Nd.cpu().numpy()
+                n_tokens += sum(map(len, rows))
+        return Encoded(vectors=vectors, n_tokens=n_tokens, n_padded=n_padded)
+
+    def _forward(self, rows: Sequence[list[int]]) -> tuple[Tensor, int]:
+        """Unit vectors (N, d) of a batch, in float16 on the device, and its padded size."""
+        ids_NT, mask_NT = pad(rows, self.tokenizer.pad_token_id or 0, self.device)
+        is_full = sum(map(len, rows)) == ids_NT.numel()
+        hidden_NTd = self.model(input_ids=ids_NT, attention_mask=None if is_full else mask_NT).last_hidden_state
+        return pool(hidden_NTd, mask_NT, self.pooling).half(), ids_NT.numel()
+
+
+def _parts(texts: Sequence[str], n_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Row numbers, texts of about one length together, in parts of about so many tokens."""
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    order = np.argsort(-lengths, kind="stable")
+    # Four characters a token, more or less: only the size of a part depends on it.
+    ends = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // (4 * n_tokens))) + 1
+    yield from (part for part in np.split(order, ends) if len(part))
