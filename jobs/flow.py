@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from persona.store import Store
 
 Counts = dict[str, dict[str, float]]
-# Of input, packed: ten to a hundred thousand rows, which a worker holds in memory all at once.
-_PARTITION_BYTES = 2**20
+# Of input, packed: a few to some ten thousand rows, which a worker holds in memory all at once.
+_PARTITION_BYTES = 2**18
+# Ray deals buckets to partitions by hash: in as many partitions as buckets, one would hold four of them.
+_PARTITIONS_A_BUCKET = 4
 _JOINED_ROWS = 512
 _QUIET_S = 10.0
 
@@ -152,7 +154,7 @@ def by_bucket(
 ) -> "Dataset":
     """`work(rows_of_one_bucket, **settings)` for each bucket; the only place where rows change machines."""
     n_bytes = sum(split.end - split.start for split in splits)
-    n_partitions = max(1, min(n_buckets, max(n_bytes // _PARTITION_BYTES, 4)))
+    n_partitions = min(max(n_bytes // _PARTITION_BYTES, 4), _PARTITIONS_A_BUCKET * n_buckets)
     return rows.groupby("bucket", num_partitions=n_partitions).map_groups(
         work, batch_format="pyarrow", fn_kwargs=settings
     )

@@ -110,21 +110,19 @@ class Store:
         """
         wanted = _latest(rows)
         stored = self.table("behaviors").scan([*_KEY, "text_hash", "timestamp"], one_of("bucket", [bucket]))
-        numbered = wanted.select(_KEY).append_column("row", pa.array(range(wanted.num_rows), pa.int64()))
-        old = stored.rename_columns([*_KEY, "old_hash", "old_time"])
-        found = numbered.join(old, _KEY, join_type="inner", use_threads=False).select(["row", "old_hash", "old_time"])
-        mine = wanted.take(found["row"])
+        keys, stored_keys = _as_strings(wanted), _as_strings(stored)
+        # Where each row is stored; a table of strings takes a fraction of the memory of a join.
+        place = pc.index_in(keys, value_set=stored_keys)
+        old = stored.select(["text_hash", "timestamp"]).take(place)
         same_time = pc.or_(
-            pc.fill_null(pc.equal(found["old_time"], mine["timestamp"]), False),
-            pc.and_(found["old_time"].is_null(), mine["timestamp"].is_null()),
+            pc.fill_null(pc.equal(old["timestamp"], wanted["timestamp"]), False),
+            pc.and_(old["timestamp"].is_null(), wanted["timestamp"].is_null()),
         )
-        same = pc.and_(pc.equal(found["old_hash"], mine["text_hash"]), same_time)
-        there = pc.is_in(numbered["row"], value_set=found["row"])
-        todo = pc.invert(pc.is_in(numbered["row"], value_set=found.filter(same)["row"]))
-        work = wanted.append_column("change", pc.if_else(there, "edited", "new")).filter(todo)
+        same = pc.and_(pc.fill_null(pc.equal(old["text_hash"], wanted["text_hash"]), False), same_time)
+        work = wanted.append_column("change", pc.if_else(place.is_valid(), "edited", "new")).filter(pc.invert(same))
         n_known = wanted.num_rows - work.num_rows
         if sync:
-            gone = stored.select(_KEY).join(numbered, _KEY, join_type="left anti", use_threads=False).select(_KEY)
+            gone = stored.select(_KEY).filter(pc.invert(pc.is_in(stored_keys, value_set=keys)))
             work = pa.concat_tables([work, _gone(gone, bucket, work.schema)])
         counts = {name: pc.sum(pc.equal(work["change"], name)).as_py() or 0 for name in CHANGES}
         return work, {"known": n_known, **counts, "duplicates": rows.num_rows - wanted.num_rows}
@@ -314,6 +312,12 @@ def _latest(rows: pa.Table) -> pa.Table:
         return rows
     differs = reduce(pc.or_, (pc.not_equal(rows[c].slice(1), rows[c].slice(0, rows.num_rows - 1)) for c in _KEY))
     return rows.filter(pa.chunked_array([pa.array([True]), *differs.chunks]))
+
+
+def _as_strings(rows: pa.Table) -> pa.ChunkedArray:
+    """Keys as one string each: the length of the user's id says where it ends, whatever ids hold."""
+    length = pc.utf8_length(rows["user_id"]).cast(pa.string())
+    return pc.binary_join_element_wise(length, rows["user_id"], rows["behavior_id"], ":")
 
 
 def _order(rows: pa.Table, keys: list[tuple[str, str]]) -> pa.Array:
