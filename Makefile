@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED  := 0
 export TOKENIZERS_PARALLELISM   := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak check format clean
+.PHONY: help install demo test soak bench check format clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1 \t\2/p' Makefile | expand -t 16
@@ -43,6 +43,9 @@ test: $(READY)  ## Run the tests; a part of them: make test TESTS=tests/persona 
 soak: export OMP_NUM_THREADS := 1
 soak: $(READY)  ## Run the tests that take long: kills of everything at every moment
 	@$(BIN)/python -m pytest $(TESTS) -m soak $(ARGS)
+
+bench: $(READY)  ## Measure speed beside other ways to do the same, some twenty minutes on two cores
+	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
 check: $(READY)  ## Lint, format and types, nothing changed
 	@$(BIN)/ruff check .

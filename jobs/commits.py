@@ -119,8 +119,9 @@ class Committer:
 
     def _add(self, staged: "pa.Table") -> None:
         if staged.num_rows:
+            started = time.perf_counter()
             self._writer.add(staged)
-            self._note(staged)
+            self._note(staged, seconds=time.perf_counter() - started)
 
     def _begin_wave(self, staged: "pa.Table") -> None:
         import ray

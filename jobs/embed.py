@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jobs import command, flow, personas, session
+from jobs import command, flow, personas, profile, session
 from jobs.command import Summary
 from jobs.commits import Committer
 from persona.errors import InputError, UsageError
@@ -67,6 +67,8 @@ class Config:
     """More bad rows than this end the job with exit code 3, after all good ones are in."""
     limit: int | None = None
     """Take only this many behaviors of the input."""
+    profile: bool = False
+    """Say at the end where the time went, what held the run up, and which flag would help."""
     dry_run: bool = False
     """Say what would be done, and start nothing."""
 
@@ -118,8 +120,9 @@ def main(config: Config) -> Summary:
                     flow.note(tally, "compare", bucket, {"gone": writer.remove_partition(bucket)})
             if plug is not None and of_personas is not None:
                 personas.update(store, of_personas, plug, tally)
-    counts = flow.totals(tally)
-    return _summary(config, store, counts, time.perf_counter() - started)
+    counts, seconds = flow.totals(tally), time.perf_counter() - started
+    summary = _summary(config, store, counts, seconds)
+    return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
 
 
 def _staged(
@@ -147,7 +150,7 @@ def _staged(
             flow.stage,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={"store": store, "table": "behaviors"},
+            fn_kwargs={"store": store, "table": "behaviors", "tally": tally},
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )
@@ -183,8 +186,9 @@ def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) ->
     bucket = rows["bucket"][0].as_py()
     # All input has been read before the first bucket comes here.
     sync = config.sync and not _doubt(config, flow.totals(tally))
+    started = time.perf_counter()
     missing, counts = store.missing(bucket, rows, sync=sync)
-    flow.note(tally, "compare", str(bucket), counts)
+    flow.note(tally, "compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
     return missing
 
 
@@ -211,6 +215,7 @@ class Encode:
             precision=config.precision,
         )
         self.tally = tally
+        self.idle_since = time.perf_counter()
 
     def __call__(self, behaviors: "pa.Table") -> "pa.Table":
         """The column `text` becomes `vector`: 2·d bytes of little-endian float16, null for what is gone."""
@@ -218,6 +223,7 @@ class Encode:
         import pyarrow.compute as pc
 
         started = time.perf_counter()
+        waited_s = started - self.idle_since
         texts = behaviors["text"].filter(pc.not_equal(behaviors["change"], "gone")).to_pylist()
         encoded = self.encoder.encode(texts)
         width = encoded.vectors.shape[1]
@@ -231,7 +237,9 @@ class Encode:
         if behaviors.num_rows:
             unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
             counts = {"rows": len(texts), "tokens": encoded.n_tokens, "padded": encoded.n_padded}
-            flow.note(self.tally, "encode", unit, {**counts, "seconds": time.perf_counter() - started})
+            times = {"seconds": time.perf_counter() - started, "tokenizing": encoded.tokenize_s, "waiting": waited_s}
+            flow.note(self.tally, "encode", unit, {**counts, **times})
+        self.idle_since = time.perf_counter()
         return behaviors.drop_columns(["text"]).append_column("vector", vectors)
 
 
@@ -315,6 +323,25 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         *flow.reject_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
+
+
+def _with_profile(
+    summary: Summary, config: Config, counts: flow.Counts, machines: session.Machines, seconds: float
+) -> Summary:
+    n_actors = config.actors or machines.model_actors(config.cpus_per_actor)
+    cores = "more CPUs for Ray, on this machine or on others"
+    stages = [
+        profile.stage(counts, "encode", n_actors, "more GPUs or cores (--actors), or a smaller --encoder"),
+        profile.stage(counts, "read", machines.cores, f"{cores}; also input in more files"),
+        profile.stage(counts, "compare", machines.cores, f"{cores}; also a store with more --buckets"),
+        profile.stage(
+            counts, "encode", n_actors, "shorter texts (--max-tokens)", seconds="tokenizing", name="tokenize"
+        ),
+        *profile.writing(counts, machines.cores),
+    ]
+    waited_s = counts.get("encode", {}).get("waiting", 0.0)
+    starving = "more CPUs for Ray would feed it, or fewer --actors would do"
+    return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving=starving)
 
 
 def _sync_rows(config: Config, result: dict[str, Any], doubt: str) -> list[tuple[str, str]]:

@@ -206,6 +206,7 @@ def keep_good(
     rejects = []
     n_good = n_unreadable = 0
     good = None
+    seconds, since = 0.0, time.perf_counter()
     for records in batches:
         good, bad = validate(records)
         n_good += good.num_rows
@@ -213,7 +214,9 @@ def keep_good(
         if bad.num_rows:
             rejects.append(bad)
         if good.num_rows:
+            seconds += time.perf_counter() - since
             yield good
+            since = time.perf_counter()
     if good is not None and not n_good:
         yield good  # no rows, but columns, which the steps to come look for
     # What could not even be read as a row: nobody knows whose it was.
@@ -224,6 +227,7 @@ def keep_good(
         counts["rejects"] = table.num_rows
         for reason in table["reason"].to_pylist():
             counts[f"rejected: {reason}"] = counts.get(f"rejected: {reason}", 0) + 1
+    counts["seconds"] = seconds + time.perf_counter() - since
     note(tally, "read", f"{split.uri}:{split.start}", counts)
 
 
@@ -244,9 +248,11 @@ def join_bucket(
 
     from persona.join import join_histories
 
+    since = time.perf_counter()
     bucket = requests["bucket"][0].as_py()
     _, first = np.unique(requests["request_id"].to_numpy(), return_index=True)
-    counts = {"asked": len(first), "repeated": requests.num_rows - len(first), "kept": 0, "untimed": 0, "empty": 0}
+    counts: dict[str, float] = {"asked": len(first), "repeated": requests.num_rows - len(first)}
+    counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}
     requests = requests.take(pa.array(np.sort(first)))
     sees_own = next((persona for persona in personas if persona in {"own", "mean"}), None)
     for persona in personas:
@@ -262,7 +268,9 @@ def join_bucket(
                 kept = keep(joined, store, bucket, counts).select([*part.column_names, *keep.adds])
                 joined = join_histories(kept, store, bucket, **how)
             counts["kept"] += joined.num_rows
+            counts["seconds"] += time.perf_counter() - since
             yield joined
+            since = time.perf_counter()
     note(tally, stage, str(bucket), counts)
 
 
@@ -282,9 +290,13 @@ def each_row(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **set
         yield from table.to_pylist()
 
 
-def stage(rows: "pa.Table", *, store: "Store", table: str) -> "pa.Table":
+def stage(rows: "pa.Table", *, store: "Store", table: str, tally: Any) -> "pa.Table":
     """Writes a block to files that nobody sees until the driver commits them (`jobs.commits`)."""
-    return store.stage(table, rows)
+    started = time.perf_counter()
+    staged = store.stage(table, rows)
+    if staged.num_rows:
+        note(tally, "write", staged["path"][0].as_py(), {"seconds": time.perf_counter() - started})
+    return staged
 
 
 def reject_rows(counts: Counts) -> list[tuple[str, str]]:

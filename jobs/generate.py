@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, flow, session
+from jobs import command, flow, profile, session
 from jobs.command import Summary
 from jobs.commits import Committer
 from persona.errors import UsageError
@@ -59,6 +59,8 @@ class Config(Decoding):
     """More bad rows than this end the job with exit code 3, after all good ones are answered."""
     limit: int | None = None
     """Take only this many requests."""
+    profile: bool = False
+    """Say at the end where the time went, what held the run up, and which flag would help."""
     dry_run: bool = False
     """Say what would be done, and start nothing."""
 
@@ -99,7 +101,9 @@ def main(config: Config) -> Summary:
         with flow.progress(tally, _progress_line), Committer(writer, tally) as committer:
             for staged in _staged(config, splits, store, where, machines, tally):
                 committer.take(staged)
-    return _summary(config, store, flow.totals(tally), time.perf_counter() - started)
+    counts, seconds = flow.totals(tally), time.perf_counter() - started
+    summary = _summary(config, store, counts, seconds)
+    return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
 
 
 def _staged(
@@ -132,7 +136,7 @@ def _staged(
             flow.stage,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={"store": store, "table": "generations"},
+            fn_kwargs={"store": store, "table": "generations", "tally": tally},
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )
@@ -241,6 +245,7 @@ class Generate:
         self.batch_size = config.batch_size
         self.where = where
         self.tally = tally
+        self.idle_since = time.perf_counter()
 
     def __call__(self, requests: "pa.Table") -> "pa.Table":
         """Rows of the generations table, in the order of the requests."""
@@ -251,11 +256,13 @@ class Generate:
         if requests.num_rows:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}
+            counts["waiting"] = started - self.idle_since
             flow.note(self.tally, "generate", unit, {**counts, "seconds": time.perf_counter() - started})
         kept = ["request_id", "user_id", "variant", "n_behaviors", "fingerprint", "bucket", "change"]
         rows = requests.select(kept)
         for name in ("output", "n_tokens", "finish_reason"):
             rows = rows.append_column(name, answers[name])
+        self.idle_since = time.perf_counter()
         return _with_models(rows, self.where)
 
 
@@ -308,6 +315,23 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         *flow.reject_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
+
+
+def _with_profile(
+    summary: Summary, config: Config, counts: flow.Counts, machines: session.Machines, seconds: float
+) -> Summary:
+    n_actors = config.actors or machines.model_actors(config.cpus_per_actor)
+    cores = "more CPUs for Ray, on this machine or on others"
+    faster = "more GPUs or cores (--actors), a larger --batch-size, fewer --beams, or a smaller --max-new-tokens"
+    stages = [
+        profile.stage(counts, "generate", n_actors, faster),
+        profile.stage(counts, "read", machines.cores, f"{cores}; also requests in more files"),
+        profile.stage(counts, "join", machines.cores, f"{cores}; also a store with more --buckets"),
+        *profile.writing(counts, machines.cores),
+    ]
+    waited_s = counts.get("generate", {}).get("waiting", 0.0)
+    starving = "more CPUs for Ray would feed it, or smaller blocks (--block-rows)"
+    return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving=starving)
 
 
 def _stale(config: Config, n: int) -> str:

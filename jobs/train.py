@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, flow, session
+from jobs import command, flow, profile, session
 from jobs.command import Summary
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.options import PlugOptions, TrainingOptions
@@ -62,6 +62,8 @@ class Config(TrainingOptions, PlugOptions):
     """The latest behaviors of a user that are used."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
+    activation_checkpointing: bool = False
+    """Compute the LLM's activations anew in the backward pass: a fraction of the memory, a third more time."""
     workers: int | None = None
     """Training workers; default one a GPU, or 1."""
     max_failures: int = 3
@@ -70,6 +72,8 @@ class Config(TrainingOptions, PlugOptions):
     """More bad rows than this end the job with exit code 3."""
     limit: int | None = None
     """Take only this many requests."""
+    profile: bool = False
+    """Say at the end where the time went, what held the run up, and which flag would help."""
     dry_run: bool = False
     """Say what would be done, and start nothing."""
 
@@ -133,7 +137,9 @@ def main(config: Config) -> Summary:
     result = _fit(
         config, inputs, tally, train_rows, validation_rows, n_requests, run.behaviors_version, workers, machines
     )
-    return publish(config, inputs, result, flow.totals(tally), n_requests, time.perf_counter() - started)
+    counts, seconds = flow.totals(tally), time.perf_counter() - started
+    summary = publish(config, inputs, result, counts, n_requests, seconds)
+    return _with_profile(summary, counts, workers, machines, seconds) if config.profile else summary
 
 
 def _inputs(config: Config) -> Inputs:
@@ -291,6 +297,23 @@ def _fit(
     )
     with flow.progress(tally, _progress_line):
         return trainer.fit()
+
+
+def _with_profile(
+    summary: Summary, counts: flow.Counts, workers: int, machines: session.Machines, seconds: float
+) -> Summary:
+    # The first worker's seconds; the others keep step with it.
+    noted = {"time": {name: workers * spent for name, spent in counts.get("time", {}).items()}}
+    faster = "more GPUs (--workers), a larger --micro-batch where memory allows, or fewer --max-input-tokens"
+    rarely = "validate less often (--validate-every) or on fewer rows (--validation-rows)"
+    stages = [
+        profile.stage(noted, "time", workers, faster, seconds="step", name="train"),
+        profile.stage(noted, "time", workers, rarely, seconds="validate", name="validate"),
+        profile.stage(noted, "time", workers, "save less often (--validate-every)", seconds="save", name="save"),
+        profile.stage(counts, "join", machines.cores, "more CPUs for Ray"),
+    ]
+    waited_s = noted["time"].get("waiting", 0.0)
+    return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving="more CPUs for Ray would feed it")
 
 
 def _some_vectors(store: "Store", version: int, n_users: int = 32) -> bytes:

@@ -2,12 +2,13 @@
 
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import session
+from jobs import flow, session
 from persona.errors import PlugMismatch
 from persona.options import PlugOptions, TrainingOptions
 
@@ -30,7 +31,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     """
     from ray import train
 
-    from persona.training import drop_behaviors, shuffle_windows, train_step, validation_loss
+    from persona.training import drop_behaviors, one_ahead, shuffle_windows, train_step, validation_loss
 
     config: Config = settings["config"]
     options: TrainingOptions = config.options(TrainingOptions)
@@ -40,21 +41,25 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     share = config.global_batch // settings["workers"]
     with _last_checkpoint() as folder:
         engine, state = _engine(settings, config, options, folder)
+    begun = state["step"]
     held_out = _held_out_rows(train.get_dataset_shard("validation"), rank, settings["workers"])
 
-    for epoch in range(state["step"] // n_epoch, config.epochs):
-        blocks = train.get_dataset_shard(f"epoch-{epoch}").iter_batches(batch_size=None, batch_format="pyarrow")
+    def batches(epoch: int, blocks: "Iterator[pa.Table]") -> "Iterator[tuple[int, list[Row]]]":
         for index, block in enumerate(shuffle_windows(blocks, epoch=epoch, seed=config.seed)):
-            step = epoch * n_epoch + index
-            if step < state["step"]:
+            if (step := epoch * n_epoch + index) < begun:
                 continue
             if block.num_rows != share:
                 raise AssertionError(f"a worker's share of a batch has {block.num_rows} requests instead of {share}")
-            started = time.perf_counter()
             width = settings["identity"]["width"]
-            rows = [drop_behaviors(row, width=width, epoch=epoch, options=options) for row in block.to_pylist()]
+            yield step, [drop_behaviors(row, width=width, epoch=epoch, options=options) for row in block.to_pylist()]
+
+    laps = _Laps()
+    for epoch in range(begun // n_epoch, config.epochs):
+        blocks = train.get_dataset_shard(f"epoch-{epoch}").iter_batches(batch_size=None, batch_format="pyarrow")
+        for step, rows in one_ahead(batches(epoch, blocks)):
+            laps.lap("waiting")
             loss, n_tokens = train_step(engine, rows, step=step, n_steps=n_steps, options=options)
-            seconds = time.perf_counter() - started
+            seconds = laps.lap("step")
             state["step"] = step + 1
             state["seconds"] += seconds
             state["tokens"] += n_tokens
@@ -66,7 +71,25 @@ def train_worker(settings: Mapping[str, Any]) -> None:
             if (step + 1) % config.validate_every == 0 or step + 1 == n_steps:
                 state["validation_loss"] = validation_loss(engine, held_out, micro_batch=config.micro_batch)
                 state["validation_curve"].append([step + 1, round(state["validation_loss"], 5)])
+                laps.lap("validate")
                 _report(engine, state, first)
+                laps.lap("save")
+                if first:
+                    flow.note(settings["tally"], "time", f"since step {begun}", laps.seconds)
+
+
+class _Laps:
+    """Seconds from one lap to the next, added up by what was done in them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
+
+    def lap(self, name: str) -> float:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self.seconds[name] += seconds
+        return seconds
 
 
 @contextmanager
@@ -103,6 +126,8 @@ def _engine(settings: Mapping[str, Any], config: "Config", options: TrainingOpti
     _check_same(llm_folder, settings["llm"])
     torch.manual_seed(config.seed)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=config.max_input_tokens, precision=config.precision)
+    if config.activation_checkpointing:
+        llm.checkpoint_activations()
     plug_options: PlugOptions = config.options(PlugOptions)
     plug = Plug(
         plug_options,

@@ -3,6 +3,7 @@
 Shapes: N texts, T tokens, d encoder width.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Encoded:
     vectors: NDArray[np.float16]
     n_tokens: int
     n_padded: int
+    tokenize_s: float
+    """Seconds of the thread that tokenizes, most of them beside the model."""
 
 
 def pool(hidden_NTd: Tensor, mask_NT: Tensor, pooling: Pooling) -> Tensor:
@@ -150,11 +153,13 @@ class TextEncoder:
         """
         vectors = np.empty((len(texts), self.width), dtype=np.float16)
         n_tokens = n_padded = 0
+        tokenize_s = 0.0
         parts = list(_parts(texts, _TOKENS_A_PART))
         with ThreadPoolExecutor(1) as beside:
-            waiting = [beside.submit(self.tokenize, [texts[i] for i in part]) for part in parts]
+            waiting = [beside.submit(self._timed_tokenize, [texts[i] for i in part]) for part in parts]
             for part, tokenized in zip(parts, waiting, strict=True):
-                rows = tokenized.result()
+                rows, seconds = tokenized.result()
+                tokenize_s += seconds
                 done = []
                 for batch in token_batches([len(row) for row in rows], self.token_budget):
                     pooled_Nd, n = self._forward([rows[row] for row in batch])
@@ -163,7 +168,11 @@ class TextEncoder:
                 for numbers, pooled_Nd in done:  # the device has all of them to do before the first is asked for
                     vectors[numbers] = pooled_Nd.cpu().numpy()
                 n_tokens += sum(map(len, rows))
-        return Encoded(vectors=vectors, n_tokens=n_tokens, n_padded=n_padded)
+        return Encoded(vectors=vectors, n_tokens=n_tokens, n_padded=n_padded, tokenize_s=tokenize_s)
+
+    def _timed_tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], float]:
+        started = time.perf_counter()
+        return self.tokenize(texts), time.perf_counter() - started
 
     def _forward(self, rows: Sequence[list[int]]) -> tuple[Tensor, int]:
         """Unit vectors (N, d) of a batch, in float16 on the device, and its padded size."""

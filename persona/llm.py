@@ -7,6 +7,7 @@ text that a user types can reach a soft token.
 Shapes: B requests, S soft tokens, L text tokens, T target tokens, D LLM width, V vocabulary.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from persona.decoding import Answer, SeededSampling, follow, search
 from persona.encoder import choose_precision, pad
@@ -40,13 +42,14 @@ class FrozenLLM(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
+        self._checkpointed: list[nn.Module] = []
         # transformers hands the head a slice of the hidden states; on a slice, matmul copies the whole vocabulary
         # matrix once for each row of the batch.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
         self.tokenizer = tokenizer
         self.max_input_tokens = max_input_tokens
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        self._eos_ids = _declared_eos_ids(model, tokenizer)
+        self.eos_ids = _declared_eos_ids(model, tokenizer)
         self.width: int = self._embeddings().embedding_dim
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.separator: list[int] = (
@@ -73,7 +76,19 @@ class FrozenLLM(nn.Module):
 
     def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's
         """Frozen means eval mode: the LLM's own dropout stays off while the plug trains."""
-        return super().train(False)
+        super().train(False)
+        for layer in self._checkpointed:
+            layer.training = True  # the layer's own switch alone, without what lies in it: its dropout stays off
+        return self
+
+    def checkpoint_activations(self) -> None:
+        """From now on keep the input of each layer only, and compute the rest anew in the backward pass."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers recomputes layers that are in training mode.
+        self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        self.train()
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +164,7 @@ class FrozenLLM(nn.Module):
         """Answers to a batch; `seeds` (one a request) make a sampled answer the same in any batch."""
         embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, left=not self.is_encoder_decoder)
         steps = (Seq2SeqSteps if self.is_encoder_decoder else CausalSteps)(self.model, embeds_BLD, mask_BL)
-        limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": self._eos_ids}
+        limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": self.eos_ids}
         if decoding.beams > 1:
             said = search(steps, beams=decoding.beams, **limits)
         else:
@@ -157,7 +172,7 @@ class FrozenLLM(nn.Module):
         return [self._answer(tokens) for tokens in said]
 
     def _answer(self, said: list[int]) -> Answer:
-        end = next((i for i, token in enumerate(said) if token in self._eos_ids), None)
+        end = next((i for i, token in enumerate(said) if token in self.eos_ids), None)
         tokens = said[:end]
         text = cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
         return Answer(text=text.strip(), n_tokens=len(tokens), finish_reason="length" if end is None else "stop")

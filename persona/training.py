@@ -6,7 +6,8 @@ Shapes: N requests, n behaviors of one request, d encoder width.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -112,6 +113,17 @@ def shuffle_windows(batches: Iterable[Item], *, epoch: int, seed: int) -> Iterat
             yield from (window[i] for i in draw.permutation(len(window)))
             window = []
     yield from (window[i] for i in draw.permutation(len(window)))
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in their order, the next one made in a thread while the caller works on this one."""
+    source = iter(items)
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="one-ahead") as beside:
+        coming = beside.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = beside.submit(next, source, end)
+            yield cast(Item, item)
 
 
 def train_step(

@@ -1,5 +1,6 @@
 """Made-up histories of any number of users, and an encoder that costs next to nothing: the rest is the data path."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class CheapEncoder:
         vectors = (raw.astype(np.float32) - 127.5) @ self.throw
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         n = sum(map(len, texts))
-        return Encoded(vectors=vectors.astype(np.float16), n_tokens=n, n_padded=n)
+        return Encoded(vectors=vectors.astype(np.float16), n_tokens=n, n_padded=n, tokenize_s=0.0)
 
 
 class CheapEncode(embed.Encode):
@@ -42,6 +43,7 @@ class CheapEncode(embed.Encode):
         del config, identity
         self.encoder = CheapEncoder()  # type: ignore[assignment]
         self.tally = tally
+        self.idle_since = time.perf_counter()
 
 
 def histories(n_users: int, n_each: int, *, first: int = 0, edition: int = 0) -> Iterator[pa.Table]:

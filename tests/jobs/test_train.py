@@ -178,9 +178,13 @@ def test_a_run_that_is_over_is_published_again_and_not_trained_again(
 
 def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, models: dict[str, str], s3: str) -> None:
     flags = {**SETTINGS, **inputs, **places(s3), "llm": models["t5"], "epochs": 1, "weights": "mean", "zero_stage": 2}
+    flags |= {"activation_checkpointing": True, "profile": True}
     before = Path(models["t5"], "model.safetensors").read_bytes()
     done = do(train, **{**flags, "validation": None, "validation_fraction": 0.4})
     assert done.code == 0
+    spent = done.result["profile"]["seconds"]
+    assert set(spent) == {"train", "validate", "save", "join", "waiting"}
+    assert all(seconds > 0 for seconds in spent.values())
     assert 0 < done.result["requests"] < 24
     assert done.result["requests"] % 4 == 0, "some user's requests are on both sides"
     assert Path(models["t5"], "model.safetensors").read_bytes() == before

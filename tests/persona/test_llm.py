@@ -106,6 +106,30 @@ def test_a_request_does_not_see_its_neighbours_soft_tokens(llm):
     assert not soft_BSD.grad[[0, 2]].any()
 
 
+def test_recomputed_activations_change_memory_and_nothing_else(llm):
+    def run() -> tuple[torch.Tensor, torch.Tensor, int]:
+        soft_BSD = soft_tokens(llm, len(INPUTS)).requires_grad_()
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses = nll(llm, soft_BSD, INPUTS, TARGETS)
+        losses.sum().backward()
+        return losses.detach(), soft_BSD.grad, kept
+
+    plain = run()
+    llm.checkpoint_activations()
+    llm.train()
+    recomputed = run()
+    torch.testing.assert_close(recomputed[:2], plain[:2])
+    assert recomputed[2] < 0.7 * plain[2]
+    assert not any(module.training for module in llm.modules() if isinstance(module, torch.nn.Dropout))
+
+
 # What reaches the LLM ---------------------------------------------------------------------------------------
 
 

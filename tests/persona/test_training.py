@@ -1,5 +1,6 @@
 """Training without an engine: what is trained, which behaviors are left out, the order of an epoch, the schedule."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from persona.training import (
     epoch_order,
     learning_rate_factor,
     new_optimizer,
+    one_ahead,
     shuffle_windows,
     trainable,
 )
@@ -262,3 +264,32 @@ def test_windows_are_shuffled_anew_each_epoch_and_no_batch_moves_far():
     assert orders[0] != orders[1]
     assert orders[0] != list(range(320))
     assert max(abs(place - batch) for place, batch in enumerate(orders[0])) < 32
+
+
+def test_the_next_item_is_made_while_this_one_is_worked_on():
+    began = {number: threading.Event() for number in range(4)}
+
+    def source():
+        for number, event in began.items():
+            event.set()
+            yield number
+
+    seen = []
+    for number in one_ahead(source()):
+        # The item after this one is begun without being asked for: waiting for it would never end otherwise.
+        if number + 1 in began:
+            assert began[number + 1].wait(timeout=30)
+        assert number + 2 not in began or not began[number + 2].is_set()
+        seen.append(number)
+    assert seen == list(began)
+
+
+def test_an_error_while_an_item_is_made_is_the_callers():
+    def source():
+        yield 1
+        raise ValueError("broken")
+
+    items = one_ahead(source())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(items)

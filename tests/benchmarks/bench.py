@@ -1,0 +1,252 @@
+"""Everything that must be fast, beside what its user would write without it: `make bench`.
+
+    python -m tests.benchmarks.bench --acl FOLDER --only embed
+
+Writes `results.json` and the part of `RESULTS.md` between its marks, and ends with 1 when a ratio falls under its goal
+by more than the noise that was measured. Without `--acl` the texts are made up, of the same lengths.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.benchmarks import corpus, data_path, encoding, llm_work
+from tests.benchmarks.contest import Contender, compete, ratio, spread
+
+_HERE = Path(__file__).parent
+_BEGIN, _END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
+_CORES = os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One comparison; `ratio` is the higher the better, `limit_share` how near ours comes to the limit."""
+
+    work: str
+    peer: str
+    ratio: float | None
+    goal: float | None
+    noise: float | None
+    limit_share: float | None
+    ours: str
+    theirs: str
+    memory_mib: str = ""
+
+    @property
+    def misses(self) -> bool:
+        """Whether the goal is missed by more than the noise."""
+        return self.ratio is not None and self.goal is not None and self.ratio + (self.noise or 0.0) < self.goal
+
+
+def embed(arguments: argparse.Namespace) -> Iterable[Line]:
+    """`embed` end to end, titles and abstracts, against three peers and the limit."""
+    for kind, n, goals in (
+        ("titles", arguments.titles, (2.2, 1.3, 2.2)),
+        ("abstracts", arguments.abstracts, (2.2, 1.2, 2.2)),
+    ):
+        texts = corpus.texts(kind, n, acl=arguments.acl)
+        sample = texts[::3]  # peers are in memory and start at once: a third of the texts tells their rate
+        ours = Contender(name="jobs.embed", work=encoding.Embed, settings={"texts": texts}, process="ray")
+        plain = Contender(
+            name="sentence_transformers as it comes (fp32)",
+            work=encoding.SentenceTransformers,
+            settings={"texts": sample, "dtype": "float32"},
+        )
+        bf16 = Contender(
+            name="sentence_transformers, bf16, best batch size",
+            work=encoding.SentenceTransformers,
+            settings={"texts": sample, "dtype": "bfloat16"},
+        )
+        recipe = Contender(name="Ray's recipe", work=encoding.RaysRecipe, settings={"texts": sample}, process="ray")
+        limit = Contender(name="linear layers alone", work=encoding.LinearLayers, settings={"texts": sample})
+        compete([ours, plain, bf16, recipe, limit], arguments.turns)
+        for peer, goal in zip((plain, bf16, recipe), goals, strict=True):
+            yield _line(f"embed, {kind}", ours, peer, goal, limit)
+
+
+def train(arguments: argparse.Namespace) -> Iterable[Line]:
+    """A training step against the reference's way; checks that the loss is the same."""
+    ours = Contender(name="ours", work=llm_work.Step, settings={"n": 16})
+    peer = Contender(name="the reference's way", work=llm_work.ReferenceStep, settings={"n": 16})
+    limit = Contender(name="frozen LLM alone", work=llm_work.FrozenStep, settings={"n": 16})
+    compete([ours, peer, limit], arguments.turns)
+    yield _line("training step", ours, peer, 5.0, limit)
+
+
+def generate(arguments: argparse.Namespace) -> Iterable[Line]:
+    """Answers against the reference's way, and against `transformers.generate` without a plug."""
+    for how, beams, goal, n_peer in (("greedy", 1, 8.0, 8), ("4 beams", 4, 5.0, 4)):
+        ours = Contender(name="ours", work=llm_work.Answers, settings={"n": 32, "beams": beams})
+        settings = {"n": n_peer, "beams": beams}
+        peer = Contender(name="one row at a time, padded", work=llm_work.ReferenceAnswers, settings=settings)
+        limit = Contender(
+            name="transformers.generate, no plug", work=llm_work.PlainAnswers, settings={"n": 32, "beams": beams}
+        )
+        compete([ours, peer, limit], arguments.turns)
+        yield _line(f"generation, {how}", ours, peer, goal, limit)
+        yield _line(f"generation, {how}", ours, limit, 0.9, limit)
+
+
+def path(arguments: argparse.Namespace) -> Iterable[Line]:
+    """The data path without an encoder, behaviors a second and core."""
+    ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings={"n": arguments.path})
+    limit = Contender(name="pyarrow scan and write", work=data_path.ScanAndWrite, settings={"n": arguments.path})
+    compete([ours, limit], arguments.turns)
+    per_core = [rate / _CORES for rate in ours.rates]
+    yield Line(
+        work="data path, behaviors/s a core, in 10,000",
+        peer="-",
+        ratio=statistics.median(per_core) / 10_000,
+        goal=1.0,
+        noise=spread(per_core) / 10_000,
+        limit_share=ours.rate / limit.rate,
+        ours=f"{ours.rate / _CORES:,.0f}/s a core",
+        theirs=f"{limit.rate:,.0f}/s (pyarrow, one process)",
+        memory_mib=f"{ours.peak_mib:,.0f}",
+    )
+
+
+def refresh(arguments: argparse.Namespace) -> Iterable[Line]:
+    """A refresh with 1 % new against the build."""
+    ours = Contender(name="refresh", work=data_path.Refresh, settings={"n": arguments.store})
+    compete([ours], arguments.turns)
+    yield Line(
+        work=f"refresh, 1 % new of {arguments.store:,}",
+        peer="full build",
+        ratio=ours.rate,
+        goal=20.0,
+        noise=spread(ours.rates),
+        limit_share=ours.rate / 100,
+        ours=f"1/{ours.rate:.1f} of the build",
+        theirs="the build",
+        memory_mib=f"{ours.peak_mib:,.0f}",
+    )
+
+
+def gpus(arguments: argparse.Namespace) -> Iterable[Line]:
+    """How many GPUs two cores can feed."""
+    for found in data_path.many_gpus(arguments.gpus):
+        yield Line(
+            work=f"{found['gpus']} simulated GPUs busy",
+            peer="-",
+            ratio=found["busy"],
+            goal=None,
+            noise=None,
+            limit_share=None,
+            ours=f"{found['behaviors_per_s']:,.0f} behaviors/s",
+            theirs=f"{5_000 * found['gpus']:,}/s if never waiting",
+        )
+
+
+def start(arguments: argparse.Namespace) -> Iterable[Line]:
+    """From the command to the first encoded batch."""
+    ours_s, alone_s, beyond_s = data_path.time_to_first_batch(arguments.turns)
+    yield Line(
+        work="from the command to the first encoded batch",
+        peer="Ray's start and the model's load alone",
+        ratio=None,
+        goal=None,
+        noise=None,
+        limit_share=None,
+        ours=f"{ours_s:.1f} s, {beyond_s:.1f} s beyond (goal 3)",
+        theirs=f"{alone_s:.1f} s",
+    )
+
+
+_WORKS: dict[str, Callable[[argparse.Namespace], Iterable[Line]]] = {
+    one.__name__: one for one in (embed, train, generate, path, refresh, gpus, start)
+}
+
+
+def main() -> int:
+    """Runs what was asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=list(_WORKS), default=list(_WORKS), help="works; the rest keeps its results"
+    )
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--acl", type=Path, help="folder with histories.parquet and next_title_train.parquet")
+    parser.add_argument("--titles", type=int, default=12_000)
+    parser.add_argument("--abstracts", type=int, default=700)
+    parser.add_argument("--path", type=int, default=500_000, help="behaviors of the data path")
+    parser.add_argument("--store", type=int, default=200_000, help="behaviors of the refreshed store")
+    parser.add_argument("--gpus", type=int, nargs="+", default=(1, 2, 4, 8, 16))
+    arguments = parser.parse_args()
+    lines: list[Line] = []
+    started = time.perf_counter()
+    for name in arguments.only or _WORKS:
+        begun = time.perf_counter()
+        for line in _WORKS[name](arguments):
+            lines.append(line)
+            print(_row(line), flush=True)
+        print(f"  ({name}: {time.perf_counter() - begun:,.0f} s)", file=sys.stderr, flush=True)
+    if not arguments.only:
+        _write(lines, time.perf_counter() - started)
+    missed = [line for line in lines if line.misses]
+    for line in missed:
+        print(f"missed: {line.work} against {line.peer}: {line.ratio:.2f} ± {line.noise:.2f}, goal {line.goal}")
+    return 1 if missed else 0
+
+
+def _line(work: str, ours: Contender, peer: Contender, goal: float, limit: Contender) -> Line:
+    found, noise = ratio(ours, peer)
+    return Line(
+        work=work,
+        peer=peer.name,
+        ratio=found,
+        goal=goal,
+        noise=noise,
+        limit_share=ratio(ours, limit)[0],
+        ours=f"{ours.rate:,.4g}/s",
+        theirs=f"{peer.rate:,.4g}/s (limit {limit.rate:,.4g}/s)",
+        memory_mib=f"{ours.peak_mib:,.0f} / {peer.peak_mib:,.0f}",
+    )
+
+
+def _row(line: Line) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    goal = "" if line.goal is None else f"≥ {line.goal:g}{' **missed**' if line.misses else ''}"
+    measured = f"{number(line.ratio, '.2f')}{'' if line.noise is None else f' ± {line.noise:.2f}'}"
+    cells = (
+        line.work,
+        line.peer,
+        line.ours,
+        line.theirs,
+        measured,
+        goal,
+        number(line.limit_share, ".2f"),
+        line.memory_mib,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _write(lines: Sequence[Line], seconds: float) -> None:
+    """Both files."""
+    facts = ("work", "peer", "ratio", "goal", "noise", "limit_share")
+    found = [json.dumps({name: getattr(line, name) for name in facts}, ensure_ascii=False) for line in lines]
+    (_HERE / "results.json").write_text("[\n" + ",\n".join(found) + "\n]\n")
+    names = ("work", "peer", "ours", "peer's", "ratio", "goal", "share of the limit", "peak MiB, ours / peer's")
+    table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *map(_row, lines)]
+    rows = "\n".join(table)
+    text = f"""{rows}
+
+Last run: {seconds / 60:.0f} minutes, {_CORES} cores, Python {platform.python_version()}. Rates are medians over turns, a
+ratio the median of the ratios of each turn, ± half the distance between their quartiles.
+"""
+    results = _HERE / "RESULTS.md"
+    before, rest = results.read_text().split(_BEGIN)
+    after = rest.split(_END)[1]
+    results.write_text(f"{before}{_BEGIN}\n\n{text}\n{_END}{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Contenders that do the same work in turns (A, B, A, B, ...), each in a process of its own, so that memory is its own.
+
+A ratio is taken within each turn, where both met the same machine, and the median over turns is quoted; the noise is
+half the distance between the quartiles of those ratios.
+"""
+
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import psutil
+
+
+class Work(Protocol):
+    """What a contender does in each turn."""
+
+    def turn(self) -> tuple[float, float]:
+        """Does the work once; returns how much it was, in units that the contenders share, and the seconds."""
+
+
+@dataclass(kw_only=True)
+class Contender:
+    """A class with a method `turn`, made in a process of its own; those with the same `process` share one."""
+
+    name: str
+    work: type[Any]
+    settings: Mapping[str, Any]
+    process: str = ""
+    rates: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """The median over turns, units a second."""
+        return statistics.median(self.rates)
+
+
+def compete(contenders: Sequence[Contender], turns: int) -> None:
+    """Fills `rates` and `peak_mib` of each contender; one turn before the first is not counted."""
+    processes = {one.process or one.name: _Process() for one in contenders}
+    try:
+        for one in contenders:
+            processes[one.process or one.name].make(one.name, one.work, dict(one.settings))
+        for number in range(turns + 1):
+            for one in contenders:
+                with processes[one.process or one.name].watched() as memory:
+                    units, seconds = processes[one.process or one.name].turn(one.name)
+                if number:
+                    one.rates.append(units / seconds)
+                    one.peak_mib = max(one.peak_mib, memory.peak_mib)
+    finally:
+        for process in processes.values():
+            process.end()
+
+
+def ratio(ours: Contender, peer: Contender) -> tuple[float, float]:
+    """How many times as fast as the peer, and the noise of that."""
+    ratios = [mine / theirs for mine, theirs in zip(ours.rates, peer.rates, strict=True)]
+    return statistics.median(ratios), spread(ratios)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance between the quartiles."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+class Memory:
+    """The peak of a process and all below it: resident, without what is shared, in MiB."""
+
+    def __init__(self, pid: int) -> None:
+        self.peak_mib = 0.0
+        self._pid = pid
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.2):
+            total = 0
+            with suppress(psutil.NoSuchProcess):
+                root = psutil.Process(self._pid)
+                for process in [root, *root.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess):
+                        found = process.memory_info()
+                        total += found.rss - found.shared
+            self.peak_mib = max(self.peak_mib, total / 2**20)
+
+
+class _Process:
+    """One process that keeps what was made in it."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def make(self, name: str, work: type[Any], settings: dict[str, Any]) -> None:
+        self._pid = self._pool.submit(_make, name, work, settings).result()
+
+    def turn(self, name: str) -> tuple[float, float]:
+        return self._pool.submit(_turn, name).result()
+
+    def watched(self) -> Memory:
+        return Memory(self._pid)
+
+    def end(self) -> None:
+        self._pool.shutdown()
+
+
+_made: dict[str, Any] = {}
+
+
+def _make(name: str, work: type[Any], settings: dict[str, Any]) -> int:
+    _made[name] = work(**settings)
+    return multiprocessing.current_process().pid or 0
+
+
+def _turn(name: str) -> tuple[float, float]:
+    found: tuple[float, float] = _made[name].turn()
+    return found
+
+
+def timed(work: Any) -> float:
+    """Seconds of a call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -1,0 +1,154 @@
+"""`jobs.embed` beside what its user would write without it, on the same texts with the same model."""
+
+import multiprocessing
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from persona import packaged
+from tests.benchmarks import corpus
+from tests.benchmarks.contest import timed
+
+_MAX_TOKENS = 256
+_CORES = 2
+
+
+class OnRay:
+    """A job on a Ray that is up. Its start, which does not grow with the input, is measured and taken off each time."""
+
+    def __init__(self, texts: list[str]) -> None:
+        from jobs import session
+
+        session.connect()
+        self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
+        self.n = len(texts)
+        corpus.write_histories(self.folder / "all" / "0.parquet", texts)
+        corpus.write_histories(self.folder / "two" / "0.parquet", texts[:2])
+
+    def turn(self) -> tuple[float, float]:
+        """All texts, less the time of the same job with two."""
+        seconds = {}
+        for part in ("two", "all"):
+            out = self.folder / "out"
+            seconds[part] = timed(lambda part=part, out=out: self.job(self.folder / part, out))
+            shutil.rmtree(out)
+        return self.n - 2, seconds["all"] - seconds["two"]
+
+    def job(self, source: Path, out: Path) -> None:
+        """Reads, encodes, writes."""
+        raise NotImplementedError
+
+
+class Embed(OnRay):
+    """Ours: read, compare with the store, encode, commit."""
+
+    def job(self, source: Path, out: Path) -> None:
+        """`jobs.embed` into a new store."""
+        from jobs import embed
+
+        encoder = str(packaged.minilm())
+        embed.main(
+            embed.Config(histories=str(source), store=str(out), encoder=encoder, max_tokens=_MAX_TOKENS, buckets=4)
+        )
+
+
+class RaysRecipe(OnRay):
+    """Ray's documentation on batch embeddings: a class with a model for `map_batches`, then `write_parquet`."""
+
+    def job(self, source: Path, out: Path) -> None:
+        """`sentence_transformers` in one actor a core."""
+        import ray
+        from ray.data import ActorPoolStrategy
+
+        rows = ray.data.read_parquet(str(source)).repartition(8)
+        pool = ActorPoolStrategy(size=_CORES)
+        rows.map_batches(SentenceActor, batch_size=1024, compute=pool, num_cpus=1).write_parquet(str(out))
+
+
+class SentenceActor:
+    """The class of that recipe."""
+
+    def __init__(self) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self.model = SentenceTransformer(str(packaged.minilm()), device="cpu")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Adds the vectors."""
+        batch["vector"] = self.model.encode(list(batch["text"]), show_progress_bar=False)
+        return batch
+
+
+class SentenceTransformers:
+    """`encode` on texts in memory by a model that is loaded; in bf16 with the batch size that is best for a sample."""
+
+    def __init__(self, texts: list[str], dtype: str) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        kwargs = {"dtype": getattr(torch, dtype)}
+        self.model = SentenceTransformer(str(packaged.minilm()), device="cpu", model_kwargs=kwargs)
+        self.model.max_seq_length = _MAX_TOKENS
+        self.texts = texts
+        self.batch_size = 32  # as it comes
+        if dtype != "float32":
+            sample = texts[: max(64, len(texts) // 4)]
+            sizes = (8, 16, 32, 64, 128)
+            best = {size: min(timed(lambda size=size: self.encode(sample, size)) for _ in range(2)) for size in sizes}
+            self.batch_size = min(best, key=lambda size: best[size])
+
+    def encode(self, texts: list[str], batch_size: int) -> None:
+        """All of them."""
+        self.model.encode(texts, batch_size=batch_size, show_progress_bar=False)
+
+    def turn(self) -> tuple[float, float]:
+        """All texts."""
+        return len(self.texts), timed(lambda: self.encode(self.texts, self.batch_size))
+
+
+class LinearLayers:
+    """The limit: the matrix products of the encoder alone, on the batches and in the precision of `jobs.embed`."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.n = len(texts)
+        context = multiprocessing.get_context("spawn")
+        self.pools = [ProcessPoolExecutor(1, mp_context=context) for _ in range(_CORES)]
+        loading = [pool.submit(_load_linear, texts[core::_CORES]) for core, pool in enumerate(self.pools)]
+        for loaded in loading:
+            loaded.result()
+
+    def turn(self) -> tuple[float, float]:
+        """All texts, on all cores."""
+        return self.n, timed(lambda: [done.result() for done in [pool.submit(_linear) for pool in self.pools]])
+
+
+_linear_batches: list[Any] = []
+
+
+def _load_linear(texts: list[str]) -> None:
+    import torch
+
+    from persona.encoder import TextEncoder, pad, token_batches
+    from persona.models import resolve
+
+    torch.set_num_threads(1)
+    encoder = TextEncoder(resolve(str(packaged.minilm()), flag="--encoder"), pooling="mean", max_tokens=_MAX_TOKENS)
+    rows = encoder.tokenize(texts)
+    batches = token_batches([len(row) for row in rows], encoder.token_budget)
+    padded = [pad([rows[row] for row in batch], 0, encoder.device)[0] for batch in batches]
+    _linear_batches.extend((encoder.model, ids_NT) for ids_NT in padded)
+
+
+def _linear() -> None:
+    import torch
+
+    with torch.inference_mode():
+        for model, ids_NT in _linear_batches:
+            hidden_NTd = model.embeddings(ids_NT)
+            for layer in model.encoder.layer:
+                attention = layer.attention
+                for linear in (attention.self.query, attention.self.key, attention.self.value):
+                    linear(hidden_NTd)
+                hidden_NTd = layer.output.dense(layer.intermediate.dense(attention.output.dense(hidden_NTd)))

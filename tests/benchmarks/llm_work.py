@@ -1,0 +1,234 @@
+"""Training steps and answers in front of SmolLM2-135M: ours, the reference's way, and the limit.
+
+The reference's way, as PAPER section 4 tells it: every row is padded to 266 tokens and every history to 512 behaviors,
+Proj sees each behavior, padding included, logits are made at every position, and answers are made one row at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from persona import packaged, plug_folder
+from persona.encoder import pool
+from persona.llm import FrozenLLM
+from persona.models import resolve
+from persona.options import Decoding, PlugOptions
+from persona.personalized import PersonalizedLLM
+from persona.plug import Plug
+from tests.benchmarks import corpus
+from tests.benchmarks.contest import timed
+
+_ROW_TOKENS = 266
+_BEHAVIORS = 512
+_WIDTH = 384
+Row = Mapping[str, Any]
+
+
+def rows(n: int) -> list[Row]:
+    """Requests of 10 to 60 words with targets like titles; histories of 5 to 200 behaviors, few of them long."""
+    draw = np.random.default_rng(0)
+    inputs, targets = corpus.texts("abstracts", n), corpus.texts("titles", n)
+    found = []
+    for number, (text, target) in enumerate(zip(inputs, targets, strict=True)):
+        n_behaviors = round(5 * 40 ** draw.random())
+        history = draw.normal(size=(n_behaviors, _WIDTH))
+        history /= np.linalg.norm(history, axis=1, keepdims=True)
+        words = " ".join(text.split()[: draw.integers(10, 60)])
+        found.append(
+            {
+                "request_id": f"r{number}",
+                "persona": "own",
+                "input": words,
+                "query": words,
+                "target": " ".join(target.split()[:12]),
+                "history": history.astype("<f2").tobytes(),
+            }
+        )
+    return found
+
+
+def new_model() -> PersonalizedLLM:
+    """A plug of the paper's kind, the same each time, in front of SmolLM2."""
+    encoder = resolve(str(packaged.minilm()), flag="--encoder")
+    llm = FrozenLLM.load(resolve(str(packaged.smollm2()), flag="--llm"))
+    options = PlugOptions(temperature=20.0)
+    torch.manual_seed(0)
+    plug = Plug(
+        options,
+        query_encoder=plug_folder.new_query_encoder(encoder, options, pretrained=True),
+        pooling="mean",
+        width=_WIDTH,
+        llm_width=llm.width,
+        token_norm=llm.token_norm(),
+    )
+    return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, "", _ROW_TOKENS))
+
+
+class Step:
+    """One optimizer step over some rows; `loss` is that of the first, in nats a token."""
+
+    def __init__(self, n: int) -> None:
+        self.rows = rows(n)
+        self.model = new_model()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def turn(self) -> tuple[float, float]:
+        """All rows once."""
+        return len(self.rows), timed(self.step)
+
+    def step(self) -> float:
+        """Forward, backward, optimizer."""
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def loss(self) -> Tensor:
+        """Nats a token."""
+        batch = self.model.collate(self.rows, with_targets=True)
+        nll_B: Tensor = self.model(batch)
+        return nll_B.sum() / batch.n_target_tokens
+
+
+class ReferenceStep(Step):
+    """The same step the reference's way."""
+
+    def loss(self) -> Tensor:
+        """Nats a token, the mean that transformers' own loss takes."""
+        llm = self.model.llm
+        inputs = llm.tokenize_inputs([row["input"] for row in self.rows])
+        targets = llm.tokenize_targets([row["target"] for row in self.rows])
+        ids_BT = torch.full((len(inputs), _ROW_TOKENS), llm.pad_id)
+        labels_BT = torch.full_like(ids_BT, -100)
+        mask_BT = torch.zeros_like(ids_BT)
+        for i, (text, target) in enumerate(zip(inputs, targets, strict=True)):
+            length = len(text) + len(target)
+            ids_BT[i, :length] = torch.tensor([*text, *target])
+            labels_BT[i, len(text) : length] = torch.tensor(target)
+            mask_BT[i, :length] = 1
+        soft_BSD = reference_soft_tokens(self.model, self.rows)
+        n_soft = soft_BSD.shape[1]
+        embeds_BLD = torch.cat([soft_BSD.to(llm.model.dtype), llm.embed(ids_BT)], dim=1)
+        logits_BLV = llm.model(
+            inputs_embeds=embeds_BLD,
+            attention_mask=torch.cat([mask_BT.new_ones(len(inputs), n_soft), mask_BT], dim=1),
+            use_cache=False,
+        ).logits
+        shifted_BTV = logits_BLV[:, n_soft - 1 : -1].float()
+        return nn.functional.cross_entropy(shifted_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+
+
+class FrozenStep(Step):
+    """The limit: the LLM forward, and backward to the soft tokens, with no plug at all."""
+
+    def loss(self) -> Tensor:
+        """Nats a token of random soft tokens."""
+        llm = self.model.llm
+        inputs = llm.tokenize_inputs([row["input"] for row in self.rows])
+        targets = llm.tokenize_targets([row["target"] for row in self.rows])
+        soft_BSD = torch.randn(len(inputs), self.model.plug.options.n_soft, llm.width, requires_grad=True)
+        return llm.nll(soft_BSD, inputs, targets).sum() / sum(map(len, targets))
+
+
+def reference_soft_tokens(model: PersonalizedLLM, some: Sequence[Row]) -> Tensor:
+    """[I; P] (B, S, D) with every history padded to 512 behaviors, and Proj of each of them."""
+    plug, text = model.plug, model.query_text
+    assert text is not None
+    history_BNd = torch.zeros(len(some), _BEHAVIORS, _WIDTH)
+    mask_BN = torch.zeros(len(some), _BEHAVIORS, dtype=torch.bool)
+    for i, row in enumerate(some):
+        vectors = np.frombuffer(row["history"], "<f2").reshape(-1, _WIDTH).astype(np.float32)
+        history_BNd[i, : len(vectors)] = torch.from_numpy(vectors)
+        mask_BN[i, : len(vectors)] = True
+    tokens = text.tokenizer(
+        [row["query"] for row in some],
+        truncation=True,
+        padding="max_length",
+        max_length=_ROW_TOKENS,
+        return_tensors="pt",
+    )
+    assert plug.query_encoder is not None
+    hidden_BTd = plug.query_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+    query_Bd = pool(hidden_BTd, tokens["attention_mask"], plug.pooling)
+    scores_BN = (history_BNd @ query_Bd.unsqueeze(-1)).squeeze(-1) * plug.temperature()
+    weights_BN = scores_BN.masked_fill(~mask_BN, -torch.inf).softmax(dim=-1)
+    persona_BD = (plug.projector(history_BNd) * weights_BN.unsqueeze(-1)).sum(dim=1)
+    instruction_B1D = plug.instruction.expand(len(some), 1, -1)
+    return plug.scale * torch.cat([instruction_B1D, persona_BD.unsqueeze(1)], dim=1)
+
+
+class Answers:
+    """Answers to some requests in batches of 32."""
+
+    def __init__(self, n: int, beams: int, max_new_tokens: int = 32) -> None:
+        self.rows = rows(n)
+        self.model = new_model()
+        self.decoding = Decoding(beams=beams, max_new_tokens=max_new_tokens)
+
+    def turn(self) -> tuple[float, float]:
+        """All requests."""
+        return len(self.rows), timed(self.answer)
+
+    @torch.inference_mode()
+    def answer(self) -> list[str]:
+        """What the LLM said, in order."""
+        import pyarrow as pa
+
+        from persona.generation import answer_all
+
+        found = answer_all(self.model, pa.Table.from_pylist(self.rows), self.decoding, batch_size=32)
+        return [str(text) for text in found["output"].to_pylist()]
+
+
+class ReferenceAnswers(Answers):
+    """One row at a time by `transformers.generate`, padded on the left as in training."""
+
+    @torch.inference_mode()
+    def answer(self) -> list[str]:
+        """What the LLM said, in order."""
+        llm = self.model.llm
+        said = []
+        for row in self.rows:
+            [ids] = llm.tokenize_inputs([row["input"]])
+            n_padded = _ROW_TOKENS - len(ids)
+            soft_BSD = reference_soft_tokens(self.model, [row]).to(llm.model.dtype)
+            padding_BLD = llm.embed(torch.full((1, n_padded), llm.pad_id))
+            embeds_BLD = torch.cat([padding_BLD, soft_BSD, llm.embed(torch.tensor([ids]))], dim=1)
+            mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long)
+            mask_BL[:, :n_padded] = 0
+            [output] = _generate(llm, self.decoding, inputs_embeds=embeds_BLD, attention_mask=mask_BL)
+            said.append(str(llm.tokenizer.decode(output, skip_special_tokens=True)).strip())
+        return said
+
+
+class PlainAnswers(Answers):
+    """The limit: `transformers.generate` on the same requests in one batch, without a plug."""
+
+    @torch.inference_mode()
+    def answer(self) -> list[str]:
+        """What the LLM said, in order of the length of the requests."""
+        llm = self.model.llm
+        ids = llm.tokenize_inputs([row["input"] for row in self.rows])
+        length = max(map(len, ids))
+        ids_BL = torch.tensor([[llm.pad_id] * (length - len(row)) + row for row in ids])
+        mask_BL = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
+        output = _generate(llm, self.decoding, input_ids=ids_BL, attention_mask=mask_BL)[:, length:]
+        return [str(text) for text in llm.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def _generate(llm: FrozenLLM, decoding: Decoding, **inputs: Tensor) -> Tensor:
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=decoding.beams,
+        do_sample=False,
+        eos_token_id=llm.eos_ids,
+        pad_token_id=llm.pad_id,
+    )
+    output: Tensor = llm.model.generate(**inputs, generation_config=config)
+    return output
