@@ -295,7 +295,7 @@ def stage(rows: "pa.Table", *, store: "Store", table: str, tally: Any) -> "pa.Ta
     started = time.perf_counter()
     staged = store.stage(table, rows)
     if staged.num_rows:
-        note(tally, "write", staged["path"][0].as_py(), {"seconds": time.perf_counter() - started})
+        note(tally, "write", staged["file"][0].as_py(), {"seconds": time.perf_counter() - started})
     return staged
 
 
