@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from jobs import log
 from persona import errors
 from persona.errors import PersonaError, UsageError
 
@@ -78,12 +79,11 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], Summary], argv: Se
         return INTERRUPTED
     except Exception as error:
         known = find_persona_error(error)
-        if known is None:
+        if known is None and not log.in_json():
             raise
-        if verbose:
-            traceback.print_exception(error)
-        print(f"error: {known}", file=sys.stderr, flush=True)
-        return known.exit_code
+        trace = "".join(traceback.format_exception(error)) if verbose or known is None else None
+        log.say(str(known or repr(error)), level="error", trace=trace)
+        return known.exit_code if known is not None else 1
     print_summary(summary)
     return summary.exit_code
 

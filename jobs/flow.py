@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from jobs import log
+from jobs.metrics import RunMetrics
 from persona.errors import RunLost
 
 if TYPE_CHECKING:
@@ -32,9 +34,11 @@ class Tally:
 
     def __init__(self) -> None:
         self._units: dict[tuple[str, str], Mapping[str, float]] = {}
+        self._metrics = RunMetrics()
 
     def add(self, stage: str, unit: str, counts: Mapping[str, float]) -> None:
         """Notes what a unit of a stage did; the last word on a unit counts."""
+        self._metrics.note(stage, self._units.get((stage, unit), {}), counts)
         self._units[stage, unit] = dict(counts)
 
     def units(self, stage: str) -> list[str]:
@@ -93,7 +97,7 @@ def progress(tally: Any, line: Callable[[Counts, float], str]) -> Iterator[None]
     """Prints `line(totals, seconds)` on stderr while the body runs: in place on a terminal, now and then in a log."""
     done = threading.Event()
     started = time.perf_counter()
-    on_terminal = sys.stderr.isatty()
+    on_terminal = sys.stderr.isatty() and not log.in_json()
 
     def show() -> None:
         last, last_at = "", 0.0
@@ -104,12 +108,10 @@ def progress(tally: Any, line: Callable[[Counts, float], str]) -> Iterator[None]
                 return  # the run itself will say so
             due = on_terminal or time.perf_counter() - last_at > _QUIET_S
             if text and text != last and due:
-                print(
-                    f"\r\033[K{text}" if on_terminal else text,
-                    end="" if on_terminal else "\n",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                if on_terminal:
+                    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+                else:
+                    log.say(text)
                 last, last_at = text, time.perf_counter()
         if on_terminal and last:
             print(file=sys.stderr)

@@ -2,14 +2,17 @@
 
 import logging
 import os
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from jobs import log
 from persona.errors import UsageError
 
 # Reads, joins and commits must find a CPU beside the actors, also on a laptop with two cores: these CPUs are tickets.
 _LEAST_LOCAL_CPUS = 6
+_POLL_S = 0.5
 _WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -77,11 +80,45 @@ def connect() -> Machines:
                 "or unset RAY_ADDRESS to run on this machine alone"
             ) from error
     _settle_ray_data()
+    _wait_for_gpus()
     resources = ray.cluster_resources()
     tickets = int(resources.get("CPU", 1))
     alone = len(ray.nodes()) == 1 and tickets <= max(os.cpu_count() or 1, _LEAST_LOCAL_CPUS)
     cores = min(tickets, os.cpu_count() or 1) if alone else max(1, tickets - 2)
     return Machines(cores=cores, gpus=int(resources.get("GPU", 0)))
+
+
+def _wait_for_gpus() -> None:
+    """Has the autoscaler bring PERSONA_GPUS GPUs, if that is set: a job sees only what is there when it starts.
+
+    On a cluster that scales to zero it would otherwise find none and go to the CPUs. When spot machines are scarce, it
+    goes on with those that came within PERSONA_GPUS_WITHIN_S seconds. Raises UsageError when none did.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = _whole_number("PERSONA_GPUS", 0)
+    if not wanted:
+        return
+    until = time.monotonic() + _whole_number("PERSONA_GPUS_WITHIN_S", 1800)
+    request_resources(bundles=[{"GPU": 1}] * wanted)
+    try:
+        while (found := int(ray.cluster_resources().get("GPU", 0))) < wanted and time.monotonic() < until:
+            time.sleep(_POLL_S)
+    finally:
+        request_resources(bundles=[])  # from here on it is the actors that keep them
+    if not found:
+        raise UsageError(f"PERSONA_GPUS={wanted}: no GPU has come; look at the cluster's limits, or unset it for CPUs")
+    if found < wanted:
+        log.say(f"{found} of {wanted} GPUs have come (PERSONA_GPUS); going on with them", level="warning")
+
+
+def _whole_number(name: str, default: int) -> int:
+    """A variable of the environment. Raises UsageError when it is no whole number."""
+    value = os.environ.get(name, "").strip() or str(default)
+    if not value.isdecimal():
+        raise UsageError(f"{name}={value}: must be a whole number")
+    return int(value)
 
 
 def _settle_ray_data() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jobs import command
+from jobs import command, log
 from jobs.command import Summary
 from persona.errors import PersonaError, UsageError
 
@@ -62,7 +62,7 @@ def main(config: Config) -> Summary:
     client = _persistently(lambda: _client(config), config.patience_s)
     is_new = _submit(client, config)
     said = "submitted" if is_new else "is there already and is not started again; waiting for it"
-    print(f"submit: {config.id} {said}", file=sys.stderr, flush=True)
+    log.say(f"submit: {config.id} {said}")
     details = _wait(client, config)
     lines = _persistently(lambda: client.get_job_logs(config.id), config.patience_s).splitlines()
     print("\n".join(lines[-_LAST_LINES:]), file=sys.stderr, flush=True)

@@ -1,0 +1,178 @@
+"""The fields of KubeRay's resources as its reference of v1.7 lists them, and what in a file is not one of them.
+
+A type is a name from below, a plain type, `k8s:` and a type of Kubernetes itself, `map` (of text to text), a tuple of
+the words that are allowed, or a list of one of these. Types that we do not use are named and not written down: whoever
+uses one writes it down first, from the reference.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import kubernetes_validate
+
+KUBERNETES = "1.31"
+_PLAIN = {"string": str, "integer": int, "boolean": bool, "float": (int, float)}
+_OBJECT = {"apiVersion": "string", "kind": "string", "metadata": "k8s:ObjectMeta"}
+
+TYPES: dict[str, dict[str, Any]] = {
+    "RayCluster": {**_OBJECT, "spec": "RayClusterSpec"},
+    "RayJob": {**_OBJECT, "spec": "RayJobSpec"},
+    "RayCronJob": {**_OBJECT, "spec": "RayCronJobSpec"},
+    "RayCronJobSpec": {
+        "jobTemplate": "RayJobSpec",
+        "schedule": "string",
+        "timeZone": "string",
+        "suspend": "boolean",
+    },
+    "RayJobSpec": {
+        "activeDeadlineSeconds": "integer",
+        "backoffLimit": "integer",
+        "rayClusterSpec": "RayClusterSpec",
+        "submitterPodTemplate": "k8s:PodTemplateSpec",
+        "metadata": "map",
+        "clusterSelector": "map",
+        "submitterConfig": "SubmitterConfig",
+        "managedBy": "string",
+        "deletionStrategy": "DeletionStrategy",
+        "entrypoint": "string",
+        "runtimeEnvYAML": "string",
+        "jobId": "string",
+        "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
+        "entrypointResources": "string",
+        "entrypointNumCpus": "float",
+        "entrypointNumGpus": "float",
+        "ttlSecondsAfterFinished": "integer",
+        "preRunningDeadlineSeconds": "integer",
+        "shutdownAfterJobFinishes": "boolean",
+        "suspend": "boolean",
+    },
+    "SubmitterConfig": {"backoffLimit": "integer"},
+    "RayClusterSpec": {
+        "upgradeStrategy": "RayClusterUpgradeStrategy",
+        "authOptions": "AuthOptions",
+        "suspend": "boolean",
+        "managedBy": "string",
+        "autoscalerOptions": "AutoscalerOptions",
+        "headServiceAnnotations": "map",
+        "enableInTreeAutoscaling": "boolean",
+        "gcsFaultToleranceOptions": "GcsFaultToleranceOptions",
+        "historyServerOptions": "HistoryServerOptions",
+        "networkPolicy": "NetworkPolicyConfig",
+        "tlsOptions": "TLSOptions",
+        "headGroupSpec": "HeadGroupSpec",
+        "rayVersion": "string",
+        "workerGroupSpecs": ["WorkerGroupSpec"],
+    },
+    "AuthOptions": {"enableK8sTokenAuth": "boolean", "secretName": "string", "mode": ("disabled", "token")},
+    "AutoscalerOptions": {
+        "resources": "k8s:ResourceRequirements",
+        "image": "string",
+        "imagePullPolicy": "string",
+        "securityContext": "k8s:SecurityContext",
+        "idleTimeoutSeconds": "integer",
+        "upscalingMode": ("Default", "Aggressive", "Conservative"),
+        "version": ("v1", "v2"),
+        "env": ["k8s:EnvVar"],
+        "envFrom": ["k8s:EnvFromSource"],
+        "volumeMounts": ["k8s:VolumeMount"],
+        "command": ["string"],
+        "args": ["string"],
+    },
+    "GcsFaultToleranceOptions": {
+        "backend": ("redis", "rocksdb"),
+        "redisUsername": "RedisCredential",
+        "redisPassword": "RedisCredential",
+        "externalStorageNamespace": "string",
+        "redisAddress": "string",
+        "storage": "GcsEmbeddedStorage",
+    },
+    "RedisCredential": {"valueFrom": "k8s:EnvVarSource", "value": "string"},
+    "HeadGroupSpec": {
+        "template": "k8s:PodTemplateSpec",
+        "headService": "k8s:Service",
+        "enableIngress": "boolean",
+        "ingressOptions": "IngressOptions",
+        "resources": "map",
+        "labels": "map",
+        "rayStartParams": "map",
+        "serviceType": "string",
+    },
+    "WorkerGroupSpec": {
+        "suspend": "boolean",
+        "groupName": "string",
+        "replicas": "integer",
+        "minReplicas": "integer",
+        "maxReplicas": "integer",
+        "idleTimeoutSeconds": "integer",
+        "priority": "integer",
+        "resources": "map",
+        "labels": "map",
+        "rayStartParams": "map",
+        "template": "k8s:PodTemplateSpec",
+        "scaleStrategy": "ScaleStrategy",
+        "numOfHosts": "integer",
+    },
+}
+REQUIRED = {
+    "RayCluster": {"spec"},
+    "RayJob": {"spec"},
+    "RayCronJob": {"spec"},
+    "RayCronJobSpec": {"jobTemplate", "schedule"},
+    "RayClusterSpec": {"headGroupSpec"},
+    "HeadGroupSpec": {"template", "rayStartParams"},
+    "WorkerGroupSpec": {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"},
+}
+
+
+def problems(value: Any, kind: Any, place: str = "") -> Iterator[str]:
+    """What in `value` is no `kind`, each with its place."""
+    if isinstance(kind, list):
+        if not isinstance(value, list):
+            yield f"{place}: a list, not {value!r}"
+            return
+        for index, one in enumerate(value):
+            yield from problems(one, kind[0], f"{place}[{index}]")
+    elif isinstance(kind, tuple):
+        if value not in kind:
+            yield f"{place}: one of {kind}, not {value!r}"
+    elif kind == "map":
+        if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+            yield f"{place}: a mapping of text to text (quote the numbers), not {value!r}"
+    elif kind in _PLAIN:
+        if not isinstance(value, _PLAIN[kind]) or (kind != "boolean" and isinstance(value, bool)):
+            yield f"{place}: {kind}, not {value!r}"
+    elif kind.startswith("k8s:"):
+        yield from _kubernetes_problems(value, kind.removeprefix("k8s:"), place)
+    elif kind not in TYPES:
+        yield f"{place}: {kind} is not written down yet"
+    elif not isinstance(value, dict):
+        yield f"{place}: a {kind}, not {value!r}"
+    else:
+        for name in REQUIRED.get(kind, set()) - value.keys():
+            yield f"{place}.{name}: is required"
+        for name, one in value.items():
+            if name in TYPES[kind]:
+                yield from problems(one, TYPES[kind][name], f"{place}.{name}")
+            else:
+                yield f"{place}.{name}: no such field of {kind}"
+
+
+def _kubernetes_problems(value: Any, kind: str, place: str) -> Iterator[str]:
+    """The same for a part of Kubernetes' own, inside the smallest object that has such a part."""
+    box: dict[str, Any] = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}}
+    container: dict[str, Any] = {"name": "a", "image": "a"}
+    if kind == "ObjectMeta":
+        box = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": value}
+    elif kind == "PodTemplateSpec":
+        box = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": value}
+    elif kind == "ResourceRequirements":
+        box["spec"] = {"containers": [{**container, "resources": value}]}
+    elif kind == "EnvVarSource":
+        box["spec"] = {"containers": [{**container, "env": [{"name": "A", "valueFrom": value}]}]}
+    else:
+        yield f"{place}: {kind} is not checked yet"
+        return
+    try:
+        kubernetes_validate.validate(box, KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        yield f"{place}: {error}"

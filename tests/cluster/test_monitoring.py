@@ -1,0 +1,141 @@
+"""Dashboard and alarms look at metrics that exist, and the metrics are those that a real Ray exports."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.metrics import exported_names
+from tests.cluster.manifests import CLUSTER, ROOT, documents, every
+
+MONITORING = CLUSTER / "monitoring"
+ELSEWHERE = {"kube_cronjob_status_last_successful_time"}  # kube-state-metrics
+# PromQL's own words; what is left of an expression without labels and these is a metric.
+WORDS = {
+    *("absent_over_time", "and", "by", "histogram_quantile", "increase", "le", "max", "rate", "stage", "sum", "time"),
+}
+
+# What workers would note, in a Ray of its own whose metrics are then read; prints them.
+PROGRAM = """
+import sys, time, urllib.request
+import ray
+from jobs import flow
+from jobs.metrics import exported_names
+
+port = int(sys.argv[1])
+ray.init(address="local", num_cpus=2, include_dashboard=False, _metrics_export_port=port, log_to_driver=False)
+tally = flow.new_tally()
+model = {"seconds": 1.5, "waiting": 0.5, "tokens": 90}
+for stage, unit, counts in (
+    ("read", "a", {"rows": 10, "rejects": 2, "unreadable": 1}),
+    ("compare", "0", {"known": 1, "new": 8, "edited": 1, "gone": 0}),
+    ("encode", "u", {"rows": 9, **model}),
+    ("encode", "u", {"rows": 9, **model}),  # the same block once more, after a failure
+    ("generate", "u", {"answers": 9, **model}),
+    ("time", "since step 0", {"step": 3.0, "waiting": 1.0}),
+    ("time", "since step 0", {"step": 5.0, "waiting": 1.0}),
+    ("train", "now", {"step": 3, "of": 10, "loss": 1.0, "validation": 2.0, "requests_per_s": 4.0}),
+    ("commit", "commit 1", {"new": 5, "edited": 1, "gone": 0, "rows": 6}),
+):
+    flow.note(tally, stage, unit, counts)
+text, until = "", time.monotonic() + 60
+while time.monotonic() < until and not all(f"{name}{{" in text for name in exported_names()):
+    time.sleep(0.5)
+    try:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    except OSError:
+        continue
+print(text)
+"""
+
+
+def queries() -> list[str]:
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    alerts = documents(MONITORING / "alerts.yaml")
+    return [*every("expr", dashboard), *every("expr", alerts)]
+
+
+def metrics_in(query: str) -> set[str]:
+    bare = re.sub(r"\{.*?\}|\[.*?\]|\"[^\"]*\"", " ", query)
+    return set(re.findall(r"\b[a-z_]{2,}\b", bare)) - WORDS
+
+
+@pytest.mark.parametrize("query", queries())
+def test_every_query_names_metrics_that_exist(query: str) -> None:
+    found = metrics_in(query)
+    assert found and not found - exported_names() - ELSEWHERE
+    assert query.count("(") == query.count(")")
+
+
+def test_every_metric_is_looked_at() -> None:
+    seen = {name for query in queries() for name in metrics_in(query)}
+    parts = {"ray_persona_batch_seconds_count", "ray_persona_batch_seconds_sum"}  # a histogram's, which has its buckets
+    assert exported_names() - parts <= seen
+
+
+def test_every_alarm_says_what_to_do() -> None:
+    alarms = [rule for group in documents(MONITORING / "alerts.yaml")[0]["groups"] for rule in group["rules"]]
+    names = {alarm["alert"] for alarm in alarms}
+    assert {"PersonaRefreshLate", "PersonaManyRejects", "PersonaNoProgress"} <= names
+    for alarm in alarms:
+        assert alarm["annotations"].keys() == {"summary", "action"}
+        assert alarm["labels"]["severity"] in {"page", "ticket"}
+
+
+def test_panels_do_not_lie_on_each_other() -> None:
+    panels = json.loads((MONITORING / "dashboard.json").read_text())["panels"]
+    cells = [
+        (x, y)
+        for at in (panel["gridPos"] for panel in panels)
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    ]
+    assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """What Ray exports of a run: names, with the stage where there is one, and sums over all that report them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program: Path = tmp_path_factory.mktemp("metrics") / "program.py"
+    program.write_text(PROGRAM)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    environment |= {"RAY_metrics_report_interval_ms": "1000", "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, str(program), port],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=180,
+    )
+    found: dict[str, Any] = {}
+    for name, labels, value in re.findall(r"^(ray_persona_\w+)\{(.*)\} (\S+)$", done.stdout, re.MULTILINE):
+        stage = re.search(r'stage="(\w+)"', labels)
+        key = f"{name}/{stage[1]}" if stage else name
+        found[key] = found.get(key, 0.0) + float(value)
+    return found
+
+
+def test_ray_exports_the_metrics_under_these_names(exported: dict[str, float]) -> None:
+    assert {name.split("/")[0] for name in exported} == exported_names()
+
+
+def test_the_metrics_are_what_was_noted_and_a_block_that_is_done_again_counts_once(exported: dict[str, float]) -> None:
+    assert exported["ray_persona_behaviors_encoded_total"] == 9
+    assert exported["ray_persona_behaviors_compared_total"] == 10
+    assert exported["ray_persona_rows_rejected_total"] == 2
+    assert exported["ray_persona_behaviors_behind"] == 3
+    assert exported["ray_persona_model_seconds_total/encode"] == 1.5
+    assert exported["ray_persona_model_seconds_total/train"] == 5.0
+    assert exported["ray_persona_model_waiting_seconds_total/generate"] == 0.5
+    assert exported["ray_persona_batch_seconds_count/encode"] == 1
+    assert exported["ray_persona_train_held_out_loss"] == 2.0
