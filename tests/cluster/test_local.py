@@ -1,0 +1,147 @@
+"""`cluster/local.sh`: three nodes, every job by `jobs.submit`, a schedule that comes twice, and nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from persona.storage import copy_folder
+from tests.cluster.manifests import CLUSTER, ROOT
+from tests.jobs.conftest import arguments, behaviors, requests, write
+from tests.models import tiny_encoder, tiny_llama
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
+UP_WITHIN_S = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """The script while its command runs, and the environment that the command was given."""
+
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+
+    def submit(self, name: str, entrypoint: str, **environment: str) -> tuple[int, dict[str, Any], str]:
+        """Exit code, result and stderr of `jobs.submit`."""
+        command = [sys.executable, "-m", "jobs.submit", "--id", name, "--entrypoint", entrypoint, "--patience-s", "20"]
+        env = {**self.environment, **environment}
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+        lines = done.stdout.splitlines()
+        return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
+
+    def job(self, submission: str, job: str, **flags: object) -> dict[str, Any]:
+        """What a job of ours found, which must end well."""
+        words = ["python", "-m", f"jobs.{job}", *arguments(**flags)]
+        code, result, said = self.submit(submission, " ".join(words))
+        assert code == 0, said[-4000:]
+        found: dict[str, Any] = result["result"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    ready = tmp_path_factory.mktemp("local") / "environment"
+    command = ["bash", "-c", f"env -0 > {ready}.part && mv {ready}.part {ready} && cat"]
+    environment = {**os.environ, "PYTHON": sys.executable, "CPUS": "3", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [str(CLUSTER / "local.sh"), *command], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stderr is not None
+        until = time.monotonic() + UP_WITHIN_S
+        while not ready.exists():
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        pairs = (line.split("=", 1) for line in ready.read_text().split("\0") if line)
+        local = Local(process=process, environment={name: value for name, value in pairs})
+        yield local
+        process.stdin.close()
+        assert process.wait(60) == 0
+    left = [one for one in psutil.process_iter(["cmdline"]) if _folder(local) in " ".join(one.info["cmdline"] or [])]
+    assert not left and not Path(_folder(local)).exists()
+
+
+def _folder(local: Local) -> str:
+    return str(Path(local.environment["RAY_AUTH_TOKEN_PATH"]).parent)
+
+
+@pytest.fixture
+def corp(local: Local, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The bucket of the script's own S3 server, which the environment of this process names, too."""
+    for name, value in local.environment.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    return "s3://corp"
+
+
+def test_a_wrong_token_is_refused(local: Local, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("b" * 64)
+    code, result, said = local.submit("wrong", "true", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert (code, result) == (2, {}) and "wants its token" in said
+    code, result, said = local.submit("none", "true", RAY_AUTH_MODE="disabled")
+    assert (code, result) == (2, {}) and "wants its token" in said
+
+
+def test_the_exit_code_is_the_jobs_own_and_an_id_is_started_once(local: Local, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code, result, _ = local.submit("seven", f"sh -c 'echo ran >> {log}; exit 7'")
+    assert (code, result["status"], result["started"]) == (7, "FAILED", True)
+    code, result, said = local.submit("seven", f"sh -c 'echo ran >> {log}; exit 7'")
+    assert (code, result["status"], result["started"]) == (7, "FAILED", False)
+    assert "not started again" in said and log.read_text() == "ran\n"
+
+
+def test_a_job_that_is_stopped_did_not_succeed(local: Local) -> None:
+    command = [sys.executable, "-m", "jobs.submit", "--id", "stopped", "--entrypoint", "sleep 600"]
+    with subprocess.Popen(command, env=local.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=-3) as waiting:
+        stop = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "stopped"]
+        until = time.monotonic() + 120
+        while subprocess.run(stop, env=local.environment, capture_output=True, check=False).returncode:
+            assert time.monotonic() < until
+        assert waiting.wait(120) == 1
+
+
+def test_all_jobs_and_a_schedule_that_comes_twice(local: Local, corp: str, tmp_path: Path) -> None:
+    for name, make in (("encoder", tiny_encoder), ("llama", tiny_llama)):
+        copy_folder(str(make(tmp_path / name)), f"{corp}/models/{name}")
+    store, plug, encoder = f"{corp}/persona/store", f"{corp}/persona/plug", f"{corp}/models/encoder"
+    write(f"{corp}/histories/a.parquet", behaviors())
+    asked = write(f"{corp}/requests/train.jsonl", requests())
+    held_out = write(f"{corp}/requests/test.jsonl", requests(2, 6))
+    refresh = {"histories": f"{corp}/histories/", "store": store, "encoder": encoder, "sync": True}
+    first = local.job("refresh-1", "embed", **refresh, max_tokens=32, buckets=4, block_rows=16)
+    assert first["committed"] == len(behaviors())
+    training = {"epochs": 1, "global_batch": 8, "micro_batch": 4, "workers": 2, "validate_every": 2}
+    places = {"store": store, "plug": plug}
+    trained = local.job(
+        "train",
+        "train",
+        requests=asked,
+        validation=held_out,
+        run="r",
+        runs=f"{corp}/persona/runs",
+        llm=f"{corp}/models/llama",
+        **places,
+        **training,
+    )
+    assert trained["steps"] == len(requests()) // 8
+    kinds = ("own", "none", "other")
+    answered = local.job(
+        "generate", "generate", requests=held_out, persona=kinds, beams=1, max_new_tokens=4, actors=2, **places
+    )
+    assert answered["answered"] == 3 * len(requests(2, 6))
+    judged = local.job("evaluate", "evaluate", requests=held_out, out=f"{corp}/persona/report", **places)
+    assert set(judged["scores"]) == set(kinds)
+
+    # The next night: the same command under another id finds nothing to do.
+    second = local.job("refresh-2", "embed", **refresh, max_tokens=32, block_rows=16)
+    assert (second["encoded"], second["committed"], second["gone"]) == (0, 0, 0)
+    assert second["known"] == first["committed"] and second["version"] == first["version"]
