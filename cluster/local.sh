@@ -65,29 +65,39 @@ node() { # NUMBER FLAGS...
         --metrics-export-port="${ports[$((first + 2))]}" --disable-usage-stats --block
 }
 
-start s3 moto_server -H 127.0.0.1 -p "$s3"
-node 0 --head --port="$gcs" --dashboard-port="$dashboard"
-# A job goes through once head, dashboard and agent are there.
-python -m jobs.submit --id ready --entrypoint true --patience-s 180 >"$folder/ready.log" 2>&1 ||
-    { tail -n 30 "$folder"/*.log >&2; exit 1; }
-for number in $(seq 1 $((nodes - 1))); do node "$number" --address="127.0.0.1:$gcs"; done
-python - "$nodes" <<'PY' || { tail -n 30 "$folder"/*.log >&2; exit 1; }
-import json, os, sys, time, urllib.request
-import boto3
+failed() { # what the processes said, when one of them does not come up
+    tail -n 30 "$folder"/*.log >&2
+    exit 1
+}
 
-boto3.client("s3").create_bucket(Bucket="corp")
+alive() { # waits until so many nodes are
+    python - "$1" <<'PY'
+import json, os, sys, time, urllib.request
+
 token = open(os.environ["RAY_AUTH_TOKEN_PATH"]).read()
 url = os.environ["RAY_API_SERVER_ADDRESS"] + "/nodes?view=summary"
 request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-until = time.monotonic() + 180
+until = time.monotonic() + 120
 while time.monotonic() < until:
     with urllib.request.urlopen(request, timeout=30) as answer:
         found = json.load(answer)["data"]["summary"]
     if sum(one["raylet"].get("state") == "ALIVE" for one in found) == int(sys.argv[1]):
         sys.exit()
     time.sleep(0.5)
-sys.exit("not all nodes have come")
+sys.exit("a node has not come")
 PY
+}
+
+start s3 moto_server -H 127.0.0.1 -p "$s3"
+node 0 --head --port="$gcs" --dashboard-port="$dashboard"
+# A job goes through once head, dashboard and agent are there.
+python -m jobs.submit --id ready --entrypoint true --patience-s 180 >"$folder/ready.log" 2>&1 || failed
+# One after the other: nodes that begin at the same moment take each other's sockets.
+for number in $(seq 1 $((nodes - 1))); do
+    node "$number" --address="127.0.0.1:$gcs"
+    alive $((number + 1)) || failed
+done
+python -c 'import boto3; boto3.client("s3").create_bucket(Bucket="corp")' || failed
 
 if [ $# -gt 0 ]; then
     "$@"

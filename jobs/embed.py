@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jobs import command, flow, personas, profile, session
+from jobs import command, cost, flow, personas, profile, session
 from jobs.command import Summary
 from jobs.commits import Committer
 from persona.errors import InputError, UsageError
+from persona.options import CostOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,7 +31,7 @@ _TEXT_RULE = "text as given, cut to max_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(CostOptions):
     """What `jobs.embed` can be told."""
 
     histories: str
@@ -74,6 +75,7 @@ class Config:
 
     def check(self) -> None:
         """Refuses what can be refused without looking at any data."""
+        self.check_cost()
         for name in ("max_tokens", "token_budget", "block_rows", "cpus_per_actor"):
             command.at_least(self, name, 1)
         for name in ("buckets", "actors"):
@@ -101,7 +103,7 @@ def main(config: Config) -> Summary:
     identity = _identity(config, folder)
     plug = personas.check_plug(config.plug, identity) if config.plug else None
     if config.dry_run:
-        return _plan(config, target, splits, identity)
+        return _plan(config, target, splits, identity, folder)
     store = Store.open_or_create(target, identity, config.buckets)
 
     with ExitStack() as leases:
@@ -121,7 +123,7 @@ def main(config: Config) -> Summary:
             if plug is not None and of_personas is not None:
                 personas.update(store, of_personas, plug, tally)
     counts, seconds = flow.totals(tally), time.perf_counter() - started
-    summary = _summary(config, store, counts, seconds)
+    summary = _with_cost(_summary(config, store, counts, seconds), config, folder, counts, machines, seconds)
     return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
 
 
@@ -268,7 +270,8 @@ def _progress_line(counts: flow.Counts, seconds: float) -> str:
     return f"embed: {done:,} of {total:,} behaviors encoded and committed, {done / seconds:,.0f}/s"
 
 
-def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identity") -> Summary:
+def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identity", folder: "ModelFolder") -> Summary:
+    from persona.cost import encoder_flops, tokens_of_text
     from persona.store import Store
 
     n_bytes = sum(split.end - split.start for split in splits)
@@ -288,7 +291,10 @@ def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identit
         ("input", f"{n_files:,} files, {n_bytes:,} bytes, {len(splits):,} splits"),
     ]
     table += [("encoder", f"{identity.encoder} ({identity.width} wide, {identity.pooling} pooling)")]
-    return Summary(table=table, result={"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes})
+    plan = Summary(table=table, result={"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes})
+    n_texts = tokens_of_text(n_bytes) / config.max_tokens
+    flops = cost.known(lambda: encoder_flops(folder.config, n_texts=n_texts, tokens=config.max_tokens))
+    return cost.planned(plan, config, flops=flops, if_all="if the store had none of it")
 
 
 def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float) -> Summary:
@@ -323,6 +329,25 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         *flow.reject_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
+
+
+def _with_cost(
+    summary: Summary,
+    config: Config,
+    folder: "ModelFolder",
+    counts: flow.Counts,
+    machines: session.Machines,
+    seconds: float,
+) -> Summary:
+    from persona.cost import encoder_flops
+
+    encoded = counts.get("encode", {})
+    n_texts = encoded.get("rows", 0)
+    mean_tokens = round(encoded["tokens"] / n_texts) if n_texts else 0
+    flops = cost.known(lambda: encoder_flops(folder.config, n_texts=n_texts, tokens=mean_tokens))
+    n_models = config.actors or machines.model_actors(config.cpus_per_actor)
+    model_s = encoded.get("seconds", 0.0)
+    return cost.spent(summary, config, machines, n_models=n_models, seconds=seconds, flops=flops, model_s=model_s)
 
 
 def _with_profile(

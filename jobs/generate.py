@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, flow, profile, session
+from jobs import command, cost, flow, profile, session
 from jobs.command import Summary
 from jobs.commits import Committer
 from persona.errors import UsageError
-from persona.options import Decoding
+from persona.options import CostOptions, Decoding
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Decoding):
+class Config(Decoding, CostOptions):
     """What `jobs.generate` can be told."""
 
     requests: str
@@ -67,6 +67,7 @@ class Config(Decoding):
     def check(self) -> None:
         """Refuses what can be refused without looking at any data."""
         self.check_decoding()
+        self.check_cost()
         for name in ("batch_size", "block_rows", "actors", "cpus_per_actor"):
             command.at_least(self, name, 1)
         if not self.persona or len(set(self.persona)) < len(self.persona):
@@ -92,8 +93,7 @@ def main(config: Config) -> Summary:
     store = Store.open(target)
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
     if config.dry_run:
-        would = f"answer the requests of {len({split.uri for split in splits})} files for {', '.join(config.persona)}"
-        return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+        return _plan(config, splits, where)
 
     with store.writer("generations", job="jobs.generate") as writer:
         machines = session.connect()
@@ -102,8 +102,25 @@ def main(config: Config) -> Summary:
             for staged in _staged(config, splits, store, where, machines, tally):
                 committer.take(staged)
     counts, seconds = flow.totals(tally), time.perf_counter() - started
+    n_models = config.actors or machines.model_actors(config.cpus_per_actor)
     summary = _summary(config, store, counts, seconds)
+    summary = cost.spent(summary, config, machines, n_models=n_models, seconds=seconds)
     return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
+
+
+def _plan(config: Config, splits: "list[Split]", where: Mapping[str, Any]) -> Summary:
+    from persona import models
+    from persona.cost import llm_flops, tokens_of_text
+
+    record = where["record"]
+    would = f"answer the requests of {len({split.uri for split in splits})} files for {', '.join(config.persona)}"
+    llm = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
+    n_read = record.max_input_tokens
+    n_requests = len(config.persona) * tokens_of_text(sum(split.end - split.start for split in splits)) / n_read
+    sizes = {"inputs": n_read, "outputs": config.max_new_tokens, "beams": config.beams}
+    flops = cost.known(lambda: llm_flops(llm.config, n_requests=n_requests, **sizes))
+    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+    return cost.planned(plan, config, flops=flops, if_all="if none had an answer, inputs and answers of full length")
 
 
 def _staged(

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, flow, profile, session
+from jobs import command, cost, flow, profile, session
 from jobs.command import Summary
 from persona.errors import InputError, PlugMismatch, UsageError
-from persona.options import PlugOptions, TrainingOptions
+from persona.options import CostOptions, PlugOptions, TrainingOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingOptions, PlugOptions):
+class Config(TrainingOptions, PlugOptions, CostOptions):
     """What `jobs.train` can be told."""
 
     requests: str
@@ -80,6 +80,7 @@ class Config(TrainingOptions, PlugOptions):
     def check(self) -> None:
         """Refuses what can be refused without looking at any data."""
         PlugOptions.check(self)
+        self.check_cost()
         self.check_training(self.workers or 1)
         for name in ("validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"):
             command.at_least(self, name, 1)
@@ -115,9 +116,7 @@ def main(config: Config) -> Summary:
     inputs = _inputs(config)
     run = Run.find(config, inputs)
     if config.dry_run:
-        how = "resume" if run.known else "start"
-        would = f"{how} run {config.run!r}: a {config.weights} plug of {config.persona_tokens} tokens for {config.llm}"
-        return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+        return _plan(config, inputs, resumes=run.known is not None)
     machines = session.connect()
     workers = config.workers or machines.gpus or 1
     config.check_training(workers)
@@ -139,7 +138,30 @@ def main(config: Config) -> Summary:
     )
     counts, seconds = flow.totals(tally), time.perf_counter() - started
     summary = publish(config, inputs, result, counts, n_requests, seconds)
+    summary = cost.spent(summary, config, machines, n_models=workers, seconds=seconds)
     return _with_profile(summary, counts, workers, machines, seconds) if config.profile else summary
+
+
+def _plan(config: Config, inputs: Inputs, *, resumes: bool) -> Summary:
+    from persona.cost import tokens_of_text, training_flops
+
+    how = "resume" if resumes else "start"
+    would = f"{how} run {config.run!r}: a {config.weights} plug of {config.persona_tokens} tokens for {config.llm}"
+    n_bytes = sum(split.end - split.start for split in inputs.requests)
+    # All of a row is taken for input, which the LLM reads as far as it may; a target is short beside it.
+    flops = cost.known(
+        lambda: training_flops(
+            inputs.llm.config,
+            inputs.encoder.config,
+            n_requests=tokens_of_text(n_bytes) / config.max_input_tokens,
+            inputs=config.max_input_tokens,
+            outputs=0,
+            query=config.max_query_tokens,
+            epochs=config.epochs,
+        )
+    )
+    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+    return cost.planned(plan, config, flops=flops, if_all="for the whole run, with inputs of full length")
 
 
 def _inputs(config: Config) -> Inputs:

@@ -98,6 +98,23 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostOptions:
+    """What is known of the machines, so that a job can say what it costs."""
+
+    gpu_hour_price: float | None = None
+    """Price of an hour of one GPU, in your own currency: the summary says what the run cost, --dry-run what it will."""
+    tflops: float | None = None
+    """What one GPU reaches with your model, in 10¹² operations a second: --dry-run makes hours of it."""
+
+    def check_cost(self) -> None:
+        """Raises UsageError for values that cannot be."""
+        for name in ("gpu_hour_price", "tflops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decoding:
     """One way to decode; part of the fingerprint of every answer."""
 

@@ -60,8 +60,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
             assert process.poll() is None, process.stderr.read().decode()
             assert time.monotonic() < until
             time.sleep(0.2)
-        pairs = (line.split("=", 1) for line in ready.read_text().split("\0") if line)
-        local = Local(process=process, environment={name: value for name, value in pairs})
+        pairs = [(line.partition("=")[0], line.partition("=")[2]) for line in ready.read_text().split("\0") if line]
+        local = Local(process=process, environment=dict(pairs))
         yield local
         process.stdin.close()
         assert process.wait(60) == 0

@@ -1,0 +1,67 @@
+"""The lines of a summary, and of a dry run, that say what a run costs (`persona.cost`)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from jobs.command import Summary
+from jobs.session import Machines
+from persona import cost
+from persona.options import CostOptions
+
+
+def known(count: Callable[[], float]) -> float:
+    """The operations, or 0 for a model whose sizes are not known: no number is better than a wrong one."""
+    try:
+        return count()
+    except KeyError:
+        return 0.0
+
+
+def planned(summary: Summary, options: CostOptions, *, flops: float, if_all: str) -> Summary:
+    """A dry run's summary with the work that it would be at most, in hours and money where rate and price are given."""
+    if not flops:
+        return summary
+    hours = cost.gpu_hours(flops, options.tflops) if options.tflops else None
+    found = {"tflop": round(flops / cost.TERA, 3), **_priced(hours, options)}
+    about = f"about {found['tflop']:,.0f} TFLOP {if_all}"
+    said = f"{about}; --tflops, what a GPU of yours reaches, makes hours of it" if hours is None else about
+    return _with(summary, ("cost", f"{said}{_said(found)}"), found)
+
+
+def spent(
+    summary: Summary,
+    options: CostOptions,
+    machines: Machines,
+    *,
+    n_models: int,
+    seconds: float,
+    flops: float = 0.0,
+    model_s: float = 0.0,
+) -> Summary:
+    """The summary of a run with the hours that its models took, also while they waited.
+
+    `flops` is what the models did in `model_s` seconds, over all of them: where known, the rate that --tflops wants.
+    """
+    found = _priced(n_models * seconds / 3600, options) if machines.gpus else {}
+    if flops and model_s:
+        found["tflops"] = round(flops / model_s / cost.TERA, 6)
+    if not found:
+        return summary
+    rate = f"{found['tflops']:.3g} TFLOP/s of each model while it worked" if "tflops" in found else ""
+    return _with(summary, ("cost", (rate + _said(found)).removeprefix("; ")), found)
+
+
+def _priced(hours: float | None, options: CostOptions) -> dict[str, float]:
+    found = {} if hours is None else {"gpu_hours": round(hours, 4)}
+    if hours is not None and options.gpu_hour_price is not None:
+        found["price"] = round(hours * options.gpu_hour_price, 4)
+    return found
+
+
+def _said(found: dict[str, float]) -> str:
+    hours = f"; {found['gpu_hours']:,.3g} GPU-hours" if "gpu_hours" in found else ""
+    return f"{hours}, {found['price']:,.2f} at your price" if "price" in found else hours
+
+
+def _with(summary: Summary, row: tuple[str, str], found: dict[str, float]) -> Summary:
+    return replace(summary, table=[*summary.table, row], result={**summary.result, "cost": found})
