@@ -1,0 +1,104 @@
+"""The policy of `cluster/aws` is what the jobs need: with it they all pass, and without any one right they say so."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import embed
+from persona.storage import copy_folder, join
+from tests.cluster.manifests import ROOT, policy
+from tests.cluster.policy_s3 import PolicyS3, action_of, actions, without
+from tests.jobs.conftest import TRAINING, Job, arguments, behaviors, requests, write
+
+POLICY = policy("store-policy.json")
+RIGHTS = [(one["Sid"], action) for one in POLICY["Statement"] for action in one["Action"]]
+
+
+@pytest.fixture
+def guarded(s3: str) -> Iterator[PolicyS3]:
+    """A proxy that allows what the policy allows, for this bucket in the place of `corp`; this process goes past it."""
+    mine = json.loads(json.dumps(POLICY).replace(":::corp", f":::{s3.removeprefix('s3://')}"))
+    with PolicyS3(os.environ["AWS_ENDPOINT_URL"], mine) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize(
+    ("request_line", "action"),
+    [
+        ("GET /b?list-type=2&prefix=a", "s3:ListBucket"),
+        ("HEAD /b", "s3:ListBucket"),
+        ("HEAD /b/a/c", "s3:GetObject"),
+        ("PUT /b/a?partNumber=1&uploadId=x", "s3:PutObject"),
+        ("POST /b/a?uploads", "s3:PutObject"),
+        ("DELETE /b/a?uploadId=x", "s3:AbortMultipartUpload"),
+        ("POST /b?delete", "s3:DeleteObject"),
+        ("DELETE /b/a", "s3:DeleteObject"),
+        ("GET /b?location", "another right: GET /b?location"),
+    ],
+)
+def test_a_request_asks_for_a_right(request_line: str, action: str) -> None:
+    assert action_of(*request_line.split(" ", 1)) == action
+
+
+@pytest.mark.parametrize(("sid", "action"), RIGHTS)
+def test_without_a_right_a_job_says_what_was_refused(
+    sid: str,
+    action: str,
+    guarded: PolicyS3,
+    s3: str,
+    models: dict[str, str],
+    do: Job,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    histories = write(join(s3, "histories/a.parquet"), behaviors())
+    guarded.policy = without(guarded.policy, sid, action)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", guarded.url)
+    done = do(embed, histories=histories, store=join(s3, "persona/store"), encoder=models["encoder"], buckets=4)
+    assert done.code != 0 and action in actions(guarded.refused)
+    # Which place, and that it is a matter of rights: nobody should have to look at a traceback.
+    assert "s3://" in done.said and "Traceback" not in done.said
+    assert any(word in done.said for word in ("AccessDenied", "Access Denied", "ACCESS_DENIED", "403", "denied"))
+
+
+def run(guarded: PolicyS3, job: str, *words: str, **flags: Any) -> dict[str, Any]:
+    """A job in a process of its own, with a Ray of its own, all of which has its store behind the proxy."""
+    environment = {**os.environ, "AWS_ENDPOINT_URL": guarded.url, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", f"jobs.{job}", *words, *arguments(**flags)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:] + str(guarded.refused)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_all_jobs_pass_with_the_policy_and_use_every_right_of_it(
+    guarded: PolicyS3, s3: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    for name in ("encoder", "llama"):
+        copy_folder(models[name], join(s3, "persona/models", name))
+    encoder, llm = (join(s3, "persona/models", name) for name in ("encoder", "llama"))
+    places = {"store": join(s3, "persona/store"), "plug": join(s3, "persona/plug")}
+    histories, store = join(s3, "histories"), places["store"]
+    write(join(histories, "a.parquet"), behaviors())
+    asked = write(join(s3, "requests/a.jsonl"), requests())
+    refresh: dict[str, Any] = {"histories": histories, "store": store, "encoder": encoder, "max_tokens": 32}
+    run(guarded, "embed", **refresh, buckets=4)
+    run(guarded, "train", requests=asked, runs=join(s3, "persona/runs"), llm=llm, **places, **TRAINING)
+    run(guarded, "generate", requests=asked, persona=("own", "none", "other"), beams=1, max_new_tokens=4, **places)
+    run(guarded, "evaluate", requests=asked, out=join(s3, "persona/report"), **places)
+    edited = [{**row, "text": f"{row['text']} indeed"} for row in behaviors()[:-3]]
+    write(join(histories, "a.parquet"), edited)
+    run(guarded, "embed", **refresh, sync=True, plug=places["plug"])
+    for action in ("compact", "vacuum", "verify", "show"):
+        run(guarded, "store", action, store=store)
+    run(guarded, "forget", store=store, user="user-1")
+    assert not guarded.refused
+    assert actions(guarded.asked) == {action for _, action in RIGHTS}
