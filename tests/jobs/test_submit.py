@@ -140,6 +140,18 @@ def test_without_the_token_nothing_is_submitted(cluster: Cluster, tmp_path: Path
         assert why in (refused.stdout + refused.stderr).lower()
 
 
+def test_a_scheduler_gets_the_jobs_own_exit_code_and_an_id_is_started_once(cluster: Cluster, tmp_path: Path) -> None:
+    entrypoint = f"sh -c 'echo ran >> {tmp_path}/log; echo \\"{{}}\\"; exit 7'"
+    for started in (True, False):
+        command = [sys.executable, "-m", "jobs.submit", "--id", "night-1", "--entrypoint", entrypoint]
+        done = subprocess.run(
+            [*command, "--address", cluster.api], cwd=ROOT, env=cluster.environment, capture_output=True, check=False
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert (done.returncode, found["status"], found["started"], found["result"]) == (7, "FAILED", started, {})
+    assert (tmp_path / "log").read_text() == "ran\n"
+
+
 @pytest.mark.timeout(1200)
 def test_the_whole_pipeline_on_s3(
     cluster: Cluster, s3: str, models: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,92 @@
+"""A job waits for the GPUs that PERSONA_GPUS asks for, and an autoscaler brings them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+# Ray takes any number of GPUs for there, as long as nobody uses them.
+WITH_TWO = "import ray; ray.init(address='local', num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)"
+CONNECT = "from jobs import session; print(session.connect().gpus)"
+
+
+def python(*lines: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    given = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **environment}
+    if "RAY_ADDRESS" not in environment:
+        given.pop("RAY_ADDRESS", None)
+    code = "\n".join(lines)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, check=False, timeout=240
+    )
+
+
+def test_it_goes_on_with_fewer_than_asked_and_says_so() -> None:
+    done = python(WITH_TWO, CONNECT, PERSONA_GPUS="3", PERSONA_GPUS_WITHIN_S="1", PERSONA_LOG="json")
+    assert done.stdout.splitlines()[-1] == "2", done.stderr
+    said = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"time"')]
+    assert [(one["level"], one["message"][:6]) for one in said] == [("warning", "2 of 3")]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("two", "PERSONA_GPUS=two: must be a whole number"), ("1", "no GPU has come")]
+)
+def test_what_cannot_be_had_is_refused(value: str, said: str) -> None:
+    job = f"import sys; from jobs import command; {CONNECT.replace('print', 'str')}"
+    done = python(WITH_TWO.replace("num_gpus=2", "num_gpus=0"), job, PERSONA_GPUS=value, PERSONA_GPUS_WITHIN_S="0")
+    assert done.returncode != 0 and said in done.stderr
+
+
+@pytest.fixture
+def scaling(tmp_path: Path) -> Iterator[str]:
+    """The address of a head without GPUs whose autoscaler may bring two nodes with one; they are processes here."""
+    with (Path(ray.__file__).parent / "autoscaler/_private/fake_multi_node/example.yaml").open() as file:
+        config: dict[str, Any] = yaml.safe_load(file)
+    gpu = {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    head = {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0}
+    config["available_node_types"] = {"ray.head.default": head, "gpu": gpu}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    held = [socket.socket() for _ in range(5)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    port, *ports = (one.getsockname()[1] for one in held)
+    for one in held:
+        one.close()
+    names = ("dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
+    flags = [f"--{name}={value}" for name, value in zip(names, ports, strict=True)]
+    flags += [f"--port={port}", "--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", "--block"]
+    command = [str(BIN / "ray"), "start", "--head", f"--autoscaling-config={tmp_path}/config.yaml", *flags]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_FAKE_CLUSTER": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        node = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    until = time.monotonic() + 120
+    while b"Ray runtime started" not in (tmp_path / "log").read_bytes():
+        assert node.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    yield f"127.0.0.1:{port}"
+    os.killpg(node.pid, signal.SIGTERM)
+    try:
+        node.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+@pytest.mark.soak
+def test_an_autoscaler_brings_them(scaling: str) -> None:
+    without = python(CONNECT, RAY_ADDRESS=scaling)
+    assert without.stdout.splitlines()[-1] == "0", without.stderr
+    done = python(CONNECT, RAY_ADDRESS=scaling, PERSONA_GPUS="2", PERSONA_GPUS_WITHIN_S="120")
+    assert done.stdout.splitlines()[-1] == "2", done.stderr
