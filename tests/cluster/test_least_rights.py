@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs import embed
+from jobs import embed, forget
 from persona.storage import copy_folder, join
 from tests.cluster.manifests import ROOT, policy
 from tests.cluster.policy_s3 import PolicyS3, action_of, actions, without
@@ -56,10 +56,14 @@ def test_without_a_right_a_job_says_what_was_refused(
     do: Job,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    histories = write(join(s3, "histories/a.parquet"), behaviors())
+    write(join(s3, "histories/a.parquet"), behaviors())
+    store = join(s3, "persona/store")
+    refresh = {"histories": join(s3, "histories"), "store": store, "encoder": models["encoder"], "buckets": 4}
+    if action == "s3:DeleteObject":
+        assert do(embed, **refresh).code == 0  # nothing but forgetting and cleaning up deletes
     guarded.policy = without(guarded.policy, sid, action)
     monkeypatch.setenv("AWS_ENDPOINT_URL", guarded.url)
-    done = do(embed, histories=histories, store=join(s3, "persona/store"), encoder=models["encoder"], buckets=4)
+    done = do(forget, store=store, user="user-1") if action == "s3:DeleteObject" else do(embed, **refresh)
     assert done.code != 0 and action in actions(guarded.refused)
     # Which place, and that it is a matter of rights: nobody should have to look at a traceback.
     assert "s3://" in done.said and "Traceback" not in done.said

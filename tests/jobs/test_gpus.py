@@ -9,11 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
-import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -51,11 +48,29 @@ def test_what_cannot_be_had_is_refused(value: str, said: str) -> None:
 @pytest.fixture
 def scaling(tmp_path: Path) -> Iterator[str]:
     """The address of a head without GPUs whose autoscaler may bring two nodes with one; they are processes here."""
-    with (Path(ray.__file__).parent / "autoscaler/_private/fake_multi_node/example.yaml").open() as file:
-        config: dict[str, Any] = yaml.safe_load(file)
     gpu = {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
     head = {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0}
-    config["available_node_types"] = {"ray.head.default": head, "gpu": gpu}
+    nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    config = {
+        "cluster_name": "here",
+        "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 1,
+        # All nodes have the address of this machine.
+        "provider": {
+            "type": "fake_multinode",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {"ray.head.default": head, "gpu": gpu},
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        **{f"{name}_commands": [] for name in nothing},
+    }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     held = [socket.socket() for _ in range(5)]
     for one in held:

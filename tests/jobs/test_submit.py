@@ -141,7 +141,7 @@ def test_without_the_token_nothing_is_submitted(cluster: Cluster, tmp_path: Path
 
 
 def test_a_scheduler_gets_the_jobs_own_exit_code_and_an_id_is_started_once(cluster: Cluster, tmp_path: Path) -> None:
-    entrypoint = f"sh -c 'echo ran >> {tmp_path}/log; echo \\"{{}}\\"; exit 7'"
+    entrypoint = f"sh -c 'echo ran >> {tmp_path}/log; echo {{}}; exit 7'"
     for started in (True, False):
         command = [sys.executable, "-m", "jobs.submit", "--id", "night-1", "--entrypoint", entrypoint]
         done = subprocess.run(
