@@ -1,5 +1,5 @@
 """The models, the Ray and the ways to call a job of `tests/jobs`."""
 
-from tests.jobs.conftest import do, local_ray, models, refuse
+from tests.jobs.conftest import do, filled_store, local_ray, models, refuse, store
 
-__all__ = ["do", "local_ray", "models", "refuse"]
+__all__ = ["do", "filled_store", "local_ray", "models", "refuse", "store"]

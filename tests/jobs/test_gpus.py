@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +50,13 @@ def test_what_cannot_be_had_is_refused(value: str, said: str) -> None:
 @pytest.fixture
 def scaling(tmp_path: Path) -> Iterator[str]:
     """The address of a head without GPUs whose autoscaler may bring two nodes with one; they are processes here."""
+    folder = tempfile.mkdtemp(prefix="pps-", dir="/tmp")  # short, for the paths of its sockets
+    held = [socket.socket() for _ in range(5)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    port, *ports = (one.getsockname()[1] for one in held)
+    for one in held:
+        one.close()
     gpu = {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
     head = {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0}
     nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
@@ -59,6 +68,7 @@ def scaling(tmp_path: Path) -> Iterator[str]:
         # All nodes have the address of this machine.
         "provider": {
             "type": "fake_multinode",
+            "gcs_address": f"127.0.0.1:{port}",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -72,15 +82,17 @@ def scaling(tmp_path: Path) -> Iterator[str]:
         **{f"{name}_commands": [] for name in nothing},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    held = [socket.socket() for _ in range(5)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    port, *ports = (one.getsockname()[1] for one in held)
-    for one in held:
-        one.close()
     names = ("dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
     flags = [f"--{name}={value}" for name, value in zip(names, ports, strict=True)]
-    flags += [f"--port={port}", "--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", "--block"]
+    flags += [
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        f"--temp-dir={folder}",
+        "--num-cpus=2",
+        "--num-gpus=0",
+        "--object-store-memory=100000000",
+        "--block",
+    ]
     command = [str(BIN / "ray"), "start", "--head", f"--autoscaling-config={tmp_path}/config.yaml", *flags]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_FAKE_CLUSTER": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1"}
@@ -97,6 +109,7 @@ def scaling(tmp_path: Path) -> Iterator[str]:
     except subprocess.TimeoutExpired:
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.soak
