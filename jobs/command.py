@@ -75,7 +75,7 @@ def run(config_type: type[ConfigT], main: Callable[[ConfigT], Summary], argv: Se
             if not ray_was_running and _ray_is_running():
                 sys.modules["ray"].shutdown()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        log.say("interrupted", level="warning")
         return INTERRUPTED
     except Exception as error:
         known = find_persona_error(error)
