@@ -38,13 +38,25 @@ def test_it_goes_on_with_fewer_than_asked_and_says_so() -> None:
     assert [(one["level"], one["message"][:6]) for one in said] == [("warning", "2 of 3")]
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [("two", "PERSONA_GPUS=two: must be a whole number"), ("1", "no GPU has come")]
-)
-def test_what_cannot_be_had_is_refused(value: str, said: str) -> None:
-    job = f"import sys; from jobs import command; {CONNECT.replace('print', 'str')}"
-    done = python(WITH_TWO.replace("num_gpus=2", "num_gpus=0"), job, PERSONA_GPUS=value, PERSONA_GPUS_WITHIN_S="0")
-    assert done.returncode != 0 and said in done.stderr
+REFUSED = """
+import os
+from jobs import session
+from persona.errors import UsageError
+
+for value in ("two", "1"):
+    os.environ["PERSONA_GPUS"] = value
+    try:
+        session.connect()
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_what_cannot_be_had_is_refused() -> None:
+    done = python(WITH_TWO.replace("num_gpus=2", "num_gpus=0"), REFUSED, PERSONA_GPUS_WITHIN_S="0")
+    no_number, none_there = done.stdout.splitlines()[-2:]
+    assert no_number == "PERSONA_GPUS=two: must be a whole number"
+    assert none_there.startswith("PERSONA_GPUS=1: no GPU has come")
 
 
 @pytest.fixture
