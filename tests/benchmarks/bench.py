@@ -239,8 +239,8 @@ def _write(lines: Sequence[Line], seconds: float) -> None:
     rows = "\n".join(table)
     text = f"""{rows}
 
-Last run: {seconds / 60:.0f} minutes, {_CORES} cores, Python {platform.python_version()}. Rates are medians over turns, a
-ratio the median of the ratios of each turn, ± half the distance between their quartiles.
+Last run: {seconds / 60:.0f} minutes, {_CORES} cores, Python {platform.python_version()}. Rates are medians over turns,
+a ratio the median of the ratios of each turn, ± half the distance between their quartiles.
 """
     results = _HERE / "RESULTS.md"
     before, rest = results.read_text().split(_BEGIN)
