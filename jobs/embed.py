@@ -54,8 +54,8 @@ class Config(CostOptions):
     """Padded tokens of one forward pass, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
     buckets: int | None = None
     """Buckets of a new store, fixed for its life; about one for each 100,000 behaviors to come (default 64)."""
-    block_rows: int = 4096
-    """Behaviors that are encoded and staged together; whoever is killed loses what an actor has in hand of them."""
+    block_rows: int | None = None
+    """Behaviors that are encoded and staged together, and lost with an actor; default 4096 on GPUs, 1024 on CPUs."""
     sync: bool = False
     """Take out what the histories no longer have; nothing goes while lines are unreadable or rejects are many."""
     plug: str | None = None
@@ -76,9 +76,7 @@ class Config(CostOptions):
     def check(self) -> None:
         """Refuses what can be refused without looking at any data."""
         self.check_cost()
-        for name in ("max_tokens", "token_budget", "block_rows", "cpus_per_actor"):
-            command.at_least(self, name, 1)
-        for name in ("buckets", "actors"):
+        for name in ("max_tokens", "token_budget", "block_rows", "cpus_per_actor", "buckets", "actors"):
             command.at_least(self, name, 1)
         if self.sync and self.limit is not None:
             raise UsageError("--sync with --limit would take out all that the limit leaves unread; give one of them")
@@ -138,12 +136,14 @@ def _staged(
     """The job as one chain: read, find what is missing, encode, stage."""
     rows = flow.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
     missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, store=store, tally=tally, config=config)
+    # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
+    block_rows = config.block_rows or (4096 if machines.gpus else 1024)
     yield from (
-        missing.repartition(target_num_rows_per_block=config.block_rows)
+        missing.repartition(target_num_rows_per_block=block_rows)
         .map_batches(
             Encode,
             fn_constructor_kwargs={"config": config, "identity": store.identity, "tally": tally},
-            batch_size=config.block_rows,
+            batch_size=block_rows,
             batch_format="pyarrow",
             udf_modifying_row_count=False,
             **machines.pool(config.actors, config.cpus_per_actor),

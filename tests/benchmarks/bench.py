@@ -174,7 +174,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--acl", type=Path, help="folder with histories.parquet and next_title_train.parquet")
     parser.add_argument("--titles", type=int, default=12_000)
-    parser.add_argument("--abstracts", type=int, default=700)
+    parser.add_argument("--abstracts", type=int, default=1_000)
     parser.add_argument("--path", type=int, default=500_000, help="behaviors of the data path")
     parser.add_argument("--store", type=int, default=200_000, help="behaviors of the refreshed store")
     parser.add_argument("--gpus", type=int, nargs="+", default=(1, 2, 4, 8, 16))

@@ -42,16 +42,21 @@ class OnRay:
 
 
 class Embed(OnRay):
-    """Ours: read, compare with the store, encode, commit."""
+    """Ours: read, compare with the store, encode, commit; in eight blocks, so that no core waits for the last one."""
 
     def job(self, source: Path, out: Path) -> None:
         """`jobs.embed` into a new store."""
         from jobs import embed
 
-        encoder = str(packaged.minilm())
-        embed.main(
-            embed.Config(histories=str(source), store=str(out), encoder=encoder, max_tokens=_MAX_TOKENS, buckets=4)
+        config = embed.Config(
+            histories=str(source),
+            store=str(out),
+            encoder=str(packaged.minilm()),
+            max_tokens=_MAX_TOKENS,
+            buckets=4,
+            block_rows=min(1024, self.n // 8),
         )
+        embed.main(config)
 
 
 class RaysRecipe(OnRay):
