@@ -95,7 +95,8 @@ def test_all_jobs_pass_with_the_policy_and_use_every_right_of_it(
     asked = write(join(s3, "requests/a.jsonl"), requests())
     refresh: dict[str, Any] = {"histories": histories, "store": store, "encoder": encoder, "max_tokens": 32}
     run(guarded, "embed", **refresh, buckets=4)
-    run(guarded, "train", requests=asked, runs=join(s3, "persona/runs"), llm=llm, **places, **TRAINING)
+    training = {**TRAINING, "validation": asked, "runs": join(s3, "persona/runs")}
+    run(guarded, "train", requests=asked, llm=llm, **places, **training)
     run(guarded, "generate", requests=asked, persona=("own", "none", "other"), beams=1, max_new_tokens=4, **places)
     run(guarded, "evaluate", requests=asked, out=join(s3, "persona/report"), **places)
     edited = [{**row, "text": f"{row['text']} indeed"} for row in behaviors()[:-3]]
