@@ -46,11 +46,16 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
-def wait(is_so: Callable[[], bool], within_s: float = 240) -> None:
+def wait(is_so: Callable[[], bool], within_s: float = 240, of: "subprocess.Popen[str] | None" = None) -> None:
     until = time.monotonic() + within_s
     while not is_so():
         assert time.monotonic() < until
+        assert of is None or of.poll() is None, of.communicate()
         time.sleep(0.2)
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 class Network:
@@ -175,10 +180,10 @@ def test_a_node_that_is_cut_off_in_the_middle_of_embed(
     histories = write(str(tmp_path / "histories.jsonl"), rows)
     flags: dict[str, Any] = {"histories": histories, "store": tmp_path / "store", "encoder": models["encoder"]}
     flags |= {"max_tokens": 32, "block_rows": 4, "buckets": 4, "actors": 4}
-    job = network.submit("cut-embed", "python", "-m", "tests.killable", "never", "embed", *arguments(**flags))
+    job = network.submit("cut-embed", sys.executable, "-m", "tests.killable", "never", "embed", *arguments(**flags))
     log = tmp_path / LOG
-    wait(lambda: log.exists() and len(log.read_text().splitlines()) > 4 and bool(network.at_work("ray::MapWorker")))
-    assert len(log.read_text().splitlines()) < len(rows) / 4
+    wait(lambda: _lines(log) > 4 and bool(network.at_work("ray::MapWorker")), of=job)
+    assert _lines(log) < len(rows) / 4
     network.cut(network.at_work("ray::MapWorker")[0])
     assert result(job)["read"] == len(rows)
     assert len(stored(tmp_path / "store", "behaviors")) == len(rows)
@@ -192,8 +197,8 @@ def test_a_node_that_is_cut_off_in_the_middle_of_train(
     runs = tmp_path / "runs"
     flags: dict[str, Any] = {**TRAINING, "requests": asked, "store": store, "llm": models["llama"], "workers": 2}
     flags |= {"runs": runs, "plug": tmp_path / "plug", "epochs": 6, "encoder": models["encoder"]}
-    job = network.submit("cut-train", "python", "-m", "jobs.train", *arguments(**flags))
-    wait(lambda: n_reports(runs) >= 2 and bool(network.at_work("RayTrainWorker")))
+    job = network.submit("cut-train", sys.executable, "-m", "jobs.train", *arguments(**flags))
+    wait(lambda: n_reports(runs) >= 2 and bool(network.at_work("RayTrainWorker")), of=job)
     network.cut(network.at_work("RayTrainWorker")[0])
     found = result(job)
     assert found["steps"] == found["requests"] // TRAINING["global_batch"] * 6
