@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT")
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+JOBS = ("demo", "embed", "evaluate", "forget", "generate", "import_lamp", "store", "train")
 
 _EVERY_JOB = "Every job"
-_CONFIG_HELP = "YAML or JSON file, local or s3://; its keys are the fields above with _ for -, flags win."
+_CONFIG_HELP = (
+    "YAML or JSON file, local or s3://; its keys are the fields above with _ for -, or it is a recipe, which has them "
+    "under the job's name; flags win."
+)
 _SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 _RULES: dict[Any, str] = {
     int: "a whole number",
@@ -225,14 +229,37 @@ def _read_file(uri: str, config_type: type) -> dict[str, Any]:
         return {}
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         raise UsageError(f"--config {uri}: must be a mapping of keys to values, not a {type(values).__name__}")
-    known = [field.name for field in dataclasses.fields(config_type)]
+    place = f"--config {uri}"
+    if any(name in JOBS and isinstance(section, dict) for name, section in values.items()):
+        # No flag takes a mapping, so this is a recipe: a section a job, of which each takes its own.
+        _check_keys(node, JOBS, place, what="section")
+        job = _job_name(config_type)
+        if job not in values:
+            raise UsageError(f"{place}: has no section {job}, only {', '.join(values)}")
+        for name, section in values.items():
+            if not isinstance(section, dict):
+                raise UsageError(f"{place}: the section {name} must be a mapping of keys to values")
+        node = next(section for key, section in node.value if key.value == job)
+        values, place = values[job], f"{place}: {job}"
+    _check_keys(node, [field.name for field in dataclasses.fields(config_type)], place, what="key")
+    return values
+
+
+def _check_keys(node: Any, known: Sequence[str], place: str, *, what: str) -> None:
+    """Refuse a key that nobody knows, or that stands there twice."""
     names = [str(key.value) for key, _ in node.value]
     for name in names:
         if name not in known:
-            raise UsageError(f"--config {uri}: unknown key {name}{_suggestion(name, known)}")
+            raise UsageError(f"{place}: unknown {what} {name}{_suggestion(name, known)}")
         if names.count(name) > 1:
-            raise UsageError(f"--config {uri}: the key {name} stands there {names.count(name)} times")
-    return values
+            raise UsageError(f"{place}: the {what} {name} stands there {names.count(name)} times")
+
+
+def _job_name(config_type: type) -> str:
+    """What follows `python -m jobs.` for the job of this config."""
+    module = config_type.__module__
+    spec = getattr(sys.modules[module], "__spec__", None)
+    return (module if spec is None else spec.name).rpartition(".")[2]
 
 
 def _check_numbers(arguments: Iterable[Any]) -> None:

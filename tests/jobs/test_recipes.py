@@ -1,29 +1,116 @@
-"""Recipes are configurations that their jobs accept, and the paper's is the paper's."""
+"""A recipe is one file for all jobs, each of which accepts its section, and the paper's is the paper's."""
 
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
 
-from jobs import train
-from jobs.command import read_config
+from jobs import embed, evaluate, generate, import_lamp, train
+from jobs.command import JOBS, read_config
+from persona.errors import UsageError
+from persona.lamp import TASKS
 
-RECIPES = sorted((Path(train.__file__).parent / "recipes").glob("*.yaml"))
-PLACES = ["--requests", "a", "--store", "b", "--plug", "c", "--run", "d", "--runs", "e"]
+FOLDER = Path(train.__file__).parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*/*.yaml"))
+PLACES = {
+    import_lamp: ["--questions", "q", "--out", "o"],
+    embed: ["--histories", "h", "--store", "s"],
+    train: ["--requests", "r", "--store", "s", "--plug", "p", "--run", "n", "--runs", "k"],
+    generate: ["--requests", "r", "--store", "s", "--plug", "p"],
+    evaluate: ["--requests", "r", "--store", "s", "--plug", "p", "--out", "o"],
+}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_accepted(recipe: Path) -> None:
-    assert read_config(train.Config, ["--config", str(recipe), *PLACES])
+def name(recipe: Path) -> str:
+    return f"{recipe.parent.name}/{recipe.stem}"
 
 
-def test_the_paper_has_no_temperature_one_token_and_its_reference_passes() -> None:
-    config = read_config(train.Config, ["--config", str(RECIPES[-1].with_name("paper.yaml")), *PLACES])
-    assert config is not None
-    assert (config.weights, config.persona_tokens, config.temperature, config.learn_temperature) == (
+def read(job: ModuleType, recipe: Path, *flags: str) -> Any:
+    return read_config(job.Config, ["--config", str(recipe), *PLACES[job], *flags])
+
+
+def test_every_task_and_the_acl_set_have_both_settings() -> None:
+    folders = [f"lamp_{task.removeprefix('LaMP_')}" for task in TASKS] + ["acl_next_title", "acl_which"]
+    assert {name(recipe) for recipe in RECIPES} == {
+        f"{folder}/{how}" for folder in folders for how in ("paper", "best")
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+@pytest.mark.parametrize("job", PLACES, ids=lambda job: job.__name__.removeprefix("jobs."))
+def test_every_job_accepts_its_section_of_every_recipe(job: ModuleType, recipe: Path) -> None:
+    section = job.__name__.removeprefix("jobs.")
+    written = yaml.safe_load(recipe.read_text())
+    if section not in written:
+        assert (section, recipe.parent.name[:3]) == ("import_lamp", "acl")
+        return
+    config = read(job, recipe)
+    for key, value in written[section].items():
+        assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_paper_is_the_papers(task: str) -> None:
+    recipe = FOLDER / f"lamp_{task.removeprefix('LaMP_')}" / "paper.yaml"
+    config = read(train, recipe)
+    assert config.llm == "google/flan-t5-xxl"
+    assert (config.weights, config.persona_tokens, config.instruction, config.warm_start) == (
         "attention",
         1,
-        1.0,
-        False,
+        "projected",
+        "none",
     )
-    # Two epochs over data written eleven times, 64 requests a step.
-    assert (config.epochs, config.global_batch, config.empty_history) == (2 * 11, 64, 0.0)
+    assert (config.temperature, config.learn_temperature) == (1.0, False)
+    # Epochs over data written eleven times; one of them for LaMP-3, two for the others.
+    assert config.epochs == 11 * (1 if task == "LaMP_3" else 2)
+    assert (config.history_dropout, config.empty_history) == (0.5, 0.0)
+    assert (config.global_batch, config.zero_stage, config.precision) == (64, 1, "bf16")
+    assert (config.learning_rate, config.query_learning_rate, config.weight_decay) == (1e-4, 1e-4, 1e-4)
+    assert (config.warmup, config.max_behaviors) == (0.05, 512)
+    assert (config.max_input_tokens, config.max_query_tokens) == (256, 276)
+    assert config.query_prefix == "Represent this sentence for searching relevant passages: "
+    encoder = read(embed, recipe)
+    assert (encoder.encoder, encoder.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
+    answers = read(generate, recipe)
+    assert (answers.beams, answers.sample, answers.max_new_tokens) == (4, False, TASKS[task].max_new_tokens)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_a_recipe_names_one_task_and_scores_what_it_generates(recipe: Path) -> None:
+    answers, scores = read(generate, recipe), read(evaluate, recipe)
+    assert answers.persona == scores.variants == scores.personas == ("own", "none", "other", "mean")
+    if recipe.parent.name.startswith("lamp"):
+        task = f"LaMP_{recipe.parent.name[-1]}"
+        assert (read(import_lamp, recipe).task, scores.task) == (task, task)
+
+
+def test_a_flag_wins_over_the_recipe() -> None:
+    config = read(train, FOLDER / "lamp_4" / "paper.yaml", "--llm", "google/flan-t5-xl", "--no-learn-temperature")
+    assert (config.llm, config.global_batch) == ("google/flan-t5-xl", 64)
+
+
+def test_the_sections_of_a_recipe_are_the_jobs() -> None:
+    files = Path(train.__file__).parent.glob("*.py")
+    assert {path.stem for path in files if 'if __name__ == "__main__"' in path.read_text()} == set(JOBS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("embed: {pooling: cls}", "has no section train, only embed"),
+        ("train: {epochs: 1}\ntrian: {}", "unknown section trian; did you mean train?"),
+        ("train: {epochs: 1}\nepochs: 3", "unknown section epochs"),
+        ("train: {epochs: 1}\ntrain: {epochs: 2}", "the section train stands there 2 times"),
+        ("train: {epochs: 1}\nstore: s", "the section store must be a mapping of keys to values"),
+        ("train: {epoch: 1}", "train: unknown key epoch; did you mean epochs?"),
+        ("train: {epochs: 1, epochs: 2}", "train: the key epochs stands there 2 times"),
+    ],
+)
+def test_a_wrong_recipe_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        read(train, recipe)
+    assert str(refused.value).startswith(f"--config {recipe}: {message}")
