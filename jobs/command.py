@@ -132,7 +132,7 @@ def print_summary(summary: Summary) -> None:
     widths = [max(map(len, column)) for column in columns]
     for row in summary.table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
-    print(json.dumps(_plain(summary.result), allow_nan=False), flush=True)
+    print(json.dumps(plain(summary.result), allow_nan=False), flush=True)
 
 
 def read_config(config_type: type[ConfigT], argv: Sequence[str]) -> ConfigT | None:
@@ -353,18 +353,18 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; see --help"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in JSON's own types; a number that is not finite becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if hasattr(value, "item"):  # a NumPy scalar
-        return _plain(value.item())
+        return plain(value.item())
     return str(value)
 
 

@@ -1,6 +1,8 @@
 """Tell how much the persona is worth: scores of the answers, and the loss of the targets under each kind of persona.
 
-Reads `--requests` with targets, `<store>/generations`, `<store>/behaviors` and the plug; writes `<out>/metrics.json`.
+Reads `--requests` with targets, `<store>/generations`, `<store>/behaviors`, the plug and, to show past texts in words,
+`--texts`. Writes `<out>/metrics.json`, `<out>/report.html` with the same for people, its pictures as PNG files, and for
+a LaMP task `<out>/lamp/`: golds and answers in the form that LaMP's own evaluation reads.
 """
 
 import sys
@@ -9,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jobs import command, flow, session
+from jobs import command, flow, look, session, texts
 from jobs.command import Summary
 from jobs.generate import load_personalized, plug_sources
 from persona.errors import InputError, UsageError
@@ -21,9 +23,7 @@ if TYPE_CHECKING:
     from persona.store import Store
 
 Persona = Literal["own", "none", "other", "mean"]
-_EXAMPLES = 6
-_SMALLER_IS_BETTER = ("mae",)
-_GATHERED = ("request_id", "user_id", "persona", "input", "target", "nats", "tokens", "n_behaviors")
+_GATHERED = ("request_id", "user_id", "persona", "target", "nats", "tokens", "n_behaviors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,11 @@ class Config:
     plug: str
     """Folder of the plug that jobs.train made, local or s3://."""
     out: str
-    """Folder for metrics.json, local or s3://."""
+    """Folder for metrics.json and report.html, local or s3://."""
+    texts: str | None = None
+    """The histories, Parquet or JSONL, local or s3://: the report then shows past texts in words."""
+    columns: str = ""
+    """Names of the columns of --texts where they differ: text=body,user_id=author."""
     variants: tuple[str, ...] = ("own", "none", "other")
     """Answers to be scored, by their names in the table."""
     personas: tuple[Persona, ...] = ("own", "none", "other")
@@ -73,13 +77,17 @@ class Config:
             command.at_least(self, name, 1)
         if not self.personas:
             raise UsageError("--personas: give one at least, of own, none, other, mean")
+        if self.columns and self.texts is None:
+            raise UsageError("--columns names the columns of --texts, which is not given")
 
 
 def main(config: Config) -> Summary:
     """Runs the job."""
     import json
+    from urllib.parse import quote
 
-    from persona import inputs, requests, storage
+    from persona import comparison, inputs, pictures, report, requests, storage
+    from persona.lamp import TASKS, outputs_json
     from persona.store import Store
 
     started = time.perf_counter()
@@ -93,6 +101,7 @@ def main(config: Config) -> Summary:
     requests.check_columns(splits, needs_target=True)
     store = Store.open(target)
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
+    histories = texts.plan(config.texts, config.columns, flag="--texts") if config.texts else None
     if config.dry_run:
         would = f"score {', '.join(config.variants)} and measure the loss for {', '.join(config.personas)}"
         return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
@@ -103,18 +112,92 @@ def main(config: Config) -> Summary:
     losses = _losses(config, splits, store, where, answered, machines, tally)
     if not losses["request_id"]:
         raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
-    metrics = _metrics(config, losses, _answers(store, answered, losses))
+    answers = _answers(store, answered, losses)
+    golds = dict(zip(losses["request_id"], losses["target"], strict=True))
+    metrics = comparison.compare(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
+    metrics |= {"limited": config.limit is not None}
     metrics["unanswered_variants"] = [variant for variant in config.variants if variant not in answered]
+    metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
     counts = flow.totals(tally)
-    metrics["settings"] = {**asdict(config), "plug_fingerprint": where["fingerprint"], "llm": where["record"].llm}
+    metrics["training"] = where["record"].training
+    metrics["settings"] = {**asdict(config), **_origin(store, where)}
+    metrics["versions"] = report.versions()
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
     metrics["seconds"] = round(time.perf_counter() - started, 1)
-    storage.write_bytes(storage.join(out, "metrics.json"), (json.dumps(metrics, indent=2) + "\n").encode())
+    files = {
+        "metrics.json": (json.dumps(command.plain(metrics), indent=2, allow_nan=False) + "\n").encode(),
+        "report.html": report.page(metrics),
+    }
+    files |= pictures.draw(metrics)
+    if config.task is not None:
+        task = TASKS[config.task]
+        files |= {f"lamp/{quote(name, safe='')}.json": outputs_json(task, answers[name]) for name in answered}
+        files["lamp/golds.json"] = outputs_json(task, golds)
+    for name, data in files.items():
+        storage.write_bytes(storage.join(out, name), data)
+    brief = {
+        name: metrics[name] for name in metrics if name not in {"training", "map", "largest_gains", "largest_losses"}
+    }
     return Summary(
-        table=[*_table(metrics), ("metrics", storage.join(out, "metrics.json")), *flow.reject_rows(counts)],
-        result={"job": "evaluate", "out": out, **metrics},
+        table=[
+            *_table(metrics),
+            ("metrics", storage.join(out, "metrics.json")),
+            ("report", storage.join(out, "report.html")),
+            *flow.reject_rows(counts),
+        ],
+        result={"job": "evaluate", "out": out, **brief},
         exit_code=flow.exit_code(counts, config.max_reject_fraction),
     )
+
+
+def _looked_at(
+    config: Config,
+    splits: Sequence[Any],
+    store: "Store",
+    where: Mapping[str, Any],
+    tally: Any,
+    histories: Any,
+    losses: Mapping[str, list[Any]],
+    answers: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    """What the report shows of single requests and users."""
+    import numpy as np
+
+    from persona import comparison
+
+    shown = comparison.shown(losses, config.personas)
+    examples = [*shown["even"], *shown["largest_gains"], *shown["largest_losses"]]
+    user_of = dict(zip(losses["request_id"], losses["user_id"], strict=True))
+    ids = sorted({*examples, *shown["map"]})
+    found = look.look(splits, ids, frozenset(user_of[one] for one in ids), store, where, tally, histories)
+
+    def example(request_id: str) -> dict[str, Any]:
+        seen = found[request_id]
+        one = comparison.example(losses, config.personas, answers, request_id, seen["input"])
+        return {**one, "listened_to": comparison.listened_to(seen)}
+
+    # Who has no behavior has no place on a map of personas.
+    mapped = [request_id for request_id in shown["map"] if found[request_id]["n_behaviors"]]
+    vectors_UF = np.array([np.frombuffer(found[one]["persona_vector"], "<f4") for one in mapped])
+    users = [user_of[request_id] for request_id in mapped]
+    return {
+        "examples": [example(one) for one in shown["even"]],
+        "largest_gains": [example(one) for one in shown["largest_gains"]],
+        "largest_losses": [example(one) for one in shown["largest_losses"]],
+        "map": comparison.persona_map(vectors_UF, users, losses, config.personas),
+    }
+
+
+def _origin(store: "Store", where: Mapping[str, Any]) -> dict[str, Any]:
+    record = where["record"]
+    return {
+        "plug_fingerprint": where["fingerprint"],
+        "plug_options": asdict(record.options),
+        "llm": record.llm,
+        "encoder": record.encoder,
+        "behaviors_version": store.version("behaviors"),
+        "generations_version": store.version("generations"),
+    }
 
 
 def _losses(
@@ -193,65 +276,13 @@ class Losses:
         from persona.generation import loss_of_all
 
         losses = loss_of_all(self.model, requests, batch_size=self.batch_size)
-        rows = requests.select(["request_id", "user_id", "persona", "input", "target", "n_behaviors"])
+        rows = requests.select(["request_id", "user_id", "persona", "target", "n_behaviors"])
         for name in ("nats", "tokens"):
             rows = rows.append_column(name, losses[name])
         if rows.num_rows:
             unit = f"{rows['request_id'][0]}/{rows['persona'][0]}"
             flow.note(self.tally, "loss", unit, {"rows": rows.num_rows})
         return rows
-
-
-def _metrics(
-    config: Config, losses: Mapping[str, list[Any]], answers: Mapping[str, Mapping[str, str]]
-) -> dict[str, Any]:
-    """Everything that `metrics.json` holds about losses, scores and examples."""
-    import numpy as np
-
-    from persona.metrics import bootstrap, paired_bootstrap, score, score_requests
-
-    order = sorted(range(len(losses["request_id"])), key=lambda i: losses["request_id"][i])
-    of = {p: [i for i in order if losses["persona"][i] == p] for p in config.personas}
-    first = of[config.personas[0]]
-    users = [losses["user_id"][i] for i in first]
-    tokens = np.array([losses["tokens"][i] for i in first])
-    nats = {p: np.array([losses["nats"][i] for i in of[p]]) for p in config.personas}
-    golds = {losses["request_id"][i]: losses["target"][i] for i in first}
-    if len(golds) < len(first):
-        raise InputError(f"--requests {config.requests}: a request_id stands for several users; make the ids unique")
-
-    metric = _metric(config, golds)
-    scores, of_each = {}, {}
-    for variant, outputs in answers.items():
-        scores[variant] = score(metric, outputs, golds, seed=config.seed)
-        of_each[variant] = score_requests(metric, outputs, golds)
-    own = of_each.get("own", {})
-    return {
-        "requests": len(first),
-        "users": len(set(users)),
-        "limited": config.limit is not None,
-        "loss": {p: _interval(bootstrap(nats[p], users, weights=tokens, seed=config.seed)) for p in config.personas},
-        "loss_saved_by_own": {
-            p: _interval(paired_bootstrap(nats[p], nats["own"], users, weights=tokens, seed=config.seed))
-            for p in config.personas
-            if p != "own" and "own" in nats
-        },
-        "scores": scores,
-        "score_gained_by_own": {
-            name: {
-                variant: _interval(paired_bootstrap(*_better_first(name, own, values), users, seed=config.seed))
-                for variant, values in of_each.items()
-                if variant != "own"
-            }
-            for name in own
-        },
-        "examples": _examples(losses, first, answers),
-    }
-
-
-def _better_first(name: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Two scores in the order in which a positive difference speaks for `own`."""
-    return (other[name], own[name]) if name in _SMALLER_IS_BETTER else (own[name], other[name])
 
 
 def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[Any]]) -> dict[str, dict[str, str]]:
@@ -275,29 +306,6 @@ def _metric(config: Config, golds: Mapping[str, str]) -> "Metric":
     if config.metric == "label":
         return Metric(kind="label", labels=tuple(sorted({gold.strip() for gold in golds.values()})))
     return Metric(kind=config.metric)
-
-
-def _examples(
-    losses: Mapping[str, list[Any]], first: Sequence[int], answers: Mapping[str, Mapping[str, str]]
-) -> list[dict[str, Any]]:
-    """Requests side by side, evenly spaced over the set; one further each time, since users may ask alike in order."""
-    n_shown = min(_EXAMPLES, len(first))
-    gap = len(first) // n_shown
-    chosen = [first[k * len(first) // n_shown + k % gap] for k in range(n_shown)]
-    return [
-        {
-            "request_id": losses["request_id"][i],
-            "input": losses["input"][i],
-            **{variant: outputs[losses["request_id"][i]] for variant, outputs in answers.items()},
-            "target": losses["target"][i],
-            "n_behaviors": losses["n_behaviors"][i],
-        }
-        for i in chosen
-    ]
-
-
-def _interval(interval: Any) -> dict[str, float]:
-    return {name: round(value, 5) for name, value in asdict(interval).items()}
 
 
 def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

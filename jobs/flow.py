@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
+    from jobs.texts import Texts
     from persona.inputs import Split
     from persona.join import Persona
     from persona.store import Store
@@ -175,16 +176,19 @@ def requests_with_histories(
     stage: str = "join",
     limit: int | None = None,
     keep: Any = None,
+    texts: "Texts | None" = None,
 ) -> "Dataset":
     """Requests, each once for each of `personas` with the history that it may see (`persona.join`), bucket by bucket.
 
     `keep(joined, store, bucket, counts)` may take rows out before their vectors are read, and adds the columns that
-    `keep.adds` names; `stage` is where the tally counts.
+    `keep.adds` names; `stage` is where the tally counts; `texts` brings the texts of histories to the requests.
     """
     reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target}
     rows = read(splits, read_requests, limit=limit, **reading)
     joining = {"personas": personas, "max_behaviors": max_behaviors, "versions": versions}
-    joining |= {"store": store, "tally": tally, "stage": stage, "keep": keep}
+    joining |= {"store": store, "tally": tally, "stage": stage, "keep": keep, "texts": texts}
+    if texts is not None:
+        rows, splits = texts.beside(rows, store.n_buckets), [*splits, *texts.splits]
     return by_bucket(rows, splits, store.n_buckets, join_bucket, **joining)
 
 
@@ -243,6 +247,7 @@ def join_bucket(
     max_behaviors: int,
     versions: Mapping[str, int],
     keep: Any,
+    texts: "Texts | None" = None,
 ) -> Iterator["pa.Table"]:
     """The requests of one bucket with their histories, a few hundred at a time; of a repeated id the first counts."""
     import numpy as np
@@ -252,6 +257,8 @@ def join_bucket(
 
     since = time.perf_counter()
     bucket = requests["bucket"][0].as_py()
+    if texts is not None:
+        requests = texts.joined(requests, store, versions)
     _, first = np.unique(requests["request_id"].to_numpy(), return_index=True)
     counts: dict[str, float] = {"asked": len(first), "repeated": requests.num_rows - len(first)}
     counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}

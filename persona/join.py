@@ -70,6 +70,25 @@ def join_histories(
     )
 
 
+def seen_rows(
+    requests: pa.Table,
+    store: Store,
+    bucket: int,
+    *,
+    max_behaviors: int,
+    versions: Mapping[str, int] | None = None,
+    with_vectors: bool = False,
+) -> list[pa.Table]:
+    """For each request the store's rows of the own history that `join_histories` lets it see, in the same order."""
+    users = requests["user_id"].to_pylist()
+    as_of = requests["as_of"].cast(pa.int64()).to_pylist()
+    version = (versions or {}).get("behaviors")
+    rows = store.read_histories(bucket, sorted(set(users)), with_vectors=with_vectors, version=version)
+    histories = _Histories.of(rows)
+    spans = [histories.span(user, limit, max_behaviors) for user, limit in zip(users, as_of, strict=True)]
+    return [rows.slice(first, end - first) for first, end, _ in spans]
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What one request sees: parts of buffers, nothing copied."""
@@ -103,16 +122,20 @@ class _Histories:
         )
 
     def see(self, user: str, as_of: int | None, max_behaviors: int) -> _Seen:
+        first, end, n_untimed = self.span(user, as_of, max_behaviors)
+        return _Seen(self.vectors(first, end), self.keys(first, end), end - first, n_untimed)
+
+    def span(self, user: str, as_of: int | None, max_behaviors: int) -> tuple[int, int, int]:
+        """First row and end of what is seen, and how many rows are not seen for want of a timestamp."""
         if user not in self.number:
-            return _Seen()
+            return 0, 0, 0
         first, end = self.start_U[self.number[user] :][:2]
         n_untimed = 0
         if as_of is not None:
             time_N = self.time_N[first:end]
             n_untimed = int(np.count_nonzero(time_N == _NEVER))
             end = first + np.searchsorted(time_N, as_of, side="left")
-        first = max(first, end - max_behaviors)
-        return _Seen(self.vectors(first, end), self.keys(first, end), int(end - first), n_untimed)
+        return int(max(first, end - max_behaviors)), int(end), n_untimed
 
 
 def _others(

@@ -16,6 +16,7 @@ in one store:
   seen: `user_id` is the question's id and `as_of` is null.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -185,6 +186,12 @@ def read_golds(stream: BinaryIO, task: Task, *, name: str) -> dict[str, str]:
             raise InputError(f"{name}: the id {request_id!r} occurs twice")
         golds[request_id] = gold["output"]
     return golds
+
+
+def outputs_json(task: Task, answers: Mapping[str, str]) -> bytes:
+    """Answers, or golds, by question id as the outputs file that LaMP's own evaluation reads: `read_golds` reversed."""
+    golds = [{"id": request_id, "output": answers[request_id]} for request_id in sorted(answers)]
+    return json.dumps({"task": task.name, "golds": golds}, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
 def question_id(question: Any) -> str:

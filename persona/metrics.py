@@ -1,10 +1,11 @@
 """Official LaMP scores, and how far a different sample of users would have moved a number.
 
-Shapes: R requests, U users, S bootstrap samples.
+Shapes: R requests, U users, C labels, S bootstrap samples.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, assert_never
 
 import numpy as np
@@ -88,6 +89,27 @@ def score_requests(metric: Metric, predictions: Mapping[str, str], golds: Mappin
     assert_never(metric.kind)
 
 
+def score_intervals(
+    metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str], users: Sequence[str], *, seed: int = 0
+) -> dict[str, Interval]:
+    """Each score of `score` with its interval when users vary; `users` (R,) are those of the sorted request ids.
+
+    The ROUGE of a text is the plain mean. Raises `InputError` as `score` does.
+    """
+    rows = score_requests(metric, predictions, golds)
+    match metric.kind:
+        case "label":
+            f1 = _macro_f1_interval(metric, predictions, golds, users, seed)
+            return {"accuracy": bootstrap(rows["accuracy"], users, seed=seed), "f1": f1}
+        case "rating":
+            squared = bootstrap(rows["mae"] ** 2, users, seed=seed)
+            rmse = Interval(**{name: math.sqrt(value) for name, value in asdict(squared).items()})
+            return {"mae": bootstrap(rows["mae"], users, seed=seed), "rmse": rmse}
+        case "text":
+            return {f"{name}_mean": bootstrap(values_R, users, seed=seed) for name, values_R in rows.items()}
+    assert_never(metric.kind)
+
+
 def bootstrap(
     values: ArrayLike,
     users: Sequence[str],
@@ -116,17 +138,19 @@ def bootstrap(
     _, user_of_R = np.unique(np.asarray(users), return_inverse=True)
     values_U = np.bincount(user_of_R, weights=values_R)
     weights_U = np.bincount(user_of_R, weights=weights_R)
-    mean = float(values_U.sum() / weights_U.sum())
-    n_users = len(values_U)
+    return _interval(lambda drawn_U: float(values_U[drawn_U].sum() / weights_U[drawn_U].sum()), len(values_U), n, seed)
+
+
+def _interval(statistic: Callable[[NDArray[np.intp]], float], n_users: int, n: int, seed: int) -> Interval:
+    """A statistic of all users, and its interval over `n` samples of users."""
+    mean = statistic(np.arange(n_users))
     if n_users == 1:
         return Interval(mean=mean, low=float("nan"), high=float("nan"))
     rng = np.random.default_rng(seed)
-    means_S = np.empty(n)
-    for sample in range(n):  # a sample at a time, so that memory does not grow with samples times users
-        drawn_U = rng.integers(n_users, size=n_users)
-        means_S[sample] = values_U[drawn_U].sum() / weights_U[drawn_U].sum()
+    # A sample at a time, so that memory does not grow with samples times users.
+    values_S = np.array([statistic(rng.integers(n_users, size=n_users)) for _ in range(n)])
     tail = (1 - INTERVAL_LEVEL) / 2
-    low, high = np.quantile(means_S, [tail, 1 - tail])
+    low, high = np.quantile(values_S, [tail, 1 - tail])
     return Interval(mean=mean, low=float(low), high=float(high))
 
 
@@ -162,13 +186,33 @@ def _check_same_ids(predictions: Mapping[str, str], golds: Mapping[str, str]) ->
 
 
 def _macro_f1(metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]) -> float:
-    pairs = [(predictions[request_id].strip(), gold.strip()) for request_id, gold in golds.items()]
-    f1 = []
-    for label in metric.labels:
-        both = sum(answer == gold == label for answer, gold in pairs)
-        either = sum((answer == label) + (gold == label) for answer, gold in pairs)
-        f1.append(2 * both / either if either else 0.0)
-    return float(np.mean(f1))
+    return _f1(*(counts_RC.sum(0) for counts_RC in _label_counts(metric, predictions, golds)))
+
+
+def _macro_f1_interval(
+    metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str], users: Sequence[str], seed: int
+) -> Interval:
+    names, user_of_R = np.unique(np.asarray(users), return_inverse=True)
+    both_UC, either_UC = (np.zeros((len(names), len(metric.labels))) for _ in range(2))
+    for counts_UC, counts_RC in zip((both_UC, either_UC), _label_counts(metric, predictions, golds), strict=True):
+        np.add.at(counts_UC, user_of_R, counts_RC)
+    return _interval(
+        lambda drawn_U: _f1(both_UC[drawn_U].sum(0), either_UC[drawn_U].sum(0)), len(names), INTERVAL_SAMPLES, seed
+    )
+
+
+def _label_counts(metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]) -> tuple[Floats, Floats]:
+    """For each request (sorted ids) and label: whether answer and gold are both the label, and how many of them are."""
+    labels_C = np.array(metric.labels)
+    answers_R1 = np.array([[predictions[request_id].strip()] for request_id in sorted(golds)])
+    golds_R1 = np.array([[golds[request_id].strip()] for request_id in sorted(golds)])
+    is_answer_RC, is_gold_RC = (answers_R1 == labels_C).astype(float), (golds_R1 == labels_C).astype(float)
+    return is_answer_RC * is_gold_RC, is_answer_RC + is_gold_RC
+
+
+def _f1(both_C: Floats, either_C: Floats) -> float:
+    """The mean over all labels of 2·both / (answers + golds); a label without either counts 0."""
+    return float(np.mean(2 * both_C / np.maximum(either_C, 1)))
 
 
 def _gold_rating(gold: str) -> float:

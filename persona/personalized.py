@@ -30,6 +30,12 @@ class QueryText:
     prefix: str = ""
     max_tokens: int = 276
 
+    def tokens(self, queries: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, both (B, T)."""
+        texts = [self.prefix + query for query in queries]
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)
+        return pad(encoded["input_ids"], self.tokenizer.pad_token_id or 0, device)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -47,6 +53,14 @@ class Batch:
         return sum(map(len, self.targets))
 
 
+def packed(histories: Sequence[bytes], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Histories as the store's bytes to float32 vectors (M, d), one after the other, and their lengths (B,)."""
+    parts = [np.frombuffer(history, dtype="<f2").reshape(-1, width) for history in histories]
+    packed_Md = np.concatenate(parts) if parts else np.empty((0, width), "<f2")
+    lengths_B = torch.tensor([len(part) for part in parts], device=device)
+    return torch.from_numpy(packed_Md.astype(np.float32)).to(device), lengths_B
+
+
 class PersonalizedLLM(nn.Module):
     """One module of plug and frozen LLM, as DeepSpeed wants it."""
 
@@ -59,16 +73,13 @@ class PersonalizedLLM(nn.Module):
     def collate(self, rows: Sequence[Row], *, with_targets: bool, mean: bool = False) -> Batch:
         """Rows to a batch on the LLM's device; `mean` weighs all behaviors equally, whatever the plug does."""
         device = self.llm.device
-        histories = [np.frombuffer(row["history"], dtype="<f2").reshape(-1, self.plug.width) for row in rows]
-        packed_Md = np.concatenate(histories) if histories else np.empty((0, self.plug.width), "<f2")
+        history_Md, lengths_B = packed([row["history"] for row in rows], self.plug.width, device)
         query = None
         if self.query_text is not None and self.plug.query_encoder is not None and not mean:
-            texts = [self.query_text.prefix + row["query"] for row in rows]
-            encoded = self.query_text.tokenizer(texts, truncation=True, max_length=self.query_text.max_tokens)
-            query = pad(encoded["input_ids"], self.query_text.tokenizer.pad_token_id or 0, device)
+            query = self.query_text.tokens([row["query"] for row in rows], device)
         return Batch(
-            history_Md=torch.from_numpy(packed_Md.astype(np.float32)).to(device),
-            lengths_B=torch.tensor([len(history) for history in histories], device=device),
+            history_Md=history_Md,
+            lengths_B=lengths_B,
             query=query,
             inputs=self.llm.tokenize_inputs([row["input"] for row in rows]),
             targets=self.llm.tokenize_targets([row["target"] for row in rows]) if with_targets else [],

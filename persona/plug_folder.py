@@ -145,6 +145,13 @@ def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM) -> PersonalizedL
         raise PlugMismatch(
             f"the plug makes soft tokens of width {record.llm_width}, the LLM's tokens have width {llm.width}"
         )
+    query_text = new_query_text(encoder, record.query_prefix, record.max_query_tokens)
+    return PersonalizedLLM(load_plug(folder, encoder=encoder).to(llm.device), llm, query_text)
+
+
+def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:
+    """The plug of a folder without its LLM. Raises as `load` does."""
+    record = read_record(folder)
     plug = Plug(
         record.options,
         query_encoder=new_query_encoder(encoder, record.options, pretrained=False),
@@ -161,8 +168,7 @@ def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM) -> PersonalizedL
             f"{folder}: {WEIGHTS} does not hold the weights that {RECORD} and the encoder {encoder.name!r} ask for "
             f"({str(error).splitlines()[-1].strip()}); copy the whole folder anew, or train another plug"
         ) from error
-    query_text = new_query_text(encoder, record.query_prefix, record.max_query_tokens)
-    return PersonalizedLLM(plug.to(llm.device).eval(), llm, query_text)
+    return plug.eval()
 
 
 def new_query_text(encoder: ModelFolder, prefix: str, max_tokens: int) -> QueryText:

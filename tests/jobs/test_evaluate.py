@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -13,10 +14,12 @@ import torch
 from jobs import evaluate
 from persona import models, plug_folder
 from persona.histories import bucket_of
+from persona.insight import PlugAlone
 from persona.llm import FrozenLLM
 from persona.storage import read_bytes
 from persona.store import Store
-from tests.jobs.conftest import BUCKETS, Job, Row, requests, write
+from tests import lamp_form
+from tests.jobs.conftest import BUCKETS, Job, Row, behaviors, requests, write
 
 PERSONAS = ("own", "none", "other")
 
@@ -109,11 +112,17 @@ def test_a_task_is_scored_by_its_own_metric(do: Job, flags: dict[str, Any], tmp_
     asked = [{**row, "target": str(1 + i % 5)} for i, row in enumerate(requests(4, 2))]
     write(flags["requests"], asked)
     answer(flags["store"], asked, own=lambda row: row["target"], none=lambda row: str(min(int(row["target"]) + 1, 5)))
-    done = do(evaluate, **flags, out=str(tmp_path / "out"), task="LaMP_3", personas=("own",), variants=("own", "none"))
+    out = tmp_path / "out"
+    done = do(evaluate, **flags, out=str(out), task="LaMP_3", personas=("own",), variants=("own", "none"))
     wrong = sum(row["target"] != "5" for row in asked) / len(asked)
     assert done.result["scores"]["own"] == {"mae": 0, "rmse": 0}
     assert done.result["scores"]["none"] == {"mae": pytest.approx(wrong), "rmse": pytest.approx(math.sqrt(wrong))}
     assert done.result["score_gained_by_own"]["mae"]["none"]["mean"] == pytest.approx(wrong, abs=1e-5)
+    golds = {row["request_id"]: row["target"] for row in asked}
+    assert lamp_form.read((out / "lamp" / "golds.json").read_bytes(), "LaMP_3") == golds
+    assert lamp_form.read((out / "lamp" / "own.json").read_bytes(), "LaMP_3") == golds
+    others = lamp_form.read((out / "lamp" / "none.json").read_bytes(), "LaMP_3")
+    assert others.keys() == golds.keys() and others != golds
 
 
 def test_missing_answers_are_refused_and_a_variant_without_any_is_named(
@@ -129,3 +138,53 @@ def test_missing_answers_are_refused_and_a_variant_without_any_is_named(
     done = do(evaluate, **flags)
     assert done.result["unanswered_variants"] == ["none", "other"]
     assert set(done.result["scores"]) == {"own"}
+
+
+def test_the_report_shows_past_texts_in_words_and_every_user_on_the_map(
+    do: Job, flags: dict[str, Any], plug: str, tmp_path: Path
+) -> None:
+    asked, written = requests(4, 2), behaviors()
+    # Of the first user's texts one is no longer what was encoded: it must not be shown as what the plug has seen.
+    written[0] = {**written[0], "text": "something else"}
+    answer(flags["store"], asked, own=lambda row: "<script>", none=lambda row: "no")
+    texts = write(str(tmp_path / "histories.parquet"), written)
+    done = do(evaluate, **flags, out=str(tmp_path / "out"), texts=texts, variants=("own", "none"))
+    assert done.code == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_bytes())
+    assert {one["user_id"] for one in metrics["map"]} == {f"user-{user}" for user in range(4)}
+    text_of = {(one["user_id"], one["behavior_id"]): one["text"] for one in behaviors()}
+    shown = [*metrics["examples"], *metrics["largest_gains"], *metrics["largest_losses"]]
+    for one in shown:
+        # A request sees the behaviors before it, of those the plug's last three.
+        assert len(one["listened_to"]) == min(one["n_behaviors"], 3)
+        assert sum(heard["weight"] for heard in one["listened_to"]) == pytest.approx(1, abs=1e-4)
+        for heard in one["listened_to"]:
+            gone = (one["user_id"], heard["behavior_id"]) == ("user-0", "b0")
+            assert heard["text"] == (None if gone else text_of[one["user_id"], heard["behavior_id"]])
+    assert metrics["largest_gains"][0]["nats_a_token"]["other"] > metrics["largest_gains"][0]["nats_a_token"]["own"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert text_of["user-1", "b0"] in page
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert {"gain.png", "map.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out" / "gain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_of_the_report_are_those_of_the_plug(flags: dict[str, Any], plug: str) -> None:
+    folder, row = Path(plug), {**requests(1, 4)[3], "query": "title of paper 3"}
+    record = plug_folder.read_record(folder)
+    encoder = models.resolve(record.encoder["name"], flag="")
+    vectors = seen(flags["store"], row, record.max_behaviors)
+    found = PlugAlone.load(folder, encoder).look([{**row, "history": b"".join(vectors)}])[0]
+    plug_alone = plug_folder.load_plug(folder, encoder=encoder)
+    text = plug_folder.new_query_text(encoder, record.query_prefix, record.max_query_tokens)
+    with torch.inference_mode():
+        query_d = plug_alone.encode_query(*text.tokens([row["query"]], torch.device("cpu")))[0].double()
+    history_Nd = torch.tensor(np.frombuffer(b"".join(vectors), "<f2").reshape(len(vectors), -1).astype("f8"))
+    expected = (history_Nd @ query_d * record.options.temperature).softmax(0)
+    assert found.weights == pytest.approx(expected.tolist(), abs=1e-5)
+    assert found.persona.shape == (record.options.persona_tokens * record.llm_width,)
+
+
+def test_columns_without_texts_are_refused(refuse: Job, flags: dict[str, Any], tmp_path: Path) -> None:
+    done = refuse(evaluate, **flags, out=str(tmp_path / "out"), columns="text=body")
+    assert (done.code, "--texts" in done.said) == (2, True)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from persona.errors import InputError
-from persona.lamp import TASKS, Rows, parse_date, question_to_rows, read_golds, read_questions
+from persona.lamp import TASKS, Rows, outputs_json, parse_date, question_to_rows, read_golds, read_questions
+from tests import lamp_form
 
 PAPER = TASKS["LaMP_5"]
 
@@ -337,3 +338,25 @@ def test_golds_are_answers_by_id() -> None:
 def test_an_outputs_file_that_is_none_of_this_task_is_refused(outputs: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         golds(outputs)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_are_written_in_the_form_of_lamp_and_read_back(task: str) -> None:
+    answers = {"310": "[1]", "12": 'two\nlines, "quotes" and 👍', "7": ""}
+    written = outputs_json(TASKS[task], answers)
+    assert lamp_form.read(written, task) == answers == read_golds(io.BytesIO(written), TASKS[task], name="ours")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"task": "LaMP_2", "golds": [{"id": "1", "output": "x"}]}',
+        b'{"task": "LaMP_1", "golds": [{"id": 1, "output": "x"}]}',
+        b'{"task": "LaMP_1", "golds": [{"id": "1", "output": "x"}, {"id": "1", "output": "y"}]}',
+        b'{"task": "LaMP_1", "golds": [{"id": "1", "output": "x", "score": 1}]}',
+        b'{"task": "LaMP_1", "golds": []}',
+    ],
+)
+def test_the_strict_reader_is_strict(data: bytes) -> None:
+    with pytest.raises(AssertionError):
+        lamp_form.read(data, "LaMP_1")

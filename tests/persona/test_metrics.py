@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.scoring import BootstrapAggregator
 
 from persona.errors import InputError
-from persona.metrics import Metric, bootstrap, paired_bootstrap, score, score_requests
+from persona.lamp import TASKS
+from persona.metrics import Metric, bootstrap, paired_bootstrap, score, score_intervals, score_requests
 
 CITATION = Metric(kind="label", labels=("[1]", "[2]"))
 RATING = Metric(kind="rating", labels=("1", "2", "3", "4", "5"))
@@ -192,3 +195,87 @@ def test_bootstrap_refuses_what_has_no_mean(
 def test_a_pair_needs_the_same_requests() -> None:
     with pytest.raises(ValueError, match="same requests"):
         paired_bootstrap([1.0], [1.0, 2.0], ["u", "v"])
+
+
+F_2_OF_3 = 2 * 2 / (2 + 3)  # two words in common, of two answered and three wanted
+# Worked out by hand: answers, golds, and all scores that no seed can move.
+BY_HAND = {
+    "LaMP_1": (
+        ["[1]", " [2] ", "[1", "2"],
+        ["[1]", "[1]", "[1]", "[2]"],
+        # [1]: 1 hit, 1 answer, 3 golds; [2]: no hit. "[1" and "2" are no answers.
+        {"accuracy": 1 / 4, "f1": (2 / 4 + 0) / 2},
+    ),
+    "LaMP_2": (
+        ["sci-fi", "Comedy", "a comedy", "violence\n"],
+        ["sci-fi", "comedy", "comedy", "violence"],
+        # Two of fifteen tags have F1 1; comedy was only wanted, twelve nobody spoke of.
+        {"accuracy": 2 / 4, "f1": 2 / 15},
+    ),
+    "LaMP_3": (
+        ["4", "five", "3.5", "no idea", "5 stars"],
+        ["5", "1", "3", "3", "2"],
+        # Off by 1; by 4, since 1 is farthest from 5; by a half; by 2 (a tie goes to 5); by 3.
+        {"mae": (1 + 4 + 0.5 + 2 + 3) / 5, "rmse": math.sqrt((1 + 16 + 0.25 + 4 + 9) / 5)},
+    ),
+    **{
+        f"LaMP_{task}": (
+            ["Big News!", "", "three blind mice", "cats"],
+            ["big news today", "something", "mice, blind: three", "cat"],
+            # Case and punctuation do not count, an order does for ROUGE-L only, and nothing is stemmed.
+            {"rouge1_mean": (F_2_OF_3 + 0 + 1 + 0) / 4, "rougeL_mean": (F_2_OF_3 + 0 + 1 / 3 + 0) / 4},
+        )
+        for task in (4, 5, 7)
+    },
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_scored_as_worked_out_by_hand(task: str) -> None:
+    predictions, golds, expected = BY_HAND[task]
+    scores = score(TASKS[task].metric, by_id(*predictions), by_id(*golds))
+    assert {name: scores[name] for name in expected} == pytest.approx(expected)
+    assert set(scores) - set(expected) == ({"rouge1", "rougeL"} if "rouge1_mean" in expected else set())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_refuses_unequal_ids(task: str) -> None:
+    predictions, golds, _ = BY_HAND[task]
+    with pytest.raises(InputError, match="requests have no answer, the first is 'r3'"):
+        score(TASKS[task].metric, by_id(*predictions[:3]), by_id(*golds))
+    with pytest.raises(InputError, match="requests have no gold, the first is 'r3'"):
+        score(TASKS[task].metric, by_id(*predictions), by_id(*golds[:3]))
+
+
+def test_rouge_median_is_that_of_the_official_aggregator() -> None:
+    words = list("abcdefgh")
+    rng = np.random.default_rng(0)
+    golds = by_id(*(" ".join(rng.choice(words, 5)) for _ in range(60)))
+    predictions = by_id(*(" ".join(rng.choice(words, 5)) for _ in range(60)))
+    np.random.seed(3)  # noqa: NPY002 - the aggregator draws from it
+    aggregator = BootstrapAggregator(confidence_interval=0.95, n_samples=1000)
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    for name, gold in golds.items():
+        aggregator.add_scores(scorer.score(gold, predictions[name]))
+    official, ours = aggregator.aggregate(), score(TEXT, predictions, golds)
+    for name, values in score_requests(TEXT, predictions, golds).items():
+        # The standard error of a median of 1000 draws, on both sides; four of them.
+        error = 4 * math.sqrt(2) * 1.2533 * values.std() / math.sqrt(60) / math.sqrt(1000)
+        assert ours[name] == pytest.approx(official[name].mid.fmeasure, abs=error)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_interval_is_around_the_score_itself(task: str) -> None:
+    predictions, golds, expected = BY_HAND[task]
+    intervals = score_intervals(
+        TASKS[task].metric, by_id(*predictions), by_id(*golds), ["u", "v", "w", "x", "y"][: len(golds)]
+    )
+    assert {name: interval.mean for name, interval in intervals.items()} == pytest.approx(expected)
+    assert all(interval.low < interval.high for interval in intervals.values())
+    assert all(interval.low <= interval.mean <= interval.high for interval in intervals.values())
+
+
+def test_the_interval_of_f1_draws_users() -> None:
+    # With u alone F1 is 1, with v alone 0, with both: [1] has 1 hit in 2 answers and 1 gold, [2] none.
+    interval = score_intervals(CITATION, by_id("[1]", "[1]"), by_id("[1]", "[2]"), ["u", "v"])["f1"]
+    assert (interval.low, interval.mean, interval.high) == pytest.approx((0, (2 / 3) / 2, 1 / 2))
