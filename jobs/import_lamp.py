@@ -45,6 +45,8 @@ class Config:
     """The outputs file of the same questions; without it the requests have no target."""
     out: str
     """The folder to write into, local or s3://."""
+    labels: bool = False
+    """Put the tag (LaMP_2) or the score (LaMP_3) of a past behavior into its text; the paper leaves them out."""
     max_reject_fraction: float = 0.01
     """Exit code 3 if more than this part of the questions, or of the profile items, had to be left out."""
     limit: int | None = None
@@ -67,7 +69,7 @@ def main(config: Config) -> Summary:
     from persona.storage import check_reachable, check_uri, join
 
     started_s = time.monotonic()
-    task = TASKS[config.task]
+    task = TASKS[config.task].with_labels() if config.labels else TASKS[config.task]
     questions_uri = check_uri(config.questions, flag="--questions")
     outputs_uri = None if config.outputs is None else check_uri(config.outputs, flag="--outputs")
     out_uri = check_uri(config.out, flag="--out")

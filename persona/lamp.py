@@ -19,7 +19,7 @@ in one store:
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO
 
@@ -56,7 +56,8 @@ _MOVIE_TAGS = (
 class Task:
     """One LaMP task.
 
-    The text of a behavior is the profile item's `behavior_fields` with a space between; the query is what the
+    The text of a behavior is the profile item's `behavior_fields` with a space between, and if asked for its
+    `label_field` behind them, which says what the user made of it; the query is what the
     group of `query_pattern` finds in the question's input; an answer has at most `max_new_tokens` tokens.
     """
 
@@ -65,6 +66,13 @@ class Task:
     query_pattern: str
     metric: Metric
     max_new_tokens: int = 128
+    label_field: str | None = None
+
+    def with_labels(self) -> "Task":
+        """The task with the label in each behavior's text; the same task where behaviors have none."""
+        if self.label_field is None:
+            return self
+        return replace(self, behavior_fields=(*self.behavior_fields, self.label_field), label_field=None)
 
     def behavior_text(self, item: Mapping[str, Any]) -> str:
         """A profile item's text. Raises `InputError` if a field is missing or all are blank."""
@@ -100,6 +108,7 @@ TASKS: Mapping[str, Task] = {
             behavior_fields=("description",),
             query_pattern="description: (.+)",
             metric=Metric(kind="label", labels=_MOVIE_TAGS),
+            label_field="tag",
         ),
         Task(
             name="LaMP_3",
@@ -107,6 +116,7 @@ TASKS: Mapping[str, Task] = {
             query_pattern="review: (.+)",
             metric=Metric(kind="rating", labels=("1", "2", "3", "4", "5")),
             max_new_tokens=10,
+            label_field="score",
         ),
         Task(
             name="LaMP_4",

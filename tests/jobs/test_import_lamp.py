@@ -275,3 +275,13 @@ def test_a_wrong_value_is_refused_by_name(capsys: pytest.CaptureFixture[str], fl
     code, _, err = run_with(capsys, *flags, "--questions", "q.json", "--out", "out")
     assert code == 2
     assert message in err
+
+
+def test_labels_come_into_the_texts_when_asked_for(tmp_path: Path) -> None:
+    item = {"id": "1", "text": "Broke at once.", "score": "2", "date": "2020-01-01"}
+    asked = {"id": "q", "input": "What is the score of the following review? review: Works.", "profile": [item]}
+    config = replace(files(str(tmp_path), [asked]), task="LaMP_3")
+    main(config)
+    assert [row["text"] for row in rows(config, "histories.parquet")] == ["Broke at once."]
+    main(replace(config, labels=True))
+    assert [row["text"] for row in rows(config, "histories.parquet")] == ["Broke at once. 2"]

@@ -360,3 +360,21 @@ def test_answers_are_written_in_the_form_of_lamp_and_read_back(task: str) -> Non
 def test_the_strict_reader_is_strict(data: bytes) -> None:
     with pytest.raises(AssertionError):
         lamp_form.read(data, "LaMP_1")
+
+
+@pytest.mark.parametrize(
+    ("task", "item", "text"),
+    [
+        ("LaMP_2", {"description": "A robot falls in love.", "tag": "romance"}, "A robot falls in love. romance"),
+        ("LaMP_3", {"text": "Broke at once.", "score": "1"}, "Broke at once. 1"),
+        ("LaMP_5", {"title": "Attention", "abstract": "We attend."}, "Attention We attend."),
+    ],
+)
+def test_the_label_stands_in_the_text_only_when_asked_for(task: str, item: dict[str, Any], text: str) -> None:
+    labelled = TASKS[task].with_labels()
+    assert labelled.behavior_text(item) == text
+    assert TASKS[task].behavior_text(item) == " ".join(item[field] for field in TASKS[task].behavior_fields)
+    assert labelled.metric == TASKS[task].metric
+    if labelled != TASKS[task]:
+        with pytest.raises(InputError, match=f"'{TASKS[task].label_field}' must be a text"):
+            labelled.behavior_text({name: item[name] for name in TASKS[task].behavior_fields})
