@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jobs import command, flow, look, session, texts
+from jobs import command, flow, look, retrieve, session
 from jobs.command import Summary
 from jobs.generate import load_personalized, plug_sources
 from persona.errors import InputError, UsageError
+from persona.options import Retrieval
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     from persona.metrics import Metric
     from persona.store import Store
 
-Persona = Literal["own", "none", "other", "mean"]
+Persona = Literal["own", "none", "other", "mean", "bare"]
 _GATHERED = ("request_id", "user_id", "persona", "target", "nats", "tokens", "n_behaviors")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Retrieval):
     """What `jobs.evaluate` can be told."""
 
     requests: str
@@ -38,10 +39,6 @@ class Config:
     """Folder of the plug that jobs.train made, local or s3://."""
     out: str
     """Folder for metrics.json and report.html, local or s3://."""
-    texts: str | None = None
-    """The histories, Parquet or JSONL, local or s3://: the report then shows past texts in words."""
-    columns: str = ""
-    """Names of the columns of --texts where they differ: text=body,user_id=author."""
     variants: tuple[str, ...] = ("own", "none", "other")
     """Answers to be scored, by their names in the table."""
     personas: tuple[Persona, ...] = ("own", "none", "other")
@@ -76,9 +73,8 @@ class Config:
         for name in ("batch_size", "actors", "cpus_per_actor"):
             command.at_least(self, name, 1)
         if not self.personas:
-            raise UsageError("--personas: give one at least, of own, none, other, mean")
-        if self.columns and self.texts is None:
-            raise UsageError("--columns names the columns of --texts, which is not given")
+            raise UsageError("--personas: give one at least, of own, none, other, mean, bare")
+        self.check_retrieval()
 
 
 def main(config: Config) -> Summary:
@@ -101,7 +97,7 @@ def main(config: Config) -> Summary:
     requests.check_columns(splits, needs_target=True)
     store = Store.open(target)
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
-    histories = texts.plan(config.texts, config.columns, flag="--texts") if config.texts else None
+    histories = retrieve.plan(config)
     if config.dry_run:
         would = f"score {', '.join(config.variants)} and measure the loss for {', '.join(config.personas)}"
         return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
@@ -109,7 +105,7 @@ def main(config: Config) -> Summary:
     answered = [v for v in config.variants if store.read_generations([v], ["request_id"]).num_rows]
     machines = session.connect()
     tally = flow.new_tally()
-    losses = _losses(config, splits, store, where, answered, machines, tally)
+    losses = _losses(config, splits, store, where, histories, answered, machines, tally)
     if not losses["request_id"]:
         raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
     answers = _answers(store, answered, losses)
@@ -141,6 +137,7 @@ def main(config: Config) -> Summary:
     return Summary(
         table=[
             *_table(metrics),
+            *retrieve.summary_rows(counts),
             ("metrics", storage.join(out, "metrics.json")),
             ("report", storage.join(out, "report.html")),
             *flow.reject_rows(counts),
@@ -205,6 +202,7 @@ def _losses(
     splits: Sequence[Any],
     store: "Store",
     where: Mapping[str, Any],
+    histories: retrieve.Histories | None,
     answered: Sequence[str],
     machines: session.Machines,
     tally: Any,
@@ -222,6 +220,7 @@ def _losses(
             versions={"behaviors": store.version("behaviors")},
             limit=config.limit,
             keep=_Answered(answered),
+            texts=retrieve.best_of(histories, config, where, tally),
         )
         .repartition(target_num_rows_per_block=16 * config.batch_size)
         .map_batches(
@@ -268,14 +267,16 @@ class Losses:
     def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
         session.quiet_models(config.cpus_per_actor)
         self.model = load_personalized(where, config.precision)
-        self.batch_size = config.batch_size
+        self.batching = {"batch_size": config.batch_size}
+        if config.retrieve:
+            self.batching["front_tokens"] = config.retrieve_tokens
         self.tally = tally
 
     def __call__(self, requests: "pa.Table") -> "pa.Table":
         """Adds `nats` and `tokens`."""
         from persona.generation import loss_of_all
 
-        losses = loss_of_all(self.model, requests, batch_size=self.batch_size)
+        losses = loss_of_all(self.model, requests, **self.batching)
         rows = requests.select(["request_id", "user_id", "persona", "target", "n_behaviors"])
         for name in ("nats", "tokens"):
             rows = rows.append_column(name, losses[name])

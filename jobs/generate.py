@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, cost, flow, profile, session
+from jobs import command, cost, flow, profile, retrieve, session
 from jobs.command import Summary
 from jobs.commits import Committer
 from persona.errors import UsageError
-from persona.options import CostOptions, Decoding
+from persona.options import CostOptions, Decoding, Retrieval
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Decoding, CostOptions):
+class Config(Decoding, Retrieval, CostOptions):
     """What `jobs.generate` can be told."""
 
     requests: str
@@ -35,10 +35,10 @@ class Config(Decoding, CostOptions):
     """Folder of the tables that jobs.embed made; answers go there, too."""
     plug: str
     """Folder of the plug that jobs.train made, local or s3://."""
-    persona: tuple[Literal["own", "none", "other", "mean"], ...] = ("own",)
-    """Whose history the LLM is told of: the user's, nobody's, another's, the user's weighed equally; or several."""
+    persona: tuple[Literal["own", "none", "other", "mean", "bare"], ...] = ("own",)
+    """Whose history the plug is told of: the user's, nobody's, another's, the user's weighed equally, or no plug."""
     variant: str | None = None
-    """Name of the answers in the table; default the persona's."""
+    """Name of the answers in the table; default the persona's, with --retrieve like own-bm25-4."""
     llm: str | None = None
     """Where the plug's LLM lies, when not where the plug says."""
     encoder: str | None = None
@@ -68,12 +68,14 @@ class Config(Decoding, CostOptions):
         """Refuses what can be refused without looking at any data."""
         self.check_decoding()
         self.check_cost()
+        self.check_retrieval()
+        if self.texts is not None and not self.retrieve:
+            raise UsageError("--texts does nothing without --retrieve; give a number of texts, or leave it out")
         for name in ("batch_size", "block_rows", "actors", "cpus_per_actor"):
             command.at_least(self, name, 1)
         if not self.persona or len(set(self.persona)) < len(self.persona):
-            raise UsageError(
-                f"--persona {' '.join(self.persona)}: give one or more of own, none, other, mean, each at most once"
-            )
+            given = " ".join(self.persona)
+            raise UsageError(f"--persona {given}: give one or more of own, none, other, mean, bare, each at most once")
         if self.variant is not None and len(self.persona) > 1:
             raise UsageError("--variant names the answers of one persona; with several, each has the persona's name")
 
@@ -92,6 +94,7 @@ def main(config: Config) -> Summary:
     requests.check_columns(splits, needs_target=False)
     store = Store.open(target)
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
+    histories = retrieve.plan(config)
     if config.dry_run:
         return _plan(config, splits, where)
 
@@ -99,7 +102,7 @@ def main(config: Config) -> Summary:
         machines = session.connect()
         tally = flow.new_tally()
         with flow.progress(tally, _progress_line), Committer(writer, tally) as committer:
-            for staged in _staged(config, splits, store, where, machines, tally):
+            for staged in _staged(config, splits, store, where, histories, machines, tally):
                 committer.take(staged)
     counts, seconds = flow.totals(tally), time.perf_counter() - started
     n_models = config.actors or machines.model_actors(config.cpus_per_actor)
@@ -124,7 +127,13 @@ def _plan(config: Config, splits: "list[Split]", where: Mapping[str, Any]) -> Su
 
 
 def _staged(
-    config: Config, splits: "list[Split]", store: "Store", where: Mapping[str, Any], machines: Any, tally: Any
+    config: Config,
+    splits: "list[Split]",
+    store: "Store",
+    where: Mapping[str, Any],
+    histories: retrieve.Histories | None,
+    machines: Any,
+    tally: Any,
 ) -> Iterator[Any]:
     """The job as one chain: read, join with what each request may see, answer, stage."""
     yield from (
@@ -139,6 +148,7 @@ def _staged(
             versions={"behaviors": store.version("behaviors")},
             limit=config.limit,
             keep=_Unanswered(config, where),
+            texts=retrieve.best_of(histories, config, where, tally),
         )
         .repartition(target_num_rows_per_block=config.block_rows)
         .map_batches(
@@ -200,6 +210,12 @@ def load_personalized(where: Mapping[str, Any], precision: Any) -> Any:
         return plug_folder.load(folder, encoder=encoder, llm=llm)
 
 
+def variant_of(config: Config, persona: str) -> str:
+    """The name of a persona's answers in the table."""
+    found = f"{persona}-{config.retriever}-{config.retrieve}" if config.retrieve else persona
+    return config.variant or found
+
+
 def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[str, Any]) -> str:
     """What an answer depends on: request, visible history, kind of persona, plug, LLM, decoding.
 
@@ -218,6 +234,8 @@ def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[st
         "llm": where["record"].llm["fingerprint"],
         "decoding": decoding,
     }
+    if config.retrieve:
+        content |= {"retrieved": row["retrieved"], "retrieve_tokens": config.retrieve_tokens}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -234,9 +252,9 @@ class _Unanswered:
         """Rows of one persona; adds the columns of `adds`, and counts what is `stale`."""
         import pyarrow as pa
 
-        columns = ["input", "query", "history_hash", "persona"]
+        columns = ["input", "query", "history_hash", "persona", *(["retrieved"] if self.config.retrieve else [])]
         prints = [answer_fingerprint(row, self.config, self.where) for row in joined.select(columns).to_pylist()]
-        variant = self.config.variant or joined["persona"][0].as_py()
+        variant = variant_of(self.config, joined["persona"][0].as_py())
         answered = store.answers(variant, bucket)
         known = dict(zip(answered["request_id"].to_pylist(), answered["fingerprint"].to_pylist(), strict=True))
         found = [known.get(request) for request in joined["request_id"].to_pylist()]
@@ -259,7 +277,9 @@ class Generate:
         session.quiet_models(config.cpus_per_actor)
         self.model = load_personalized(where, config.precision)
         self.decoding = Decoding(**{field.name: getattr(config, field.name) for field in fields(Decoding)})
-        self.batch_size = config.batch_size
+        self.batching = {"batch_size": config.batch_size}
+        if config.retrieve:
+            self.batching["front_tokens"] = config.retrieve_tokens
         self.where = where
         self.tally = tally
         self.idle_since = time.perf_counter()
@@ -269,7 +289,7 @@ class Generate:
         from persona.generation import answer_all
 
         started = time.perf_counter()
-        answers = answer_all(self.model, requests, self.decoding, batch_size=self.batch_size)
+        answers = answer_all(self.model, requests, self.decoding, **self.batching)
         if requests.num_rows:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}
@@ -308,7 +328,7 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
     result = {
         "job": "generate",
         "store": store.uri,
-        "variants": [config.variant] if config.variant else list(config.persona),
+        "variants": [variant_of(config, persona) for persona in config.persona],
         "requests": int(joined.get("asked", 0)),
         "answered": n_answers,
         "already_answered": n_asked - int(joined.get("kept", 0)),
@@ -325,6 +345,7 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
     }
     table = [
         ("requests", f"{result['requests']:,} for {', '.join(config.persona)}"),
+        *retrieve.summary_rows(counts),
         ("already answered", f"{result['already_answered']:,}{stale}"),
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
         ("seconds", f"{seconds:,.1f}"),

@@ -10,16 +10,20 @@ from persona.options import Decoding
 from persona.personalized import PersonalizedLLM, Row
 
 
-def answer_all(model: PersonalizedLLM, requests: pa.Table, decoding: Decoding, *, batch_size: int) -> pa.Table:
+def answer_all(
+    model: PersonalizedLLM, requests: pa.Table, decoding: Decoding, *, batch_size: int, front_tokens: int = 0
+) -> pa.Table:
     """Answers to joined requests (`persona.join`, and the column `persona`), in their order.
+
+    With `front_tokens`, as many of the column `retrieved` go in front of each prompt.
 
     Returns:
         a table of `output`, `n_tokens`, `finish_reason`.
     """
     answers: list[Answer | None] = [None] * requests.num_rows
     rows = requests.to_pylist()
-    for numbers, mean in _batches(rows, batch_size):
-        found = model.answer([rows[number] for number in numbers], decoding, mean=mean)
+    for numbers, flags in _batches(rows, batch_size):
+        found = model.answer([rows[number] for number in numbers], decoding, front_tokens=front_tokens, **flags)
         for number, answer in zip(numbers, found, strict=True):
             answers[number] = answer
     done = [answer for answer in answers if answer is not None]
@@ -33,8 +37,8 @@ def answer_all(model: PersonalizedLLM, requests: pa.Table, decoding: Decoding, *
 
 
 @torch.inference_mode()
-def loss_of_all(model: PersonalizedLLM, requests: pa.Table, *, batch_size: int) -> pa.Table:
-    """Teacher-forced losses of joined requests with targets, in their order.
+def loss_of_all(model: PersonalizedLLM, requests: pa.Table, *, batch_size: int, front_tokens: int = 0) -> pa.Table:
+    """Teacher-forced losses of joined requests with targets, in their order; `front_tokens` as for `answer_all`.
 
     Returns:
         a table of `nats`, the summed negative log-likelihood of a target (eq. 6), and `tokens`, how many it has.
@@ -42,17 +46,19 @@ def loss_of_all(model: PersonalizedLLM, requests: pa.Table, *, batch_size: int) 
     nats = [0.0] * requests.num_rows
     tokens = [0] * requests.num_rows
     rows = requests.to_pylist()
-    for numbers, mean in _batches(rows, batch_size):
-        batch = model.collate([rows[number] for number in numbers], with_targets=True, mean=mean)
+    for numbers, flags in _batches(rows, batch_size):
+        of_batch = [rows[number] for number in numbers]
+        batch = model.collate(of_batch, with_targets=True, front_tokens=front_tokens, **flags)
         for number, nll, target in zip(numbers, model(batch).tolist(), batch.targets, strict=True):
             nats[number], tokens[number] = nll, len(target)
     return pa.table({"nats": pa.array(nats, pa.float64()), "tokens": pa.array(tokens, pa.int32())})
 
 
-def _batches(rows: list[Row], batch_size: int) -> Iterator[tuple[list[int], bool]]:
-    """Row numbers in batches, longest text first; rows that weigh their history equally apart from the others."""
-    for mean in (False, True):
-        numbers = [number for number, row in enumerate(rows) if (row["persona"] == "mean") == mean]
+def _batches(rows: list[Row], batch_size: int) -> Iterator[tuple[list[int], dict[str, bool]]]:
+    """Row numbers in batches of one kind, longest text first, and what `PersonalizedLLM.collate` must know of them."""
+    kinds = [{"mean": row["persona"] == "mean", "bare": row["persona"] == "bare"} for row in rows]
+    for kind in ({"mean": False, "bare": False}, {"mean": True, "bare": False}, {"mean": False, "bare": True}):
+        numbers = [number for number, found in enumerate(kinds) if found == kind]
         numbers.sort(key=lambda number: -len(rows[number]["input"]))
         for start in range(0, len(numbers), batch_size):
-            yield numbers[start : start + batch_size], mean
+            yield numbers[start : start + batch_size], kind

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from persona.store import Store
 
-Persona = Literal["own", "none", "other", "mean"]
+Persona = Literal["own", "none", "other", "mean", "bare"]
 _NEVER = np.iinfo(np.int64).max  # stands for a missing timestamp, behind all others
 _OTHER_BUCKETS = 16  # how many buckets are searched for another user before a request goes without
 _EMPTY = memoryview(b"")
@@ -40,7 +40,8 @@ def join_histories(
     `history_hash` (over the keys and text hashes of what is seen: when it is the same, so is the history).
     With an `as_of`, only strictly older behaviors are seen; of what is seen the last `max_behaviors`.
 
-    `own` and `mean` see the user's own history (they differ in how the plug weighs it), `none` an empty one,
+    `own` and `mean` see the user's own history (they differ in how the plug weighs it), `none` and `bare` an empty one
+    (of which `bare` does not even tell the plug),
     `other` that of the user who is next by id, around the bucket and then in those behind it, and has
     anything to see at that time. `versions` pins tables by name (`Store.version`). Without vectors there is no
     `history`, and only keys are read.
@@ -52,7 +53,7 @@ def join_histories(
     if persona == "other":
         places = _others(store, bucket, users, as_of, version)
     else:
-        places = [None if persona == "none" else (bucket, user) for user in users]
+        places = [None if persona in {"none", "bare"} else (bucket, user) for user in users]
 
     seen = [_Seen() for _ in users]
     for source in sorted({place[0] for place in places if place is not None}):

@@ -122,14 +122,33 @@ class FrozenLLM(nn.Module):
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [[*row[: self.max_input_tokens - 1], self.tokenizer.eos_token_id] for row in rows]
 
-    def nll(self, soft_BSD: Tensor, inputs: Sequence[list[int]], targets: Sequence[list[int]]) -> Tensor:
+    def tokenize_fronts(self, texts: Sequence[Sequence[str]], max_tokens: int) -> list[list[int]]:
+        """Ids of each request's retrieved texts, one behind the other, in equal shares of `max_tokens`."""
+        fronts: list[list[int]] = []
+        for of_request in texts:
+            front: list[int] = []
+            share = max(max_tokens // max(len(of_request), 1) - len(self.separator), 0)
+            for text in of_request:
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                front += [*ids[:share], *self.separator]
+            fronts.append(front)
+        return fronts
+
+    def nll(
+        self,
+        soft_BSD: Tensor,
+        inputs: Sequence[list[int]],
+        targets: Sequence[list[int]],
+        fronts: Sequence[list[int]] = (),
+    ) -> Tensor:
         """Eq. 6 per request: the summed negative log-likelihood (B,) of the target's tokens, in nats, float32.
 
-        Logits are computed at target positions only.
+        `fronts` are the tokens of retrieved texts, which go in front of the soft tokens (eq. r). Logits are computed at
+        target positions only.
         """
         labels_BT = self._labels(targets)
         if self.is_encoder_decoder:
-            embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, left=False)
+            embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, fronts, left=False)
             start_id = self.model.config.decoder_start_token_id
             shifted_BT = labels_BT.masked_fill(labels_BT == _IGNORED, self.pad_id).roll(1, dims=1)
             shifted_BT[:, 0] = start_id
@@ -139,7 +158,7 @@ class FrozenLLM(nn.Module):
         else:
             # Rows end together, so that the target positions of every row lie among the last T of the batch.
             rows = [[*text, *target] for text, target in zip(inputs, targets, strict=True)]
-            embeds_BLD, mask_BL = self._in_front(soft_BSD, rows, left=True)
+            embeds_BLD, mask_BL = self._in_front(soft_BSD, rows, fronts, left=True)
             longest = labels_BT.shape[1]
             labels_BT = torch.stack([row.roll(longest - len(t)) for row, t in zip(labels_BT, targets, strict=True)])
             logits_BTV = self.model(
@@ -159,10 +178,15 @@ class FrozenLLM(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, soft_BSD: Tensor, inputs: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]
+        self,
+        soft_BSD: Tensor,
+        inputs: Sequence[list[int]],
+        decoding: Decoding,
+        seeds: Sequence[int],
+        fronts: Sequence[list[int]] = (),
     ) -> list[Answer]:
         """Answers to a batch; `seeds` (one a request) make a sampled answer the same in any batch."""
-        embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, left=not self.is_encoder_decoder)
+        embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, fronts, left=not self.is_encoder_decoder)
         steps = (Seq2SeqSteps if self.is_encoder_decoder else CausalSteps)(self.model, embeds_BLD, mask_BL)
         limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": self.eos_ids}
         if decoding.beams > 1:
@@ -184,11 +208,20 @@ class FrozenLLM(nn.Module):
         ids_BT, mask_BT = pad(targets, self.pad_id, self.device)
         return ids_BT.masked_fill(~mask_BT, _IGNORED)
 
-    def _in_front(self, soft_BSD: Tensor, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        """[soft; text] as embeddings (B, S+L, D) and mask, padded on the left or on the right."""
-        ids_BL, text_mask_BL = pad(rows, self.pad_id, self.device)
-        embeds_BLD = torch.cat([soft_BSD.to(self.model.dtype), self.embed(ids_BL)], dim=1)
-        mask_BL = torch.cat([text_mask_BL.new_ones(soft_BSD.shape[:2]), text_mask_BL], dim=1)
+    def _in_front(
+        self, soft_BSD: Tensor, rows: Sequence[list[int]], fronts: Sequence[list[int]], *, left: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[front; soft; text] as embeddings (B, L, D) and mask, padded on the left or on the right."""
+        n_soft = soft_BSD.shape[1]
+        fronts = fronts or [[]] * len(rows)
+        room = [self.pad_id] * n_soft
+        places = [[*front, *room, *row] for front, row in zip(fronts, rows, strict=True)]
+        ids_BL, mask_BL = pad(places, self.pad_id, self.device)
+        start_B1 = torch.tensor([len(front) for front in fronts], dtype=torch.long, device=self.device).view(-1, 1)
+        index_BS = start_B1 + torch.arange(n_soft, device=self.device)
+        embeds_BLD = self.embed(ids_BL)
+        index_BSD = index_BS.unsqueeze(-1).expand(-1, -1, embeds_BLD.shape[-1])
+        embeds_BLD = embeds_BLD.scatter(1, index_BSD, soft_BSD.to(embeds_BLD.dtype))
         if left:
             # Rotating each row by its padding turns right padding into left padding.
             padding_B1 = (~mask_BL).sum(1, keepdim=True)

@@ -12,6 +12,7 @@ from persona.errors import UsageError
 
 Pooling = Literal["cls", "mean"]
 Precision = Literal["auto", "bf16", "fp32"]
+Retriever = Literal["recency", "bm25", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,3 +149,30 @@ class Decoding:
         """The seed of one request's sampling: the same in any batch, on any worker."""
         digest = hashlib.blake2b(f"{self.seed}\0{request_id}".encode(), digest_size=7).digest()
         return int.from_bytes(digest, "little")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Texts of the user's own history in the prompt, in front of the soft tokens (eq. r); off unless asked for."""
+
+    retrieve: int = 0
+    """So many of the user's own past texts go in front of the prompt; needs --texts."""
+    retriever: Retriever = "recency"
+    """Which: the latest, the best by the words of the query (BM25), or by the store's encoder."""
+    retrieve_tokens: int = 256
+    """Tokens of all these texts together, in equal shares."""
+    texts: str | None = None
+    """The histories of jobs.embed, which have the texts that the store does not hold."""
+    columns: str = ""
+    """Names of the columns of --texts where they differ: text=body,user_id=author."""
+
+    def check_retrieval(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if self.retrieve < 0:
+            raise UsageError(f"--retrieve {self.retrieve}: must be 0 (none) or more")
+        if self.retrieve and self.texts is None:
+            raise UsageError(f"--retrieve {self.retrieve} needs --texts: the store holds vectors, not texts")
+        if self.retrieve_tokens < max(self.retrieve, 1):
+            raise UsageError(f"--retrieve-tokens {self.retrieve_tokens}: must be one a text of --retrieve at least")
+        if self.columns and self.texts is None:
+            raise UsageError("--columns names the columns of --texts, which is not given")

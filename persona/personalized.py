@@ -46,6 +46,8 @@ class Batch:
     query: tuple[Tensor, Tensor] | None
     inputs: list[list[int]]
     targets: list[list[int]]
+    fronts: list[list[int]]
+    bare: bool
 
     @property
     def n_target_tokens(self) -> int:
@@ -70,8 +72,14 @@ class PersonalizedLLM(nn.Module):
         self.llm = llm
         self.query_text = query_text
 
-    def collate(self, rows: Sequence[Row], *, with_targets: bool, mean: bool = False) -> Batch:
-        """Rows to a batch on the LLM's device; `mean` weighs all behaviors equally, whatever the plug does."""
+    def collate(
+        self, rows: Sequence[Row], *, with_targets: bool, mean: bool = False, bare: bool = False, front_tokens: int = 0
+    ) -> Batch:
+        """Rows to a batch on the LLM's device.
+
+        `mean` weighs all behaviors equally, whatever the plug does; `bare` leaves the soft tokens out; of a row's
+        `retrieved` texts `front_tokens` tokens go in front of them.
+        """
         device = self.llm.device
         history_Md, lengths_B = packed([row["history"] for row in rows], self.plug.width, device)
         query = None
@@ -83,20 +91,26 @@ class PersonalizedLLM(nn.Module):
             query=query,
             inputs=self.llm.tokenize_inputs([row["input"] for row in rows]),
             targets=self.llm.tokenize_targets([row["target"] for row in rows]) if with_targets else [],
+            fronts=self.llm.tokenize_fronts([row["retrieved"] for row in rows], front_tokens) if front_tokens else [],
+            bare=bare,
         )
 
     def forward(self, batch: Batch) -> Tensor:
         """Eq. 6 per request: summed negative log-likelihood (B,) of the targets, in nats."""
-        return self.llm.nll(self.soft_tokens(batch), batch.inputs, batch.targets)
+        return self.llm.nll(self.soft_tokens(batch), batch.inputs, batch.targets, batch.fronts)
 
     def soft_tokens(self, batch: Batch) -> Tensor:
-        """[I; P] of each request, (B, S, D)."""
+        """[I; P] of each request, (B, S, D); S is 0 for a bare LLM."""
+        if batch.bare:
+            return torch.empty(len(batch.inputs), 0, self.llm.width, device=self.llm.device)
         soft_BSD: Tensor = self.plug(batch.history_Md, batch.lengths_B, batch.query)
         return soft_BSD
 
     @torch.inference_mode()
-    def answer(self, rows: Sequence[Row], decoding: Decoding, *, mean: bool = False) -> list[Answer]:
-        """Answers to a batch of requests, in their order."""
-        batch = self.collate(rows, with_targets=False, mean=mean)
+    def answer(
+        self, rows: Sequence[Row], decoding: Decoding, *, mean: bool = False, bare: bool = False, front_tokens: int = 0
+    ) -> list[Answer]:
+        """Answers to a batch of requests, in their order; the flags are those of `collate`."""
+        batch = self.collate(rows, with_targets=False, mean=mean, bare=bare, front_tokens=front_tokens)
         seeds = [decoding.row_seed(row["request_id"]) for row in rows]
-        return self.llm.generate(self.soft_tokens(batch), batch.inputs, decoding, seeds)
+        return self.llm.generate(self.soft_tokens(batch), batch.inputs, decoding, seeds, batch.fronts)

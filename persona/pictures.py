@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = {"own": "#2563c9", "other": "#c9541b", "mean": "#12826f", "none": "#7b7f87"}
+_COLORS = {"own": "#2563c9", "other": "#c9541b", "mean": "#12826f", "none": "#7b7f87", "bare": "#8a5fb8"}
 _GAIN, _LOSS = "#1d7a48", "#b93131"
 
 

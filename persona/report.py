@@ -19,6 +19,7 @@ _KINDS = {
     "other": "another user's persona",
     "mean": "the own history, each behavior weighed alike",
     "none": "no history: instruction token and default persona",
+    "bare": "the LLM without the plug",
 }
 _BETTER = {"mae": "lower", "rmse": "lower"}
 # The plain mean is what the interval is about; the median beside it is LaMP's official number.

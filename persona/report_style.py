@@ -3,13 +3,15 @@
 STYLE = """
 :root {
   --paper: #fbfaf7; --card: #ffffff; --ink: #1d2126; --quiet: #646b75; --line: #e2dfd8; --grid: #eceae4;
-  --own: #2563c9; --other: #c9541b; --mean: #12826f; --none: #7b7f87; --gain: #1d7a48; --loss: #b93131;
+  --own: #2563c9; --other: #c9541b; --mean: #12826f; --none: #7b7f87;
+  --bare: #7d4fb3; --gain: #1d7a48; --loss: #b93131;
   --warn: #fff3d6; --warn-ink: #6b4a00;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --card: #1c2026; --ink: #e8e6e1; --quiet: #9aa1ab; --line: #30363e; --grid: #272c33;
-    --own: #74a8ff; --other: #ff9a63; --mean: #4fcbb3; --none: #a3a8b1; --gain: #5fd08f; --loss: #ff8080;
+    --own: #74a8ff; --other: #ff9a63; --mean: #4fcbb3; --none: #a3a8b1;
+    --bare: #c39bf0; --gain: #5fd08f; --loss: #ff8080;
     --warn: #3b2f10; --warn-ink: #ffdf8f;
   }
 }
@@ -48,7 +50,7 @@ svg .whisker { stroke: currentColor; stroke-width: 2; }
 svg .dot, svg .point { fill: currentColor; }
 svg .point { stroke: var(--card); stroke-width: 0.8; }
 .own, .held-out { color: var(--own); } .other { color: var(--other); } .mean { color: var(--mean); }
-.none, .train { color: var(--none); }
+.bare { color: var(--bare); } .none, .train { color: var(--none); }
 svg .gain, i.gain { color: var(--gain); } svg .loss, i.loss { color: var(--loss); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; padding: 6px 8px 2px; font-size: 0.88rem; }
 .legend i, .kind i {
@@ -56,7 +58,7 @@ svg .gain, i.gain { color: var(--gain); } svg .loss, i.loss { color: var(--loss)
 }
 .kind { white-space: nowrap; }
 .kind i { color: var(--none); } .kind i.own { color: var(--own); } .kind i.other { color: var(--other); }
-.kind i.mean { color: var(--mean); }
+.kind i.bare { color: var(--bare); } .kind i.mean { color: var(--mean); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.94rem; }
 th { text-align: left; color: var(--quiet); font-weight: 500; white-space: nowrap; }

@@ -188,3 +188,28 @@ def test_weights_of_the_report_are_those_of_the_plug(flags: dict[str, Any], plug
 def test_columns_without_texts_are_refused(refuse: Job, flags: dict[str, Any], tmp_path: Path) -> None:
     done = refuse(evaluate, **flags, out=str(tmp_path / "out"), columns="text=body")
     assert (done.code, "--texts" in done.said) == (2, True)
+
+
+def test_losses_with_retrieved_texts_are_those_of_the_plug_with_them_in_front(
+    do: Job, flags: dict[str, Any], plug: str, tmp_path: Path
+) -> None:
+    asked, written = requests(4, 2), behaviors()
+    texts = write(str(tmp_path / "histories.jsonl"), written)
+    retrieval = {"texts": texts, "retrieve": 1, "retriever": "recency", "retrieve_tokens": 16}
+    done = do(evaluate, **flags, out=str(tmp_path / "out"), personas=("own", "bare"), **retrieval)
+    assert done.code == 0
+    folder = Path(plug)
+    record = plug_folder.read_record(folder)
+    encoder, llm_folder = (models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
+    model = plug_folder.load(folder, encoder=encoder, llm=FrozenLLM.load(llm_folder, precision="fp32"))
+    for persona in ("own", "bare"):
+        nats = tokens = 0.0
+        for row in asked:
+            vectors = seen(flags["store"], row, record.max_behaviors)
+            latest = [one["text"] for one in written if one["user_id"] == row["user_id"]][len(vectors) - 1]
+            one = {**row, "query": row["input"], "history": b"".join(vectors), "retrieved": [latest]}
+            batch = model.collate([one], with_targets=True, bare=persona == "bare", front_tokens=16)
+            with torch.inference_mode():
+                nats += model(batch).item()
+            tokens += batch.n_target_tokens
+        assert done.result["loss"][persona]["mean"] == pytest.approx(nats / tokens, abs=2e-5)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
@@ -12,13 +13,15 @@ from jobs import generate
 from persona import histories as persona_histories
 from persona import models as persona_models
 from persona import plug_folder
+from persona.encoder import TextEncoder
 from persona.generation import answer_all
 from persona.join import join_histories
 from persona.llm import FrozenLLM
 from persona.options import Decoding
 from persona.requests import SCHEMA
+from persona.retrieval import best_texts
 from persona.store import Store
-from tests.jobs.conftest import BUCKETS, START, Job, Row, Rows, new_plug, requests, stored, write
+from tests.jobs.conftest import BUCKETS, START, Job, Row, Rows, behaviors, new_plug, requests, stored, write
 
 
 @pytest.fixture
@@ -142,3 +145,71 @@ def test_bad_requests_are_rejected_and_a_repeated_id_is_answered_once(do: Job, f
     assert (done.result["answered"], done.result["rejects"], done.result["repeated_ids"]) == (2, 2, 1)
     reasons = DeltaTable(f"{flags['store']}/rejects").to_pyarrow_table()["reason"].to_pylist()
     assert sorted(reasons) == ["input is empty", "user_id is missing"]
+
+
+@pytest.mark.parametrize("retriever", ["recency", "bm25", "dense"])
+def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
+    do: Job, flags: dict[str, Any], plug: str, tmp_path: Path, retriever: str
+) -> None:
+    written = behaviors()
+    histories = write(str(tmp_path / "histories.parquet"), written)
+    # The third behavior of user 1 was edited after it was encoded; it must not be taken for what was seen.
+    edited = [
+        {**row, "text": "title of review title of review"}
+        if (row["user_id"], row["behavior_id"]) == ("user-1", "b2")
+        else row
+        for row in written
+    ]
+    write(histories, edited)
+    asked = [*requests(3, 4), *requests(1, 1, first_user=50)]
+    write(flags["requests"], asked)
+    given = {**flags, "persona": ("bare", "own"), "retrieve": 2, "retriever": retriever, "retrieve_tokens": 24}
+    done = do(generate, **given, texts=histories)
+    assert (done.code, done.result["answered"]) == (0, 26)
+    names = [f"{persona}-{retriever}-2" for persona in ("bare", "own")]
+    assert done.result["variants"] == names
+    answers = stored(flags["store"], "generations")
+
+    folder = Path(plug)
+    record = plug_folder.read_record(folder)
+    encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
+    frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
+    model = plug_folder.load(folder, encoder=encoder, llm=frozen)
+    reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
+    for row in asked:
+        mine = [one for one in written if one["user_id"] == row["user_id"] and one["timestamp"] < row["as_of"]][-3:]
+        known = [None if (one["user_id"], one["behavior_id"]) == ("user-1", "b2") else one["text"] for one in mine]
+        query_d, *vectors = reader.encode([row["input"], *(one["text"] for one in mine)]).vectors.astype("f4")
+        vectors_Nd = np.array(vectors).reshape(len(mine), -1)
+        found = best_texts(known, 2, retriever, query=row["input"], query_d=query_d, vectors_Nd=vectors_Nd)
+        history = vectors_Nd.astype("<f2").tobytes()
+        for name, bare in zip(names, (True, False), strict=True):
+            rows = [{**row, "query": row["input"], "history": history, "retrieved": found}]
+            said = model.answer(rows, Decoding(beams=1, max_new_tokens=8), bare=bare, front_tokens=24)[0]
+            assert answers[row["request_id"], name]["output"] == said.text
+
+    again = do(generate, **given, texts=histories)
+    assert (again.result["answered"], again.result["already_answered"]) == (0, 26)
+    # The text is what it was again, so the answers that would have seen it are out of date, and no others.
+    write(histories, written)
+    mended = do(generate, **given, texts=histories)
+    assert 0 < mended.result["answered"] <= 2
+    shorter = do(generate, **{**given, "retrieve_tokens": 12, "persona": "bare"}, texts=histories)
+    assert shorter.result["answered"] == 13
+
+
+@pytest.mark.parametrize(
+    ("flags_given", "message"),
+    [
+        ({"retrieve": 2}, "--retrieve 2 needs --texts"),
+        ({"retrieve": -1}, "--retrieve -1: must be 0"),
+        ({"texts": "h.parquet"}, "--texts does nothing without --retrieve"),
+        ({"columns": "text=body"}, "--columns names the columns of --texts"),
+        ({"retrieve": 9, "retrieve_tokens": 8, "texts": "h.parquet"}, "--retrieve-tokens 8: must be one a text"),
+    ],
+)
+def test_retrieval_that_cannot_work_is_refused(
+    refuse: Job, flags: dict[str, Any], flags_given: dict[str, Any], message: str
+) -> None:
+    done = refuse(generate, **flags, **flags_given)
+    assert (done.code, message in done.said) == (2, True)

@@ -56,3 +56,28 @@ def test_no_requests_are_empty_tables_of_the_same_columns(model, requests):
     assert generation.answer_all(model, requests[:0], GREEDY, batch_size=2) == answers[:0]
     found = generation.loss_of_all(model, requests, batch_size=2)
     assert generation.loss_of_all(model, requests[:0], batch_size=2) == found[:0]
+
+
+def test_retrieved_texts_and_bare_rows_count_in_any_batch(model, requests):
+    personas = ["bare", *PERSONAS[1:-1], "bare"]
+    texts = [["the movie", "it is"], [], ["a title"], ["of it"], [], ["in a paper"]]
+    asked = requests.set_column(requests.column_names.index("persona"), "persona", pa.array(personas))
+    asked = asked.append_column("retrieved", pa.array(texts, pa.list_(pa.string())))
+    settings = {"front_tokens": 8}
+    together = generation.loss_of_all(model, asked, batch_size=3, **settings)["nats"].to_pylist()
+    alone = [
+        generation.loss_of_all(model, asked.slice(i, 1), batch_size=1, **settings)["nats"][0].as_py()
+        for i in range(len(personas))
+    ]
+    assert together == pytest.approx(alone, rel=1e-5)
+    without = generation.loss_of_all(model, asked, batch_size=3)["nats"].to_pylist()
+    differs = [a != pytest.approx(b, rel=1e-5) for a, b in zip(together, without, strict=True)]
+    assert differs == [bool(found) for found in texts]
+    # What a bare LLM says does not depend on any history.
+    empty = asked.set_column(asked.column_names.index("history"), "history", pa.array([b""] * len(personas)))
+    unseen = generation.loss_of_all(model, empty, batch_size=3)["nats"].to_pylist()
+    assert (unseen[0], unseen[5]) == pytest.approx((without[0], without[5]), rel=1e-5)
+    bare = model.collate([asked.to_pylist()[0]], with_targets=True, bare=True)
+    assert without[0] == pytest.approx(
+        model.llm.nll(model.soft_tokens(bare)[:, :0], bare.inputs, bare.targets).item(), rel=1e-5
+    )

@@ -65,6 +65,50 @@ def test_the_loss_of_one_row_is_hugging_faces(llm, row):
     torch.testing.assert_close(nll(llm, soft_1SD, [INPUTS[row]], [TARGETS[row]])[0], expected, **FLOAT32)
 
 
+def test_retrieved_texts_stand_in_front_of_the_soft_tokens(llm):
+    soft_BSD = soft_tokens(llm, 3)
+    inputs, targets = llm.tokenize_inputs(INPUTS[:3]), llm.tokenize_targets(TARGETS[:3])
+    fronts = llm.tokenize_fronts([["i like it", "the movie"], [], ["a paper " * 9]], 12)
+    assert fronts[1] == []
+    together = llm.nll(soft_BSD, inputs, targets, fronts)
+    without = llm.nll(soft_BSD, inputs, targets)
+    for i, front in enumerate(fronts):
+        # The same row, with the text given as soft tokens in front of the others.
+        as_soft = llm.embed(torch.tensor([front], dtype=torch.long))
+        expected = llm.nll(torch.cat([as_soft, soft_BSD[i : i + 1]], dim=1), inputs[i : i + 1], targets[i : i + 1])[0]
+        torch.testing.assert_close(together[i], expected, **FLOAT32)
+        assert (together[i] == pytest.approx(without[i].item(), rel=1e-4)) == (not front)
+    seeds = range(3)
+    answers = llm.generate(soft_BSD, inputs, GREEDY, seeds, fronts)
+    alone = [llm.generate(soft_BSD[i : i + 1], inputs[i : i + 1], GREEDY, [0], fronts[i : i + 1])[0] for i in seeds]
+    assert answers == alone
+    assert answers != llm.generate(soft_BSD, inputs, GREEDY, seeds)
+
+
+def test_retrieved_texts_share_their_tokens_equally(llm):
+    text = "the movie is a paper in a title of it "
+    one, two, tight = llm.tokenize_fronts([[text], [text, text], [text] * 3], 6)
+    ids = llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    n, end = len(llm.separator), llm.separator
+    assert one == ids[: 6 - n] + end
+    assert two == (ids[: 3 - n] + end) * 2
+    assert tight == (ids[: 2 - n] + end) * 3
+    # Without room for a single token of each, what is left are separators, never more than were asked for.
+    assert all(len(front) <= 3 * max(n, 1) for front in llm.tokenize_fronts([[text] * 3], 3))
+
+
+def test_a_bare_llm_reads_the_text_alone(llm):
+    inputs, targets = llm.tokenize_inputs(INPUTS[:1]), llm.tokenize_targets(TARGETS[:1])
+    ids = torch.tensor(inputs)
+    if llm.is_encoder_decoder:
+        expected = llm.model(input_ids=ids, labels=torch.tensor(targets)).loss * len(targets[0])
+    else:
+        labels = torch.tensor([[-100] * ids.shape[1] + targets[0]])
+        expected = llm.model(input_ids=torch.tensor([inputs[0] + targets[0]]), labels=labels).loss * len(targets[0])
+    found = llm.nll(torch.empty(1, 0, llm.width), inputs, targets)[0]
+    torch.testing.assert_close(found, expected, **FLOAT32)
+
+
 def test_a_row_has_the_same_loss_in_any_batch(llm):
     soft_BSD = soft_tokens(llm, len(INPUTS))
     together = nll(llm, soft_BSD, INPUTS, TARGETS)
