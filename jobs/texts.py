@@ -60,18 +60,24 @@ def plan(uri: str, columns: str, *, flag: str) -> "tuple[list[Split], Columns]":
     return splits, named
 
 
-def _read(split: "Split", *, columns: "Columns", users: frozenset[str] | None, n_buckets: int) -> Iterator["pa.Table"]:
-    """The good behaviors of a split; `embed` has told of the others."""
-    import pyarrow as pa
-
+def read_histories(split: "Split", *, columns: "Columns", n_buckets: int) -> Iterator["pa.Table"]:
+    """The good behaviors of a split; `embed` tells of the others."""
     from persona import histories
     from persona.inputs import read_split
 
     for records in read_split(split, job="texts"):
-        good, _ = histories.validate(records, columns, n_buckets)
+        yield histories.validate(records, columns, n_buckets)[0]
+
+
+def _read(split: "Split", *, columns: "Columns", users: frozenset[str] | None, n_buckets: int) -> Iterator["pa.Table"]:
+    """The texts of a split, as rows that may stand beside requests."""
+    import pyarrow as pa
+
+    for good in read_histories(split, columns=columns, n_buckets=n_buckets):
+        mine = good
         if users is not None:
-            good = good.filter(pa.compute.is_in(good["user_id"], pa.array(sorted(users), pa.string())))
-        yield _widened(good)
+            mine = good.filter(pa.compute.is_in(good["user_id"], pa.array(sorted(users), pa.string())))
+        yield _widened(mine)
 
 
 def _widened(rows: "pa.Table") -> "pa.Table":
