@@ -74,7 +74,7 @@ def main(config: Config) -> Summary:
     )
     rows = flow.read(splits, texts.read_histories, limit=None, columns=columns, n_buckets=config.buckets)
     tally = flow.new_tally()
-    work = {"out": out, "asking": asking, "n_buckets": config.buckets, "tally": tally}
+    work = {"out": out, "asking": asking, "n_files": config.buckets, "tally": tally}
     with flow.progress(tally, _progress_line):
         for _ in flow.by_bucket(rows, splits, config.buckets, _ask_bucket, **work).iter_batches(batch_size=None):
             pass
@@ -102,7 +102,7 @@ def _name(bucket: int, n_buckets: int) -> str:
     return f"part-{bucket:05}-of-{n_buckets:05}.parquet"
 
 
-def _ask_bucket(behaviors: "pa.Table", *, out: str, asking: "Asking", n_buckets: int, tally: Any) -> "pa.Table":
+def _ask_bucket(behaviors: "pa.Table", *, out: str, asking: "Asking", n_files: int, tally: Any) -> "pa.Table":
     """Writes the requests of one bucket's users; the same file whenever it is done again."""
     import io
 
@@ -115,7 +115,7 @@ def _ask_bucket(behaviors: "pa.Table", *, out: str, asking: "Asking", n_buckets:
     requests, counts = requests_of(behaviors, asking)
     sink = io.BytesIO()
     pq.write_table(requests, sink)
-    storage.write_bytes(storage.join(out, _name(bucket, n_buckets)), sink.getvalue())
+    storage.write_bytes(storage.join(out, _name(bucket, n_files)), sink.getvalue())
     flow.note(tally, "ask", str(bucket), {**counts, "behaviors": behaviors.num_rows})
     return behaviors.select(["bucket"]).slice(0, 1)
 

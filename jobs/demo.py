@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +84,7 @@ def main(config: Config) -> Summary:
         evaluate.Config(requests=asked, store=store, plug=plug, out=str(out), metric="label", batch_size=32),
     )
     seconds = round(time.perf_counter() - started, 1)
-    _show(judged)
+    _show(json.loads((out / "metrics.json").read_bytes())["examples"])
     result = {
         "scores": {kind: round(judged["scores"][kind]["accuracy"], 4) for kind in _KINDS},
         "loss": {kind: judged["loss"][kind]["mean"] for kind in _KINDS},
@@ -92,7 +92,7 @@ def main(config: Config) -> Summary:
         "store": store,
         "plug": plug,
         "generations": str(out / "store" / "generations"),
-        "report": str(out / "metrics.json"),
+        "report": str(out / "report.html"),
     }
     return Summary(table=_table(judged, seconds), result=result)
 
@@ -167,16 +167,13 @@ def _say(what: str) -> None:
     print(f"\n── {what}", flush=True)
 
 
-def _show(judged: Mapping[str, Any]) -> None:
+def _show(examples: Sequence[Mapping[str, Any]]) -> None:
     """A few requests, each answered three times."""
     from textwrap import shorten
 
     _say("the same question, asked by different people")
     heads = ("request", "own", "none", "other", "target")
-    rows = [
-        [shorten(example["input" if head == "request" else head], 44) for head in heads]
-        for example in judged["examples"]
-    ]
+    rows = [[shorten(example["input" if head == "request" else head], 44) for head in heads] for example in examples]
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     for row in [heads, *rows]:
         print("    " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -60,9 +60,9 @@ def added(summary: Summary, stages: Sequence[Stage], *, wall_s: float, waited_s:
     parts = [f"{one.name} {one.seconds:,.1f} s" for one in stages]
     spent = f"{', '.join(parts)}, model waiting {waited_s:,.1f} s; start and end {start_s:,.1f} s"
     profile = {
-        "seconds": {one.name: round(one.seconds, 2) for one in stages} | {"waiting": round(waited_s, 2)},
+        "seconds": {one.name: round(one.seconds, 4) for one in stages} | {"waiting": round(waited_s, 4)},
         "side_by_side": {one.name: one.side_by_side for one in stages},
-        "start_seconds": round(start_s, 2),
+        "start_seconds": round(start_s, 4),
         "bottleneck": name,
     }
     return replace(

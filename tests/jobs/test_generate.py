@@ -180,7 +180,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
         mine = [one for one in written if one["user_id"] == row["user_id"] and one["timestamp"] < row["as_of"]][-3:]
         known = [None if (one["user_id"], one["behavior_id"]) == ("user-1", "b2") else one["text"] for one in mine]
         query_d, *vectors = reader.encode([row["input"], *(one["text"] for one in mine)]).vectors.astype("f4")
-        vectors_Nd = np.array(vectors).reshape(len(mine), -1)
+        vectors_Nd = np.array(vectors).reshape(len(mine), len(query_d))
         found = best_texts(known, 2, retriever, query=row["input"], query_d=query_d, vectors_Nd=vectors_Nd)
         history = vectors_Nd.astype("<f2").tobytes()
         for name, bare in zip(names, (True, False), strict=True):
