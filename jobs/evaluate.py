@@ -1,8 +1,9 @@
 """Tell how much the persona is worth: scores of the answers, and the loss of the targets under each kind of persona.
 
 Reads `--requests` with targets, `<store>/generations`, `<store>/behaviors`, the plug and, to show past texts in words,
-`--texts`. Writes `<out>/metrics.json`, `<out>/report.html` with the same for people, its pictures as PNG files, and for
-a LaMP task `<out>/lamp/`: golds and answers in the form that LaMP's own evaluation reads.
+`--texts`. Writes `<out>/metrics.json`, `<out>/report.html` with the same for people, its pictures as PNG files,
+`<out>/losses.parquet` with the numbers of each request, which `jobs.compare` reads, and for a LaMP task `<out>/lamp/`:
+golds and answers in the form that LaMP's own evaluation reads.
 """
 
 import sys
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from persona.store import Store
 
 Persona = Literal["own", "none", "other", "mean", "bare"]
-_GATHERED = ("request_id", "user_id", "persona", "target", "nats", "tokens", "n_behaviors")
+# What is kept of each request and kind of persona: numbers, and no texts.
+_KEPT = ("request_id", "user_id", "persona", "n_behaviors", "nats", "tokens")
+_KEPT_OF_REJECTED = ("rejected_nats", "rejected_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,8 @@ class Config(Retrieval):
     """How answers are scored: exact match and F1, MAE and RMSE, or ROUGE."""
     task: Literal["LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"] | None = None
     """A LaMP task, whose official metric is taken instead."""
+    rejected: str | None = None
+    """Column of --requests with a text that was not the right answer: how often is the target likelier than that?"""
     llm: str | None = None
     """Where the plug's LLM lies, when not where the plug says."""
     encoder: str | None = None
@@ -94,7 +99,7 @@ def main(config: Config) -> Summary:
     storage.check_reachable(target, flag="--store")
     storage.check_reachable(out, flag="--out", write=True)
     splits = inputs.plan_splits(source, flag="--requests")
-    requests.check_columns(splits, needs_target=True)
+    requests.check_columns(splits, needs_target=True, rejected=config.rejected)
     store = Store.open(target)
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
     histories = retrieve.plan(config)
@@ -121,6 +126,7 @@ def main(config: Config) -> Summary:
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     files = {
+        "losses.parquet": _as_parquet(losses),
         "metrics.json": (json.dumps(command.plain(metrics), indent=2, allow_nan=False) + "\n").encode(),
         "report.html": report.page(metrics),
     }
@@ -220,17 +226,32 @@ def _losses(
         limit=config.limit,
         keep=_Answered(answered),
         texts=retrieve.best_of(histories, config, where, tally),
+        rejected=config.rejected,
     )
     pool = machines.pool(config.actors, config.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
     rows = flow.by_models(joined, Losses, block_rows=16 * config.batch_size, pool=pool, **of_actors)
-    gathered: dict[str, list[Any]] = {name: [] for name in _GATHERED}
+    names = [*_KEPT, "target", *(_KEPT_OF_REJECTED if config.rejected is not None else ())]
+    gathered: dict[str, list[Any]] = {name: [] for name in names}
     with flow.progress(tally, _progress_line):
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in cast("pa.Table", table).to_pylist():
-                for name in _GATHERED:
+                for name in names:
                     gathered[name].append(row[name])
     return gathered
+
+
+def _as_parquet(losses: Mapping[str, list[Any]]) -> bytes:
+    """The numbers of each request and kind of persona, for `jobs.compare` and whoever else wants to count."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kept = pa.table({name: losses[name] for name in (*_KEPT, *_KEPT_OF_REJECTED) if name in losses})
+    sink = io.BytesIO()
+    pq.write_table(kept.sort_by([("request_id", "ascending"), ("persona", "ascending")]), sink)
+    return sink.getvalue()
 
 
 class _Answered:
@@ -263,16 +284,23 @@ class Losses:
         self.batching = {"batch_size": config.batch_size}
         if config.retrieve:
             self.batching["front_tokens"] = config.retrieve_tokens
+        self.with_rejected = config.rejected is not None
         self.tally = tally
 
     def __call__(self, requests: "pa.Table") -> "pa.Table":
-        """Adds `nats` and `tokens`."""
+        """Adds `nats` and `tokens` of the target, and perhaps those of the rejected text."""
         from persona.generation import loss_of_all
 
         losses = loss_of_all(self.model, requests, **self.batching)
         rows = requests.select(["request_id", "user_id", "persona", "target", "n_behaviors"])
         for name in ("nats", "tokens"):
             rows = rows.append_column(name, losses[name])
+        if self.with_rejected:
+            place = requests.column_names.index("target")
+            instead = requests.set_column(place, "target", requests["rejected"])
+            losses = loss_of_all(self.model, instead, **self.batching)
+            for name in ("nats", "tokens"):
+                rows = rows.append_column(f"rejected_{name}", losses[name])
         if rows.num_rows:
             unit = f"{rows['request_id'][0]}/{rows['persona'][0]}"
             flow.note(self.tally, "loss", unit, {"rows": rows.num_rows})
@@ -313,9 +341,16 @@ def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"loss, {persona}", f"{loss['mean']:.4f} nats a token [{loss['low']:.4f}, {loss['high']:.4f}]{note}")
         )
     rows += [(f"scores, {variant}", "no answers in the store") for variant in metrics["unanswered_variants"]]
+    for persona, found in metrics.get("ranking", {}).items():
+        shares = [f"{name} {100 * one['mean']:.1f} % {_percent(one)}" for name, one in found.items()]
+        rows.append((f"ranking, {persona}", f"target before rejected: {', '.join(shares)}"))
     for variant, scores in metrics["scores"].items():
         rows.append((f"scores, {variant}", ", ".join(f"{name} {value:.4f}" for name, value in scores.items())))
     return rows
+
+
+def _percent(interval: Mapping[str, float]) -> str:
+    return f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
 
 
 def _progress_line(counts: flow.Counts, seconds: float) -> str:

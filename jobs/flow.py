@@ -177,13 +177,15 @@ def requests_with_histories(
     limit: int | None = None,
     keep: Any = None,
     texts: "Texts | None" = None,
+    rejected: str | None = None,
 ) -> "Dataset":
     """Requests, each once for each of `personas` with the history that it may see (`persona.join`), bucket by bucket.
 
     `keep(joined, store, bucket, counts)` may take rows out before their vectors are read, and adds the columns that
-    `keep.adds` names; `stage` is where the tally counts; `texts` brings the texts of histories to the requests.
+    `keep.adds` names; `stage` is where the tally counts; `texts` brings the texts of histories to the requests;
+    `rejected` is the column of a text that was not the right answer (`requests.REJECTED`).
     """
-    reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target}
+    reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target, "rejected": rejected}
     rows = read(splits, read_requests, limit=limit, **reading)
     joining = {"personas": personas, "max_behaviors": max_behaviors, "versions": versions}
     joining |= {"store": store, "tally": tally, "stage": stage, "keep": keep, "texts": texts}
@@ -192,13 +194,15 @@ def requests_with_histories(
     return by_bucket(rows, splits, store.n_buckets, join_bucket, **joining)
 
 
-def read_requests(split: "Split", *, store: "Store", tally: Any, job: str, needs_target: bool) -> Iterator["pa.Table"]:
+def read_requests(
+    split: "Split", *, store: "Store", tally: Any, job: str, needs_target: bool, rejected: str | None
+) -> Iterator["pa.Table"]:
     """Valid requests of a split; the others go to the table of rejects."""
     from persona import requests
     from persona.inputs import read_split
 
     def validate(records: Any) -> Any:
-        return requests.validate(records, store.n_buckets, needs_target, job=job)
+        return requests.validate(records, store.n_buckets, needs_target, job=job, rejected=rejected)
 
     yield from keep_good(read_split(split, job=job), validate, split=split, store=store, tally=tally)
 

@@ -40,10 +40,10 @@ class Texts:
         """The requests among the rows of one bucket, with what `use` adds."""
         import pyarrow as pa
 
-        from persona.requests import SCHEMA
+        from persona.requests import REJECTED, SCHEMA
 
         is_request = rows["request_id"].is_valid()
-        requests = rows.filter(is_request).select(SCHEMA.names)
+        requests = rows.filter(is_request).select([*SCHEMA.names, REJECTED.name])
         texts = rows.filter(pa.compute.invert(is_request)).select(["user_id", "behavior_id", "text", "text_hash"])
         return self.use(requests, texts, store, rows["bucket"][0].as_py(), versions) if requests.num_rows else requests
 
@@ -87,7 +87,7 @@ def _widened(rows: "pa.Table") -> "pa.Table":
     from persona import histories, requests
 
     wanted = ("behavior_id", "text", "text_hash")
-    schema = pa.schema([*requests.SCHEMA, *(histories.SCHEMA.field(name) for name in wanted)])
+    schema = pa.schema([*requests.SCHEMA, requests.REJECTED, *(histories.SCHEMA.field(name) for name in wanted)])
     columns = [
         rows[field.name].cast(field.type) if field.name in rows.column_names else pa.nulls(rows.num_rows, field.type)
         for field in schema

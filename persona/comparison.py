@@ -21,6 +21,7 @@ N_LISTENED = 5
 N_CHARACTERS = 300  # of a past text that is shown
 # First history length of each group of requests; groups nobody is in are left out.
 _LENGTHS = (0, 1, 3, 6, 11, 21, 51, 101, 201)
+_BY_HISTORY = ("own", "other", "mean")  # kinds of persona that are made of somebody's history
 _SMALLER_IS_BETTER = ("mae", "rmse")
 
 Columns = Mapping[str, Sequence[Any]]
@@ -30,9 +31,9 @@ Answers = Mapping[str, Mapping[str, str]]
 def compare(losses: Columns, personas: Sequence[str], answers: Answers, metric: Metric, *, seed: int) -> dict[str, Any]:
     """Losses, scores and what the own persona gains, each with its interval over users.
 
-    `losses` has a row a request and kind of persona (request_id, user_id, persona, target, nats, tokens,
-    n_behaviors), `answers` the outputs by variant and request. Raises `InputError` for ids that are not unique, and as
-    `metrics.score` does.
+    `losses` has a row a request and kind of persona (request_id, user_id, persona, target, nats, tokens, n_behaviors,
+    and perhaps rejected_nats, for the `ranking`), `answers` the outputs by variant and request. Raises `InputError`
+    for ids that are not unique, and as `metrics.score` does.
     """
     of = {p: _of(losses, p) for p in personas}
     first = of[personas[0]]
@@ -71,7 +72,27 @@ def compare(losses: Columns, personas: Sequence[str], answers: Answers, metric: 
         },
         "score_gained_by_own": gained,
         "gain_by_history_length": _by_length(of, seed=seed) if saved else [],
+        **({"ranking": _ranking(of, users, seed=seed)} if "rejected_nats" in losses else {}),
     }
+
+
+def ranked(nats_R: np.ndarray, rejected_R: np.ndarray) -> np.ndarray:
+    """Whether each target is likelier than its rejected text (R,): 1, or 0, or 0.5 where neither is."""
+    outcomes_R: np.ndarray = (np.sign(rejected_R - nats_R) + 1) / 2
+    return outcomes_R
+
+
+def outcomes(of: Mapping[str, Columns]) -> dict[str, dict[str, np.ndarray]]:
+    """By kind of persona, `ranked` in two ways, from columns `nats` and `rejected_nats` in one order of requests.
+
+    `likelier` compares the nats of the two texts, which also tells a text that is likely whoever wrote it; `calibrated`
+    what each text owes to the history: its nats less those without any, where `none` was measured.
+    """
+    nats = {p: (np.array(rows["nats"]), np.array(rows["rejected_nats"])) for p, rows in of.items()}
+    found = {p: {"likelier": ranked(*pair)} for p, pair in nats.items()}
+    for p in (p for p in _BY_HISTORY if p in nats and "none" in nats):
+        found[p]["calibrated"] = ranked(nats[p][0] - nats["none"][0], nats[p][1] - nats["none"][1])
+    return found
 
 
 def shown(losses: Columns, personas: Sequence[str]) -> dict[str, list[str]]:
@@ -162,6 +183,14 @@ def persona_map(
         }
         for i, user in enumerate(users)
     ]
+
+
+def _ranking(of: Mapping[str, Columns], users: Sequence[str], *, seed: int) -> dict[str, Any]:
+    """Shares of the requests whose target is likelier than the rejected text, with intervals over users."""
+    return {
+        p: {name: _plain(bootstrap(values_R, users, seed=seed)) for name, values_R in ways.items()}
+        for p, ways in outcomes(of).items()
+    }
 
 
 def _by_length(of: Mapping[str, Columns], *, seed: int) -> list[dict[str, Any]]:

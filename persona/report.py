@@ -3,24 +3,15 @@
 No script and no address of anything elsewhere: what users have written stands in it as text and can do nothing.
 """
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from persona import charts
-from persona.report_style import STYLE
+from persona import charts, markup
 
 _VERSIONED = ("persona-plug", "torch", "transformers", "deepspeed", "ray", "deltalake", "rouge-score", "numpy")
-_KINDS = {
-    "own": "the user's own persona",
-    "other": "another user's persona",
-    "mean": "the own history, each behavior weighed alike",
-    "none": "no history: instruction token and default persona",
-    "bare": "the LLM without the plug",
-}
 _BETTER = {"mae": "lower", "rmse": "lower"}
 # The plain mean is what the interval is about; the median beside it is LaMP's official number.
 _INTERVAL_OF = {"rouge1": "rouge1_mean", "rougeL": "rougeL_mean"}
@@ -44,29 +35,31 @@ def page(metrics: Metrics) -> bytes:
     settings = metrics["settings"]
     sections = [
         _head(metrics),
-        _section("Loss", _loss_text(metrics), _losses(metrics)),
-        _section("Scores", _score_text(metrics), _scores(metrics)) if metrics["scores"] else "",
+        markup.section("Loss", _loss_text(metrics), _losses(metrics)),
+        markup.section("Scores", _score_text(metrics), _scores(metrics)) if metrics["scores"] else "",
+        markup.section("Ranking", _RANKING_TEXT, _ranking(metrics)) if "ranking" in metrics else "",
         '<div class="pair">',
-        _section("Gain against history length", _LENGTH_TEXT, _lengths(metrics)),
-        _section("Training", _TRAINING_TEXT, _curves(metrics)),
-        _section("A map of personas", _MAP_TEXT, _map(metrics)),
-        _section("Who gains", _who_text(metrics), _who(metrics)),
+        markup.section("Gain against history length", _LENGTH_TEXT, _lengths(metrics)),
+        markup.section("Training", _TRAINING_TEXT, _curves(metrics)),
+        markup.section("A map of personas", _MAP_TEXT, _map(metrics)),
+        markup.section("Who gains", _who_text(metrics), _who(metrics)),
         "</div>",
-        _section("What the persona listened to", _listening_text(metrics), _listening(metrics)),
-        _section("Where the own persona helps most", "", _examples(metrics["largest_gains"], settings["variants"])),
-        _section("Where it harms most", "", _examples(metrics["largest_losses"], settings["variants"])),
-        _section("Requests evenly spaced over the set", "", _examples(metrics["examples"], settings["variants"])),
-        _section("Settings, versions, cost", "", _origin(metrics)),
+        markup.section("What the persona listened to", _listening_text(metrics), _listening(metrics)),
+        markup.section(
+            "Where the own persona helps most", "", _examples(metrics["largest_gains"], settings["variants"])
+        ),
+        markup.section("Where it harms most", "", _examples(metrics["largest_losses"], settings["variants"])),
+        markup.section("Requests evenly spaced over the set", "", _examples(metrics["examples"], settings["variants"])),
+        markup.section("Settings, versions, cost", "", _origin(metrics)),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f'<meta name="color-scheme" content="light dark"><title>persona-plug: {escape(settings["out"])}</title>'
-        f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
-    ).encode()
+    return markup.page(settings["out"], sections)
 
 
+_RANKING_TEXT = (
+    "Requests whose target is likelier than the rejected text, 50 % by chance, with 95 % intervals over users. By "
+    "nats: which text is likelier as a whole. Calibrated: which one owes more to the history, its nats less those "
+    "without any."
+)
 _LENGTH_TEXT = (
     "Nats a token that the own persona saves, for requests whose visible history is about as long; the bars are "
     "95 % intervals over users."
@@ -92,40 +85,25 @@ def _head(metrics: Metrics) -> str:
     if metrics["rejects"]:
         warnings.append(f"{metrics['rejects']:,} rows of the requests could not be read; see the table of rejects.")
     tiles = [
-        _tile(
-            f"saved against {_KINDS[kind].split(':')[0]}",
+        markup.tile(
+            f"saved against {markup.KINDS[kind].split(':')[0]}",
             f"{saved['mean']:+.4f}",
-            f"nats a token, {_range(saved)}",
-            _verdict(saved),
+            f"nats a token, {markup.ends(saved)}",
+            markup.verdict(saved),
         )
         for kind, saved in metrics["loss_saved_by_own"].items()
     ]
-    shown = "".join(f'<p class="warning">{escape(text)}</p>' for text in warnings)
     return (
         f'<header><p class="eyebrow">persona-plug · evaluation</p><h1>{escape(settings["llm"]["name"])} with a plug of '
         f"{settings['plug_options']['persona_tokens']} persona {_tokens(settings)}</h1>"
         f"<p>{metrics['requests']:,} requests of {metrics['users']:,} users from "
-        f"<code>{escape(settings['requests'])}</code></p>{shown}"
+        f"<code>{escape(settings['requests'])}</code></p>{markup.warnings(warnings)}"
         f'<div class="tiles">{"".join(tiles)}</div></header>'
     )
 
 
 def _tokens(settings: Mapping[str, Any]) -> str:
     return "token" if settings["plug_options"]["persona_tokens"] == 1 else "tokens"
-
-
-def _tile(name: str, value: str, note: str, verdict: str) -> str:
-    return (
-        f'<div class="tile {verdict}"><span>{escape(name)}</span><strong>{value}</strong>'
-        f"<span>{escape(note)}</span></div>"
-    )
-
-
-def _verdict(interval: Mapping[str, float]) -> str:
-    """Whether an interval leaves zero out, and on which side it lies."""
-    if interval["low"] > 0:
-        return "gain"
-    return "loss" if interval["high"] < 0 else "open"
 
 
 def _loss_text(metrics: Metrics) -> str:
@@ -140,13 +118,13 @@ def _loss_text(metrics: Metrics) -> str:
 def _losses(metrics: Metrics) -> str:
     rows = [
         [
-            _name(kind),
-            f"{loss['mean']:.4f}{_beside(loss)}",
-            _difference(metrics["loss_saved_by_own"].get(kind)),
+            markup.name(kind),
+            f"{loss['mean']:.4f}{markup.beside(loss)}",
+            markup.difference(metrics["loss_saved_by_own"].get(kind)),
         ]
         for kind, loss in metrics["loss"].items()
     ]
-    return _table(["persona", "loss", "saved by own"], rows)
+    return markup.table(["persona", "loss", "saved by own"], rows)
 
 
 def _score_text(metrics: Metrics) -> str:
@@ -168,21 +146,23 @@ def _scores(metrics: Metrics) -> str:
             if name in _INTERVAL_OF.values():
                 continue
             about = _INTERVAL_OF.get(name, name)
-            interval = _beside(metrics["score_intervals"][variant].get(about))
+            interval = markup.beside(metrics["score_intervals"][variant].get(about))
             shown = f"{value:.4f}" if about != name else f"{value:.4f}{interval}"
             mean = f"{scores[about]:.4f}{interval}" if about != name else ""
             gained = metrics["score_gained_by_own"].get(name, {}).get(variant)
-            rows.append([_name(variant), escape(name), shown, mean, _difference(gained)])
+            rows.append([markup.name(variant), escape(name), shown, mean, markup.difference(gained)])
     heads = ["variant", "score", "value", "plain mean", "gained by own"]
     if not any(row[3] for row in rows):
         heads, rows = [*heads[:3], *heads[4:]], [[*row[:3], *row[4:]] for row in rows]
-    return _table(heads, rows)
+    return markup.table(heads, rows)
 
 
-def _difference(interval: Mapping[str, float] | None) -> str:
-    if interval is None:
-        return ""
-    return f'<b class="{_verdict(interval)}">{interval["mean"]:+.4f}</b>{_beside(interval)}'
+def _ranking(metrics: Metrics) -> str:
+    rows = [
+        [markup.name(kind), *(markup.share(found[way]) if way in found else "" for way in ("likelier", "calibrated"))]
+        for kind, found in metrics["ranking"].items()
+    ]
+    return markup.table(["persona", "by nats", "calibrated"], rows)
 
 
 def _lengths(metrics: Metrics) -> str:
@@ -191,13 +171,15 @@ def _lengths(metrics: Metrics) -> str:
         (_span(row), {kind: (one["mean"], one["low"], one["high"]) for kind, one in row["saved_by_own"].items()})
         for row in rows
     ]
-    counts = _table(
+    counts = markup.table(
         ["behaviors seen", "requests", "users"],
         [[_span(row), f"{row['requests']:,}", f"{row['users']:,}"] for row in rows],
     )
     chart = charts.groups(found, x="behaviors that the request sees", y="nats a token saved")
     kinds = list(found[0][1]) if found else []
-    return _figure(chart, {kind: f"against {kind}" for kind in kinds}) + _more("How many requests these are", counts)
+    return markup.figure(chart, {kind: f"against {kind}" for kind in kinds}) + markup.more(
+        "How many requests these are", counts
+    )
 
 
 def _span(row: Mapping[str, Any]) -> str:
@@ -211,7 +193,7 @@ def _curves(metrics: Metrics) -> str:
         "held-out": training.get("validation_curve", []),
     }
     chart = charts.lines(series, x="step", y="nats a token")
-    return _figure(chart, {name: name for name, points in series.items() if points})
+    return markup.figure(chart, {name: name for name, points in series.items() if points})
 
 
 def _map(metrics: Metrics) -> str:
@@ -225,7 +207,7 @@ def _map(metrics: Metrics) -> str:
         for one in metrics["map"]
     ]
     chart = charts.cloud(points, x="first principal direction", y="second")
-    return _figure(chart, {"gain": "own saves", "loss": "own costs"})
+    return markup.figure(chart, {"gain": "own saves", "loss": "own costs"})
 
 
 def _who_text(metrics: Metrics) -> str:
@@ -238,14 +220,7 @@ def _who(metrics: Metrics) -> str:
     saved = sorted((one["saved"] for one in metrics["map"]), reverse=True)
     points = [(100 * (i + 0.5) / len(saved), value) for i, value in enumerate(saved)]
     chart = charts.lines({"own": points}, x="share of the users (%)", y="nats a token saved", zero=True)
-    return _figure(chart, {"own": "own against another's"})
-
-
-def _figure(chart: str, legend: Mapping[str, str]) -> str:
-    if not chart:
-        return '<p class="quiet">Nothing to draw here.</p>'
-    keys = "".join(f'<span><i class="{kind}"></i>{escape(text)}</span>' for kind, text in legend.items())
-    return f'<figure>{chart}<figcaption class="legend">{keys}</figcaption></figure>'
+    return markup.figure(chart, {"own": "own against another's"})
 
 
 def _listening_text(metrics: Metrics) -> str:
@@ -288,7 +263,9 @@ def _examples(examples: Sequence[Mapping[str, Any]], variants: Sequence[str]) ->
 def _example(example: Mapping[str, Any], variants: Sequence[str]) -> str:
     nats = example["nats_a_token"]
     rows = [f"<dt>target</dt><dd><b>{escape(_cut(example['target']))}</b></dd>"]
-    rows += [f"<dt>{_name(name)}</dt><dd>{escape(_cut(example[name])) or '<em>empty</em>'}</dd>" for name in variants]
+    rows += [
+        f"<dt>{markup.name(name)}</dt><dd>{escape(_cut(example[name])) or '<em>empty</em>'}</dd>" for name in variants
+    ]
     losses = ", ".join(f"{escape(kind)} {value:.3f}" for kind, value in nats.items())
     return (
         f'<article><p class="ask">{escape(_cut(example["input"]))}</p><dl>{"".join(rows)}</dl>'
@@ -306,7 +283,7 @@ def _origin(metrics: Metrics) -> str:
         "requests trained on": training.get("requests", "unknown"),
     }
     parts = {"Settings": settings, "Training": run, "Versions": metrics["versions"], "Cost": cost}
-    return "".join(_more(name, _table(["", ""], _pairs(values))) for name, values in parts.items())
+    return "".join(markup.more(name, markup.table(["", ""], _pairs(values))) for name, values in parts.items())
 
 
 def _pairs(values: Mapping[str, Any]) -> list[list[str]]:
@@ -319,38 +296,6 @@ def _said(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_said, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _section(title: str, text: str, inside: str) -> str:
-    words = f"<p>{escape(text)}</p>" if text else ""
-    return f"<section><h2>{escape(title)}</h2>{words}{inside}</section>"
-
-
-def _more(title: str, inside: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{inside}</details>"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML."""
-    top = "".join(f"<th>{head}</th>" for head in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    head = f"<thead><tr>{top}</tr></thead>" if any(heads) else ""
-    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def _name(kind: str) -> str:
-    title = f' title="{escape(_KINDS[kind])}"' if kind in _KINDS else ""
-    return f'<span class="kind"{title}><i class="{escape(kind, quote=True)}"></i>{escape(kind)}</span>'
-
-
-def _beside(interval: Mapping[str, float] | None) -> str:
-    return f' <span class="range">{_range(interval)}</span>'
-
-
-def _range(interval: Mapping[str, float] | None) -> str:
-    if interval is None or not math.isfinite(interval["low"]):
-        return "–"
-    return f"[{interval['low']:.4f}, {interval['high']:.4f}]"
 
 
 def _cut(text: str, most: int = 600) -> str:

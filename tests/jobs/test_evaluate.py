@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -106,6 +107,34 @@ def test_losses_are_those_of_a_calculation_by_hand(do: Job, flags: dict[str, Any
     assert all({*PERSONAS, "target", "input"} <= set(example) for example in metrics["examples"])
     assert metrics["settings"]["plug_fingerprint"] == plug_folder.fingerprint(Path(plug))
     assert done.result["loss"] == loss
+
+
+def test_a_rejected_text_is_measured_as_if_it_were_the_target_and_all_numbers_are_kept(
+    do: Job, flags: dict[str, Any], plug: str, s3: str, tmp_path: Path
+) -> None:
+    asked = [{**row, "worse": row["target"][::-1]} for row in requests(4, 2)]
+    write(flags["requests"], asked)
+    personas = ("own", "none", "mean")
+    done = do(evaluate, **flags, out=f"{s3}/ranked", personas=personas, rejected="worse")
+    assert done.code == 0
+    rows = pq.read_table(pa.BufferReader(read_bytes(f"{s3}/ranked/losses.parquet")))
+    assert rows.column_names == [
+        *("request_id", "user_id", "persona", "n_behaviors", "nats", "tokens", "rejected_nats", "rejected_tokens")
+    ]
+    assert rows.num_rows == len(asked) * len(personas)
+    found = {(row["persona"], row["request_id"]): row for row in rows.to_pylist()}
+    for persona in ("own", "none"):
+        own = persona == "own"
+        nats, tokens = loss_by_hand(flags["store"], plug, asked, own=own)
+        rejected, _ = loss_by_hand(flags["store"], plug, [{**row, "target": row["worse"]} for row in asked], own=own)
+        mine = [found[persona, row["request_id"]] for row in asked]
+        # float32 sums of about 50 nats in another order.
+        assert [row["nats"] for row in mine] == pytest.approx(nats, abs=1e-3)
+        assert [row["tokens"] for row in mine] == tokens
+        assert [row["rejected_nats"] for row in mine] == pytest.approx(rejected, abs=1e-3)
+        likelier = np.mean([row["nats"] < row["rejected_nats"] for row in mine])
+        assert done.result["ranking"][persona]["likelier"]["mean"] == pytest.approx(likelier)
+    assert "ranking, mean" in done.table and "calibrated" in done.table
 
 
 def test_a_task_is_scored_by_its_own_metric(do: Job, flags: dict[str, Any], tmp_path: Path) -> None:

@@ -122,3 +122,33 @@ def test_one_id_for_two_users_is_refused() -> None:
     rows["request_id"] = ["a" if one == "b" else one for one in rows["request_id"]]
     with pytest.raises(InputError, match="make the ids unique"):
         comparison.compare(rows, PERSONAS, {}, TEXT, seed=0)
+
+
+def with_rejected() -> dict[str, list[Any]]:
+    """Nats of a rejected text by persona and request; user u asks a and b, user v asks c and d."""
+    rejected = {
+        "own": {"a": 9.0, "b": 9.0, "c": 1.0, "d": 5.0},  # against 8, 10, 1 and 4: right, wrong, a tie, right
+        "none": {"a": 9.0, "b": 12.0, "c": 5.0, "d": 7.5},  # against 8, 15, 5 and 6: right, wrong, a tie, right
+        "other": {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0},
+    }
+    rows = losses()
+    pairs = zip(rows["persona"], rows["request_id"], strict=True)
+    return {**rows, "rejected_nats": [rejected[persona][request] for persona, request in pairs]}
+
+
+def test_the_ranking_is_the_share_of_targets_that_are_likelier_and_ties_count_half() -> None:
+    found = comparison.compare(with_rejected(), PERSONAS, {}, TEXT, seed=0)["ranking"]
+    # Of u one of two, of v one and a half: users are drawn, so a sample is all u, all v, or half of each.
+    assert found["own"]["likelier"] == {"mean": 0.625, "low": 0.5, "high": 0.75}
+    assert found["none"]["likelier"]["mean"] == 0.625
+    assert found["other"]["likelier"]["mean"] == 0
+    # What the own history adds to the target and to the rejected text, in nats (less is likelier):
+    # a: 0 and 0, a tie; b: -5 and -3, right; c: -4 and -4, a tie; d: -2 and -2.5, wrong.
+    assert found["own"]["calibrated"] == {"mean": 0.5, "low": 0.25, "high": 0.75}
+    assert set(found["none"]) == {"likelier"}
+
+
+def test_a_ranking_is_calibrated_only_by_what_was_measured() -> None:
+    found = comparison.compare(with_rejected(), ("own", "other"), {}, TEXT, seed=0)["ranking"]
+    assert {p: set(ways) for p, ways in found.items()} == {"own": {"likelier"}, "other": {"likelier"}}
+    assert "ranking" not in comparison.compare(losses(), PERSONAS, {}, TEXT, seed=0)

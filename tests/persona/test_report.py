@@ -102,6 +102,13 @@ def test_the_page_says_what_was_found() -> None:
     assert all(value in words for value in found["versions"].values())
 
 
+def test_a_ranking_is_shown_where_there_is_one() -> None:
+    found = {"likelier": {"mean": 0.625, "low": 0.5, "high": 0.75}}
+    _, words = read(report.page(metrics(ranking={"own": found, "none": found})))
+    assert "62.5 %" in words and "[50.0, 75.0]" in words
+    assert "Ranking" not in read(report.page(metrics()))[1]
+
+
 def test_warnings_stand_at_the_top() -> None:
     _, words = read(report.page(metrics(limited=True, unanswered_variants=["mean"], rejects=2)))
     for part in ("--limit 3 was given", "variant 'mean'", "2 rows of the requests could not be read"):

@@ -10,7 +10,7 @@ import pytest
 
 from persona.errors import InputError
 from persona.inputs import plan_splits, read_split
-from persona.requests import SCHEMA, check_columns, validate
+from persona.requests import REJECTED, SCHEMA, check_columns, validate
 
 GOOD = {"request_id": "r", "user_id": "u", "input": "Write."}
 
@@ -46,6 +46,18 @@ def test_a_target_is_asked_for_only_where_it_is_needed(tmp_path: Path) -> None:
     assert good_and_bad(tmp_path, *objects)[0].num_rows == 2
     good, bad = good_and_bad(tmp_path, *objects, needs_target=True)
     assert good.num_rows == 1 and bad["reason"].to_pylist() == ["target is missing"]
+
+
+def test_a_rejected_text_is_read_where_it_is_asked_for_and_then_needed(tmp_path: Path) -> None:
+    objects = [GOOD | {"worse": "w"}, GOOD | {"worse": " "}, GOOD]
+    assert good_and_bad(tmp_path, *objects)[0].schema == SCHEMA
+    (raw,) = read_split(plan_splits(str(tmp_path), flag="--requests")[0])
+    good, bad = validate(raw, 16, False, rejected="worse")
+    assert good.schema == SCHEMA.append(REJECTED) and good["rejected"].to_pylist() == ["w"]
+    assert bad["reason"].to_pylist() == ["worse is empty", "worse is missing"]
+    check_columns(plan_splits(str(tmp_path), flag="--requests"), needs_target=False, rejected="worse")
+    with pytest.raises(InputError, match="no column 'wrong'; --rejected names it"):
+        check_columns(plan_splits(str(tmp_path), flag="--requests"), needs_target=False, rejected="wrong")
 
 
 @pytest.mark.parametrize(
