@@ -153,7 +153,8 @@ def _plan(config: Config, inputs: Inputs, *, resumes: bool) -> Summary:
         lambda: training_flops(
             inputs.llm.config,
             inputs.encoder.config,
-            n_requests=tokens_of_text(n_bytes) / config.max_input_tokens,
+            # Under --contrast each is asked once more, with another history.
+            n_requests=tokens_of_text(n_bytes) / config.max_input_tokens * (2 if config.contrast else 1),
             inputs=config.max_input_tokens,
             outputs=0,
             query=config.max_query_tokens,

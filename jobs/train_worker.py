@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from jobs.train import Config
+    from persona.encoder import TextEncoder
     from persona.llm import FrozenLLM
     from persona.models import ModelFolder
     from persona.personalized import Row
@@ -31,7 +32,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     """
     from ray import train
 
-    from persona.training import drop_behaviors, one_ahead, shuffle_windows, train_step, validation_loss
+    from persona.training import aligned_steps, one_ahead, shuffle_windows, step_rows, train_step, validation_loss
 
     config: Config = settings["config"]
     options: TrainingOptions = config.options(TrainingOptions)
@@ -43,6 +44,13 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         engine, state = _engine(settings, config, options, folder)
     begun = state["step"]
     held_out = _held_out_rows(train.get_dataset_shard("validation"), rank, settings["workers"])
+    if options.empty_history == 1:
+        # What has never seen a history must be judged, and its best step chosen, without one.
+        held_out = [{**row, "history": b""} for row in held_out]
+    seeing: dict[str, Any] = {"n_steps": n_steps, "width": settings["identity"]["width"], "options": options}
+    seeing["encoder"] = None
+    if begun < aligned_steps(n_steps, options):
+        seeing["encoder"] = _store_encoder(settings, engine.module.llm.device)
 
     def batches(epoch: int, blocks: "Iterator[pa.Table]") -> "Iterator[tuple[int, list[Row]]]":
         for index, block in enumerate(shuffle_windows(blocks, epoch=epoch, seed=config.seed)):
@@ -50,8 +58,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
                 continue
             if block.num_rows != share:
                 raise AssertionError(f"a worker's share of a batch has {block.num_rows} requests instead of {share}")
-            width = settings["identity"]["width"]
-            yield step, [drop_behaviors(row, width=width, epoch=epoch, options=options) for row in block.to_pylist()]
+            yield step, step_rows(block.to_pylist(), step=step, epoch=epoch, **seeing)
 
     laps = _Laps()
     for epoch in range(begun // n_epoch, config.epochs):
@@ -141,7 +148,7 @@ def _engine(settings: Mapping[str, Any], config: "Config", options: TrainingOpti
     model = PersonalizedLLM(plug.to(llm.device), llm, query_text)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "training_curve": [], "validation_curve": []}
     if folder is None and options.warm_start == "vocabulary":
-        _warm_start(plug, encoder, llm, settings)
+        _warm_start(plug, llm, settings)
     if folder is not None:
         state = checkpoint.load_weights(model, folder)
         # Measured once: another machine may measure a little differently.
@@ -155,17 +162,25 @@ def _engine(settings: Mapping[str, Any], config: "Config", options: TrainingOpti
     return engine, state
 
 
-def _warm_start(plug: "Plug", encoder: "ModelFolder", llm: "FrozenLLM", settings: Mapping[str, Any]) -> None:
+def _warm_start(plug: "Plug", llm: "FrozenLLM", settings: Mapping[str, Any]) -> None:
     """The closed-form start of `persona.warm_start`; every worker finds the same."""
     import numpy as np
 
     from persona import warm_start
+
+    behaviors_Nd = np.frombuffer(settings["behaviors"], dtype="<f2").reshape(-1, settings["identity"]["width"])
+    warm_start.fit(plug, _store_encoder(settings, llm.device), llm, behaviors_Nd)
+
+
+def _store_encoder(settings: Mapping[str, Any], device: Any) -> "TextEncoder":
+    """The frozen encoder as it made the store's vectors. The device is named, since each thread has its own default."""
+    from persona import models
     from persona.encoder import TextEncoder
 
     identity = settings["identity"]
-    frozen = TextEncoder(encoder, pooling=identity["pooling"], max_tokens=identity["max_tokens"], precision="fp32")
-    behaviors_Nd = np.frombuffer(settings["behaviors"], dtype="<f2").reshape(-1, identity["width"])
-    warm_start.fit(plug, frozen, llm, behaviors_Nd)
+    folder = models.resolve(settings["encoder"]["name"], revision=identity["revision"], flag="--encoder")
+    how = {"pooling": identity["pooling"], "max_tokens": identity["max_tokens"]}
+    return TextEncoder(folder, **how, precision="fp32", device=str(device))
 
 
 def _check_same(found: "ModelFolder", card: Mapping[str, str]) -> None:

@@ -29,6 +29,8 @@ class PlugOptions:
     """Factor on x·h before the softmax; with unit vectors and 1.0 (the paper) the weights are nearly flat."""
     learn_temperature: bool = False
     """Train that factor, starting from --temperature."""
+    recency: bool = False
+    """Let a behavior weigh less by a learned power of how many newer ones the request sees; starts without effect."""
 
     @property
     def n_soft(self) -> int:
@@ -43,6 +45,8 @@ class PlugOptions:
             raise UsageError(f"--temperature {self.temperature}: must be above 0")
         if self.weights == "mean" and self.learn_temperature:
             raise UsageError("--learn-temperature does nothing under --weights mean; take one of them away")
+        if self.weights == "mean" and self.recency:
+            raise UsageError("--recency does nothing under --weights mean; take one of them away")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,11 @@ class TrainingOptions:
     history_dropout: float = 0.5
     """Up to this share of a history is left out of a row, drawn anew each epoch."""
     empty_history: float = 0.05
-    """Share of rows that lose their whole history, which trains the default persona."""
+    """Share of rows that lose their history, which trains the default persona; 1 is prompt tuning (--personas none)."""
+    alignment: float = 0.0
+    """First share of the steps, in which a history is the one vector of the row's own target (xRAG, 2405.13792)."""
+    contrast: float = 0.0
+    """Weight in the loss of telling the own history from another user's; one more forward and backward pass a row."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1, 2, or 3 when the LLM does not fit one GPU."""
     warm_start: Literal["none", "vocabulary"] = "none"
@@ -88,14 +96,25 @@ class TrainingOptions:
             )
         if self.zero_stage not in (1, 2, 3):
             raise UsageError(f"--zero-stage {self.zero_stage}: must be 1, 2 or 3")
-        for name in ("warmup", "history_dropout", "empty_history"):
+        for name in ("warmup", "history_dropout", "alignment"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0 and below 1")
+        if not 0 <= self.empty_history <= 1:
+            raise UsageError(f"--empty-history {self.empty_history}: must be from 0 to 1")
         for name in ("learning_rate", "query_learning_rate", "max_gradient_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         if not 0 <= self.weight_decay < math.inf:
             raise UsageError(f"--weight-decay {self.weight_decay}: must be 0 or more")
+        if not 0 <= self.contrast < math.inf:
+            raise UsageError(f"--contrast {self.contrast}: must be 0 (off) or more")
+        if self.contrast and self.micro_batch < 2:
+            raise UsageError(
+                f"--contrast {self.contrast} takes the other history from the same micro-batch: --micro-batch must be "
+                f"2 or more, not {self.micro_batch}"
+            )
+        if self.empty_history == 1 and (self.alignment or self.contrast):
+            raise UsageError("--empty-history 1 leaves no history for --alignment or --contrast to work on")
 
 
 @dataclass(frozen=True, kw_only=True)

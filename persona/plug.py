@@ -33,7 +33,7 @@ class Projector(nn.Module):
 
 
 class Plug(nn.Module):
-    """Everything that is trained: query encoder, projector, instruction token, default persona, temperature.
+    """Everything that is trained: query encoder, projector, instruction token, default persona, temperature, recency.
 
     Args:
         query_encoder: the BERT-like model of eq. 2; None exactly when `options.weights` is `mean`.
@@ -75,6 +75,8 @@ class Plug(nn.Module):
         if options.learn_temperature:
             # A vector of one, since DeepSpeed broadcasts no scalars.
             self.log_temperature = nn.Parameter(torch.tensor([math.log(options.temperature)]))
+        if options.recency:
+            self.recency_slope = nn.Parameter(torch.zeros(1))
 
     def encode_query(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Eq. 2: the request's unit vector **x** (B, d)."""
@@ -84,11 +86,20 @@ class Plug(nn.Module):
         return pool(hidden_BTd, mask_BT, self.pooling)
 
     def weigh(self, history_Md: Tensor, lengths_B: Tensor, query_Bd: Tensor | None) -> Tensor:
-        """Eq. 3: the weight (M,) of each behavior within its request's history; `query_Bd` None means equal weights."""
+        """Eq. 3: the weight (M,) of each behavior within its request's history; `query_Bd` None means equal weights.
+
+        With the option `recency`, w_i ∝ exp(t·x·h_i) / (1 + k_i)^slope, where k_i behaviors of the history are newer:
+        people forget by a power law, too (Wixted & Ebbesen 1991).
+        """
         rows_M = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
         if query_Bd is None:
             return 1.0 / lengths_B[rows_M].to(history_Md.dtype)
         scores_M = (query_Bd[rows_M] * history_Md).sum(-1) * self.temperature()
+        if self.options.recency:
+            # Histories come oldest first.
+            last_M = lengths_B.cumsum(0)[rows_M] - 1
+            newer_M = last_M - torch.arange(len(rows_M), device=rows_M.device)
+            scores_M = scores_M - self.recency_slope * torch.log1p(newer_M.to(scores_M.dtype))
         # Softmax over each row's own segment; the row's maximum is taken off first so that exp cannot overflow.
         top_B = scores_M.new_full((len(lengths_B),), -math.inf).scatter_reduce(0, rows_M, scores_M.detach(), "amax")
         exp_M = torch.exp(scores_M - top_B[rows_M])
@@ -115,7 +126,7 @@ class Plug(nn.Module):
         """The soft tokens [I; P] (B, S, D) of eq. 5.
 
         Args:
-            history_Md: the unit vectors of all requests' behaviors, request after request, no padding.
+            history_Md: the unit vectors of all requests' behaviors, request after request, oldest first, no padding.
             lengths_B: behaviors of each request; 0 is allowed.
             query: token ids and mask, both (B, T), for eq. 2; None weighs all behaviors equally.
         """

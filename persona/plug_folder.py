@@ -26,6 +26,8 @@ from persona.plug import Plug
 
 WEIGHTS, RECORD, CARD = "plug.safetensors", "plug.json", "README.md"
 _FORMAT = 1
+# Options that came after plugs had answered: while they are off, these answers are still up to date.
+_LATER_OPTIONS = ("recency",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,9 @@ def fingerprint(folder: Path) -> str:
     """Hash of all that a plug's answers depend on, so not of its training: part of the fingerprint of every answer."""
     record = asdict(read_record(folder))
     del record["training"]
+    for name in _LATER_OPTIONS:
+        if not record["options"][name]:
+            del record["options"][name]
     with (folder / WEIGHTS).open("rb") as weights:
         digest = hashlib.file_digest(weights, lambda: hashlib.blake2b(digest_size=16))
     digest.update(json.dumps(record, sort_keys=True).encode())

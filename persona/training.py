@@ -1,6 +1,7 @@
 """How a plug is trained: what is trained, the loss of a step, history dropout, the schedule, DeepSpeed's settings.
 
-Shapes: N requests, n behaviors of one request, d encoder width.
+Shapes: N requests, B requests of a micro-batch, C of those that are held against another user's history, n behaviors of
+one request, d encoder width.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch import nn
 
+from persona.encoder import TextEncoder
 from persona.options import TrainingOptions
 from persona.personalized import PersonalizedLLM, Row
 
@@ -84,6 +86,73 @@ def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions
     return {**row, "history": history[kept].tobytes()}
 
 
+def step_rows(
+    rows: Sequence[Row],
+    *,
+    step: int,
+    n_steps: int,
+    epoch: int,
+    width: int,
+    options: TrainingOptions,
+    encoder: TextEncoder | None,
+) -> list[Row]:
+    """What a step sees of its requests: parts of the histories, or while it aligns the vectors of the targets.
+
+    `encoder` is the one of the store, None when no step to come aligns.
+    """
+    dropped = [drop_behaviors(row, width=width, epoch=epoch, options=options) for row in rows]
+    if step >= aligned_steps(n_steps, options):
+        return dropped
+    assert encoder is not None
+    return align(dropped, encoder)
+
+
+def aligned_steps(n_steps: int, options: TrainingOptions) -> int:
+    """How many steps, the first ones, align the plug with the LLM."""
+    return round(options.alignment * n_steps)
+
+
+def align(rows: Sequence[Row], encoder: TextEncoder) -> list[Row]:
+    """The rows with the vector of their own target, as the store would have it, in the place of their history.
+
+    A plug that can have a text written from its vector has found where the encoder's meanings lie for the LLM, which
+    takes long to find out from histories that merely resemble the target (xRAG, arXiv 2405.13792, begins like this). A
+    row without a history stays without: the default persona learns meanwhile.
+    """
+    places = [place for place, row in enumerate(rows) if row["history"]]
+    vectors = encoder.encode([rows[place]["target"] for place in places]).vectors.astype("<f2")
+    found = list(rows)
+    for place, vector in zip(places, vectors, strict=True):
+        found[place] = {**rows[place], "history": vector.tobytes()}
+    return found
+
+
+def with_other_histories(rows: Sequence[Row]) -> tuple[list[int], list[Row]]:
+    """Requests of a micro-batch, each with the history of the next one, and their places in it.
+
+    Left out is a request whose next one is of the same user, or where one of the two has no history.
+    """
+    pairs = list(zip(rows, [*rows[1:], *rows[:1]], strict=True))
+    places = [
+        place
+        for place, (row, after) in enumerate(pairs)
+        if row["user_id"] != after["user_id"] and row["history"] and after["history"]
+    ]
+    return places, [{**pairs[place][0], "history": pairs[place][1]["history"]} for place in places]
+
+
+def contrast_loss(own_C: torch.Tensor, other_C: torch.Tensor) -> torch.Tensor:
+    """-Σ log p(own | y), summed over C requests: the nats it takes to tell from the target whose history it was.
+
+    By Bayes' rule, with the own history and another's equally likely beforehand,
+    p(own | y) = p(y | own) / (p(y | own) + p(y | other)) = σ(nll_other - nll_own), and so the loss is
+    softplus(nll_own - nll_other): InfoNCE with one negative (arXiv 1807.03748), or Bradley-Terry as in DPO. Like eq. 6
+    it is in nats, so both may be added. Its slope is at most 1 on either side and vanishes once the two are told apart,
+    so that no text is made unlikely for ever.
+    """
+    return nn.functional.softplus(own_C - other_C).sum()
+
+
 def epoch_order(requests: pa.Table, *, epoch: int, seed: int, n_requests: int, global_batch: int) -> pa.Array:
     """Sort keys (N,) int64 that put one epoch's requests in their order, known from each row's content alone.
 
@@ -131,29 +200,36 @@ def train_step(
 ) -> tuple[float, int]:
     """One optimizer step over this worker's rows of a global batch; all workers call it together.
 
-    The loss is eq. 6 divided by the target tokens of the *global* batch, so that one worker and many take the same
-    step.
+    The loss is eq. 6, and with `options.contrast` so much of `contrast_loss`, divided by the target tokens of the
+    *global* batch, so that one worker and many take the same step.
 
     Returns:
-        the global batch's loss in nats a token, and its number of target tokens.
+        the global batch's loss by eq. 6 alone in nats a token, and its number of target tokens.
     """
     model: PersonalizedLLM = engine.module
+    parts = [rows[start : start + options.micro_batch] for start in range(0, len(rows), options.micro_batch)]
+    others = [with_other_histories(part) if options.contrast else ([], []) for part in parts]
+    # The engine is called once a micro-batch, so the same requests with other histories stand behind it.
     batches = [
-        model.collate(rows[start : start + options.micro_batch], with_targets=True)
-        for start in range(0, len(rows), options.micro_batch)
+        model.collate([*part, *again], with_targets=True) for part, (_, again) in zip(parts, others, strict=True)
     ]
-    n_tokens = sum_over_workers(sum(batch.n_target_tokens for batch in batches), model.llm.device)
+    own_targets = [batch.targets[: len(part)] for part, batch in zip(parts, batches, strict=True)]
+    n_tokens = sum_over_workers(sum(len(target) for part in own_targets for target in part), model.llm.device)
     factor = learning_rate_factor(step, n_steps, options.warmup)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     # DeepSpeed averages over workers and over accumulated micro-batches; eq. 6 is a sum.
     scale = engine.world_size * len(batches) / n_tokens
     total = 0.0
-    for batch in batches:
-        nll_B = engine(batch)
-        engine.backward(nll_B.sum() * scale)
+    for part, (places, _), batch in zip(parts, others, batches, strict=True):
+        nll = engine(batch)
+        own_B, other_C = nll[: len(part)], nll[len(part) :]
+        loss = own_B.sum()
+        if places:
+            loss = loss + options.contrast * contrast_loss(own_B[places], other_C)
+        engine.backward(loss * scale)
         engine.step()
-        total += float(nll_B.detach().sum())
+        total += float(own_B.detach().sum())
     return sum_over_workers(total, model.llm.device) / n_tokens, int(n_tokens)
 
 

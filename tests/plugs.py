@@ -21,7 +21,13 @@ def row(number: int, n_behaviors: int) -> dict[str, Any]:
     vectors = draw.normal(size=(n_behaviors, ENCODER_WIDTH))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     text = f"the title of paper {number} " * (1 + number % 3)
-    made = {"request_id": f"r{number}", "input": text, "query": f"query {number}", "target": "good " * (1 + number % 4)}
+    made = {
+        "request_id": f"r{number}",
+        "user_id": f"u{number}",
+        "input": text,
+        "query": f"query {number}",
+        "target": "good " * (1 + number % 4),
+    }
     return {**made, "history": vectors.astype("<f2").tobytes()}
 
 

@@ -19,7 +19,11 @@ from tests.plugs import new_model, row
 
 N_STEPS, STOP, GLOBAL_BATCH, MICRO_BATCH = 6, 3, 8, 2
 # The first four rows have no history at all: a micro-batch, and a worker's whole share of it, without any behavior.
-ROWS = [row(number, 0 if number < 4 else number % 4) for number in range(N_STEPS * GLOBAL_BATCH)]
+# Some neighbors are requests of one user.
+ROWS = [
+    {**row(number, 0 if number < 4 else number % 4), "user_id": f"u{2 * number // 5}"}
+    for number in range(N_STEPS * GLOBAL_BATCH)
+]
 # An odd number, so that two workers have different numbers of batches.
 HELD_OUT = [row(1000 + number, number % 5) for number in range(9)]
 
@@ -55,9 +59,9 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     """One training run.
 
     Args:
-        case: `llm` and `encoder` (folders), `stage`, and at will `plug` (options), `precision`, `save` (folder for the
-            state after half of the steps), `start` (such a folder to go on from), `forget_moments` (of that folder),
-            `shard_small` (ZeRO-3 shards parameters of any size, as it does with those of a large LLM).
+        case: `llm` and `encoder` (folders), `stage`, and at will `plug` (options), `contrast`, `precision`, `save`
+            (folder for the state after half of the steps), `start` (such a folder to go on from), `forget_moments` (of
+            that folder), `shard_small` (ZeRO-3 shards parameters of any size, as it does with those of a large LLM).
         rank, n_workers: of this process.
     """
     import deepspeed
@@ -65,7 +69,7 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     from persona import checkpoint
     from persona.training import deepspeed_settings, new_optimizer, train_step, validation_loss
 
-    options = new_options(case["stage"])
+    options = new_options(case["stage"], case.get("contrast", 0.0))
     model = new_case_model(case)
     state = checkpoint.load_weights(model, Path(case["start"])) if "start" in case else {"step": 0}
     settings = deepspeed_settings(options, n_workers)
@@ -102,14 +106,15 @@ def plain_run(case: dict[str, Any]) -> list[float]:
     """The same steps without DeepSpeed: one process, the whole global batch in one sum, AdamW, a clipped norm."""
     from persona.training import learning_rate_factor, new_optimizer, trainable
 
-    options, model, losses = new_options(1), new_case_model(case), []
+    options, model, losses = new_options(1, case.get("contrast", 0.0)), new_case_model(case), []
     optimizer = new_optimizer(model, options)
     for step in range(N_STEPS):
         rows = ROWS[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
         batches = [model.collate([one], with_targets=True) for one in rows]
-        loss = sum(model(batch).sum() for batch in batches) / sum(batch.n_target_tokens for batch in batches)
+        n_tokens = sum(batch.n_target_tokens for batch in batches)
+        loss = sum(model(batch).sum() for batch in batches) / n_tokens
         optimizer.zero_grad()
-        loss.backward()
+        (loss + options.contrast * plain_contrast(model, rows) / n_tokens).backward()
         torch.nn.utils.clip_grad_norm_(trainable(model).values(), options.max_gradient_norm)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, N_STEPS, options.warmup)
@@ -118,7 +123,22 @@ def plain_run(case: dict[str, Any]) -> list[float]:
     return losses
 
 
-def new_options(stage: int) -> TrainingOptions:
+def plain_contrast(model: PersonalizedLLM, rows: Sequence[dict[str, Any]]) -> torch.Tensor | float:
+    """Request by request: minus the logarithm of the own history's chance, beside that of the next request's."""
+    total: torch.Tensor | float = 0.0
+    for place, one in enumerate(rows):
+        start = place // MICRO_BATCH * MICRO_BATCH
+        other = rows[start + (place - start + 1) % MICRO_BATCH]
+        if one["user_id"] != other["user_id"] and one["history"] and other["history"]:
+            histories = (one["history"], other["history"])
+            nll_2 = torch.cat(
+                [model(model.collate([{**one, "history": history}], with_targets=True)) for history in histories]
+            )
+            total = total - (-nll_2).log_softmax(0)[0]
+    return total
+
+
+def new_options(stage: int, contrast: float) -> TrainingOptions:
     """Rates at which six steps change the loss visibly, and a norm that is clipped."""
     return TrainingOptions(
         global_batch=GLOBAL_BATCH,
@@ -127,6 +147,7 @@ def new_options(stage: int) -> TrainingOptions:
         query_learning_rate=1e-3,
         warmup=0.3,
         zero_stage=stage,
+        contrast=contrast,
     )
 
 

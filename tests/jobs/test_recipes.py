@@ -62,7 +62,8 @@ def test_the_paper_is_the_papers(task: str) -> None:
         "projected",
         "none",
     )
-    assert (config.temperature, config.learn_temperature) == (1.0, False)
+    assert (config.temperature, config.learn_temperature, config.recency) == (1.0, False, False)
+    assert (config.alignment, config.contrast) == (0.0, 0.0)
     # Epochs over data written eleven times; one of them for LaMP-3, two for the others.
     assert config.epochs == 11 * (1 if task == "LaMP_3" else 2)
     assert (config.history_dropout, config.empty_history) == (0.5, 0.0)

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from jobs import train
 from persona import plug_folder
+from persona.llm import FrozenLLM
+from persona.models import resolve
 from persona.storage import join, list_files, local_folder
 from tests.jobs.conftest import START, TRAINING, Job, behaviors, fill_store, n_reports, requests, write
 
@@ -156,6 +159,42 @@ def test_a_run_whose_workers_were_killed_ends_like_an_undisturbed_one(
     same = weights(undisturbed / "plug")
     for name, value in weights(tmp_path / "plug").items():
         np.testing.assert_array_equal(value, same[name], err_msg=name)
+
+
+def test_a_run_that_aligns_and_contrasts_is_resumed_in_the_middle_of_it(
+    do: Job, inputs: dict, undisturbed: Path, tmp_path: Path
+) -> None:
+    flags = {**SETTINGS, **inputs, "alignment": 0.5, "contrast": 0.5, "recency": True}
+    assert do(train, **flags, **places(tmp_path / "whole")).code == 0
+    with killing_a_worker(tmp_path / "killed" / "runs", 2) as killed:
+        assert do(train, **flags, **places(tmp_path / "killed"), max_failures=1).code == 0
+    assert killed
+    found, expected = tmp_path / "killed" / "plug", tmp_path / "whole" / "plug"
+    assert curve(found).tolist() == curve(expected).tolist()
+    assert curve(expected)[0].tolist() != curve(undisturbed / "plug")[0].tolist()
+    same = weights(expected)
+    for name, value in weights(found).items():
+        np.testing.assert_array_equal(value, same[name], err_msg=name)
+    assert same["recency_slope"].tolist() != [0.0]
+    assert record(expected)["options"]["recency"] is True
+
+
+def test_prompt_tuning_alone_trains_and_is_judged_without_any_history(
+    do: Job, inputs: dict, models: dict[str, str], tmp_path: Path
+) -> None:
+    held_out = requests(2)
+    flags = {**SETTINGS, **inputs, **places(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
+    done = do(train, **flags, epochs=1, weights="mean", empty_history=1)
+    assert done.code == 0
+    encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
+    frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])
+    model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen)
+    batch = model.collate([{**row, "history": b""} for row in held_out], with_targets=True)
+    with torch.inference_mode():
+        loss = model(batch).sum().item() / batch.n_target_tokens
+    # The summary keeps 5 decimals; the run adds up the same float32 numbers in batches of two.
+    assert done.result["validation_loss"] == pytest.approx(loss, abs=2e-5)
+    assert curve(tmp_path / "plug", "validation")[-1, 1] < curve(tmp_path / "plug", "validation")[0, 1]
 
 
 def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:

@@ -12,6 +12,7 @@ def test_the_defaults_are_the_papers_and_can_work():
     PlugOptions().check()
     TrainingOptions().check_training(n_workers=8)
     Decoding().check_decoding()
+    TrainingOptions(empty_history=1).check_training(n_workers=8)
     assert (TrainingOptions().epochs, TrainingOptions().global_batch, Decoding().beams) == (2, 64, 4)
 
 
@@ -23,6 +24,7 @@ def test_the_defaults_are_the_papers_and_can_work():
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"temperature": float("inf")}, "--temperature inf"),
         ({"weights": "mean", "learn_temperature": True}, "--learn-temperature"),
+        ({"weights": "mean", "recency": True}, "--recency does nothing under --weights mean"),
     ],
 )
 def test_plug_options_that_cannot_work_are_refused(changes, flag):
@@ -39,7 +41,14 @@ def test_plug_options_that_cannot_work_are_refused(changes, flag):
         ({"zero_stage": 0}, "--zero-stage 0: must be 1, 2 or 3"),
         ({"warmup": 1.0}, "--warmup 1.0"),
         ({"history_dropout": -0.1}, "--history-dropout -0.1"),
-        ({"empty_history": 1.0}, "--empty-history 1.0"),
+        ({"empty_history": 1.1}, "--empty-history 1.1: must be from 0 to 1"),
+        ({"empty_history": float("nan")}, "--empty-history nan"),
+        ({"alignment": 1.0}, "--alignment 1.0"),
+        ({"contrast": -0.5}, "--contrast -0.5: must be 0"),
+        ({"contrast": float("inf")}, "--contrast inf"),
+        ({"contrast": 0.5, "micro_batch": 1}, "--contrast 0.5 .* --micro-batch must be 2 or more, not 1"),
+        ({"contrast": 0.5, "empty_history": 1.0}, "--empty-history 1 leaves no history"),
+        ({"alignment": 0.3, "empty_history": 1.0}, "--empty-history 1 leaves no history"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),
         ({"query_learning_rate": float("nan")}, "--query-learning-rate nan"),
         ({"max_gradient_norm": float("inf")}, "--max-gradient-norm inf"),

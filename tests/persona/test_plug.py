@@ -24,9 +24,12 @@ def new_plug(seed: int = 0, **options) -> Plug:
     torch.manual_seed(seed)
     options = PlugOptions(**{"persona_tokens": 2, "temperature": 3.0, **options})
     query_encoder = None if options.weights == "mean" else FixedQueries()
-    return Plug(
+    plug = Plug(
         options, query_encoder=query_encoder, pooling="cls", width=D_ENCODER, llm_width=D_LLM, token_norm=1.7
     ).double()
+    if options.recency:
+        plug.recency_slope.data.fill_(0.7)  # as it starts it would do nothing
+    return plug
 
 
 def unit(n: int, seed: int, width: int = D_ENCODER) -> torch.Tensor:
@@ -53,9 +56,10 @@ def proj(projector: Projector, h: list[float]) -> list[float]:
     ]
 
 
-def paper_weights(x: list[float], history: list[list[float]], temperature: float) -> list[float]:
-    """Eq. 3."""
-    powers = [math.exp(temperature * dot(x, h)) for h in history]
+def paper_weights(x: list[float], history: list[list[float]], temperature: float, slope: float = 0.0) -> list[float]:
+    """Eq. 3, and our recency: the last of n behaviors is the newest."""
+    n = len(history)
+    powers = [math.exp(temperature * dot(x, h)) / (n - i) ** slope for i, h in enumerate(history)]
     return [power / sum(powers) for power in powers]
 
 
@@ -66,7 +70,8 @@ def paper_soft_tokens(plug: Plug, x: list[float] | None, history: list[list[floa
     if not history:
         personas = plug.default_persona.tolist()
     else:
-        weights = [1 / len(history)] * len(history) if x is None else paper_weights(x, history, temperature)
+        slope = plug.recency_slope.item() if options.recency else 0.0
+        weights = [1 / len(history)] * len(history) if x is None else paper_weights(x, history, temperature, slope)
         projected = [proj(plug.projector, h) for h in history]
         P = [sum(w * p[i] for w, p in zip(weights, projected, strict=True)) for i in range(len(projected[0]))]
         personas = [P[k * D_LLM : (k + 1) * D_LLM] for k in range(plug.options.persona_tokens)]
@@ -114,6 +119,7 @@ SAID = [0, 3, 1, 2, 2, 0]
 VARIANTS = [
     {},
     {"learn_temperature": True},
+    {"recency": True},
     {"weights": "mean"},
     {"instruction": "none", "persona_tokens": 1},
     {"instruction": "projected"},
@@ -146,6 +152,20 @@ def test_weights_are_the_papers():
         for weight in paper_weights(x, history, plug.temperature().item())
     ]
     torch.testing.assert_close(weights_M, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_recency_starts_without_effect_and_then_prefers_what_is_newer():
+    plain, plug = new_plug(), new_plug(recency=True)
+    plug.recency_slope.data.fill_(0.0)
+    assert torch.equal(plug.weigh(HISTORY, LENGTHS, QUERIES), plain.weigh(HISTORY, LENGTHS, QUERIES))
+    plug.recency_slope.data.fill_(1.0)
+    alike_Md = HISTORY[:1].expand(11, -1)
+    for weights in plug.weigh(alike_Md, LENGTHS, QUERIES).split(LENGTHS.tolist()):
+        n = len(weights)
+        total = sum(1 / k for k in range(1, n + 1))
+        assert weights.tolist() == pytest.approx([1 / (n - i) / total for i in range(n)], rel=1e-12)
+    # Weighed alike is weighed alike, whatever was learned.
+    assert torch.equal(plug.weigh(HISTORY, LENGTHS, None), plain.weigh(HISTORY, LENGTHS, None))
 
 
 def numbers(parameter: torch.Tensor) -> Iterator[Callable[[float], None]]:

@@ -1,5 +1,6 @@
 """The plug as a folder: what is saved is what answers, and what does not fit is refused."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -19,7 +20,13 @@ from persona.plug_folder import PlugRecord
 from tests.models import ENCODER_WIDTH, tiny_encoder
 from tests.plugs import ROWS, losses, new_model
 
-VARIANTS = [{}, {"weights": "mean"}, {"learn_temperature": True, "instruction": "projected"}, {"instruction": "none"}]
+VARIANTS = [
+    {},
+    {"recency": True},
+    {"weights": "mean"},
+    {"learn_temperature": True, "instruction": "projected"},
+    {"instruction": "none"},
+]
 GREEDY = Decoding(max_new_tokens=6, beams=1)
 
 
@@ -45,6 +52,23 @@ def record_of(model: PersonalizedLLM, encoder, llm) -> PlugRecord:
             "training_curve": [[1, 5.0]],
         },
     )
+
+
+def test_a_plug_of_before_an_option_keeps_its_fingerprint_while_the_option_is_off(saved):
+    """What it has answered is not out of date because a later version knows more."""
+    before = plug_folder.fingerprint(saved)
+    fields = json.loads((saved / plug_folder.RECORD).read_text())
+    assert fields["options"].pop("recency") is False
+    (saved / plug_folder.RECORD).write_text(json.dumps(fields))
+    assert plug_folder.fingerprint(saved) == before
+    assert plug_folder.read_record(saved).options.recency is False
+    hashed = {name: value for name, value in fields.items() if name not in ("format", "training")}
+    digest = hashlib.blake2b((saved / plug_folder.WEIGHTS).read_bytes(), digest_size=16)
+    digest.update(json.dumps(hashed, sort_keys=True).encode())
+    assert before == digest.hexdigest()
+    fields["options"]["recency"] = True
+    (saved / plug_folder.RECORD).write_text(json.dumps(fields))
+    assert plug_folder.fingerprint(saved) != before
 
 
 @pytest.fixture

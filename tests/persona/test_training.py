@@ -1,16 +1,21 @@
 """Training without an engine: what is trained, which behaviors are left out, the order of an epoch, the schedule."""
 
+import math
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona.encoder import TextEncoder
 from persona.options import TrainingOptions
 from persona.training import (
+    aligned_steps,
+    contrast_loss,
     deepspeed_settings,
     drop_behaviors,
     epoch_order,
@@ -18,9 +23,12 @@ from persona.training import (
     new_optimizer,
     one_ahead,
     shuffle_windows,
+    step_rows,
     trainable,
+    with_other_histories,
 )
-from tests.plugs import new_model
+from tests.models import ENCODER_WIDTH
+from tests.plugs import ROWS, losses, new_model
 
 WIDTH = 2
 OPTIONS = TrainingOptions()
@@ -56,6 +64,7 @@ TRAINED = {
         {"learn_temperature": True},
         [*ALWAYS, "plug.instruction", "plug.log_temperature", *QUERY_ENCODER],
     ),
+    "recency": ({"recency": True}, [*ALWAYS, "plug.instruction", "plug.recency_slope", *QUERY_ENCODER]),
     "projected instruction": (
         {"instruction": "projected"},
         [*ALWAYS, "plug.instruction", *(f"plug.instruction_projector.{name}" for name in PROJECTOR), *QUERY_ENCODER],
@@ -171,12 +180,109 @@ def test_the_share_of_rows_that_lose_their_whole_history_is_the_one_asked_for():
     assert kept(row(3), options=replace(OPTIONS, empty_history=0)) != []
 
 
+def test_prompt_tuning_sees_no_history_at_all():
+    options = replace(OPTIONS, empty_history=1)
+    assert not any(kept(row(3, str(number)), options=options) for number in range(300))
+
+
 def test_nothing_else_of_a_row_changes_and_the_row_itself_does_not():
     given_row = row(9)
     before = dict(given_row)
     found = drop_behaviors(given_row, width=WIDTH, epoch=0, options=OPTIONS)
     assert given_row == before
     assert {**found, "history": b""} == {**before, "history": b""}
+
+
+# Alignment --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder) -> TextEncoder:
+    return TextEncoder(encoder_folder, pooling="cls", max_tokens=32, precision="fp32", device="cpu")
+
+
+def test_histories_are_the_targets_own_vectors_in_the_first_steps_and_only_there(encoder):
+    options = TrainingOptions(alignment=0.3, empty_history=0)
+    seen = {
+        step: step_rows(ROWS, step=step, n_steps=10, epoch=0, width=ENCODER_WIDTH, options=options, encoder=encoder)
+        for step in range(10)
+    }
+    dropped = [drop_behaviors(one, width=ENCODER_WIDTH, epoch=0, options=options) for one in ROWS]
+    for step, rows in seen.items():
+        assert [one["request_id"] for one in rows] == [one["request_id"] for one in ROWS]
+        if step >= 3:
+            assert rows == dropped
+            continue
+        for one, before in zip(rows, ROWS, strict=True):
+            # Who has no history gets none: the default persona learns meanwhile.
+            expected = encoder.encode([one["target"]]).vectors[0] if before["history"] else np.empty(0)
+            found = np.frombuffer(one["history"], "<f2")
+            # Batches of other sizes round float32 sums otherwise: half a unit of float16, 2^-12 of the largest value.
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2**-11)
+            assert {**one, "history": b""} == {**before, "history": b""}
+    assert len({one["history"] for one in seen[0]}) > 2
+
+
+def test_a_run_that_aligns_nothing_more_needs_no_encoder():
+    rest = {"epoch": 0, "width": ENCODER_WIDTH, "options": TrainingOptions(alignment=0.5), "encoder": None}
+    assert len(step_rows(ROWS, step=5, n_steps=10, **rest)) == len(ROWS)
+    with pytest.raises(AssertionError):
+        step_rows(ROWS, step=4, n_steps=10, **rest)
+
+
+@given(st.integers(1, 500), st.floats(0, 0.99))
+def test_the_share_of_steps_that_align_is_the_one_asked_for(n_steps, share):
+    found = aligned_steps(n_steps, TrainingOptions(alignment=share))
+    assert abs(found - share * n_steps) <= 0.5
+    assert found > 0 or share * n_steps <= 0.5
+
+
+# Contrast ---------------------------------------------------------------------------------------------------
+
+
+def test_each_request_meets_the_next_ones_history_unless_it_is_the_same_users_or_there_is_none():
+    users = ["a", "b", "b", "c", "d", "a"]
+    rows = [{**row(n, str(i)), "user_id": users[i]} for i, n in enumerate([2, 3, 1, 0, 4, 5])]
+    places, others = with_other_histories(rows)
+    # 1 and 2 are both b's; the next of 2, and 3 itself, have no history; the next of the last is the first, both a's.
+    assert places == [0, 4]
+    assert [one["request_id"] for one in others] == ["0", "4"]
+    assert [one["history"] for one in others] == [rows[1]["history"], rows[5]["history"]]
+    assert with_other_histories(rows[:1]) == ([], [])
+
+
+def test_the_contrast_is_the_nats_of_telling_whose_history_it_was():
+    own, other = torch.tensor([3.0, 5.0, 40.0]), torch.tensor([3.0, 4.0, 90.0])
+    # log 2 where nobody can tell; -log of the own history's chance by Bayes' rule; nothing where it is sure.
+    chance = math.exp(-5.0) / (math.exp(-5.0) + math.exp(-4.0))
+    assert float(contrast_loss(own, other)) == pytest.approx(math.log(2) - math.log(chance), rel=1e-6)
+
+
+def test_a_step_down_the_contrast_makes_targets_likelier_under_the_own_history_than_under_others(encoder_folder, llm):
+    model = new_model(encoder_folder, llm)
+    rows = [one for one in ROWS if one["history"]]
+    places, others = with_other_histories(rows)
+    assert places == [0, 1, 2, 3]
+    batch = model.collate([*rows, *others], with_targets=True)
+    nll = model(batch)
+    own_B, other_C = nll[: len(rows)], nll[len(rows) :]
+    # The same requests beside others have the losses that they have alone, up to float32 sums in another order.
+    torch.testing.assert_close(own_B.detach(), losses(model, rows), rtol=1e-4, atol=1e-4)
+    own_B.retain_grad(), other_C.retain_grad()
+    before = contrast_loss(own_B, other_C)
+    before.backward()
+    # It falls when the own nll falls or the other's rises, at a rate between 0 and 1.
+    assert ((own_B.grad > 0) & (own_B.grad < 1)).all()
+    torch.testing.assert_close(other_C.grad, -own_B.grad)
+    slope = sum(float(p.grad.square().sum()) for p in trainable(model).values())
+    step = 1e-3 * before.item() / slope
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.sub_(step * parameter.grad)
+        after = model(batch)
+    told = contrast_loss(after[: len(rows)], after[len(rows) :])
+    # A step so short that the loss falls by what its slope says, a thousandth, give or take its curvature.
+    assert told.item() == pytest.approx(0.999 * before.item(), rel=5e-4)
 
 
 # The order of an epoch --------------------------------------------------------------------------------------

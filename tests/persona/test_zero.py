@@ -19,6 +19,7 @@ Case = dict[str, Any]
 # What a real mistake does is more than ten times the tolerance, which a test below checks.
 SAME = 1e-4
 KINDS = ("llama", "t5")
+CONTRAST = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def _cases(n_workers: int, out: Path) -> dict[str, Case]:
             "2 workers to 1, stage 1": {"stage": 1, "start": str(out / "two-1")},
             "2 workers to 1, stage 3 to 1": {"stage": 1, "start": str(out / "two-3")},
             "moments forgotten": {"stage": 1, "start": str(out / "two-1"), "forget_moments": True},
+            "1 worker, contrast": {"stage": 1, "contrast": CONTRAST},
             "1 worker, mean, bf16, stage 1": {"stage": 1, "plug": {"weights": "mean"}, "precision": "bf16"},
         }
     return {
@@ -54,6 +56,7 @@ def _cases(n_workers: int, out: Path) -> dict[str, Case]:
         "2 workers, stage 1 to 1": {"stage": 1, "start": str(out / "two-1")},
         "2 workers, stage 1 to 3": {"stage": 3, "start": str(out / "two-1"), "shard_small": True},
         "2 workers, stage 3 to 2": {"stage": 2, "start": str(out / "two-3")},
+        "2 workers, contrast, stage 3": {"stage": 3, "contrast": CONTRAST, "shard_small": True},
         "2 workers, mean, bf16, stage 3": {"stage": 3, "plug": {"weights": "mean"}, "precision": "bf16"},
     }
 
@@ -106,6 +109,15 @@ def test_a_mistake_would_be_seen(found):
     """A run that goes on without AdamW's moments leaves the curve by far more than the tolerance."""
     rest, whole = found["runs"]["moments forgotten"]["losses"], found["runs"]["1 worker, stage 1"]["losses"][STOP:]
     assert max(abs(a / b - 1) for a, b in zip(rest, whole, strict=True)) > 10 * SAME
+
+
+def test_with_contrast_one_worker_and_two_take_the_steps_of_plain_adamw(found):
+    curve, plain = found["runs"]["1 worker, contrast"]["losses"], found["runs"]["1 worker, stage 1"]["losses"]
+    assert curve == pytest.approx(plain_run(found["base"] | {"contrast": CONTRAST}), rel=SAME)
+    assert found["runs"]["2 workers, contrast, stage 3"]["losses"] == pytest.approx(curve, rel=SAME)
+    # The curve is of eq. 6 alone, so it starts alike; the term is there from the second step's rows on.
+    assert curve[0] == pytest.approx(plain[0], rel=SAME)
+    assert max(abs(a / b - 1) for a, b in zip(curve, plain, strict=True)) > 10 * SAME
 
 
 def test_no_byte_of_the_llm_changes_and_every_trained_parameter_does(found):
