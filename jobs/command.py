@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT")
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
-JOBS = ("ask", "demo", "embed", "evaluate", "forget", "generate", "import_lamp", "store", "train")
+JOBS = ("ask", "compare", "demo", "embed", "evaluate", "forget", "generate", "import_lamp", "store", "train")
 
 _EVERY_JOB = "Every job"
 _CONFIG_HELP = (

@@ -10,6 +10,7 @@ from html import escape
 
 _WIDTH, _HEIGHT = 460, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 56
+_LEFT_OF_FOREST, _ROW_HEIGHT = 150, 26
 _LINE_POINTS = 200
 
 Triple = tuple[float, float, float]  # a mean, and the ends of its interval
@@ -76,6 +77,33 @@ def groups(rows: Sequence[tuple[str, Mapping[str, Triple]]], *, x: str, y: str) 
             title = f"<title>{escape(f'{name}, {label}: {mean:.4f} [{low:.4f}, {high:.4f}]')}</title>"
             parts.append(f'<circle class="dot {name}" cx="{place:.1f}" cy="{up.at(mean)}" r="4.5">{title}</circle>')
     return _svg(parts, f"{y} by {x}")
+
+
+def forest(rows: Sequence[tuple[str, str, Triple]], *, x: str) -> str:
+    """For each row (label, series, triple), from the top down, a dot with its interval; a line at zero."""
+    if not rows:
+        return ""
+    low, high = _spread([0.0, *(value for *_, of in rows for value in of if math.isfinite(value))], 0.06)
+    height = _TOP + _ROW_HEIGHT * len(rows) + _BOTTOM
+    bottom = height - _BOTTOM
+    across = _Axis(low=low, high=high, start=_LEFT_OF_FOREST, end=_WIDTH - _RIGHT)
+    parts = []
+    for value in across.ticks(4):
+        place = across.at(value)
+        parts.append(f'<line class="grid" x1="{place}" x2="{place}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(f'<text x="{place}" y="{bottom + 18}">{_short(value)}</text>')
+    parts.append(f'<line class="zero" x1="{across.at(0)}" x2="{across.at(0)}" y1="{_TOP}" y2="{bottom}"/>')
+    for i, (label, name, (mean, least, most)) in enumerate(rows):
+        place = _TOP + (i + 0.5) * _ROW_HEIGHT
+        parts.append(f'<text class="end" x="{_LEFT_OF_FOREST - 9}" y="{place + 4:.1f}">{escape(label)}</text>')
+        if math.isfinite(least) and math.isfinite(most):
+            ends = f'x1="{across.at(least)}" x2="{across.at(most)}"'
+            parts.append(f'<line class="whisker {name}" {ends} y1="{place:.1f}" y2="{place:.1f}"/>')
+        title = f"<title>{escape(f'{label}: {mean:.4f} [{least:.4f}, {most:.4f}]')}</title>"
+        parts.append(f'<circle class="dot {name}" cx="{across.at(mean)}" cy="{place:.1f}" r="4.5">{title}</circle>')
+    middle = (_LEFT_OF_FOREST + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{height - 8}">{escape(x)}</text>')
+    return _svg(parts, x, height=height)
 
 
 def cloud(points: Sequence[tuple[float, float, float, str]], *, x: str, y: str) -> str:
@@ -145,6 +173,6 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
-def _svg(parts: Iterable[str], label: str) -> str:
+def _svg(parts: Iterable[str], label: str, *, height: int = _HEIGHT) -> str:
     inside = "".join(parts)
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{inside}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{inside}</svg>'

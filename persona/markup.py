@@ -13,6 +13,11 @@ KINDS = {
     "none": "no history: instruction token and default persona",
     "bare": "the LLM without the plug",
 }
+RANKING_TEXT = (
+    "Requests whose target is likelier than the rejected text, 50 % by chance, with 95 % intervals over users. By "
+    "nats: which text is likelier as a whole. Calibrated: which one owes more to the history, its nats less those "
+    "without any."
+)
 
 Interval = Mapping[str, float]  # mean, low, high
 

@@ -37,7 +37,7 @@ def page(metrics: Metrics) -> bytes:
         _head(metrics),
         markup.section("Loss", _loss_text(metrics), _losses(metrics)),
         markup.section("Scores", _score_text(metrics), _scores(metrics)) if metrics["scores"] else "",
-        markup.section("Ranking", _RANKING_TEXT, _ranking(metrics)) if "ranking" in metrics else "",
+        markup.section("Ranking", markup.RANKING_TEXT, _ranking(metrics)) if "ranking" in metrics else "",
         '<div class="pair">',
         markup.section("Gain against history length", _LENGTH_TEXT, _lengths(metrics)),
         markup.section("Training", _TRAINING_TEXT, _curves(metrics)),
@@ -55,11 +55,6 @@ def page(metrics: Metrics) -> bytes:
     return markup.page(settings["out"], sections)
 
 
-_RANKING_TEXT = (
-    "Requests whose target is likelier than the rejected text, 50 % by chance, with 95 % intervals over users. By "
-    "nats: which text is likelier as a whole. Calibrated: which one owes more to the history, its nats less those "
-    "without any."
-)
 _LENGTH_TEXT = (
     "Nats a token that the own persona saves, for requests whose visible history is about as long; the bars are "
     "95 % intervals over users."

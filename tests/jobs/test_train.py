@@ -184,7 +184,7 @@ def test_prompt_tuning_alone_trains_and_is_judged_without_any_history(
 ) -> None:
     held_out = requests(2)
     flags = {**SETTINGS, **inputs, **places(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
-    done = do(train, **flags, epochs=1, weights="mean", empty_history=1)
+    done = do(train, **{**flags, "epochs": 1, "weights": "mean", "empty_history": 1})
     assert done.code == 0
     encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
     frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])

@@ -1,0 +1,68 @@
+"""`compare` on the files that `evaluate` writes: what it prints and writes, and what it does without."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import compare
+from persona.storage import join, read_bytes, write_bytes
+from tests.jobs.conftest import Job, arguments
+from tests.persona.test_evaluations import NONE, OWN, files
+
+ROOT = Path(__file__).parents[2]
+
+
+def lay(root: Any, name: str, **changes: Any) -> str:
+    """The folder of an evaluation."""
+    place = join(str(root), name)
+    found = files({"own": OWN, "none": NONE}, **changes)
+    for file, data in zip(("metrics.json", "losses.parquet"), found, strict=True):
+        write_bytes(join(place, file), data)
+    return place
+
+
+def test_seeds_and_controls_stand_in_one_table_and_on_one_page(refuse: Job, s3: str) -> None:
+    best = [lay(s3, f"best-{seed}", seed=seed) for seed in range(2)]
+    tuning = lay(s3, "tuning", training={"empty_history": 1.0}, limited=True)
+    done = refuse(compare, evaluations=(*best, tuning), out=f"{s3}/compared")
+    assert done.code == 0
+    heads, *rows = done.table.splitlines()
+    assert heads.split("  ")[0] == "4 requests of 2 users"
+    assert "less best-0/own" in heads
+    assert [row.split()[0] for row in rows] == ["best-0/own", "best-0/none", "tuning/own", "tuning/none"]
+    assert "warning: tuning was evaluated with --limit" in done.said
+    found = json.loads(read_bytes(f"{s3}/compared/comparison.json"))
+    assert found["rows"] == done.result["rows"]
+    assert found["rows"][0]["seeds"] == [0, 1]
+    assert found["rows"][1]["above_reference"]["mean"] == pytest.approx(11 / 12)
+    assert b"best-0" in read_bytes(f"{s3}/compared/comparison.html")
+
+
+def test_names_are_given_and_a_row_is_chosen(refuse: Job, tmp_path: Path) -> None:
+    places = (lay(tmp_path, "a"), lay(tmp_path, "b", training={"epochs": 3}))
+    flags: dict[str, Any] = {"evaluations": places, "out": str(tmp_path / "out"), "names": ("ours", "theirs")}
+    done = refuse(compare, **flags, against="theirs/none", dry_run=True)
+    assert (done.code, done.result["against"]) == (0, "theirs/none")
+    assert not (tmp_path / "out").exists()
+    few = refuse(compare, **{**flags, "names": ("ours",)})
+    assert (few.code, "as many as --evaluations, 2, not 1" in few.said) == (2, True)
+    nobody = refuse(compare, **flags, against="nobody")
+    assert (nobody.code, "ours/own, ours/none, theirs/own" in nobody.said) == (2, True)
+    nothing = refuse(compare, **{**flags, "evaluations": (str(tmp_path / "c"), places[0])})
+    assert (nothing.code, "metrics.json does not exist" in nothing.said) == (2, True)
+
+
+def test_it_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
+    flags = arguments(evaluations=(lay(tmp_path, "a"),), out=str(tmp_path / "out"))
+    code = (
+        "import sys\nfrom jobs import command, compare\n"
+        f"assert command.run(compare.Config, compare.main, {flags}) == 0\n"
+        "print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "out" / "comparison.html").exists()
