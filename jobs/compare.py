@@ -85,7 +85,7 @@ def _table(found: Mapping[str, Any]) -> list[Sequence[str]]:
         f"less {found['against']}",
         "seeds",
         *scores,
-        *ways,
+        *(f"ranking, {way}" for way in ways),
     ]
     return [heads, *(_line(row, scores, ways) for row in found["rows"])]
 

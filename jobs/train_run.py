@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,7 +54,9 @@ class Run:
         }
         known = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
         if known is not None:
-            pairs = {name: (known["settings"].get(name), settings[name]) for name in settings}
+            # What the version that started the run did not know was off in it.
+            off = {option.name: option.default for kind in (PlugOptions, TrainingOptions) for option in fields(kind)}
+            pairs = {name: (known["settings"].get(name, off.get(name)), settings[name]) for name in settings}
             differing = [f"{name} was {was!r} and is {now!r}" for name, (was, now) in pairs.items() if was != now]
             if differing:
                 raise UsageError(

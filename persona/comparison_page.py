@@ -15,8 +15,8 @@ _LOSS_TEXT = (
     "each request."
 )
 _SCORE_TEXT = (
-    "Scores of the answers, as jobs.evaluate gives them, with the interval over users; of several seeds the mean, with "
-    "the lowest and the highest."
+    "Scores of the answers, as jobs.evaluate gives them, in brackets the interval over users; of several seeds the "
+    "mean, and without brackets the lowest and the highest."
 )
 
 
@@ -87,8 +87,10 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> str:
 def _score(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return ""
-    beside = score["interval"] or score["of_seeds"]
-    return f"{score['value']:.4f}{markup.beside(beside) if beside else ''}"
+    spread = score["of_seeds"]
+    if spread is not None:
+        return f'{score["value"]:.4f} <span class="range">{spread["low"]:.4f}–{spread["high"]:.4f}</span>'
+    return f"{score['value']:.4f}{markup.beside(score['interval']) if score['interval'] else ''}"
 
 
 def _ranking(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -205,6 +205,19 @@ def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, 
     assert "resume run 'r'" in refuse(train, **flags, dry_run=True).result["would"]
 
 
+def test_a_run_from_before_an_option_is_one_that_has_it_off(
+    refuse: Job, inputs: dict, undisturbed: Path, tmp_path: Path
+) -> None:
+    started = json.loads((undisturbed / "runs" / "r" / "settings.json").read_text())
+    for name in ("alignment", "contrast", "recency"):
+        del started["settings"][name]
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    (tmp_path / "runs" / "r" / "settings.json").write_text(json.dumps(started))
+    flags = {**SETTINGS, **inputs, **places(tmp_path), "dry_run": True}
+    assert "resume run 'r'" in refuse(train, **flags).result["would"]
+    assert "alignment was 0.0 and is 0.3" in refuse(train, **flags, alignment=0.3).said
+
+
 def test_a_run_that_is_over_is_published_again_and_not_trained_again(
     do: Job, inputs: dict, undisturbed: Path, tmp_path: Path
 ) -> None:
