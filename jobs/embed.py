@@ -138,24 +138,10 @@ def _staged(
     missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, store=store, tally=tally, config=config)
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
-    yield from (
-        missing.repartition(target_num_rows_per_block=block_rows)
-        .map_batches(
-            Encode,
-            fn_constructor_kwargs={"config": config, "identity": store.identity, "tally": tally},
-            batch_size=block_rows,
-            batch_format="pyarrow",
-            udf_modifying_row_count=False,
-            **machines.pool(config.actors, config.cpus_per_actor),
-        )
-        .map_batches(
-            flow.stage,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_kwargs={"store": store, "table": "behaviors", "tally": tally},
-        )
-        .iter_batches(batch_size=None, batch_format="pyarrow")
-    )
+    pool = machines.pool(config.actors, config.cpus_per_actor)
+    of_actors = {"config": config, "identity": store.identity, "tally": tally}
+    encoded = flow.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
+    return flow.staged(encoded, store=store, table="behaviors", tally=tally)
 
 
 def _unread(counts: flow.Counts) -> int:
@@ -226,15 +212,15 @@ class Encode:
 
         started = time.perf_counter()
         waited_s = started - self.idle_since
-        texts = behaviors["text"].filter(pc.not_equal(behaviors["change"], "gone")).to_pylist()
+        is_there = pc.not_equal(behaviors["change"], "gone")
+        texts = behaviors["text"].filter(is_there).to_pylist()
         encoded = self.encoder.encode(texts)
         width = encoded.vectors.shape[1]
         vectors = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(2 * width), len(texts), [None, pa.py_buffer(encoded.vectors.astype("<f2").tobytes())]
         ).cast(pa.binary())
         if len(texts) < behaviors.num_rows:
-            place = pc.cumulative_sum(pc.not_equal(behaviors["change"], "gone").cast(pa.int64()))
-            is_there = pc.not_equal(behaviors["change"], "gone")
+            place = pc.cumulative_sum(is_there.cast(pa.int64()))
             vectors = vectors.take(pc.if_else(is_there, pc.subtract(place, 1), None).combine_chunks())
         if behaviors.num_rows:
             unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
@@ -345,7 +331,7 @@ def _with_cost(
     n_texts = encoded.get("rows", 0)
     mean_tokens = round(encoded["tokens"] / n_texts) if n_texts else 0
     flops = cost.known(lambda: encoder_flops(folder.config, n_texts=n_texts, tokens=mean_tokens))
-    n_models = config.actors or machines.model_actors(config.cpus_per_actor)
+    n_models = machines.n_models(config.actors, config.cpus_per_actor)
     model_s = encoded.get("seconds", 0.0)
     return cost.spent(summary, config, machines, n_models=n_models, seconds=seconds, flops=flops, model_s=model_s)
 
@@ -353,7 +339,7 @@ def _with_cost(
 def _with_profile(
     summary: Summary, config: Config, counts: flow.Counts, machines: session.Machines, seconds: float
 ) -> Summary:
-    n_actors = config.actors or machines.model_actors(config.cpus_per_actor)
+    n_actors = machines.n_models(config.actors, config.cpus_per_actor)
     cores = "more CPUs for Ray, on this machine or on others"
     stages = [
         profile.stage(counts, "encode", n_actors, "more GPUs or cores (--actors), or a smaller --encoder"),

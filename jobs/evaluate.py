@@ -208,29 +208,22 @@ def _losses(
     tally: Any,
 ) -> dict[str, list[Any]]:
     """Loss of each request under each kind of persona: a few numbers a request, gathered here."""
-    rows = (
-        flow.requests_with_histories(
-            splits,
-            store,
-            tally,
-            job="evaluate",
-            personas=config.personas,
-            max_behaviors=where["record"].max_behaviors,
-            needs_target=True,
-            versions={"behaviors": store.version("behaviors")},
-            limit=config.limit,
-            keep=_Answered(answered),
-            texts=retrieve.best_of(histories, config, where, tally),
-        )
-        .repartition(target_num_rows_per_block=16 * config.batch_size)
-        .map_batches(
-            Losses,
-            fn_constructor_kwargs={"config": config, "where": where, "tally": tally},
-            batch_size=16 * config.batch_size,
-            batch_format="pyarrow",
-            **machines.pool(config.actors, config.cpus_per_actor),
-        )
+    joined = flow.requests_with_histories(
+        splits,
+        store,
+        tally,
+        job="evaluate",
+        personas=config.personas,
+        max_behaviors=where["record"].max_behaviors,
+        needs_target=True,
+        versions={"behaviors": store.version("behaviors")},
+        limit=config.limit,
+        keep=_Answered(answered),
+        texts=retrieve.best_of(histories, config, where, tally),
     )
+    pool = machines.pool(config.actors, config.cpus_per_actor)
+    of_actors = {"config": config, "where": where, "tally": tally}
+    rows = flow.by_models(joined, Losses, block_rows=16 * config.batch_size, pool=pool, **of_actors)
     gathered: dict[str, list[Any]] = {name: [] for name in _GATHERED}
     with flow.progress(tally, _progress_line):
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):

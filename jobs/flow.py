@@ -299,6 +299,31 @@ def each_row(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **set
         yield from table.to_pylist()
 
 
+def by_models(
+    rows: "Dataset", work: type[Any], *, block_rows: int, pool: Mapping[str, Any], **settings: Any
+) -> "Dataset":
+    """The rows as actors of a class `work(**settings)` give them back, block by block, each as many as it was given."""
+    return rows.repartition(target_num_rows_per_block=block_rows).map_batches(
+        work,
+        fn_constructor_kwargs=settings,
+        batch_size=block_rows,
+        batch_format="pyarrow",
+        udf_modifying_row_count=False,
+        **pool,
+    )
+
+
+def staged(rows: "Dataset", *, store: "Store", table: str, tally: Any) -> Iterator[Any]:
+    """The files that the rows are staged in, for the driver to commit."""
+    files = rows.map_batches(
+        stage,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"store": store, "table": table, "tally": tally},
+    )
+    yield from files.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
 def stage(rows: "pa.Table", *, store: "Store", table: str, tally: Any) -> "pa.Table":
     """Writes a block to files that nobody sees until the driver commits them (`jobs.commits`)."""
     started = time.perf_counter()

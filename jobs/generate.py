@@ -105,7 +105,7 @@ def main(config: Config) -> Summary:
             for staged in _staged(config, splits, store, where, histories, machines, tally):
                 committer.take(staged)
     counts, seconds = flow.totals(tally), time.perf_counter() - started
-    n_models = config.actors or machines.model_actors(config.cpus_per_actor)
+    n_models = machines.n_models(config.actors, config.cpus_per_actor)
     summary = _summary(config, store, counts, seconds)
     summary = cost.spent(summary, config, machines, n_models=n_models, seconds=seconds)
     return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
@@ -136,37 +136,23 @@ def _staged(
     tally: Any,
 ) -> Iterator[Any]:
     """The job as one chain: read, join with what each request may see, answer, stage."""
-    yield from (
-        flow.requests_with_histories(
-            splits,
-            store,
-            tally,
-            job="generate",
-            personas=config.persona,
-            max_behaviors=where["record"].max_behaviors,
-            needs_target=False,
-            versions={"behaviors": store.version("behaviors")},
-            limit=config.limit,
-            keep=_Unanswered(config, where),
-            texts=retrieve.best_of(histories, config, where, tally),
-        )
-        .repartition(target_num_rows_per_block=config.block_rows)
-        .map_batches(
-            Generate,
-            fn_constructor_kwargs={"config": config, "where": where, "tally": tally},
-            batch_size=config.block_rows,
-            batch_format="pyarrow",
-            udf_modifying_row_count=False,
-            **machines.pool(config.actors, config.cpus_per_actor),
-        )
-        .map_batches(
-            flow.stage,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_kwargs={"store": store, "table": "generations", "tally": tally},
-        )
-        .iter_batches(batch_size=None, batch_format="pyarrow")
+    unanswered = flow.requests_with_histories(
+        splits,
+        store,
+        tally,
+        job="generate",
+        personas=config.persona,
+        max_behaviors=where["record"].max_behaviors,
+        needs_target=False,
+        versions={"behaviors": store.version("behaviors")},
+        limit=config.limit,
+        keep=_Unanswered(config, where),
+        texts=retrieve.best_of(histories, config, where, tally),
     )
+    pool = machines.pool(config.actors, config.cpus_per_actor)
+    of_actors = {"config": config, "where": where, "tally": tally}
+    answered = flow.by_models(unanswered, Generate, block_rows=config.block_rows, pool=pool, **of_actors)
+    return flow.staged(answered, store=store, table="generations", tally=tally)
 
 
 def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | None) -> dict[str, Any]:
@@ -358,7 +344,7 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
 def _with_profile(
     summary: Summary, config: Config, counts: flow.Counts, machines: session.Machines, seconds: float
 ) -> Summary:
-    n_actors = config.actors or machines.model_actors(config.cpus_per_actor)
+    n_actors = machines.n_models(config.actors, config.cpus_per_actor)
     cores = "more CPUs for Ray, on this machine or on others"
     faster = "more GPUs or cores (--actors), a larger --batch-size, fewer --beams, or a smaller --max-new-tokens"
     stages = [

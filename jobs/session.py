@@ -37,9 +37,9 @@ class Machines:
     cores: int
     gpus: int
 
-    def model_actors(self, cpus_per_actor: int) -> int:
-        """How many models run side by side when nobody says: one a GPU, or else as many as there are cores for."""
-        return self.gpus or max(1, self.cores // cpus_per_actor)
+    def n_models(self, actors: int | None, cpus_per_actor: int) -> int:
+        """How many models run side by side: as many as asked for, or one a GPU, or else as there are cores for."""
+        return actors or self.gpus or max(1, self.cores // cpus_per_actor)
 
     def pool(self, actors: int | None, cpus_per_actor: int) -> dict[str, Any]:
         """Options of a pool of model actors for `map_batches`: one a GPU, or else one a core with cores for the rest.
@@ -48,7 +48,7 @@ class Machines:
         """
         from ray.data import ActorPoolStrategy
 
-        size = actors or self.model_actors(cpus_per_actor)
+        size = self.n_models(actors, cpus_per_actor)
         if self.gpus:
             # No CPU: a pool that holds all CPUs starves the reads in front of it (Ray issue 44687).
             return {"compute": ActorPoolStrategy(size=size), "num_gpus": 1, "num_cpus": 0}

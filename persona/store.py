@@ -24,7 +24,7 @@ from persona.layouts import LAYOUTS
 from persona.lease import Lease
 from persona.storage import join
 from persona.tables import Table, one_of
-from persona.writer import CHANGES, Writer, staged_files
+from persona.writer import CHANGES, Writer, key_strings, staged_files
 
 DEFAULT_BUCKETS = 64
 _PREFIX = "persona."  # of our keys among the table properties, most of which are Delta's
@@ -110,7 +110,7 @@ class Store:
         """
         wanted = _latest(rows)
         stored = self.table("behaviors").scan([*_KEY, "text_hash", "timestamp"], one_of("bucket", [bucket]))
-        keys, stored_keys = _as_strings(wanted), _as_strings(stored)
+        keys, stored_keys = (key_strings(rows.select(_KEY)) for rows in (wanted, stored))
         # Where each row is stored; a table of strings takes a fraction of the memory of a join.
         place = pc.index_in(keys, value_set=stored_keys)
         old = stored.select(["text_hash", "timestamp"]).take(place)
@@ -312,12 +312,6 @@ def _latest(rows: pa.Table) -> pa.Table:
         return rows
     differs = reduce(pc.or_, (pc.not_equal(rows[c].slice(1), rows[c].slice(0, rows.num_rows - 1)) for c in _KEY))
     return rows.filter(pa.chunked_array([pa.array([True]), *differs.chunks]))
-
-
-def _as_strings(rows: pa.Table) -> pa.ChunkedArray:
-    """Keys as one string each: the length of the user's id says where it ends, whatever ids hold."""
-    length = pc.utf8_length(rows["user_id"]).cast(pa.string())
-    return pc.binary_join_element_wise(length, rows["user_id"], rows["behavior_id"], ":")
 
 
 def _order(rows: pa.Table, keys: list[tuple[str, str]]) -> pa.Array:

@@ -9,7 +9,7 @@ import torch
 from persona import plug_folder
 from persona.llm import FrozenLLM
 from persona.models import ModelFolder
-from persona.options import PlugOptions
+from persona.options import PlugOptions, Pooling
 from persona.personalized import PersonalizedLLM
 from persona.plug import Plug
 from tests.models import ENCODER_WIDTH
@@ -28,19 +28,27 @@ def row(number: int, n_behaviors: int) -> dict[str, Any]:
 ROWS = [row(number, n) for number, n in enumerate([3, 0, 1, 40, 0, 7])]
 
 
-def new_model(encoder: ModelFolder, llm: FrozenLLM, prefix: str = "", **options: Any) -> PersonalizedLLM:
+def new_model(
+    encoder: ModelFolder,
+    llm: FrozenLLM,
+    prefix: str = "",
+    *,
+    pooling: Pooling = "cls",
+    max_query_tokens: int = 64,
+    **options: Any,
+) -> PersonalizedLLM:
     """A fresh plug, the same for the same arguments, in front of `llm`."""
     chosen = PlugOptions(**{"persona_tokens": 2, "temperature": 30.0, **options})
     torch.manual_seed(0)
     plug = Plug(
         chosen,
         query_encoder=plug_folder.new_query_encoder(encoder, chosen, pretrained=True),
-        pooling="cls",
-        width=ENCODER_WIDTH,
+        pooling=pooling,
+        width=encoder.config["hidden_size"],
         llm_width=llm.width,
         token_norm=llm.token_norm(),
     )
-    return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prefix, 64))
+    return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prefix, max_query_tokens))
 
 
 def losses(model: PersonalizedLLM, rows: Sequence[Mapping[str, Any]], **settings: bool) -> torch.Tensor:

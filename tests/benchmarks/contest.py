@@ -8,10 +8,12 @@ import multiprocessing
 import statistics
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import psutil
@@ -74,10 +76,11 @@ def spread(values: Sequence[float]) -> float:
 
 
 class Memory:
-    """The peak of a process and all below it: resident, without what is shared, in MiB."""
+    """The peak of a process and all below it, and of the largest of each name: resident, not shared, in MiB."""
 
     def __init__(self, pid: int) -> None:
         self.peak_mib = 0.0
+        self.peaks_mib: dict[str, float] = defaultdict(float)
         self._pid = pid
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -92,14 +95,18 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.2):
-            total = 0
+            total = 0.0
             with suppress(psutil.NoSuchProcess):
                 root = psutil.Process(self._pid)
                 for process in [root, *root.children(recursive=True)]:
                     with suppress(psutil.NoSuchProcess):
                         found = process.memory_info()
-                        total += found.rss - found.shared
-            self.peak_mib = max(self.peak_mib, total / 2**20)
+                        mib = (found.rss - found.shared) / 2**20
+                        # Ray's workers are named after what they do at the moment.
+                        name = "driver" if process.pid == self._pid else (process.cmdline() or ["?"])[0].split("(")[0]
+                        self.peaks_mib[Path(name).name] = max(self.peaks_mib[Path(name).name], mib)
+                        total += mib
+            self.peak_mib = max(self.peak_mib, total)
 
 
 class _Process:

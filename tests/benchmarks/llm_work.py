@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from persona import packaged, plug_folder
+from persona import packaged
 from persona.encoder import pool
 from persona.llm import FrozenLLM
 from persona.models import resolve
-from persona.options import Decoding, PlugOptions
+from persona.options import Decoding
 from persona.personalized import PersonalizedLLM
-from persona.plug import Plug
+from tests import plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
 
@@ -55,17 +55,8 @@ def new_model() -> PersonalizedLLM:
     """A plug of the paper's kind, the same each time, in front of SmolLM2."""
     encoder = resolve(str(packaged.minilm()), flag="--encoder")
     llm = FrozenLLM.load(resolve(str(packaged.smollm2()), flag="--llm"))
-    options = PlugOptions(temperature=20.0)
-    torch.manual_seed(0)
-    plug = Plug(
-        options,
-        query_encoder=plug_folder.new_query_encoder(encoder, options, pretrained=True),
-        pooling="mean",
-        width=_WIDTH,
-        llm_width=llm.width,
-        token_norm=llm.token_norm(),
-    )
-    return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, "", _ROW_TOKENS))
+    options: dict[str, Any] = {"persona_tokens": 1, "temperature": 20.0}
+    return plugs.new_model(encoder, llm, pooling="mean", max_query_tokens=_ROW_TOKENS, **options)
 
 
 class Step:

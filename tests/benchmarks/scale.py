@@ -9,17 +9,13 @@ place of the real one. Memory is resident and private (without Ray's object stor
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,37 +24,7 @@ from jobs import embed, flow, session
 from persona import inputs, packaged
 from persona.store import Store
 from tests.benchmarks import many_users
-
-
-class Memory:
-    """The peak of each process below this one, by its name, while the context is open."""
-
-    def __init__(self) -> None:
-        self.peak: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Looks twice a second."""
-        ended = threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(0.5):
-                me = psutil.Process()
-                for process in [me, *me.children(recursive=True)]:
-                    with suppress(psutil.NoSuchProcess):
-                        found = process.memory_info()
-                        # Ray's workers are named after what they do at the moment.
-                        name = "driver" if process.pid == me.pid else (process.cmdline() or ["?"])[0].split("(")[0]
-                        name = Path(name).name
-                        self.peak[name] = max(self.peak[name], (found.rss - found.shared) / 2**20)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
+from tests.benchmarks.contest import Memory
 
 
 def main() -> None:
@@ -72,7 +38,6 @@ def main() -> None:
     embed.Encode = many_users.CheapEncode  # type: ignore[misc]
     n_rows = many_users.write(folder / "histories", many_users.histories(arguments.users, arguments.each))
     cores = session.connect().cores
-    memory = Memory()
     found: dict[str, Any] = {"users": arguments.users, "behaviors": n_rows, "cores": cores}
     config = embed.Config(
         histories=str(folder / "histories"),
@@ -81,7 +46,7 @@ def main() -> None:
         max_tokens=64,
         block_rows=16_384,
     )
-    with memory.watched():
+    with Memory(os.getpid()) as memory:
         started = time.perf_counter()
         assert embed.main(config).result["committed"] == n_rows
         found["embed"] = _rate(n_rows, started, cores)
@@ -95,7 +60,7 @@ def main() -> None:
         pq.write_table(_requests(arguments.users), folder / "requests.parquet")
         started = time.perf_counter()
         found["join"] = {"requests": _join(folder), **_rate(arguments.users // 10, started, cores)}
-    found["peak_mib"] = {name: round(mib) for name, mib in sorted(memory.peak.items())}
+    found["peak_mib"] = {name: round(mib) for name, mib in sorted(memory.peaks_mib.items())}
     for name in ("embed", "refresh", "join"):
         print(f"{name:<10} {found[name]['seconds']:8.1f} s   {found[name]['per_s_core']:10,.0f} a second and core")
     print(f"peak MiB   {found['peak_mib']}")

@@ -7,7 +7,6 @@ what a broken switch does: no process ends, nobody says goodbye. Needs root and 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 
-from tests.jobs.conftest import TRAINING, arguments, behaviors, n_reports, requests, stored, write
+from tests.jobs.conftest import TRAINING, arguments, behaviors, end_groups, n_reports, requests, stored, write
 from tests.killable import LOG
 
 ROOT = Path(__file__).parents[2]
@@ -132,15 +131,7 @@ class Network:
 
     def end(self) -> None:
         """The nodes, the namespaces and the bridge."""
-        for node in reversed(self.nodes):
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGTERM)
-        for node in self.nodes:
-            try:
-                node.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(node.pid, signal.SIGKILL)
-                node.wait()
+        end_groups(self.nodes)
         for space in self.spaces:
             subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
             subprocess.run(["ip", "link", "del", f"{space}c"], check=False, capture_output=True)

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -254,6 +257,19 @@ def new_plug(path: Path, encoder: str, llm: str, seed: int = 0) -> str:
 
 
 Rows = dict[tuple[str, ...], Row]
+
+
+def end_groups(started: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Ends processes that lead groups of their own, with all in them, and nothing else; the last one first."""
+    for process in reversed(started):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in started:
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def stored(store: Path | str, table: str, without: Sequence[str] = ()) -> Rows:

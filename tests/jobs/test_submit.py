@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from persona.storage import copy_folder, join
-from tests.jobs.conftest import behaviors, requests, write
+from tests.jobs.conftest import behaviors, end_groups, requests, write
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -97,15 +96,7 @@ class Cluster:
 
     def end(self) -> None:
         """Ends the two nodes and nothing else: each is a process group of its own."""
-        for node in reversed(self.nodes):
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGTERM)
-        for node in self.nodes:
-            try:
-                node.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(node.pid, signal.SIGKILL)
-                node.wait()
+        end_groups(self.nodes)
 
 
 @pytest.fixture(scope="module")
