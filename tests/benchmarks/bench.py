@@ -169,7 +169,7 @@ def main() -> int:
     """Runs what was asked for; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=list(_WORKS), default=list(_WORKS), help="works; the rest keeps its results"
+        "--only", nargs="+", choices=list(_WORKS), default=[], help="some works only; the files keep their results"
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--acl", type=Path, help="folder with histories.parquet and next_title_train.parquet")

@@ -16,8 +16,9 @@ from persona import packaged
 from persona.encoder import pool
 from persona.llm import FrozenLLM
 from persona.models import resolve
-from persona.options import Decoding
+from persona.options import Decoding, TrainingOptions
 from persona.personalized import PersonalizedLLM
+from persona.training import new_optimizer, trainable
 from tests import plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
@@ -65,8 +66,11 @@ class Step:
     def __init__(self, n: int) -> None:
         self.rows = rows(n)
         self.model = new_model()
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.optimizer = self.new_optimizer()
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        """That of `jobs.train`."""
+        return new_optimizer(self.model, TrainingOptions())
 
     def turn(self) -> tuple[float, float]:
         """All rows once."""
@@ -88,7 +92,15 @@ class Step:
 
 
 class ReferenceStep(Step):
-    """The same step the reference's way."""
+    """The same step the reference's way, with the attention that transformers takes by itself."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        self.model.llm.model.set_attn_implementation("sdpa")
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        """AdamW as torch gives it."""
+        return torch.optim.AdamW(trainable(self.model).values(), lr=1e-4)
 
     def loss(self) -> Tensor:
         """Nats a token, the mean that transformers' own loss takes."""
@@ -177,7 +189,15 @@ class Answers:
         return [str(text) for text in found["output"].to_pylist()]
 
 
-class ReferenceAnswers(Answers):
+class PlainAttention(Answers):
+    """With the attention that transformers takes by itself."""
+
+    def __init__(self, n: int, beams: int) -> None:
+        super().__init__(n, beams)
+        self.model.llm.model.set_attn_implementation("sdpa")
+
+
+class ReferenceAnswers(PlainAttention):
     """One row at a time by `transformers.generate`, padded on the left as in training."""
 
     @torch.inference_mode()
@@ -198,7 +218,7 @@ class ReferenceAnswers(Answers):
         return said
 
 
-class PlainAnswers(Answers):
+class PlainAnswers(PlainAttention):
     """The limit: `transformers.generate` on the same requests in one batch, without a plug."""
 
     @torch.inference_mode()
