@@ -51,6 +51,7 @@ class Committer:
         self._error: BaseException | None = None
         self._n_commits = 0
         self._wave: _Wave | None = None
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="commits")
 
     def __enter__(self) -> Self:
@@ -61,6 +62,7 @@ class Committer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._queue.put(None)
+        self._ending.set()
         self._thread.join()
         if self._error is not None and error is None:
             raise self._error
@@ -100,7 +102,7 @@ class Committer:
                     self._begin_wave(pa.concat_tables(waiting))
                     waiting, wait_until = [], math.inf
                 if not ended:
-                    time.sleep(max(0.0, _EVERY_S - (time.monotonic() - started)))
+                    self._ending.wait(max(0.0, _EVERY_S - (time.monotonic() - started)))
         except BaseException as error:  # noqa: BLE001 - it goes on in the driver's own thread
             self._error = error
             while not ended:

@@ -44,7 +44,8 @@ class Machines:
     def pool(self, actors: int | None, cpus_per_actor: int) -> dict[str, Any]:
         """Options of a pool of model actors for `map_batches`: one a GPU, or else one a core with cores for the rest.
 
-        A fixed size: GPU pools of Ray Data do not grow on a cluster that scales itself (Ray issue 59144).
+        On GPUs a fixed size: such pools do not grow on a cluster that scales itself (Ray issue 59144). On CPUs, where a
+        model that is being loaded takes a core from the reads before it, half of the pool comes only for a queue.
         """
         from ray.data import ActorPoolStrategy
 
@@ -52,7 +53,8 @@ class Machines:
         if self.gpus:
             # No CPU: a pool that holds all CPUs starves the reads in front of it (Ray issue 44687).
             return {"compute": ActorPoolStrategy(size=size), "num_gpus": 1, "num_cpus": 0}
-        return {"compute": ActorPoolStrategy(size=size), "num_cpus": cpus_per_actor}
+        least = actors or (size + 1) // 2
+        return {"compute": ActorPoolStrategy(min_size=least, max_size=size), "num_cpus": cpus_per_actor}
 
 
 def connect() -> Machines:
@@ -62,15 +64,17 @@ def connect() -> Machines:
     if not ray.is_initialized():
         attach = "RAY_ADDRESS" in os.environ
         cores = os.cpu_count() or 1
-        for name, value in _RAY_ENVIRONMENT.items():
+        # What `ray job submit` or the caller has set stays: Ray refuses two values for one name.
+        of_workers = {name: value for name, value in _WORKER_ENVIRONMENT.items() if name not in os.environ}
+        for name, value in (_RAY_ENVIRONMENT if attach else {**_RAY_ENVIRONMENT, **of_workers}).items():
             os.environ.setdefault(name, value)
         try:
             ray.init(
                 address=None if attach else "local",
                 num_cpus=None if attach else max(cores, _LEAST_LOCAL_CPUS),
                 include_dashboard=None if attach else False,
-                # What `ray job submit` or the caller has set stays: Ray refuses two values for one name.
-                runtime_env={"env_vars": {k: v for k, v in _WORKER_ENVIRONMENT.items() if k not in os.environ}},
+                # A Ray of our own inherits them; its first workers are already there, and fit no other environment.
+                runtime_env={"env_vars": of_workers} if attach else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

@@ -1,10 +1,15 @@
-"""Attention for frozen encoders on a CPU in bf16, where it costs as much as all linear layers together.
+"""Attention on a CPU in bf16, where torch's own kernel costs as much as all linear layers together.
 
-Torch's own kernel and its softmax spend most of their time on the largest value of each row, on masks, and on heads
-that are narrow for them. A softmax needs none of it while exp can neither overflow nor vanish: then softmax(S)·V is
-exp(S)·V over the sums of exp(S), and a masked key is one whose row of V is zero.
+That kernel and its softmax spend most of their time on the largest value of each row, on masks, and on heads that are
+narrow for them; its backward pass takes five times its forward pass. Two others, known to transformers by their names:
 
-Shapes: B texts, H heads, T tokens, G = B·H, w width of a head.
+`persona_exp`, for encoders that are frozen. A softmax needs no largest value while exp can neither overflow nor vanish:
+then softmax(S)·V is exp(S)·V over the sums of exp(S), and a masked key is one whose row of V is zero.
+
+`persona_bmm`, for LLMs, which gradients pass through: plain matrix products, the query heads that share a key head as
+more rows of one product. It keeps all weights, so that only short texts go this way and long ones go torch's.
+
+Shapes: B texts, H heads, h heads of keys, T tokens, U tokens of queries, G = B·H, g = B·h, w width of a head.
 """
 
 from typing import Any
@@ -12,23 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NAME = "persona_exp"
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+EXP, BMM = "persona_exp", "persona_bmm"
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+LLMS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "olmo2", "t5")
+# Weights of a layer that are kept for the backward pass: 32 MiB in bf16.
+_MOST_WEIGHTS = 2**24
 # exp(80)·512 and exp(-80) are both far from the ends of bf16, which are those of float32.
 _FAR = 80.0
 
 
-def register() -> str:
-    """Makes the attention known to transformers; returns the name for `attn_implementation`."""
+def name_for(model_type: str, *, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to give a model of this type as `attn_implementation`; None leaves the choice to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
+    if dtype != torch.bfloat16 or device.type != "cpu" or model_type not in (*ENCODERS, *LLMS):
+        return None
+    name, function = (EXP, attend_by_exp) if model_type in ENCODERS else (BMM, attend_by_bmm)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
 
 
-def attend(
+def attend_by_exp(
     module: nn.Module,  # noqa: ARG001 - the signature is transformers'
     query: Tensor,
     key: Tensor,
@@ -67,3 +78,47 @@ def _by_softmax(score_GTT: Tensor, v_GTw: Tensor, real_B1T1: Tensor | None, head
         score_BHTT = score_BHTT.masked_fill(~real_B1T1.transpose(-1, -2), -torch.inf)
     mixed_BHTw: Tensor = score_BHTT.softmax(-1) @ v_GTw.view(-1, heads, *v_GTw.shape[1:])
     return mixed_BHTw.transpose(1, 2)
+
+
+def attend_by_bmm(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q·kᵀ·scaling + bias)·v: query (B, H, U, w), key and value (B, h, T, w), a mask of booleans (B, 1, U, T).
+
+    Without a mask a causal module's queries see what is not behind them. Torch's own kernel takes over where one query
+    is asked, as in each step of an answer, and where there is too much to be kept.
+
+    Returns:
+        (B, U, H, w), as transformers wants it, and no weights.
+    """
+    n, heads, n_queries, width = query.shape
+    key_heads, length = key.shape[1:3]
+    if n_queries == 1 or n * heads * n_queries * length > _MOST_WEIGHTS:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        others |= {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+        mixed_BUHw, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        return mixed_BUHw, None
+    scale = width**-0.5 if scaling is None else scaling
+    if attention_mask is None:
+        attention_mask = query.new_ones(n_queries, length, dtype=torch.bool)
+        if getattr(module, "is_causal", True) if is_causal is None else is_causal:
+            attention_mask = attention_mask.tril()
+    q_gRw = query.reshape(n * key_heads, -1, width)
+    k_gTw, v_gTw = (part.reshape(n * key_heads, length, width) for part in (key, value))
+    score_gRT = torch.baddbmm(q_gRw.new_empty(1, 1, 1), q_gRw, k_gTw.transpose(1, 2), beta=0, alpha=scale)
+    # Not infinite: a row of padding sees nothing, and has to be a number all the same.
+    bias = query.new_zeros(()).masked_fill(~attention_mask, torch.finfo(query.dtype).min / 2)
+    if position_bias is not None:
+        bias = bias + position_bias
+    weight_BHUT = (score_gRT.view(n, heads, n_queries, length) + bias).softmax(-1)
+    mixed_gRw = torch.bmm(weight_BHUT.view(n * key_heads, -1, length), v_gTw)
+    return mixed_gRw.view(n, heads, n_queries, width).transpose(1, 2), None

@@ -131,8 +131,7 @@ class TextEncoder:
         self.token_budget = token_budget or _TOKEN_BUDGETS[self.device.type == "cuda"]
         dtype = choose_precision(precision, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder.path)
-        by_exp = self.device.type == "cpu" and dtype == torch.bfloat16
-        how = attention.register() if by_exp and folder.config["model_type"] in attention.MODEL_TYPES else None
+        how = attention.name_for(folder.config["model_type"], dtype=dtype, device=self.device)
         self.model = AutoModel.from_pretrained(folder.path, dtype=dtype, use_safetensors=True, attn_implementation=how)
         self.model.to(self.device).eval().requires_grad_(False)
         self.width: int = self.model.config.hidden_size

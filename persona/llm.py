@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from persona import attention
 from persona.decoding import Answer, SeededSampling, follow, search
 from persona.encoder import choose_precision, pad
 from persona.models import ModelFolder
@@ -70,7 +71,8 @@ class FrozenLLM(nn.Module):
         config = AutoConfig.from_pretrained(folder.path)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         dtype = choose_precision(precision, chosen)
-        model: nn.Module = auto.from_pretrained(folder.path, dtype=dtype, use_safetensors=True)
+        how = attention.name_for(config.model_type, dtype=dtype, device=chosen)
+        model: nn.Module = auto.from_pretrained(folder.path, dtype=dtype, use_safetensors=True, attn_implementation=how)
         tokenizer = AutoTokenizer.from_pretrained(folder.path)
         return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
 

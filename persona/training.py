@@ -41,7 +41,7 @@ def new_optimizer(model: PersonalizedLLM, options: TrainingOptions) -> torch.opt
     groups = [{"params": rest, "lr": options.learning_rate, "peak_lr": options.learning_rate}]
     if query:
         groups.append({"params": query, "lr": options.query_learning_rate, "peak_lr": options.query_learning_rate})
-    return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
 
 
 def deepspeed_settings(options: TrainingOptions, n_workers: int) -> dict[str, Any]:

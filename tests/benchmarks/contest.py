@@ -36,6 +36,8 @@ class Contender:
     process: str = ""
     rates: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
+    found: Any = None
+    """What the work's method `found` returns, if it has one: for a look at whether all do the same."""
 
     @property
     def rate(self) -> float:
@@ -48,7 +50,7 @@ def compete(contenders: Sequence[Contender], turns: int) -> None:
     processes = {one.process or one.name: _Process() for one in contenders}
     try:
         for one in contenders:
-            processes[one.process or one.name].make(one.name, one.work, dict(one.settings))
+            one.found = processes[one.process or one.name].make(one.name, one.work, dict(one.settings))
         for number in range(turns + 1):
             for one in contenders:
                 with processes[one.process or one.name].watched() as memory:
@@ -115,8 +117,9 @@ class _Process:
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
-    def make(self, name: str, work: type[Any], settings: dict[str, Any]) -> None:
-        self._pid = self._pool.submit(_make, name, work, settings).result()
+    def make(self, name: str, work: type[Any], settings: dict[str, Any]) -> Any:
+        self._pid, found = self._pool.submit(_make, name, work, settings).result()
+        return found
 
     def turn(self, name: str) -> tuple[float, float]:
         return self._pool.submit(_turn, name).result()
@@ -131,9 +134,9 @@ class _Process:
 _made: dict[str, Any] = {}
 
 
-def _make(name: str, work: type[Any], settings: dict[str, Any]) -> int:
-    _made[name] = work(**settings)
-    return multiprocessing.current_process().pid or 0
+def _make(name: str, work: type[Any], settings: dict[str, Any]) -> tuple[int, Any]:
+    _made[name] = made = work(**settings)
+    return multiprocessing.current_process().pid or 0, made.found() if hasattr(made, "found") else None
 
 
 def _turn(name: str) -> tuple[float, float]:

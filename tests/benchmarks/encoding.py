@@ -2,6 +2,7 @@
 
 import multiprocessing
 import shutil
+import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,10 +14,11 @@ from tests.benchmarks.contest import timed
 
 _MAX_TOKENS = 256
 _CORES = 2
+_STARTS = 3
 
 
 class OnRay:
-    """A job on a Ray that is up. Its start, which does not grow with the input, is measured and taken off each time."""
+    """A job on a Ray that is up. Its start, which does not grow with the input, is measured and taken off."""
 
     def __init__(self, texts: list[str]) -> None:
         from jobs import session
@@ -24,21 +26,25 @@ class OnRay:
         session.connect()
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
         self.n = len(texts)
+        self.starts_s: list[float] = []
         corpus.write_histories(self.folder / "all" / "0.parquet", texts)
         corpus.write_histories(self.folder / "two" / "0.parquet", texts[:2])
 
     def turn(self) -> tuple[float, float]:
-        """All texts, less the time of the same job with two."""
-        seconds = {}
-        for part in ("two", "all"):
-            out = self.folder / "out"
-            seconds[part] = timed(lambda part=part, out=out: self.job(self.folder / part, out))
-            shutil.rmtree(out)
-        return self.n - 2, seconds["all"] - seconds["two"]
+        """All texts, less the time of the same job with two: the median of the first turns."""
+        if len(self.starts_s) < _STARTS:
+            self.starts_s.append(self._timed("two"))
+        return self.n - 2, self._timed("all") - statistics.median(self.starts_s)
 
     def job(self, source: Path, out: Path) -> None:
         """Reads, encodes, writes."""
         raise NotImplementedError
+
+    def _timed(self, part: str) -> float:
+        out = self.folder / "out"
+        seconds = timed(lambda: self.job(self.folder / part, out))
+        shutil.rmtree(out)
+        return seconds
 
 
 class Embed(OnRay):

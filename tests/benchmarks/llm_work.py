@@ -16,12 +16,14 @@ from persona import packaged
 from persona.encoder import pool
 from persona.llm import FrozenLLM
 from persona.models import resolve
-from persona.options import Decoding
+from persona.options import Decoding, Precision, TrainingOptions
 from persona.personalized import PersonalizedLLM
+from persona.training import new_optimizer, trainable
 from tests import plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
 
+_ROWS, _COMPARED = 32, 2
 _ROW_TOKENS = 266
 _BEHAVIORS = 512
 _WIDTH = 384
@@ -29,9 +31,9 @@ Row = Mapping[str, Any]
 
 
 def rows(n: int) -> list[Row]:
-    """Requests of 10 to 60 words with targets like titles; histories of 5 to 200 behaviors, few of them long."""
+    """The first of 32 requests of 10 to 60 words, targets like titles; histories of 5 to 200 behaviors, few long."""
     draw = np.random.default_rng(0)
-    inputs, targets = corpus.texts("abstracts", n), corpus.texts("titles", n)
+    inputs, targets = corpus.texts("abstracts", _ROWS), corpus.texts("titles", _ROWS)
     found = []
     for number, (text, target) in enumerate(zip(inputs, targets, strict=True)):
         n_behaviors = round(5 * 40 ** draw.random())
@@ -48,25 +50,36 @@ def rows(n: int) -> list[Row]:
                 "history": history.astype("<f2").tobytes(),
             }
         )
-    return found
+    return found[:n]
 
 
-def new_model() -> PersonalizedLLM:
+def new_model(precision: Precision = "auto") -> PersonalizedLLM:
     """A plug of the paper's kind, the same each time, in front of SmolLM2."""
     encoder = resolve(str(packaged.minilm()), flag="--encoder")
-    llm = FrozenLLM.load(resolve(str(packaged.smollm2()), flag="--llm"))
+    llm = FrozenLLM.load(resolve(str(packaged.smollm2()), flag="--llm"), precision=precision)
     options: dict[str, Any] = {"persona_tokens": 1, "temperature": 20.0}
     return plugs.new_model(encoder, llm, pooling="mean", max_query_tokens=_ROW_TOKENS, **options)
 
 
 class Step:
-    """One optimizer step over some rows; `loss` is that of the first, in nats a token."""
+    """One optimizer step over some rows."""
 
     def __init__(self, n: int) -> None:
         self.rows = rows(n)
         self.model = new_model()
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.optimizer = self.new_optimizer()
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        """That of `jobs.train`."""
+        return new_optimizer(self.model, TrainingOptions())
+
+    @torch.no_grad()
+    def found(self) -> float:
+        """The loss of the first rows before any step."""
+        rows, self.rows = self.rows, self.rows[:8]
+        loss = float(self.loss())
+        self.rows = rows
+        return loss
 
     def turn(self) -> tuple[float, float]:
         """All rows once."""
@@ -88,7 +101,15 @@ class Step:
 
 
 class ReferenceStep(Step):
-    """The same step the reference's way."""
+    """The same step the reference's way, with the attention that transformers takes by itself."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        self.model.llm.model.set_attn_implementation("sdpa")
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        """AdamW as torch gives it."""
+        return torch.optim.AdamW(trainable(self.model).values(), lr=1e-4)
 
     def loss(self) -> Tensor:
         """Nats a token, the mean that transformers' own loss takes."""
@@ -157,10 +178,15 @@ def reference_soft_tokens(model: PersonalizedLLM, some: Sequence[Row]) -> Tensor
 class Answers:
     """Answers to some requests in batches of 32."""
 
-    def __init__(self, n: int, beams: int, max_new_tokens: int = 32) -> None:
+    def __init__(self, n: int, beams: int, precision: Precision = "auto") -> None:
         self.rows = rows(n)
-        self.model = new_model()
-        self.decoding = Decoding(beams=beams, max_new_tokens=max_new_tokens)
+        self.beams = beams
+        self.decoding = Decoding(beams=beams, max_new_tokens=24)
+        self.model = new_model(precision)
+
+    def found(self) -> list[str]:
+        """What the LLM says to the first requests, in float32: in bf16 padding alone can turn one word into another."""
+        return type(self)(_COMPARED, self.beams, "fp32").answer()
 
     def turn(self) -> tuple[float, float]:
         """All requests."""
@@ -177,7 +203,15 @@ class Answers:
         return [str(text) for text in found["output"].to_pylist()]
 
 
-class ReferenceAnswers(Answers):
+class PlainAttention(Answers):
+    """With the attention that transformers takes by itself."""
+
+    def __init__(self, n: int, beams: int, precision: Precision = "auto") -> None:
+        super().__init__(n, beams, precision)
+        self.model.llm.model.set_attn_implementation("sdpa")
+
+
+class ReferenceAnswers(PlainAttention):
     """One row at a time by `transformers.generate`, padded on the left as in training."""
 
     @torch.inference_mode()
@@ -198,8 +232,12 @@ class ReferenceAnswers(Answers):
         return said
 
 
-class PlainAnswers(Answers):
+class PlainAnswers(PlainAttention):
     """The limit: `transformers.generate` on the same requests in one batch, without a plug."""
+
+    def found(self) -> list[str]:
+        """Without a plug it says something else."""
+        return []
 
     @torch.inference_mode()
     def answer(self) -> list[str]:
