@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from persona.store import Store
 
 Counts = dict[str, dict[str, float]]
-# Of input, packed: a few to some ten thousand rows, which a worker holds in memory all at once.
-_PARTITION_BYTES = 2**18
+# Of input, packed: some ten thousand rows, which a worker holds in memory all at once.
+_PARTITION_BYTES = 2**19
 # Ray deals buckets to partitions by hash: in as many partitions as buckets, one would hold four of them.
 _PARTITIONS_A_BUCKET = 4
 _JOINED_ROWS = 512
