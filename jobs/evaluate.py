@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jobs import command, flow, look, retrieve, session
+from jobs import command, cost, flow, look, retrieve, session
 from jobs.command import Summary
 from jobs.generate import load_personalized, plug_sources
 from persona.errors import InputError, UsageError
-from persona.options import Retrieval
+from persona.options import CostOptions, Retrieval
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from persona.inputs import Split
     from persona.metrics import Metric
     from persona.store import Store
 
@@ -31,7 +32,7 @@ _KEPT_OF_REJECTED = ("rejected_nats", "rejected_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Retrieval):
+class Config(Retrieval, CostOptions):
     """What `jobs.evaluate` can be told."""
 
     requests: str
@@ -80,6 +81,7 @@ class Config(Retrieval):
         if not self.personas:
             raise UsageError("--personas: give one at least, of own, none, other, mean, bare")
         self.check_retrieval()
+        self.check_cost()
 
 
 def main(config: Config) -> Summary:
@@ -104,8 +106,7 @@ def main(config: Config) -> Summary:
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
     histories = retrieve.plan(config)
     if config.dry_run:
-        would = f"score {', '.join(config.variants)} and measure the loss for {', '.join(config.personas)}"
-        return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+        return _plan(config, splits, where)
 
     answered = [v for v in config.variants if store.read_generations([v], ["request_id"]).num_rows]
     machines = session.connect()
@@ -140,7 +141,7 @@ def main(config: Config) -> Summary:
     # What is printed ends in logs, where nobody's id and nobody's words belong.
     of_persons = {"examples", "largest_gains", "largest_losses", "map"}
     brief = {name: metrics[name] for name in metrics if name not in {*of_persons, "training"}}
-    return Summary(
+    summary = Summary(
         table=[
             *_table(metrics),
             *retrieve.summary_rows(counts),
@@ -151,6 +152,23 @@ def main(config: Config) -> Summary:
         result={"job": "evaluate", "out": out, **brief},
         exit_code=flow.exit_code(counts, config.max_reject_fraction),
     )
+    n_models = machines.n_models(config.actors, config.cpus_per_actor)
+    return cost.spent(summary, config, machines, n_models=n_models, seconds=metrics["seconds"])
+
+
+def _plan(config: Config, splits: "Sequence[Split]", where: Mapping[str, Any]) -> Summary:
+    from persona import models
+    from persona.cost import llm_flops, tokens_of_text
+
+    record = where["record"]
+    would = f"score {', '.join(config.variants)} and measure the loss for {', '.join(config.personas)}"
+    llm = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
+    n_read = record.max_input_tokens
+    n_requests = len(config.personas) * tokens_of_text(sum(split.end - split.start for split in splits)) / n_read
+    # All of a row is taken for input, which the LLM reads as far as it may; a target is short beside it.
+    flops = cost.known(lambda: llm_flops(llm.config, n_requests=n_requests, inputs=n_read, outputs=0))
+    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+    return cost.planned(plan, config, flops=flops, if_all="with inputs of full length")
 
 
 def _looked_at(

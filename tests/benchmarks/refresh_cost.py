@@ -1,6 +1,6 @@
 """What a refresh costs: 1 % of the behaviors new, 0.1 % edited, 0.1 % gone, beside the build of the whole store.
 
-    python tests/benchmarks/refresh_cost.py --users 2000 --each 100
+    python -m tests.benchmarks.refresh_cost --users 2000 --each 100
 
 The encoder is real (MiniLM), the store lies on an S3 server behind a proxy that counts the bytes it hands out. New
 behaviors are of all users; edited and gone ones of few, as when someone tidies or leaves an account (`--spread`: of

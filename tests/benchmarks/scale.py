@@ -1,6 +1,6 @@
 """The data path without a real encoder, for as many users as you like: rates, and whether memory stays flat.
 
-    python tests/benchmarks/scale.py --users 1000000 --each 5
+    python -m tests.benchmarks.scale --users 1000000 --each 5
 
 `embed` of all histories, a refresh in which 1 % of the users have one behavior more, and `generate`'s join of a request
 for every tenth user, in one process tree whose memory is watched. An encoder that costs next to nothing stands in the

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cost, embed, generate, train
+from jobs import cost, embed, evaluate, generate, train
 from jobs.command import Summary
 from jobs.session import Machines
 from persona.options import CostOptions
@@ -23,6 +23,7 @@ def test_a_dry_run_says_what_the_work_would_cost(
     answers = [
         refuse(embed, histories=histories, store=store, encoder=models["encoder"], max_tokens=32, **priced),
         refuse(generate, requests=asked, store=store, plug=plug, **priced),
+        refuse(evaluate, requests=asked, store=store, plug=plug, out=tmp_path / "report", **priced),
         refuse(
             train,
             **TRAINING,
