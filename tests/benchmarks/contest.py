@@ -23,7 +23,10 @@ class Work(Protocol):
     """What a contender does in each turn."""
 
     def turn(self) -> tuple[float, float]:
-        """Does the work once; returns how much it was, in units that the contenders share, and the seconds."""
+        """Does the work once; returns how much it was, in units that the contenders share, and the seconds.
+
+        A work may also have `found()`, what it makes of its input, and `end()`, for what it has started.
+        """
 
 
 @dataclass(kw_only=True)
@@ -37,7 +40,7 @@ class Contender:
     rates: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     found: Any = None
-    """What the work's method `found` returns, if it has one: for a look at whether all do the same."""
+    """What the work's `found` returns: for a look at whether all do the same."""
 
     @property
     def rate(self) -> float:
@@ -128,6 +131,7 @@ class _Process:
         return Memory(self._pid)
 
     def end(self) -> None:
+        self._pool.submit(_end).result()
         self._pool.shutdown()
 
 
@@ -142,6 +146,12 @@ def _make(name: str, work: type[Any], settings: dict[str, Any]) -> tuple[int, An
 def _turn(name: str) -> tuple[float, float]:
     found: tuple[float, float] = _made[name].turn()
     return found
+
+
+def _end() -> None:
+    for made in _made.values():
+        if hasattr(made, "end"):
+            made.end()
 
 
 def timed(work: Any) -> float:

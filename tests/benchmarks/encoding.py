@@ -134,6 +134,11 @@ class LinearLayers:
         """All texts, on all cores."""
         return self.n, timed(lambda: [done.result() for done in [pool.submit(_linear) for pool in self.pools]])
 
+    def end(self) -> None:
+        """Its processes."""
+        for pool in self.pools:
+            pool.shutdown()
+
 
 _linear_batches: list[Any] = []
 
