@@ -23,21 +23,26 @@ class Work(Protocol):
     """What a contender does in each turn."""
 
     def turn(self) -> tuple[float, float]:
-        """Does the work once; returns how much it was, in units that the contenders share, and the seconds."""
+        """Does the work once; returns how much it was, in units that the contenders share, and the seconds.
+
+        A work may also have `found()`, what it makes of its input, and `end()`, for what it has started.
+        """
 
 
 @dataclass(kw_only=True)
 class Contender:
-    """A class with a method `turn`, made in a process of its own; those with the same `process` share one."""
+    """A class with a method `turn`, made in a process of its own; those with the same `process`, or else name, share one."""
 
     name: str
     work: type[Any]
     settings: Mapping[str, Any]
     process: str = ""
+    warms_up: bool = True
+    """Whether one turn before the first is not counted."""
     rates: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     found: Any = None
-    """What the work's method `found` returns, if it has one: for a look at whether all do the same."""
+    """What the work's `found` returns: for a look at whether all do the same."""
 
     @property
     def rate(self) -> float:
@@ -46,15 +51,17 @@ class Contender:
 
 
 def compete(contenders: Sequence[Contender], turns: int) -> None:
-    """Fills `rates` and `peak_mib` of each contender; one turn before the first is not counted."""
+    """Fills `rates`, `peak_mib` and `found` of each contender."""
     processes = {one.process or one.name: _Process() for one in contenders}
     try:
-        for one in contenders:
-            one.found = processes[one.process or one.name].make(one.name, one.work, dict(one.settings))
+        for place, one in enumerate(contenders):
+            one.found = processes[one.process or one.name].make(place, one.work, dict(one.settings))
         for number in range(turns + 1):
-            for one in contenders:
+            for place, one in enumerate(contenders):
+                if not number and not one.warms_up:
+                    continue
                 with processes[one.process or one.name].watched() as memory:
-                    units, seconds = processes[one.process or one.name].turn(one.name)
+                    units, seconds = processes[one.process or one.name].turn(place)
                 if number:
                     one.rates.append(units / seconds)
                     one.peak_mib = max(one.peak_mib, memory.peak_mib)
@@ -117,31 +124,38 @@ class _Process:
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
-    def make(self, name: str, work: type[Any], settings: dict[str, Any]) -> Any:
-        self._pid, found = self._pool.submit(_make, name, work, settings).result()
+    def make(self, place: int, work: type[Any], settings: dict[str, Any]) -> Any:
+        self._pid, found = self._pool.submit(_make, place, work, settings).result()
         return found
 
-    def turn(self, name: str) -> tuple[float, float]:
-        return self._pool.submit(_turn, name).result()
+    def turn(self, place: int) -> tuple[float, float]:
+        return self._pool.submit(_turn, place).result()
 
     def watched(self) -> Memory:
         return Memory(self._pid)
 
     def end(self) -> None:
+        self._pool.submit(_end).result()
         self._pool.shutdown()
 
 
-_made: dict[str, Any] = {}
+_made: dict[int, Any] = {}
 
 
-def _make(name: str, work: type[Any], settings: dict[str, Any]) -> tuple[int, Any]:
-    _made[name] = made = work(**settings)
+def _make(place: int, work: type[Any], settings: dict[str, Any]) -> tuple[int, Any]:
+    _made[place] = made = work(**settings)
     return multiprocessing.current_process().pid or 0, made.found() if hasattr(made, "found") else None
 
 
-def _turn(name: str) -> tuple[float, float]:
-    found: tuple[float, float] = _made[name].turn()
+def _turn(place: int) -> tuple[float, float]:
+    found: tuple[float, float] = _made[place].turn()
     return found
+
+
+def _end() -> None:
+    for made in _made.values():
+        if hasattr(made, "end"):
+            made.end()
 
 
 def timed(work: Any) -> float:
