@@ -31,7 +31,7 @@ class Work(Protocol):
 
 @dataclass(kw_only=True)
 class Contender:
-    """A class with a method `turn`, made in a process of its own; those with the same `process`, or else name, share one."""
+    """A class with a method `turn`, in a process that it shares with those of the same `process`, or else name."""
 
     name: str
     work: type[Any]
