@@ -178,7 +178,7 @@ def main() -> int:
     parser.add_argument("--acl", type=Path, help="folder with histories.parquet and next_title_train.parquet")
     parser.add_argument("--titles", type=int, default=6_000)
     parser.add_argument("--abstracts", type=int, default=400)
-    parser.add_argument("--path", type=int, default=250_000, help="behaviors of the data path")
+    parser.add_argument("--path", type=int, default=200_000, help="behaviors of the data path")
     parser.add_argument("--store", type=int, default=200_000, help="behaviors of the refreshed store")
     parser.add_argument("--gpus", type=int, nargs="+", default=(1, 4, 16))
     arguments = parser.parse_args()
@@ -235,7 +235,7 @@ def _row(line: Line) -> str:
 def _write(lines: Sequence[Line], seconds: float) -> None:
     """Both files."""
     facts = ("work", "peer", "ratio", "goal", "noise", "limit_share")
-    found = [json.dumps({name: getattr(line, name) for name in facts}, ensure_ascii=False) for line in lines]
+    found = [json.dumps({name: _rounded(getattr(line, name)) for name in facts}, ensure_ascii=False) for line in lines]
     (_HERE / "results.json").write_text("[\n" + ",\n".join(found) + "\n]\n")
     names = ("work", "peer", "ours", "peer's", "ratio", "goal", "share of the limit", "peak MiB, ours / peer's")
     table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *map(_row, lines)]
@@ -249,6 +249,10 @@ a ratio the median of the ratios of each turn, ± half the distance between thei
     before, rest = results.read_text().split(_BEGIN)
     after = rest.split(_END)[1]
     results.write_text(f"{before}{_BEGIN}\n\n{text}\n{_END}{after}")
+
+
+def _rounded(value: str | float | None) -> str | float | None:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tests.benchmarks.contest import timed
 
 _MAX_TOKENS = 256
 _CORES = 2
-_STARTS = 3
+_STARTS = 2
 
 
 class OnRay:
