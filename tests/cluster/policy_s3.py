@@ -61,7 +61,8 @@ class PolicyS3(FaultyS3):
     def draw(self, method: str, path: str) -> str:
         """`denied` where the policy does not allow the request."""
         action = action_of(method, path)
-        place = unquote(urlsplit(path).path).strip("/")
+        # A slash at the end belongs to the key: `persona/` is inside of `persona/*`.
+        place = unquote(urlsplit(path).path).removeprefix("/")
         if action == "s3:ListBucket" or (action == "s3:DeleteObject" and method == "POST"):
             place = place.split("/")[0]
         resource = f"arn:aws:s3:::{place}"

@@ -178,7 +178,7 @@ def test_a_node_that_is_cut_off_in_the_middle_of_embed(
     network.cut(network.at_work("ray::MapWorker")[0])
     assert result(job)["read"] == len(rows)
     assert len(stored(tmp_path / "store", "behaviors")) == len(rows)
-    assert network.n_alive() == 2
+    wait(lambda: network.n_alive() == 2)
 
 
 def test_a_node_that_is_cut_off_in_the_middle_of_train(
@@ -188,10 +188,11 @@ def test_a_node_that_is_cut_off_in_the_middle_of_train(
     runs = tmp_path / "runs"
     flags: dict[str, Any] = {**TRAINING, "requests": asked, "store": store, "llm": models["llama"], "workers": 2}
     flags |= {"runs": runs, "plug": tmp_path / "plug", "epochs": 6, "encoder": models["encoder"]}
+    flags["validation"] = asked
     job = network.submit("cut-train", sys.executable, "-m", "jobs.train", *arguments(**flags))
     wait(lambda: n_reports(runs) >= 2 and bool(network.at_work("RayTrainWorker")), of=job)
     network.cut(network.at_work("RayTrainWorker")[0])
     found = result(job)
     assert found["steps"] == found["requests"] // TRAINING["global_batch"] * 6
     assert (tmp_path / "plug" / "plug.safetensors").exists()
-    assert network.n_alive() == 2
+    wait(lambda: network.n_alive() == 2)

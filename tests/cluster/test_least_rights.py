@@ -105,5 +105,6 @@ def test_all_jobs_pass_with_the_policy_and_use_every_right_of_it(
     for action in ("compact", "vacuum", "verify", "show"):
         run(guarded, "store", action, store=store)
     run(guarded, "forget", store=store, user="user-1")
-    assert not guarded.refused
+    # Arrow asks for a bucket that cannot be there, to learn what kind of server this is; S3 refuses that, too.
+    assert {place for _, place in guarded.refused} <= {"$extremelyunlikelytoexist$"}
     assert actions(guarded.asked) == {action for _, action in RIGHTS}
