@@ -198,9 +198,23 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
     if info.type == pafs.FileType.File:
         yield "", info.size
         return
-    for info in filesystem.get_file_info(pafs.FileSelector(uri, allow_not_found=True, recursive=True)):
+    for info in _below(filesystem, uri):
         if info.type == pafs.FileType.File:
             yield info.path[len(uri) :].lstrip("/"), info.size
+
+
+def _below(filesystem: pafs.LocalFileSystem, uri: str, tries: int = 100) -> list[pafs.FileInfo]:
+    """What lies below a local folder; of one that is made at this moment Arrow says that it is not there, and is."""
+    selector = pafs.FileSelector(uri, allow_not_found=True, recursive=True)
+    while True:
+        tries -= 1
+        try:
+            found: list[pafs.FileInfo] = filesystem.get_file_info(selector)
+        except FileNotFoundError:
+            if not tries:
+                raise
+        else:
+            return found
 
 
 def read_bytes(uri: str) -> bytes:

@@ -203,3 +203,23 @@ def test_delta_options_hold_no_credentials(each_s3: str) -> None:
     options = storage.delta_options(f"{each_s3}/store")
     assert options["AWS_ENDPOINT_URL"] == os.environ["AWS_ENDPOINT_URL"]
     assert not set(options.values()) & {os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]}
+
+
+def test_a_folder_that_another_run_makes_at_this_moment_can_be_listed(tmp_path: Path) -> None:
+    """As that of the leases is when several runs are the first."""
+    folder = tmp_path / "comes"
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            folder.mkdir()
+            folder.rmdir()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(5_000):
+            assert storage.list_files(str(folder)) == []
+    finally:
+        ended.set()
+        thread.join()
