@@ -187,12 +187,12 @@ def test_a_node_that_is_cut_off_in_the_middle_of_train(
     asked = write(str(tmp_path / "asked.jsonl"), requests(n_each=8))
     runs = tmp_path / "runs"
     flags: dict[str, Any] = {**TRAINING, "requests": asked, "store": store, "llm": models["llama"], "workers": 2}
-    flags |= {"runs": runs, "plug": tmp_path / "plug", "epochs": 6, "encoder": models["encoder"]}
+    flags |= {"runs": runs, "plug": tmp_path / "plug", "epochs": 3, "encoder": models["encoder"]}
     flags["validation"] = asked
     job = network.submit("cut-train", sys.executable, "-m", "jobs.train", *arguments(**flags))
     wait(lambda: n_reports(runs) >= 2 and bool(network.at_work("RayTrainWorker")), of=job)
     network.cut(network.at_work("RayTrainWorker")[0])
     found = result(job)
-    assert found["steps"] == found["requests"] // TRAINING["global_batch"] * 6
+    assert found["steps"] == found["requests"] // TRAINING["global_batch"] * 3
     assert (tmp_path / "plug" / "plug.safetensors").exists()
     wait(lambda: network.n_alive() == 2)
