@@ -1,12 +1,16 @@
 """The lines of a summary, and of a dry run, that say what a run costs (`persona.cost`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from jobs.command import Summary
 from jobs.session import Machines
 from persona import cost
 from persona.options import CostOptions
+
+if TYPE_CHECKING:
+    from persona.inputs import Split
 
 
 def known(count: Callable[[], float]) -> float:
@@ -15,6 +19,33 @@ def known(count: Callable[[], float]) -> float:
         return count()
     except KeyError:
         return 0.0
+
+
+def planned_requests(
+    would: str,
+    options: CostOptions,
+    splits: "Sequence[Split]",
+    where: Mapping[str, Any],
+    *,
+    times: int,
+    if_all: str,
+    outputs: int = 0,
+    beams: int = 1,
+) -> Summary:
+    """The dry run of a job that shows each request to the plug's LLM so many `times`, with inputs of full length.
+
+    All of a row is taken for input, which the LLM reads as far as it may: what else it has is short beside it.
+    """
+    from persona import models
+
+    record = where["record"]
+    llm = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
+    n_read = record.max_input_tokens
+    n_requests = times * cost.tokens_of_text(sum(split.end - split.start for split in splits)) / n_read
+    sizes = {"inputs": n_read, "outputs": outputs, "beams": beams}
+    flops = known(lambda: cost.llm_flops(llm.config, n_requests=n_requests, **sizes))
+    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+    return planned(plan, options, flops=flops, if_all=if_all)
 
 
 def planned(summary: Summary, options: CostOptions, *, flops: float, if_all: str) -> Summary:

@@ -21,7 +21,6 @@ from persona.options import CostOptions, Retrieval
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs import Split
     from persona.metrics import Metric
     from persona.store import Store
 
@@ -106,7 +105,9 @@ def main(config: Config) -> Summary:
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
     histories = retrieve.plan(config)
     if config.dry_run:
-        return _plan(config, splits, where)
+        would = f"score {', '.join(config.variants)} and measure the loss for {', '.join(config.personas)}"
+        size: dict[str, Any] = {"times": len(config.personas), "if_all": "with inputs of full length"}
+        return cost.planned_requests(would, config, splits, where, **size)
 
     answered = [v for v in config.variants if store.read_generations([v], ["request_id"]).num_rows]
     machines = session.connect()
@@ -154,21 +155,6 @@ def main(config: Config) -> Summary:
     )
     n_models = machines.n_models(config.actors, config.cpus_per_actor)
     return cost.spent(summary, config, machines, n_models=n_models, seconds=metrics["seconds"])
-
-
-def _plan(config: Config, splits: "Sequence[Split]", where: Mapping[str, Any]) -> Summary:
-    from persona import models
-    from persona.cost import llm_flops, tokens_of_text
-
-    record = where["record"]
-    would = f"score {', '.join(config.variants)} and measure the loss for {', '.join(config.personas)}"
-    llm = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
-    n_read = record.max_input_tokens
-    n_requests = len(config.personas) * tokens_of_text(sum(split.end - split.start for split in splits)) / n_read
-    # All of a row is taken for input, which the LLM reads as far as it may; a target is short beside it.
-    flops = cost.known(lambda: llm_flops(llm.config, n_requests=n_requests, inputs=n_read, outputs=0))
-    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
-    return cost.planned(plan, config, flops=flops, if_all="with inputs of full length")
 
 
 def _looked_at(

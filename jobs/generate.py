@@ -112,18 +112,10 @@ def main(config: Config) -> Summary:
 
 
 def _plan(config: Config, splits: "list[Split]", where: Mapping[str, Any]) -> Summary:
-    from persona import models
-    from persona.cost import llm_flops, tokens_of_text
-
-    record = where["record"]
     would = f"answer the requests of {len({split.uri for split in splits})} files for {', '.join(config.persona)}"
-    llm = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
-    n_read = record.max_input_tokens
-    n_requests = len(config.persona) * tokens_of_text(sum(split.end - split.start for split in splits)) / n_read
-    sizes = {"inputs": n_read, "outputs": config.max_new_tokens, "beams": config.beams}
-    flops = cost.known(lambda: llm_flops(llm.config, n_requests=n_requests, **sizes))
-    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
-    return cost.planned(plan, config, flops=flops, if_all="if none had an answer, inputs and answers of full length")
+    if_all = "if none had an answer, inputs and answers of full length"
+    sizes = {"times": len(config.persona), "outputs": config.max_new_tokens, "beams": config.beams}
+    return cost.planned_requests(would, config, splits, where, if_all=if_all, **sizes)
 
 
 def _staged(

@@ -40,17 +40,18 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     rank, first = context.get_world_rank(), context.get_world_rank() == 0
     n_epoch, n_steps = settings["n_steps_epoch"], settings["n_steps_epoch"] * config.epochs
     share = config.global_batch // settings["workers"]
+    encoder = _encoder_folder(settings)
     with _last_checkpoint() as folder:
-        engine, state = _engine(settings, config, options, folder)
+        engine, state = _engine(settings, config, options, encoder, folder)
     begun = state["step"]
     held_out = _held_out_rows(train.get_dataset_shard("validation"), rank, settings["workers"])
     if options.empty_history == 1:
         # What has never seen a history must be judged, and its best step chosen, without one.
         held_out = [{**row, "history": b""} for row in held_out]
-    seeing: dict[str, Any] = {"n_steps": n_steps, "width": settings["identity"]["width"], "options": options}
-    seeing["encoder"] = None
-    if begun < aligned_steps(n_steps, options):
-        seeing["encoder"] = _store_encoder(settings, engine.module.llm.device)
+    aligns = begun < aligned_steps(n_steps, options)
+    frozen = _frozen_encoder(encoder, settings, engine.module.llm.device) if aligns else None
+    width = settings["identity"]["width"]
+    seeing: dict[str, Any] = {"n_steps": n_steps, "width": width, "options": options, "encoder": frozen}
 
     def batches(epoch: int, blocks: "Iterator[pa.Table]") -> "Iterator[tuple[int, list[Row]]]":
         for index, block in enumerate(shuffle_windows(blocks, epoch=epoch, seed=config.seed)):
@@ -112,7 +113,13 @@ def _last_checkpoint() -> Iterator[Path | None]:
         yield Path(folder)
 
 
-def _engine(settings: Mapping[str, Any], config: "Config", options: TrainingOptions, folder: Path | None) -> Any:
+def _engine(
+    settings: Mapping[str, Any],
+    config: "Config",
+    options: TrainingOptions,
+    encoder: "ModelFolder",
+    folder: Path | None,
+) -> Any:
     """A DeepSpeed engine over plug and frozen LLM, and the state of the run."""
     import deepspeed
     import torch
@@ -127,9 +134,7 @@ def _engine(settings: Mapping[str, Any], config: "Config", options: TrainingOpti
     # On CPUs this op is compiled with g++ at every start and then never used outside DeepSpeed's own launcher.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     identity = settings["identity"]
-    encoder = models.resolve(settings["encoder"]["name"], revision=identity["revision"], flag="--encoder")
     llm_folder = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
-    _check_same(encoder, settings["encoder"])
     _check_same(llm_folder, settings["llm"])
     torch.manual_seed(config.seed)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=config.max_input_tokens, precision=config.precision)
@@ -148,7 +153,7 @@ def _engine(settings: Mapping[str, Any], config: "Config", options: TrainingOpti
     model = PersonalizedLLM(plug.to(llm.device), llm, query_text)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "training_curve": [], "validation_curve": []}
     if folder is None and options.warm_start == "vocabulary":
-        _warm_start(plug, llm, settings)
+        _warm_start(plug, encoder, llm, settings)
     if folder is not None:
         state = checkpoint.load_weights(model, folder)
         # Measured once: another machine may measure a little differently.
@@ -162,24 +167,31 @@ def _engine(settings: Mapping[str, Any], config: "Config", options: TrainingOpti
     return engine, state
 
 
-def _warm_start(plug: "Plug", llm: "FrozenLLM", settings: Mapping[str, Any]) -> None:
+def _warm_start(plug: "Plug", encoder: "ModelFolder", llm: "FrozenLLM", settings: Mapping[str, Any]) -> None:
     """The closed-form start of `persona.warm_start`; every worker finds the same."""
     import numpy as np
 
     from persona import warm_start
 
     behaviors_Nd = np.frombuffer(settings["behaviors"], dtype="<f2").reshape(-1, settings["identity"]["width"])
-    warm_start.fit(plug, _store_encoder(settings, llm.device), llm, behaviors_Nd)
+    warm_start.fit(plug, _frozen_encoder(encoder, settings, llm.device), llm, behaviors_Nd)
 
 
-def _store_encoder(settings: Mapping[str, Any], device: Any) -> "TextEncoder":
-    """The frozen encoder as it made the store's vectors. The device is named, since each thread has its own default."""
+def _encoder_folder(settings: Mapping[str, Any]) -> "ModelFolder":
+    """The store's encoder on this node."""
     from persona import models
+
+    card = settings["encoder"]
+    folder = models.resolve(card["name"], revision=settings["identity"]["revision"], flag="--encoder")
+    _check_same(folder, card)
+    return folder
+
+
+def _frozen_encoder(folder: "ModelFolder", settings: Mapping[str, Any], device: Any) -> "TextEncoder":
+    """The encoder as it made the store's vectors. The device is named, since each thread has its own default."""
     from persona.encoder import TextEncoder
 
-    identity = settings["identity"]
-    folder = models.resolve(settings["encoder"]["name"], revision=identity["revision"], flag="--encoder")
-    how = {"pooling": identity["pooling"], "max_tokens": identity["max_tokens"]}
+    how = {name: settings["identity"][name] for name in ("pooling", "max_tokens")}
     return TextEncoder(folder, **how, precision="fp32", device=str(device))
 
 

@@ -45,6 +45,11 @@ class Contender:
     """What the work's `found` returns: for a look at whether all do the same."""
 
     @property
+    def home(self) -> str:
+        """What the contenders of one process share."""
+        return self.process or self.name
+
+    @property
     def rate(self) -> float:
         """The median over turns, units a second."""
         return statistics.median(self.rates)
@@ -52,16 +57,16 @@ class Contender:
 
 def compete(contenders: Sequence[Contender], turns: int) -> None:
     """Fills `rates`, `peak_mib` and `found` of each contender."""
-    processes = {one.process or one.name: _Process() for one in contenders}
+    processes = {one.home: _Process() for one in contenders}
     try:
         for place, one in enumerate(contenders):
-            one.found = processes[one.process or one.name].make(place, one.work, dict(one.settings))
+            one.found = processes[one.home].make(place, one.work, dict(one.settings))
         for number in range(turns + 1):
             for place, one in enumerate(contenders):
                 if not number and not one.warms_up:
                     continue
-                with processes[one.process or one.name].watched() as memory:
-                    units, seconds = processes[one.process or one.name].turn(place)
+                with processes[one.home].watched() as memory:
+                    units, seconds = processes[one.home].turn(place)
                 if number:
                     one.rates.append(units / seconds)
                     one.peak_mib = max(one.peak_mib, memory.peak_mib)
