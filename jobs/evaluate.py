@@ -234,7 +234,7 @@ def _losses(
     )
     pool = machines.pool(config.actors, config.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
-    rows = flow.by_models(joined, Losses, block_rows=16 * config.batch_size, pool=pool, **of_actors)
+    rows = flow.by_models(joined, Losses, block_rows=8 * config.batch_size, pool=pool, **of_actors)
     names = [*_KEPT, "target", *(_KEPT_OF_REJECTED if config.rejected is not None else ())]
     gathered: dict[str, list[Any]] = {name: [] for name in names}
     with flow.progress(tally, _progress_line):

@@ -59,6 +59,6 @@ def _batches(rows: list[Row], batch_size: int) -> Iterator[tuple[list[int], dict
     kinds = [{"mean": row["persona"] == "mean", "bare": row["persona"] == "bare"} for row in rows]
     for kind in ({"mean": False, "bare": False}, {"mean": True, "bare": False}, {"mean": False, "bare": True}):
         numbers = [number for number, found in enumerate(kinds) if found == kind]
-        numbers.sort(key=lambda number: -len(rows[number]["input"]))
+        numbers.sort(key=lambda number: -len(rows[number]["input"]) - len(rows[number].get("target") or ""))
         for start in range(0, len(numbers), batch_size):
             yield numbers[start : start + batch_size], kind

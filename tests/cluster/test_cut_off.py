@@ -32,8 +32,9 @@ pytestmark = [
     pytest.mark.timeout(1200),
     pytest.mark.skipif(not CAN, reason="network namespaces need root and `ip`"),
 ]
-# A node is given up after five seconds of silence; by default after half a minute. Who waits for the answer of a worker on
-# it learns of that by pings that get none: within five seconds, by Ray's default within seven minutes, in our image one.
+# A node is given up after five seconds of silence; by default after half a minute. Who waits for the answer of a worker
+# on it learns of that by pings that get none: here within five seconds, in our image within a minute, by Ray's default
+# within seven.
 QUICK = {
     "RAY_grpc_client_keepalive_time_ms": "2000",
     "RAY_grpc_client_keepalive_timeout_ms": "3000",
