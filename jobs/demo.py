@@ -81,7 +81,15 @@ def main(config: Config) -> Summary:
     judged = _run(
         "evaluate: what the persona is worth",
         evaluate.main,
-        evaluate.Config(requests=asked, store=store, plug=plug, out=str(out), metric="label", batch_size=32),
+        evaluate.Config(
+            requests=asked,
+            store=store,
+            plug=plug,
+            out=str(out),
+            texts=str(out / "histories.parquet"),
+            metric="label",
+            batch_size=32,
+        ),
     )
     seconds = round(time.perf_counter() - started, 1)
     _show(json.loads((out / "metrics.json").read_bytes())["examples"])
@@ -180,12 +188,15 @@ def _show(examples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _table(judged: Mapping[str, Any], seconds: float) -> list[tuple[str, str]]:
+    from persona.demo import guessed_right
+
     said = {"own": "their own persona", "none": "no persona", "other": "someone else's persona"}
     print()
     rows = []
     for kind in _KINDS:
         score, loss = judged["scores"][kind]["accuracy"], judged["loss"][kind]["mean"]
         rows.append((said[kind], f"{score:6.1%} right   {loss:.3f} nats a token"))
+    rows.append(("by guessing", f"{guessed_right():6.1%} right"))
     rows.append(("asked", f"{judged['requests']} requests of {judged['users']} people never seen in training"))
     rows.append(("took", f"{seconds:.0f} s"))
     return rows

@@ -9,6 +9,7 @@ answer. So a good answer needs the history, and of the history the part that the
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from random import Random
+from statistics import fmean
 from typing import Literal, get_args
 
 import pyarrow as pa
@@ -286,6 +287,11 @@ def people(*, seed: int = 0, sizes: Sizes = Sizes()) -> list[Person]:
         answers = {facet.name: random.choice(list(facet.notes)) for facet in FACETS}
         everyone.append(Person(user_id=user_id, part=part, answers=answers))
     return everyone
+
+
+def guessed_right() -> float:
+    """The share of answers that who knows nothing of a person gets right; each answer is as frequent as another."""
+    return fmean(1 / len(facet.notes) for facet in FACETS)
 
 
 def histories(*, seed: int = 0, sizes: Sizes = Sizes()) -> pa.Table:

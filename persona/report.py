@@ -89,12 +89,18 @@ def _head(metrics: Metrics) -> str:
         for kind, saved in metrics["loss_saved_by_own"].items()
     ]
     return (
-        f'<header><p class="eyebrow">persona-plug · evaluation</p><h1>{escape(settings["llm"]["name"])} with a plug of '
+        '<header><p class="eyebrow">persona-plug · evaluation</p>'
+        f"<h1>{escape(_short(settings['llm']['name']))} with a plug of "
         f"{settings['plug_options']['persona_tokens']} persona {_tokens(settings)}</h1>"
         f"<p>{metrics['requests']:,} requests of {metrics['users']:,} users from "
         f"<code>{escape(settings['requests'])}</code></p>{markup.warnings(warnings)}"
         f'<div class="tiles">{"".join(tiles)}</div></header>'
     )
+
+
+def _short(model: str) -> str:
+    """The hub id, or the last part of a folder's path."""
+    return model.rstrip("/").rsplit("/", 1)[-1] if model.startswith(("/", ".", "s3://")) else model
 
 
 def _tokens(settings: Mapping[str, Any]) -> str:

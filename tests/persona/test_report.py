@@ -102,6 +102,16 @@ def test_the_page_says_what_was_found() -> None:
     assert all(value in words for value in found["versions"].values())
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("google/flan-t5-xl", "google/flan-t5-xl"), ("/models/SmolLM2/", "SmolLM2"), ("s3://corp/models/llm", "llm")],
+)
+def test_the_title_has_the_name_of_the_model_and_not_the_way_to_it(name: str, title: str) -> None:
+    found = metrics()
+    found["settings"]["llm"]["name"] = name
+    assert f"<h1>{title} with a plug".encode() in report.page(found)
+
+
 def test_a_ranking_is_shown_where_there_is_one() -> None:
     found = {"likelier": {"mean": 0.625, "low": 0.5, "high": 0.75}}
     _, words = read(report.page(metrics(ranking={"own": found, "none": found})))
