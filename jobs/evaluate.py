@@ -284,10 +284,8 @@ class Losses:
 
     def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
         session.quiet_models(config.cpus_per_actor)
-        self.model = load_personalized(where, config.precision)
-        self.batching = {"batch_size": config.batch_size}
-        if config.retrieve:
-            self.batching["front_tokens"] = config.retrieve_tokens
+        self.model = load_personalized(where, config)
+        self.batch_size = config.batch_size
         self.with_rejected = config.rejected is not None
         self.tally = tally
 
@@ -295,14 +293,14 @@ class Losses:
         """Adds `nats` and `tokens` of the target, and perhaps those of the rejected text."""
         from persona.generation import loss_of_all
 
-        losses = loss_of_all(self.model, requests, **self.batching)
+        losses = loss_of_all(self.model, requests, batch_size=self.batch_size)
         rows = requests.select(["request_id", "user_id", "persona", "target", "n_behaviors"])
         for name in ("nats", "tokens"):
             rows = rows.append_column(name, losses[name])
         if self.with_rejected:
             place = requests.column_names.index("target")
             instead = requests.set_column(place, "target", requests["rejected"])
-            losses = loss_of_all(self.model, instead, **self.batching)
+            losses = loss_of_all(self.model, instead, batch_size=self.batch_size)
             for name in ("nats", "tokens"):
                 rows = rows.append_column(f"rejected_{name}", losses[name])
         if rows.num_rows:

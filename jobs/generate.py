@@ -69,8 +69,7 @@ class Config(Decoding, Retrieval, CostOptions):
         self.check_decoding()
         self.check_cost()
         self.check_retrieval()
-        if self.texts is not None and not self.retrieve:
-            raise UsageError("--texts does nothing without --retrieve; give a number of texts, or leave it out")
+        self.check_texts_are_used()
         for name in ("batch_size", "block_rows", "actors", "cpus_per_actor"):
             command.at_least(self, name, 1)
         if not self.persona or len(set(self.persona)) < len(self.persona):
@@ -174,8 +173,8 @@ def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | N
     return {"plug": uri, "record": record, "fingerprint": fingerprint, **names}
 
 
-def load_personalized(where: Mapping[str, Any], precision: Any) -> Any:
-    """The plug in front of its LLM, in this process."""
+def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
+    """The plug in front of its LLM, in this process; `config` says in what precision, and what is retrieved."""
     from persona import models, plug_folder, storage
     from persona.llm import FrozenLLM
 
@@ -183,9 +182,11 @@ def load_personalized(where: Mapping[str, Any], precision: Any) -> Any:
     encoder = models.resolve(where["encoder"], revision=record.encoder["revision"], flag="--encoder")
     llm_folder = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
     plug_folder.check_models(record, encoder=encoder, llm=llm_folder)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=precision)
+    llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.precision)
     with storage.local_folder(where["plug"]) as folder:
-        return plug_folder.load(folder, encoder=encoder, llm=llm)
+        model = plug_folder.load(folder, encoder=encoder, llm=llm)
+    model.front_tokens = config.front_tokens
+    return model
 
 
 def variant_of(config: Config, persona: str) -> str:
@@ -253,11 +254,9 @@ class Generate:
 
     def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
         session.quiet_models(config.cpus_per_actor)
-        self.model = load_personalized(where, config.precision)
+        self.model = load_personalized(where, config)
         self.decoding = Decoding(**{field.name: getattr(config, field.name) for field in fields(Decoding)})
-        self.batching = {"batch_size": config.batch_size}
-        if config.retrieve:
-            self.batching["front_tokens"] = config.retrieve_tokens
+        self.batch_size = config.batch_size
         self.where = where
         self.tally = tally
         self.idle_since = time.perf_counter()
@@ -267,7 +266,7 @@ class Generate:
         from persona.generation import answer_all
 
         started = time.perf_counter()
-        answers = answer_all(self.model, requests, self.decoding, **self.batching)
+        answers = answer_all(self.model, requests, self.decoding, batch_size=self.batch_size)
         if requests.num_rows:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}

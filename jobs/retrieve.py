@@ -25,13 +25,17 @@ def plan(options: "Retrieval") -> Histories | None:
 
 
 def best_of(
-    histories: Histories | None, options: "Retrieval", where: Mapping[str, Any], tally: Any
+    histories: Histories | None, options: "Retrieval", where: Mapping[str, Any], tally: Any, *, stage: str = "texts"
 ) -> texts.Texts | None:
-    """What `flow.requests_with_histories` needs to add the column `retrieved`; None when nothing is to be retrieved."""
+    """What `flow.requests_with_histories` needs to add the column `retrieved`; None when nothing is to be retrieved.
+
+    `where` has the name of the `encoder`, and `record`, which knows how queries and histories are cut: that of a plug,
+    or the settings with which one is trained.
+    """
     if histories is None or not options.retrieve:
         return None
     splits, columns = histories
-    return texts.Texts(splits=splits, columns=columns, use=_Retrieve(options, where, tally))
+    return texts.Texts(splits=splits, columns=columns, use=_Retrieve(options, where, tally, stage))
 
 
 def summary_rows(counts: flow.Counts) -> list[tuple[str, str]]:
@@ -47,12 +51,13 @@ def summary_rows(counts: flow.Counts) -> list[tuple[str, str]]:
 class _Retrieve:
     """Adds `retrieved`: the texts for each request, the best first."""
 
-    def __init__(self, options: "Retrieval", where: Mapping[str, Any], tally: Any) -> None:
+    def __init__(self, options: "Retrieval", where: Mapping[str, Any], tally: Any, stage: str) -> None:
         self.n = options.retrieve
         self.retriever = options.retriever
         self.encoder = where["encoder"]
         self.record = where["record"]
         self.tally = tally
+        self.stage = stage
 
     def __call__(
         self, requests: "pa.Table", found: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int]
@@ -81,7 +86,7 @@ class _Retrieve:
                 stored = b"".join(behaviors["vector"].to_pylist())
                 vectors_Nd = np.frombuffer(stored, "<f2").reshape(len(known), store.identity.width).astype(np.float32)
             rows.append(best_texts(known, self.n, self.retriever, query=query, query_d=query_d, vectors_Nd=vectors_Nd))
-        flow.note(self.tally, "texts", str(bucket), counts)
+        flow.note(self.tally, self.stage, str(bucket), counts)
         return requests.append_column("retrieved", pa.array(rows, pa.list_(pa.large_string())))
 
     def _encode(self, queries: list[str], identity: "Identity") -> Any:

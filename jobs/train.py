@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, cost, flow, profile, session
+from jobs import command, cost, flow, profile, retrieve, session
 from jobs.command import Summary
 from persona.errors import InputError, PlugMismatch, UsageError
-from persona.options import CostOptions, PlugOptions, TrainingOptions
+from persona.options import CostOptions, PlugOptions, Retrieval, TrainingOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingOptions, PlugOptions, CostOptions):
+class Config(TrainingOptions, PlugOptions, Retrieval, CostOptions):
     """What `jobs.train` can be told."""
 
     requests: str
@@ -81,6 +81,8 @@ class Config(TrainingOptions, PlugOptions, CostOptions):
         """Refuses what can be refused without looking at any data."""
         PlugOptions.check(self)
         self.check_cost()
+        self.check_retrieval()
+        self.check_texts_are_used()
         self.check_training(self.workers or 1)
         for name in ("validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"):
             command.at_least(self, name, 1)
@@ -91,7 +93,7 @@ class Config(TrainingOptions, PlugOptions, CostOptions):
             raise UsageError(f"--run {self.run!r}: must be a name of letters, digits and . _ -")
 
     def options(self, kind: type[Any]) -> Any:
-        """The part of the flags that is a PlugOptions or a TrainingOptions."""
+        """The part of the flags that is a PlugOptions, a TrainingOptions or a Retrieval."""
         return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
 
@@ -104,6 +106,7 @@ class Inputs:
     llm: "ModelFolder"
     requests: list[Any]
     validation: list[Any] | None
+    histories: retrieve.Histories | None
     runs: str
     plug: str
 
@@ -155,7 +158,7 @@ def _plan(config: Config, inputs: Inputs, *, resumes: bool) -> Summary:
             inputs.encoder.config,
             # Under --contrast each is asked once more, with another history.
             n_requests=tokens_of_text(n_bytes) / config.max_input_tokens * (2 if config.contrast else 1),
-            inputs=config.max_input_tokens,
+            inputs=config.max_input_tokens + config.front_tokens,
             outputs=0,
             query=config.max_query_tokens,
             epochs=config.epochs,
@@ -193,6 +196,7 @@ def _inputs(config: Config) -> Inputs:
         llm=llm,
         requests=splits,
         validation=held_out,
+        histories=retrieve.plan(config),
         runs=uris["runs"],
         plug=uris["plug"],
     )
@@ -223,9 +227,16 @@ def _datasets(config: Config, inputs: Inputs, version: int, tally: Any) -> "tupl
         "versions": {"behaviors": version},
     }
     store = inputs.store
-    train = flow.requests_with_histories(inputs.requests, store, tally, limit=config.limit, **settings).materialize()
+    where = {"encoder": config.encoder or store.identity.encoder, "record": config}
+
+    def joined(splits: list[Any], held_out: str = "", limit: int | None = None) -> "Dataset":
+        texts = retrieve.best_of(inputs.histories, config, where, tally, stage=f"texts{held_out}")
+        how: dict[str, Any] = {**settings, "limit": limit, "texts": texts, "stage": f"join{held_out}"}
+        return flow.requests_with_histories(splits, store, tally, **how)
+
+    train = joined(inputs.requests, limit=config.limit).materialize()
     if inputs.validation is not None:
-        held_out = flow.requests_with_histories(inputs.validation, store, tally, stage="join held out", **settings)
+        held_out = joined(inputs.validation, " held out")
     else:
         held_out = _only(train, _users, fraction=config.validation_fraction, held_out=True)
         train = _only(train, _users, fraction=config.validation_fraction, held_out=False).materialize()

@@ -7,17 +7,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from jobs import flow
+from jobs import flow, retrieve
 from jobs.command import Summary
 from persona import storage
 from persona.errors import UsageError
-from persona.options import PlugOptions, TrainingOptions
+from persona.options import PlugOptions, Retrieval, TrainingOptions
 
 if TYPE_CHECKING:
     from jobs.train import Config, Inputs
     from persona.options import Pooling
 
-# What a run cannot be resumed without, besides the options of plug and training.
+_OPTIONS = (PlugOptions, TrainingOptions, Retrieval)
+# What a run cannot be resumed without, besides these options.
 _FIXED = (
     "requests",
     "validation",
@@ -46,8 +47,7 @@ class Run:
         """The run of that name. Raises UsageError when it was started with other settings."""
         uri = storage.join(inputs.runs, config.run, "settings.json")
         settings = {
-            **asdict(config.options(PlugOptions)),
-            **asdict(config.options(TrainingOptions)),
+            **{name: value for kind in _OPTIONS for name, value in asdict(config.options(kind)).items()},
             **{name: getattr(config, name) for name in _FIXED},
             "llm": inputs.llm.fingerprint,
             "encoder": inputs.encoder.fingerprint,
@@ -55,7 +55,7 @@ class Run:
         known = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
         if known is not None:
             # What the version that started the run did not know was off in it.
-            off = {option.name: option.default for kind in (PlugOptions, TrainingOptions) for option in fields(kind)}
+            off = {option.name: option.default for kind in _OPTIONS for option in fields(kind)}
             pairs = {name: (known["settings"].get(name, off.get(name)), settings[name]) for name in settings}
             differing = [f"{name} was {was!r} and is {now!r}" for name, (was, now) in pairs.items() if was != now]
             if differing:
@@ -122,6 +122,7 @@ def publish(
         ("held-out loss", f"{answer['validation_loss']:.4f} nats a token at step {answer['best_step']:,} (the best)"),
         ("plug", f"{inputs.plug} ({fingerprint[:12]})"),
         ("seconds", f"{seconds:,.1f}"),
+        *retrieve.summary_rows(counts),
         *flow.reject_rows(counts),
     ]
     return Summary(table=table, result=answer, exit_code=flow.exit_code(counts, config.max_reject_fraction))
@@ -149,6 +150,7 @@ def _record(
         max_behaviors=config.max_behaviors,
         training={
             **asdict(config.options(TrainingOptions)),
+            **{name: getattr(config, name) for name in ("retrieve", "retriever", "retrieve_tokens")},
             "run": config.run,
             "requests": n_requests,
             "best_step": state["step"],

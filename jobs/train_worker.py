@@ -150,7 +150,7 @@ def _engine(
         token_norm=llm.token_norm(),
     )
     query_text = plug_folder.new_query_text(encoder, config.query_prefix, config.max_query_tokens)
-    model = PersonalizedLLM(plug.to(llm.device), llm, query_text)
+    model = PersonalizedLLM(plug.to(llm.device), llm, query_text, front_tokens=config.front_tokens)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "training_curve": [], "validation_curve": []}
     if folder is None and options.warm_start == "vocabulary":
         _warm_start(plug, encoder, llm, settings)

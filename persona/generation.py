@@ -10,12 +10,8 @@ from persona.options import Decoding
 from persona.personalized import PersonalizedLLM, Row
 
 
-def answer_all(
-    model: PersonalizedLLM, requests: pa.Table, decoding: Decoding, *, batch_size: int, front_tokens: int = 0
-) -> pa.Table:
+def answer_all(model: PersonalizedLLM, requests: pa.Table, decoding: Decoding, *, batch_size: int) -> pa.Table:
     """Answers to joined requests (`persona.join`, and the column `persona`), in their order.
-
-    With `front_tokens`, as many of the column `retrieved` go in front of each prompt.
 
     Returns:
         a table of `output`, `n_tokens`, `finish_reason`.
@@ -23,7 +19,7 @@ def answer_all(
     answers: list[Answer | None] = [None] * requests.num_rows
     rows = requests.to_pylist()
     for numbers, flags in _batches(rows, batch_size):
-        found = model.answer([rows[number] for number in numbers], decoding, front_tokens=front_tokens, **flags)
+        found = model.answer([rows[number] for number in numbers], decoding, **flags)
         for number, answer in zip(numbers, found, strict=True):
             answers[number] = answer
     done = [answer for answer in answers if answer is not None]
@@ -37,8 +33,8 @@ def answer_all(
 
 
 @torch.inference_mode()
-def loss_of_all(model: PersonalizedLLM, requests: pa.Table, *, batch_size: int, front_tokens: int = 0) -> pa.Table:
-    """Teacher-forced losses of joined requests with targets, in their order; `front_tokens` as for `answer_all`.
+def loss_of_all(model: PersonalizedLLM, requests: pa.Table, *, batch_size: int) -> pa.Table:
+    """Teacher-forced losses of joined requests with targets, in their order.
 
     Returns:
         a table of `nats`, the summed negative log-likelihood of a target (eq. 6), and `tokens`, how many it has.
@@ -48,7 +44,7 @@ def loss_of_all(model: PersonalizedLLM, requests: pa.Table, *, batch_size: int, 
     rows = requests.to_pylist()
     for numbers, flags in _batches(rows, batch_size):
         of_batch = [rows[number] for number in numbers]
-        batch = model.collate(of_batch, with_targets=True, front_tokens=front_tokens, **flags)
+        batch = model.collate(of_batch, with_targets=True, **flags)
         for number, nll, target in zip(numbers, model(batch).tolist(), batch.targets, strict=True):
             nats[number], tokens[number] = nll, len(target)
     return pa.table({"nats": pa.array(nats, pa.float64()), "tokens": pa.array(tokens, pa.int32())})

@@ -185,6 +185,16 @@ class Retrieval:
     columns: str = ""
     """Names of the columns of --texts where they differ: text=body,user_id=author."""
 
+    @property
+    def front_tokens(self) -> int:
+        """Tokens of retrieved texts that go in front of a prompt."""
+        return self.retrieve_tokens if self.retrieve else 0
+
+    def check_texts_are_used(self) -> None:
+        """Raises UsageError for --texts that nothing is taken from."""
+        if self.texts is not None and not self.retrieve:
+            raise UsageError("--texts does nothing without --retrieve; give a number of texts, or leave it out")
+
     def check_retrieval(self) -> None:
         """Raises UsageError for values that cannot work."""
         if self.retrieve < 0:

@@ -64,21 +64,22 @@ def packed(histories: Sequence[bytes], width: int, device: torch.device) -> tupl
 
 
 class PersonalizedLLM(nn.Module):
-    """One module of plug and frozen LLM, as DeepSpeed wants it."""
+    """One module of plug and frozen LLM, as DeepSpeed wants it.
 
-    def __init__(self, plug: Plug, llm: FrozenLLM, query_text: QueryText | None) -> None:
+    Of a row's `retrieved` texts `front_tokens` tokens go in front of its prompt (eq. r); with 0 it needs none.
+    """
+
+    def __init__(self, plug: Plug, llm: FrozenLLM, query_text: QueryText | None, *, front_tokens: int = 0) -> None:
         super().__init__()
         self.plug = plug
         self.llm = llm
         self.query_text = query_text
+        self.front_tokens = front_tokens
 
-    def collate(
-        self, rows: Sequence[Row], *, with_targets: bool, mean: bool = False, bare: bool = False, front_tokens: int = 0
-    ) -> Batch:
+    def collate(self, rows: Sequence[Row], *, with_targets: bool, mean: bool = False, bare: bool = False) -> Batch:
         """Rows to a batch on the LLM's device.
 
-        `mean` weighs all behaviors equally, whatever the plug does; `bare` leaves the soft tokens out; of a row's
-        `retrieved` texts `front_tokens` tokens go in front of them.
+        `mean` weighs all behaviors equally, whatever the plug does; `bare` leaves the soft tokens out.
         """
         device = self.llm.device
         history_Md, lengths_B = packed([row["history"] for row in rows], self.plug.width, device)
@@ -91,9 +92,14 @@ class PersonalizedLLM(nn.Module):
             query=query,
             inputs=self.llm.tokenize_inputs([row["input"] for row in rows]),
             targets=self.llm.tokenize_targets([row["target"] for row in rows]) if with_targets else [],
-            fronts=self.llm.tokenize_fronts([row["retrieved"] for row in rows], front_tokens) if front_tokens else [],
+            fronts=self._fronts(rows),
             bare=bare,
         )
+
+    def _fronts(self, rows: Sequence[Row]) -> list[list[int]]:
+        if not self.front_tokens:
+            return []
+        return self.llm.tokenize_fronts([row["retrieved"] for row in rows], self.front_tokens)
 
     def forward(self, batch: Batch) -> Tensor:
         """Eq. 6 per request: summed negative log-likelihood (B,) of the targets, in nats."""
@@ -108,9 +114,9 @@ class PersonalizedLLM(nn.Module):
 
     @torch.inference_mode()
     def answer(
-        self, rows: Sequence[Row], decoding: Decoding, *, mean: bool = False, bare: bool = False, front_tokens: int = 0
+        self, rows: Sequence[Row], decoding: Decoding, *, mean: bool = False, bare: bool = False
     ) -> list[Answer]:
         """Answers to a batch of requests, in their order; the flags are those of `collate`."""
-        batch = self.collate(rows, with_targets=False, mean=mean, bare=bare, front_tokens=front_tokens)
+        batch = self.collate(rows, with_targets=False, mean=mean, bare=bare)
         seeds = [decoding.row_seed(row["request_id"]) for row in rows]
         return self.llm.generate(self.soft_tokens(batch), batch.inputs, decoding, seeds, batch.fronts)

@@ -291,6 +291,14 @@ def changed(before: Rows, after: Rows) -> set[tuple[str, ...]]:
     return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 
 
+def seen(uri: str, row: Row, most: int) -> list[bytes]:
+    """The vectors that a request may see, by a loop over the whole store."""
+    store = Store.open(uri)
+    rows = [one for bucket in range(BUCKETS) for one in store.read_histories(bucket).to_pylist()]
+    mine = [one for one in rows if one["user_id"] == row["user_id"] and one["timestamp"] < row["as_of"]]
+    return [one["vector"] for one in sorted(mine, key=lambda one: one["timestamp"])][-most:]
+
+
 def n_reports(runs: Path) -> int:
     """Checkpoints of the run `r` that Ray Train has heard of; it resumes at no other, though more may lie there."""
     with suppress(FileNotFoundError, json.JSONDecodeError):

@@ -20,7 +20,7 @@ from persona.llm import FrozenLLM
 from persona.storage import read_bytes
 from persona.store import Store
 from tests import lamp_form
-from tests.jobs.conftest import BUCKETS, Job, Row, behaviors, requests, write
+from tests.jobs.conftest import BUCKETS, Job, Row, behaviors, requests, seen, write
 
 PERSONAS = ("own", "none", "other")
 
@@ -75,14 +75,6 @@ def loss_by_hand(uri: str, plug: str, asked: list[Row], *, own: bool) -> tuple[l
         nats.append(-float(sum(logs)))
         tokens.append(len(target))
     return nats, tokens
-
-
-def seen(uri: str, row: Row, most: int) -> list[bytes]:
-    """The vectors that a request may see, by a loop over the whole store."""
-    store = Store.open(uri)
-    rows = [one for bucket in range(BUCKETS) for one in store.read_histories(bucket).to_pylist()]
-    mine = [one for one in rows if one["user_id"] == row["user_id"] and one["timestamp"] < row["as_of"]]
-    return [one["vector"] for one in sorted(mine, key=lambda one: one["timestamp"])][-most:]
 
 
 def test_losses_are_those_of_a_calculation_by_hand(do: Job, flags: dict[str, Any], plug: str, s3: str) -> None:
@@ -231,13 +223,14 @@ def test_losses_with_retrieved_texts_are_those_of_the_plug_with_them_in_front(
     record = plug_folder.read_record(folder)
     encoder, llm_folder = (models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     model = plug_folder.load(folder, encoder=encoder, llm=FrozenLLM.load(llm_folder, precision="fp32"))
+    model.front_tokens = 16
     for persona in ("own", "bare"):
         nats = tokens = 0.0
         for row in asked:
             vectors = seen(flags["store"], row, record.max_behaviors)
             latest = [one["text"] for one in written if one["user_id"] == row["user_id"]][len(vectors) - 1]
             one = {**row, "query": row["input"], "history": b"".join(vectors), "retrieved": [latest]}
-            batch = model.collate([one], with_targets=True, bare=persona == "bare", front_tokens=16)
+            batch = model.collate([one], with_targets=True, bare=persona == "bare")
             with torch.inference_mode():
                 nats += model(batch).item()
             tokens += batch.n_target_tokens

@@ -175,6 +175,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
     model = plug_folder.load(folder, encoder=encoder, llm=frozen)
+    model.front_tokens = 24
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0
     for row in asked:
@@ -189,7 +190,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
         history = vectors_Nd.astype("<f2").tobytes()
         for name, bare in zip(names, (True, False), strict=True):
             rows = [{**row, "query": row["input"], "history": history, "retrieved": found}]
-            said = model.answer(rows, Decoding(beams=1, max_new_tokens=8), bare=bare, front_tokens=24)[0]
+            said = model.answer(rows, Decoding(beams=1, max_new_tokens=8), bare=bare)[0]
             assert answers[row["request_id"], name]["output"] == said.text
 
     again = do(generate, **given, texts=histories)

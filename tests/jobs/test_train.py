@@ -21,7 +21,7 @@ from persona import plug_folder
 from persona.llm import FrozenLLM
 from persona.models import resolve
 from persona.storage import join, list_files, local_folder
-from tests.jobs.conftest import START, TRAINING, Job, behaviors, fill_store, n_reports, requests, write
+from tests.jobs.conftest import START, TRAINING, Job, behaviors, fill_store, n_reports, requests, seen, write
 
 # 24 requests in batches of 4 are 6 steps an epoch.
 STEPS = 12
@@ -197,6 +197,37 @@ def test_prompt_tuning_alone_trains_and_is_judged_without_any_history(
     assert curve(tmp_path / "plug", "validation")[-1, 1] < curve(tmp_path / "plug", "validation")[0, 1]
 
 
+def test_texts_of_the_history_may_stand_in_the_prompts(
+    do: Job, refuse: Job, inputs: dict, models: dict[str, str], tmp_path: Path
+) -> None:
+    held_out, written = requests(2), behaviors()
+    flags = {**SETTINGS, **inputs, **places(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
+    flags |= {"epochs": 1, "weights": "mean", "texts": write(str(tmp_path / "histories.jsonl"), written)}
+    flags |= {"retrieve": 1, "retriever": "recency", "retrieve_tokens": 12}
+    done = do(train, **flags)
+    assert done.code == 0
+    # Of each of six users there are four requests, which see one behavior to four.
+    assert "60 of 60 seen behaviors" in done.table
+    training = record(tmp_path / "plug")["training"]
+    assert [training[name] for name in ("retrieve", "retriever", "retrieve_tokens")] == [1, "recency", 12]
+    encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
+    frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])
+    model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen)
+    model.front_tokens = 12
+    rows = []
+    for row in held_out:
+        vectors = seen(inputs["store"], row, 512)
+        texts = [one["text"] for one in written if one["user_id"] == row["user_id"]]
+        rows.append({**row, "history": b"".join(vectors), "retrieved": texts[len(vectors) - 1 : len(vectors)]})
+    batch = model.collate(rows, with_targets=True)
+    with torch.inference_mode():
+        loss = model(batch).sum().item() / batch.n_target_tokens
+    assert done.result["validation_loss"] == pytest.approx(loss, abs=2e-5)
+    other = refuse(train, **{**flags, "retriever": "bm25"})
+    assert (other.code, "retriever was 'recency' and is 'bm25'" in other.said) == (2, True)
+    assert "--texts does nothing without --retrieve" in refuse(train, **{**flags, "retrieve": 0}).said
+
+
 def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:
     flags = {**SETTINGS, **inputs, **places(undisturbed)}
     done = refuse(train, **{**flags, "learning_rate": 2e-3, "epochs": 1})
@@ -209,7 +240,7 @@ def test_a_run_from_before_an_option_is_one_that_has_it_off(
     refuse: Job, inputs: dict, undisturbed: Path, tmp_path: Path
 ) -> None:
     started = json.loads((undisturbed / "runs" / "r" / "settings.json").read_text())
-    for name in ("alignment", "contrast", "recency"):
+    for name in ("alignment", "contrast", "recency", "retrieve", "texts"):
         del started["settings"][name]
     (tmp_path / "runs" / "r").mkdir(parents=True)
     (tmp_path / "runs" / "r" / "settings.json").write_text(json.dumps(started))

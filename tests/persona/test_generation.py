@@ -58,19 +58,19 @@ def test_no_requests_are_empty_tables_of_the_same_columns(model, requests):
     assert generation.loss_of_all(model, requests[:0], batch_size=2) == found[:0]
 
 
-def test_retrieved_texts_and_bare_rows_count_in_any_batch(model, requests):
+def test_retrieved_texts_and_bare_rows_count_in_any_batch(model, requests, monkeypatch):
     personas = ["bare", *PERSONAS[1:-1], "bare"]
     texts = [["the movie", "it is"], [], ["a title"], ["of it"], [], ["in a paper"]]
     asked = requests.set_column(requests.column_names.index("persona"), "persona", pa.array(personas))
     asked = asked.append_column("retrieved", pa.array(texts, pa.list_(pa.string())))
-    settings = {"front_tokens": 8}
-    together = generation.loss_of_all(model, asked, batch_size=3, **settings)["nats"].to_pylist()
-    alone = [
-        generation.loss_of_all(model, asked.slice(i, 1), batch_size=1, **settings)["nats"][0].as_py()
-        for i in range(len(personas))
-    ]
-    assert together == pytest.approx(alone, rel=1e-5)
     without = generation.loss_of_all(model, asked, batch_size=3)["nats"].to_pylist()
+    monkeypatch.setattr(model, "front_tokens", 8)
+    together = generation.loss_of_all(model, asked, batch_size=3)["nats"].to_pylist()
+    alone = [
+        generation.loss_of_all(model, asked.slice(i, 1), batch_size=1)["nats"][0].as_py() for i in range(len(personas))
+    ]
+    monkeypatch.undo()
+    assert together == pytest.approx(alone, rel=1e-5)
     differs = [a != pytest.approx(b, rel=1e-5) for a, b in zip(together, without, strict=True)]
     assert differs == [bool(found) for found in texts]
     # What a bare LLM says does not depend on any history.
