@@ -140,6 +140,7 @@ def _staged(
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
     pool = machines.pool(config.actors, config.cpus_per_actor)
     of_actors = {"config": config, "identity": store.identity, "tally": tally}
+    of_actors["threads_alone"] = machines.threads_alone(config.cpus_per_actor)
     encoded = flow.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
     return flow.staged(encoded, store=store, table="behaviors", tally=tally)
 
@@ -183,7 +184,9 @@ def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) ->
 class Encode:
     """A frozen encoder in an actor: loaded once, then behaviors in, vectors out."""
 
-    def __init__(self, config: Config, identity: "Identity", tally: Any) -> None:
+    def __init__(self, config: Config, identity: "Identity", tally: Any, threads_alone: int) -> None:
+        import ray
+
         from persona import models
         from persona.encoder import TextEncoder
 
@@ -203,6 +206,8 @@ class Encode:
             precision=config.precision,
         )
         self.tally = tally
+        self.threads, self.threads_alone = config.cpus_per_actor, threads_alone
+        flow.note(tally, "encoders", ray.get_runtime_context().get_actor_id() or "", {})
         self.idle_since = time.perf_counter()
 
     def __call__(self, behaviors: "pa.Table") -> "pa.Table":
@@ -212,6 +217,10 @@ class Encode:
 
         started = time.perf_counter()
         waited_s = started - self.idle_since
+        if self.threads_alone != self.threads:
+            # A small refresh brings no second model, which would take longer to load than the first one to do it all.
+            is_alone = len(flow.units(self.tally, "encoders")) == 1
+            session.quiet_models(self.threads_alone if is_alone else self.threads)
         is_there = pc.not_equal(behaviors["change"], "gone")
         texts = behaviors["text"].filter(is_there).to_pylist()
         encoded = self.encoder.encode(texts)

@@ -36,6 +36,8 @@ class Machines:
 
     cores: int
     gpus: int
+    is_ours: bool = False
+    """Whether this Ray was started for this run, and nobody else has a part in the machine."""
 
     def n_models(self, actors: int | None, cpus_per_actor: int) -> int:
         """How many models run side by side: as many as asked for, or one a GPU, or else as there are cores for."""
@@ -55,6 +57,10 @@ class Machines:
             return {"compute": ActorPoolStrategy(size=size), "num_gpus": 1, "num_cpus": 0}
         least = actors or (size + 1) // 2
         return {"compute": ActorPoolStrategy(min_size=least, max_size=size), "num_cpus": cpus_per_actor}
+
+    def threads_alone(self, cpus_per_actor: int) -> int:
+        """Threads of a model while it is alone in its pool: on a machine of our own all cores are free for it."""
+        return max(self.cores, cpus_per_actor) if self.is_ours else cpus_per_actor
 
 
 def connect() -> Machines:
@@ -89,7 +95,7 @@ def connect() -> Machines:
     tickets = int(resources.get("CPU", 1))
     alone = len(ray.nodes()) == 1 and tickets <= max(os.cpu_count() or 1, _LEAST_LOCAL_CPUS)
     cores = min(tickets, os.cpu_count() or 1) if alone else max(1, tickets - 2)
-    return Machines(cores=cores, gpus=int(resources.get("GPU", 0)))
+    return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=alone and "RAY_ADDRESS" not in os.environ)
 
 
 def _wait_for_gpus() -> None:

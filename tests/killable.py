@@ -30,8 +30,8 @@ def note(store: str, n_rows: int) -> None:
 class CountingEncode(embed.Encode):
     """The encoder's actor; rows that are gone need no work."""
 
-    def __init__(self, config: embed.Config, identity: Any, tally: Any) -> None:
-        super().__init__(config, identity, tally)
+    def __init__(self, config: embed.Config, identity: Any, tally: Any, threads_alone: int) -> None:
+        super().__init__(config, identity, tally, threads_alone)
         self.store = config.store
 
     def __call__(self, behaviors: Any) -> Any:

@@ -39,8 +39,9 @@ class CheapEncoder:
 class CheapEncode(embed.Encode):
     """The actor of `embed` with that encoder."""
 
-    def __init__(self, config: embed.Config, identity: Any, tally: Any) -> None:
-        del config, identity
+    def __init__(self, config: embed.Config, identity: Any, tally: Any, threads_alone: int) -> None:
+        del config, identity, threads_alone
+        self.threads = self.threads_alone = 1
         self.encoder = CheapEncoder()  # type: ignore[assignment]
         self.tally = tally
         self.idle_since = time.perf_counter()

@@ -3,13 +3,15 @@
 import gzip
 import json
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from deltalake import DeltaTable
 
-from jobs import embed
+from jobs import embed, flow
 from persona import models as persona_models
 from persona.encoder import TextEncoder
 from persona.storage import delta_options, join, read_bytes, write_bytes
@@ -140,3 +142,20 @@ def test_a_dry_run_says_what_would_be_done_and_makes_nothing(refuse: Job, flags:
     from persona.storage import exists
 
     assert not exists(str(flags["store"]))
+
+
+def test_a_model_that_is_alone_takes_the_cores_of_those_that_may_still_come(
+    local_ray: None, models: dict[str, str], filled_store: Path
+) -> None:
+    config = embed.Config(histories="", store=str(filled_store), encoder=models["encoder"], precision="fp32")
+    tally, n_before = flow.new_tally(), torch.get_num_threads()
+    rows = pa.table({"user_id": ["u"], "behavior_id": ["b"], "text": ["a title of it"], "change": ["new"]})
+    try:
+        encode = embed.Encode(config, Store.open(str(filled_store)).identity, tally, threads_alone=2)
+        alone, n_alone = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
+        flow.note(tally, "encoders", "another", {})
+        beside, n_beside = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
+    finally:
+        torch.set_num_threads(n_before)
+    assert (n_alone, n_beside) == (2, 1)
+    np.testing.assert_allclose(np.frombuffer(alone, "<f2"), np.frombuffer(beside, "<f2"), atol=2**-10, rtol=0)
