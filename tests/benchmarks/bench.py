@@ -99,7 +99,8 @@ def generate(arguments: argparse.Namespace) -> Iterable[Line]:
 
 def path(arguments: argparse.Namespace) -> Iterable[Line]:
     """The data path without an encoder, behaviors a second and core."""
-    ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings={"n": arguments.path})
+    settings = {"n": arguments.path}
+    ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings=settings, warms_up=False)
     limit = Contender(name="pyarrow scan and write", work=data_path.ScanAndWrite, settings={"n": arguments.path})
     compete([ours, limit], arguments.turns)
     per_core = [rate / _CORES for rate in ours.rates]
