@@ -139,8 +139,8 @@ def _staged(
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
     pool = machines.pool(config.actors, config.cpus_per_actor)
-    of_actors = {"config": config, "identity": store.identity, "tally": tally}
-    of_actors["threads_alone"] = machines.threads_alone(config.cpus_per_actor)
+    threads_alone = machines.threads_alone(config.cpus_per_actor)
+    of_actors = {"config": config, "identity": store.identity, "tally": tally, "threads_alone": threads_alone}
     encoded = flow.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
     return flow.staged(encoded, store=store, table="behaviors", tally=tally)
 
@@ -218,9 +218,11 @@ class Encode:
         started = time.perf_counter()
         waited_s = started - self.idle_since
         if self.threads_alone != self.threads:
+            import torch
+
             # A small refresh brings no second model, which would take longer to load than the first one to do it all.
             is_alone = len(flow.units(self.tally, "encoders")) == 1
-            session.quiet_models(self.threads_alone if is_alone else self.threads)
+            torch.set_num_threads(self.threads_alone if is_alone else self.threads)
         is_there = pc.not_equal(behaviors["change"], "gone")
         texts = behaviors["text"].filter(is_there).to_pylist()
         encoded = self.encoder.encode(texts)

@@ -184,9 +184,7 @@ def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
     plug_folder.check_models(record, encoder=encoder, llm=llm_folder)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.precision)
     with storage.local_folder(where["plug"]) as folder:
-        model = plug_folder.load(folder, encoder=encoder, llm=llm)
-    model.front_tokens = config.front_tokens
-    return model
+        return plug_folder.load(folder, encoder=encoder, llm=llm, front_tokens=config.front_tokens)
 
 
 def variant_of(config: Config, persona: str) -> str:

@@ -59,8 +59,8 @@ class Machines:
         return {"compute": ActorPoolStrategy(min_size=least, max_size=size), "num_cpus": cpus_per_actor}
 
     def threads_alone(self, cpus_per_actor: int) -> int:
-        """Threads of a model while it is alone in its pool: on a machine of our own all cores are free for it."""
-        return max(self.cores, cpus_per_actor) if self.is_ours else cpus_per_actor
+        """Threads of a model on CPUs while it is alone in its pool: on a machine of our own all cores are free."""
+        return max(self.cores, cpus_per_actor) if self.is_ours and not self.gpus else cpus_per_actor
 
 
 def connect() -> Machines:

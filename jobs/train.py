@@ -227,7 +227,7 @@ def _datasets(config: Config, inputs: Inputs, version: int, tally: Any) -> "tupl
         "versions": {"behaviors": version},
     }
     store = inputs.store
-    where = {"encoder": config.encoder or store.identity.encoder, "record": config}
+    where = {"encoder": inputs.encoder.name, "record": config}
 
     def joined(splits: list[Any], held_out: str = "", limit: int | None = None) -> "Dataset":
         texts = retrieve.best_of(inputs.histories, config, where, tally, stage=f"texts{held_out}")
@@ -303,7 +303,7 @@ def _fit(
         "workers": workers,
         "threads": max(1, machines.cores // workers),
         "n_steps_epoch": n_steps_epoch,
-        "encoder": inputs.encoder.card() | {"name": config.encoder or inputs.store.identity.encoder},
+        "encoder": inputs.encoder.card(),
         "llm": inputs.llm.card(),
         "identity": asdict(inputs.store.identity),
         "behaviors": _some_vectors(inputs.store, version) if config.warm_start != "none" else b"",

@@ -138,8 +138,8 @@ def check_models(record: PlugRecord, *, encoder: ModelFolder, llm: ModelFolder) 
             )
 
 
-def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM) -> PersonalizedLLM:
-    """The plug of a folder in front of `llm`, ready to answer.
+def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, front_tokens: int = 0) -> PersonalizedLLM:
+    """The plug of a folder in front of `llm`, ready to answer; `front_tokens` is that of `PersonalizedLLM`.
 
     Raises:
         InputError: the folder holds no complete plug.
@@ -151,7 +151,8 @@ def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM) -> PersonalizedL
             f"the plug makes soft tokens of width {record.llm_width}, the LLM's tokens have width {llm.width}"
         )
     query_text = new_query_text(encoder, record.query_prefix, record.max_query_tokens)
-    return PersonalizedLLM(load_plug(folder, encoder=encoder).to(llm.device), llm, query_text)
+    plug = load_plug(folder, encoder=encoder).to(llm.device)
+    return PersonalizedLLM(plug, llm, query_text, front_tokens=front_tokens)
 
 
 def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:

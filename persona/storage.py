@@ -31,9 +31,10 @@ from persona.retries import in_one_line, is_transient, persistently
 T = TypeVar("T")
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_ANSWER_S = 5.0  # how long the one question of `check_reachable` may take
+_LISTINGS = 100  # of a folder that others make at this moment, before its absence is believed
 # What may stand in the path of an S3 URI. Ray and pyarrow send a URI with other characters silently to the
 # local disk, or read them as a query; both would be found out much later.
-_ANSWER_S = 5.0  # how long the one question of `check_reachable` may take
 _KEY = re.compile(r"[A-Za-z0-9!_.*'()/=+,:@&$;~-]*")
 
 
@@ -203,18 +204,13 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
             yield info.path[len(uri) :].lstrip("/"), info.size
 
 
-def _below(filesystem: pafs.LocalFileSystem, uri: str, tries: int = 100) -> list[pafs.FileInfo]:
+def _below(filesystem: pafs.LocalFileSystem, uri: str) -> "list[pafs.FileInfo]":
     """What lies below a local folder; of one that is made at this moment Arrow says that it is not there, and is."""
     selector = pafs.FileSelector(uri, allow_not_found=True, recursive=True)
-    while True:
-        tries -= 1
-        try:
-            found: list[pafs.FileInfo] = filesystem.get_file_info(selector)
-        except FileNotFoundError:
-            if not tries:
-                raise
-        else:
-            return found
+    for _ in range(_LISTINGS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return list(filesystem.get_file_info(selector))
+    return list(filesystem.get_file_info(selector))
 
 
 def read_bytes(uri: str) -> bytes:

@@ -101,7 +101,7 @@ def path(arguments: argparse.Namespace) -> Iterable[Line]:
     """The data path without an encoder, behaviors a second and core."""
     settings = {"n": arguments.path}
     ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings=settings, warms_up=False)
-    limit = Contender(name="pyarrow scan and write", work=data_path.ScanAndWrite, settings={"n": arguments.path})
+    limit = Contender(name="pyarrow scan and write", work=data_path.ScanAndWrite, settings=settings)
     compete([ours, limit], arguments.turns)
     per_core = [rate / _CORES for rate in ours.rates]
     yield Line(

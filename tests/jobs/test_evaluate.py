@@ -222,8 +222,8 @@ def test_losses_with_retrieved_texts_are_those_of_the_plug_with_them_in_front(
     folder = Path(plug)
     record = plug_folder.read_record(folder)
     encoder, llm_folder = (models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    model = plug_folder.load(folder, encoder=encoder, llm=FrozenLLM.load(llm_folder, precision="fp32"))
-    model.front_tokens = 16
+    frozen = FrozenLLM.load(llm_folder, precision="fp32")
+    model = plug_folder.load(folder, encoder=encoder, llm=frozen, front_tokens=16)
     for persona in ("own", "bare"):
         nats = tokens = 0.0
         for row in asked:

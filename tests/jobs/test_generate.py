@@ -174,8 +174,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     record = plug_folder.read_record(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
-    model = plug_folder.load(folder, encoder=encoder, llm=frozen)
-    model.front_tokens = 24
+    model = plug_folder.load(folder, encoder=encoder, llm=frozen, front_tokens=24)
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0
     for row in asked:
