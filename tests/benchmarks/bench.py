@@ -25,6 +25,7 @@ from tests.benchmarks.contest import Contender, compete, ratio, spread
 _HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 _CORES = os.cpu_count() or 1
+_COLD: dict[str, Any] = {"warms_up": False}  # a median of five does not mind a slow first turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +53,16 @@ def embed(arguments: argparse.Namespace) -> Iterable[Line]:
     contenders: dict[str, list[Contender]] = {}
     for kind, n in (("titles", arguments.titles), ("abstracts", arguments.abstracts)):
         texts = corpus.texts(kind, n, acl=arguments.acl)
-        sample = {"texts": texts[::6]}  # a peer needs fewer texts to show its rate
-        on_ray: dict[str, Any] = {"process": "ray", "warms_up": False}
+        sample = {"texts": texts[::16]}  # a peer that is warm needs fewer texts to show its rate
+        on_ray = {"process": "ray", **_COLD}
         peer, limit = encoding.SentenceTransformers, encoding.LinearLayers
         plain, bf16 = {**sample, "dtype": "float32"}, {**sample, "dtype": "bfloat16"}
         contenders[kind] = [
             Contender(name="jobs.embed", work=encoding.Embed, settings={"texts": texts}, **on_ray),
-            Contender(name="sentence_transformers as it comes (fp32)", work=peer, settings=plain),
-            Contender(name="sentence_transformers, bf16, best batch size", work=peer, settings=bf16),
+            Contender(name="sentence_transformers as it comes (fp32)", work=peer, settings=plain, **_COLD),
+            Contender(name="sentence_transformers, bf16, best batch size", work=peer, settings=bf16, **_COLD),
             Contender(name="Ray's recipe", work=encoding.RaysRecipe, settings=sample, **on_ray),
-            Contender(name="linear layers alone", work=limit, settings=sample),
+            Contender(name="linear layers alone", work=limit, settings=sample, **_COLD),
         ]
     compete([one for of_kind in contenders.values() for one in of_kind], arguments.turns)
     for kind, goals in (("titles", (2.2, 1.3, 2.2)), ("abstracts", (2.2, 1.2, 2.2))):
@@ -84,12 +85,11 @@ def train(arguments: argparse.Namespace) -> Iterable[Line]:
 def generate(arguments: argparse.Namespace) -> Iterable[Line]:
     """Answers against the reference's way, whose text has to be the same, and against the LLM without a plug."""
     for how, beams, goal, n_peer in (("greedy", 1, 8.0, 4), ("4 beams", 4, 5.0, 2)):
-        ours = Contender(name="ours", work=llm_work.Answers, settings={"n": 32, "beams": beams})
+        ours = Contender(name="ours", work=llm_work.Answers, settings={"n": 32, "beams": beams}, **_COLD)
         settings = {"n": n_peer, "beams": beams}
-        peer = Contender(name="one row at a time, padded", work=llm_work.ReferenceAnswers, settings=settings)
-        limit = Contender(
-            name="transformers.generate, no plug", work=llm_work.PlainAnswers, settings={"n": 32, "beams": beams}
-        )
+        peer = Contender(name="one row at a time, padded", work=llm_work.ReferenceAnswers, settings=settings, **_COLD)
+        settings = {"n": 32, "beams": beams}
+        limit = Contender(name="transformers.generate, no plug", work=llm_work.PlainAnswers, settings=settings)
         compete([ours, peer, limit], arguments.turns)
         if ours.found != peer.found:
             raise AssertionError(f"{ours.found} and {peer.found}: not the same text")
@@ -100,7 +100,7 @@ def generate(arguments: argparse.Namespace) -> Iterable[Line]:
 def path(arguments: argparse.Namespace) -> Iterable[Line]:
     """The data path without an encoder, behaviors a second and core."""
     settings = {"n": arguments.path}
-    ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings=settings, warms_up=False)
+    ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings=settings, **_COLD)
     limit = Contender(name="pyarrow scan and write", work=data_path.ScanAndWrite, settings=settings)
     compete([ours, limit], arguments.turns)
     per_core = [rate / _CORES for rate in ours.rates]
@@ -120,7 +120,7 @@ def path(arguments: argparse.Namespace) -> Iterable[Line]:
 def refresh(arguments: argparse.Namespace) -> Iterable[Line]:
     """A refresh with 1 % new against the build."""
     # The build before the first turn has warmed it.
-    ours = Contender(name="refresh", work=data_path.Refresh, settings={"n": arguments.store}, warms_up=False)
+    ours = Contender(name="refresh", work=data_path.Refresh, settings={"n": arguments.store}, **_COLD)
     compete([ours], arguments.turns)
     yield Line(
         work=f"refresh, 1 % new of {arguments.store:,}",
@@ -178,8 +178,8 @@ def main() -> int:
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--acl", type=Path, help="folder with histories.parquet and next_title_train.parquet")
-    parser.add_argument("--titles", type=int, default=4_800)
-    parser.add_argument("--abstracts", type=int, default=320)
+    parser.add_argument("--titles", type=int, default=12_800)
+    parser.add_argument("--abstracts", type=int, default=800)
     parser.add_argument("--path", type=int, default=200_000, help="behaviors of the data path")
     parser.add_argument("--store", type=int, default=200_000, help="behaviors of the refreshed store")
     parser.add_argument("--gpus", type=int, nargs="+", default=(1, 4, 16))

@@ -2,28 +2,31 @@
 
 import multiprocessing
 import shutil
-import statistics
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from jobs import embed
 from persona import packaged
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
 
 _MAX_TOKENS = 256
 _CORES = 2
-_STARTS = 2
 
 
 class OnRay:
-    """A job on a Ray that is up. Its start, which does not grow with the input, is measured and taken off."""
+    """A job on a Ray that is up, from the first text that reaches a model to the last row that is written.
 
-    starts_s: ClassVar[list[float]]
+    What is before does not grow with the input, but for the reads, whose rate is that of the data path.
+    """
 
-    def __init_subclass__(cls) -> None:
-        cls.starts_s = []
+    model: type[Any]
+    """The class of the actors."""
+    written: str
+    """What a pattern of file names finds in the output when all is written."""
 
     def __init__(self, texts: list[str]) -> None:
         from jobs import session
@@ -31,60 +34,37 @@ class OnRay:
         session.connect()
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
         self.n = len(texts)
-        corpus.write_histories(self.folder / "all" / "0.parquet", texts)
-        corpus.write_histories(self.folder / "two" / "0.parquet", texts[:2])
+        corpus.write_histories(self.folder / "in" / "0.parquet", texts)
 
     def turn(self) -> tuple[float, float]:
-        """All texts, less the time of the same job with two: the median of the first turns."""
-        if len(self.starts_s) < _STARTS:
-            self.starts_s.append(self._timed("two"))
-        return self.n - 2, self._timed("all") - statistics.median(self.starts_s)
+        """All texts."""
+        calls, out = self.folder / "calls", self.folder / "out"
+        calls.mkdir()
+        self.job(self.folder / "in", out, stamped(self.model, calls))
+        begun = min(float(file.name) for file in calls.iterdir())
+        ended = max(file.stat().st_mtime for file in out.rglob(self.written))
+        shutil.rmtree(calls)
+        shutil.rmtree(out)
+        return self.n, ended - begun
 
-    def job(self, source: Path, out: Path) -> None:
+    def job(self, source: Path, out: Path, model: type[Any]) -> None:
         """Reads, encodes, writes."""
         raise NotImplementedError
 
-    def _timed(self, part: str) -> float:
-        out = self.folder / "out"
-        seconds = timed(lambda: self.job(self.folder / part, out))
-        shutil.rmtree(out)
-        return seconds
 
+def stamped(model: type[Any], folder: Path) -> type[Any]:
+    """The same class; each block that comes to it leaves a file in the folder, whose name is the time."""
 
-class Embed(OnRay):
-    """Ours: read, compare with the store, encode, commit; in eight blocks, so that no core waits for the last one."""
+    class Stamped(model):
+        def __call__(self, block: Any) -> Any:
+            (folder / str(time.time())).touch()
+            return super().__call__(block)
 
-    def job(self, source: Path, out: Path) -> None:
-        """`jobs.embed` into a new store."""
-        from jobs import embed
-
-        config = embed.Config(
-            histories=str(source),
-            store=str(out),
-            encoder=str(packaged.minilm()),
-            max_tokens=_MAX_TOKENS,
-            buckets=4,
-            block_rows=min(1024, self.n // 8),
-            actors=_CORES,
-        )
-        embed.main(config)
-
-
-class RaysRecipe(OnRay):
-    """Ray's documentation on batch embeddings: a class with a model for `map_batches`, then `write_parquet`."""
-
-    def job(self, source: Path, out: Path) -> None:
-        """`sentence_transformers` in one actor a core."""
-        import ray
-        from ray.data import ActorPoolStrategy
-
-        rows = ray.data.read_parquet(str(source)).repartition(8)
-        pool = ActorPoolStrategy(size=_CORES)
-        rows.map_batches(SentenceActor, batch_size=1024, compute=pool, num_cpus=1).write_parquet(str(out))
+    return Stamped
 
 
 class SentenceActor:
-    """The class of that recipe."""
+    """The class of Ray's recipe."""
 
     def __init__(self) -> None:
         from sentence_transformers import SentenceTransformer
@@ -95,6 +75,43 @@ class SentenceActor:
         """Adds the vectors."""
         batch["vector"] = self.model.encode(list(batch["text"]), show_progress_bar=False)
         return batch
+
+
+class Embed(OnRay):
+    """Ours: read, compare with the store, encode, commit; in blocks so small that no core waits for the last one."""
+
+    model = embed.Encode
+    written = "_delta_log/*.json"
+
+    def job(self, source: Path, out: Path, model: type[Any]) -> None:
+        """`jobs.embed` into a new store."""
+        embed.Encode = model  # type: ignore[misc]
+        config = embed.Config(
+            histories=str(source),
+            store=str(out),
+            encoder=str(packaged.minilm()),
+            max_tokens=_MAX_TOKENS,
+            buckets=4,
+            block_rows=self.n // 16,
+            actors=_CORES,
+        )
+        embed.main(config)
+
+
+class RaysRecipe(OnRay):
+    """Ray's documentation on batch embeddings: a class with a model for `map_batches`, then `write_parquet`."""
+
+    model = SentenceActor
+    written = "*.parquet"
+
+    def job(self, source: Path, out: Path, model: type[Any]) -> None:
+        """`sentence_transformers` in one actor a core."""
+        import ray
+        from ray.data import ActorPoolStrategy
+
+        rows = ray.data.read_parquet(str(source)).repartition(8)
+        pool = ActorPoolStrategy(size=_CORES)
+        rows.map_batches(model, batch_size=1024, compute=pool, num_cpus=1).write_parquet(str(out))
 
 
 class SentenceTransformers:
