@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--acl", type=Path, help="folder with histories.parquet and next_title_train.parquet")
     parser.add_argument("--titles", type=int, default=12_800)
-    parser.add_argument("--abstracts", type=int, default=800)
+    parser.add_argument("--abstracts", type=int, default=1_600)
     parser.add_argument("--path", type=int, default=200_000, help="behaviors of the data path")
     parser.add_argument("--store", type=int, default=200_000, help="behaviors of the refreshed store")
     parser.add_argument("--gpus", type=int, nargs="+", default=(1, 4, 16))

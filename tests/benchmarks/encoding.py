@@ -1,6 +1,7 @@
 """`jobs.embed` beside what its user would write without it, on the same texts with the same model."""
 
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
@@ -18,7 +19,7 @@ _CORES = 2
 
 
 class OnRay:
-    """A job on a Ray that is up, from the first text that reaches a model to the last row that is written.
+    """A job on a Ray that is up, from the moment when all models are at work to the last row that is written.
 
     What is before does not grow with the input, but for the reads, whose rate is that of the data path.
     """
@@ -37,15 +38,20 @@ class OnRay:
         corpus.write_histories(self.folder / "in" / "0.parquet", texts)
 
     def turn(self) -> tuple[float, float]:
-        """All texts."""
+        """The texts that were encoded in that time; of a block that had been begun before, its share."""
         calls, out = self.folder / "calls", self.folder / "out"
         calls.mkdir()
         self.job(self.folder / "in", out, stamped(self.model, calls))
-        begun = min(float(file.name) for file in calls.iterdir())
+        blocks = [[float(part) for part in file.name.split()] for file in calls.iterdir()]
+        first = {actor: min(started for one, started, _, _ in blocks if one == actor) for actor, *_ in blocks}
+        if len(first) < _CORES:
+            raise AssertionError(f"{len(first)} of {_CORES} models were at work")
+        begun = max(first.values())
         ended = max(file.stat().st_mtime for file in out.rglob(self.written))
+        n = sum(rows * max(0.0, end - max(start, begun)) / (end - start) for _, start, end, rows in blocks)
         shutil.rmtree(calls)
         shutil.rmtree(out)
-        return self.n, ended - begun
+        return n, ended - begun
 
     def job(self, source: Path, out: Path, model: type[Any]) -> None:
         """Reads, encodes, writes."""
@@ -53,12 +59,14 @@ class OnRay:
 
 
 def stamped(model: type[Any], folder: Path) -> type[Any]:
-    """The same class; each block that comes to it leaves a file in the folder, whose name is the time."""
+    """The same class; each block leaves a file in the folder that is named after process, start, end and rows."""
 
     class Stamped(model):
         def __call__(self, block: Any) -> Any:
-            (folder / str(time.time())).touch()
-            return super().__call__(block)
+            n, started = len(block["text"]), time.time()
+            done = super().__call__(block)
+            (folder / f"{os.getpid()} {started} {time.time()} {n}").touch()
+            return done
 
     return Stamped
 
@@ -111,7 +119,8 @@ class RaysRecipe(OnRay):
 
         rows = ray.data.read_parquet(str(source)).repartition(8)
         pool = ActorPoolStrategy(size=_CORES)
-        rows.map_batches(model, batch_size=1024, compute=pool, num_cpus=1).write_parquet(str(out))
+        batch_size = max(1, self.n // 8)  # no core waits for the other one
+        rows.map_batches(model, batch_size=batch_size, compute=pool, num_cpus=1).write_parquet(str(out))
 
 
 class SentenceTransformers:
