@@ -53,7 +53,7 @@ def embed(arguments: argparse.Namespace) -> Iterable[Line]:
     contenders: dict[str, list[Contender]] = {}
     for kind, n in (("titles", arguments.titles), ("abstracts", arguments.abstracts)):
         texts = corpus.texts(kind, n, acl=arguments.acl)
-        sample = {"texts": texts[::16]}  # a peer that is warm needs fewer texts to show its rate
+        sample = {"texts": texts[::10]}  # a peer that is warm needs fewer texts to show its rate
         on_ray = {"process": "ray", **_COLD}
         peer, limit = encoding.SentenceTransformers, encoding.LinearLayers
         plain, bf16 = {**sample, "dtype": "float32"}, {**sample, "dtype": "bfloat16"}
@@ -152,7 +152,7 @@ def gpus(arguments: argparse.Namespace) -> Iterable[Line]:
 
 def start(arguments: argparse.Namespace) -> Iterable[Line]:
     """From the command to the first encoded batch."""
-    ours_s, alone_s, beyond_s = data_path.time_to_first_batch(min(arguments.turns, 3))
+    ours_s, alone_s, beyond_s = data_path.time_to_first_batch(min(arguments.turns, 2))
     yield Line(
         work="from the command to the first encoded batch",
         peer="Ray's start and the model's load alone",
@@ -178,9 +178,9 @@ def main() -> int:
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--acl", type=Path, help="folder with histories.parquet and next_title_train.parquet")
-    parser.add_argument("--titles", type=int, default=12_800)
-    parser.add_argument("--abstracts", type=int, default=1_600)
-    parser.add_argument("--path", type=int, default=200_000, help="behaviors of the data path")
+    parser.add_argument("--titles", type=int, default=8_000)
+    parser.add_argument("--abstracts", type=int, default=1_000)
+    parser.add_argument("--path", type=int, default=160_000, help="behaviors of the data path")
     parser.add_argument("--store", type=int, default=200_000, help="behaviors of the refreshed store")
     parser.add_argument("--gpus", type=int, nargs="+", default=(1, 4, 16))
     arguments = parser.parse_args()
