@@ -6,13 +6,14 @@ bytes of little-endian float16). Shapes: B requests, M behaviors of all of them,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from persona import attention
 from persona.decoding import Answer
 from persona.encoder import pad
 from persona.llm import FrozenLLM
@@ -111,6 +112,19 @@ class PersonalizedLLM(nn.Module):
             return torch.empty(len(batch.inputs), 0, self.llm.width, device=self.llm.device)
         soft_BSD: Tensor = self.plug(batch.history_Md, batch.lengths_B, batch.query)
         return soft_BSD
+
+    def only_answering(self) -> Self:
+        """The same model for work without gradients: the query encoder, too, reads in the precision of the LLM.
+
+        In float32 it takes a tenth of the time of short answers on a CPU.
+        """
+        encoder: Any = self.plug.query_encoder
+        if encoder is not None:
+            dtype = self.llm.model.dtype
+            encoder.to(dtype)
+            if how := attention.name_for(encoder.config.model_type, dtype=dtype, device=self.llm.device):
+                encoder.set_attn_implementation(how)
+        return self.eval()
 
     @torch.inference_mode()
     def answer(

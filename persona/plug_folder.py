@@ -152,7 +152,7 @@ def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, front_tokens: in
         )
     query_text = new_query_text(encoder, record.query_prefix, record.max_query_tokens)
     plug = load_plug(folder, encoder=encoder).to(llm.device)
-    return PersonalizedLLM(plug, llm, query_text, front_tokens=front_tokens)
+    return PersonalizedLLM(plug, llm, query_text, front_tokens=front_tokens).only_answering()
 
 
 def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:

@@ -135,7 +135,7 @@ class SleepingEncoder:
         return Encoded(vectors=vectors, n_tokens=len(texts), n_padded=len(texts), tokenize_s=0.0)
 
 
-def gpus(n_gpus: int, seconds: float = 5.0) -> dict[str, Any]:
+def gpus(n_gpus: int, seconds: float = 4.0) -> dict[str, Any]:
     """Share of the time that GPUs were busy, each from its first text to its last; a Ray that believes in so many."""
     import ray
 

@@ -95,6 +95,19 @@ def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm
     assert not again.plug.training
 
 
+def test_the_query_encoder_reads_in_the_precision_of_the_llm_and_sees_the_same(saved, encoder_folder, llm_folder):
+    vectors_Bd = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        llm = FrozenLLM.load(llm_folder, precision=precision)
+        model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+        assert model.plug.query_encoder.dtype is dtype
+        assert model.plug.projector.outer.weight.dtype is torch.float32
+        with torch.inference_mode():
+            vectors_Bd[precision] = model.plug.encode_query(*model.collate(ROWS, with_targets=False).query)
+    assert vectors_Bd["bf16"].dtype is torch.float32
+    assert torch.cosine_similarity(vectors_Bd["fp32"], vectors_Bd["bf16"]).min() > 0.999
+
+
 def test_the_record_comes_back_as_it_was_saved(saved, encoder_folder, llm_folder, llm):
     model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
     assert plug_folder.read_record(saved) == record_of(model, encoder_folder, llm_folder)
