@@ -207,6 +207,7 @@ class Encode:
         )
         self.tally = tally
         self.threads, self.threads_alone = config.cpus_per_actor, threads_alone
+        self.may_be_alone = threads_alone > config.cpus_per_actor
         flow.note(tally, "encoders", ray.get_runtime_context().get_actor_id() or "", {})
         self.idle_since = time.perf_counter()
 
@@ -217,12 +218,12 @@ class Encode:
 
         started = time.perf_counter()
         waited_s = started - self.idle_since
-        if self.threads_alone != self.threads:
+        if self.may_be_alone:
             import torch
 
             # A small refresh brings no second model, which would take longer to load than the first one to do it all.
-            is_alone = len(flow.units(self.tally, "encoders")) == 1
-            torch.set_num_threads(self.threads_alone if is_alone else self.threads)
+            self.may_be_alone = len(flow.units(self.tally, "encoders")) == 1
+            torch.set_num_threads(self.threads_alone if self.may_be_alone else self.threads)
         is_there = pc.not_equal(behaviors["change"], "gone")
         texts = behaviors["text"].filter(is_there).to_pylist()
         encoded = self.encoder.encode(texts)

@@ -67,8 +67,8 @@ def connect() -> Machines:
     """Attaches to Ray, or starts it; `jobs.command` ends what was started here."""
     import ray
 
+    attach = "RAY_ADDRESS" in os.environ
     if not ray.is_initialized():
-        attach = "RAY_ADDRESS" in os.environ
         cores = os.cpu_count() or 1
         # What `ray job submit` or the caller has set stays: Ray refuses two values for one name.
         of_workers = {name: value for name, value in _WORKER_ENVIRONMENT.items() if name not in os.environ}
@@ -95,7 +95,7 @@ def connect() -> Machines:
     tickets = int(resources.get("CPU", 1))
     alone = len(ray.nodes()) == 1 and tickets <= max(os.cpu_count() or 1, _LEAST_LOCAL_CPUS)
     cores = min(tickets, os.cpu_count() or 1) if alone else max(1, tickets - 2)
-    return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=alone and "RAY_ADDRESS" not in os.environ)
+    return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=alone and not attach)
 
 
 def _wait_for_gpus() -> None:

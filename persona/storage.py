@@ -204,7 +204,7 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
             yield info.path[len(uri) :].lstrip("/"), info.size
 
 
-def _below(filesystem: pafs.LocalFileSystem, uri: str) -> "list[pafs.FileInfo]":
+def _below(filesystem: pafs.LocalFileSystem, uri: str) -> list[pafs.FileInfo]:
     """What lies below a local folder; of one that is made at this moment Arrow says that it is not there, and is."""
     selector = pafs.FileSelector(uri, allow_not_found=True, recursive=True)
     for _ in range(_LISTINGS - 1):

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.benchmarks import corpus, data_path, encoding, llm_work
 from tests.benchmarks.contest import Contender, compete, ratio, spread
@@ -25,7 +24,6 @@ from tests.benchmarks.contest import Contender, compete, ratio, spread
 _HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 _CORES = os.cpu_count() or 1
-_COLD: dict[str, Any] = {"warms_up": False}  # a median of five does not mind a slow first turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +52,14 @@ def embed(arguments: argparse.Namespace) -> Iterable[Line]:
     for kind, n in (("titles", arguments.titles), ("abstracts", arguments.abstracts)):
         texts = corpus.texts(kind, n, acl=arguments.acl)
         sample = {"texts": texts[::14]}  # a peer that is warm needs fewer texts to show its rate
-        on_ray = {"process": "ray", **_COLD}
         peer, limit = encoding.SentenceTransformers, encoding.LinearLayers
         plain, bf16 = {**sample, "dtype": "float32"}, {**sample, "dtype": "bfloat16"}
         contenders[kind] = [
-            Contender(name="jobs.embed", work=encoding.Embed, settings={"texts": texts}, **on_ray),
-            Contender(name="Ray's recipe", work=encoding.RaysRecipe, settings=sample, **on_ray),
-            Contender(name="sentence_transformers as it comes (fp32)", work=peer, settings=plain, **_COLD),
-            Contender(name="sentence_transformers, bf16, best batch size", work=peer, settings=bf16, **_COLD),
-            Contender(name="linear layers alone", work=limit, settings=sample, **_COLD),
+            Contender(name="jobs.embed", work=encoding.Embed, settings={"texts": texts}, process="ray"),
+            Contender(name="Ray's recipe", work=encoding.RaysRecipe, settings=sample, process="ray"),
+            Contender(name="sentence_transformers as it comes (fp32)", work=peer, settings=plain),
+            Contender(name="sentence_transformers, bf16, best batch size", work=peer, settings=bf16),
+            Contender(name="linear layers alone", work=limit, settings=sample),
         ]
     compete([one for of_kind in contenders.values() for one in of_kind], arguments.turns)
     for kind, goals in (("titles", (2.2, 2.2, 1.3)), ("abstracts", (2.2, 2.2, 1.2))):
@@ -73,9 +70,9 @@ def embed(arguments: argparse.Namespace) -> Iterable[Line]:
 
 def train(arguments: argparse.Namespace) -> Iterable[Line]:
     """A training step against the reference's way, which has to start at the same loss."""
-    ours = Contender(name="ours", work=llm_work.Step, settings={"n": 16}, **_COLD)
-    peer = Contender(name="the reference's way", work=llm_work.ReferenceStep, settings={"n": 8}, **_COLD)
-    limit = Contender(name="frozen LLM alone", work=llm_work.FrozenStep, settings={"n": 16}, **_COLD)
+    ours = Contender(name="ours", work=llm_work.Step, settings={"n": 16})
+    peer = Contender(name="the reference's way", work=llm_work.ReferenceStep, settings={"n": 8})
+    limit = Contender(name="frozen LLM alone", work=llm_work.FrozenStep, settings={"n": 16})
     compete([ours, peer, limit], arguments.turns)
     if not math.isclose(ours.found, peer.found, rel_tol=0.01):
         raise AssertionError(f"loss {ours.found:.4f}, the reference's way {peer.found:.4f}: not the same work")
@@ -85,10 +82,9 @@ def train(arguments: argparse.Namespace) -> Iterable[Line]:
 def generate(arguments: argparse.Namespace) -> Iterable[Line]:
     """Answers against the reference's way, whose text has to be the same, and against the LLM without a plug."""
     for how, beams, n, n_peer, goal in (("greedy", 1, 32, 4, 8.0), ("4 beams", 4, 24, 2, 5.0)):
-        ours = Contender(name="ours", work=llm_work.Answers, settings={"n": n, "beams": beams}, **_COLD)
-        settings = {"n": n_peer, "beams": beams}
-        peer = Contender(name="one row at a time, padded", work=llm_work.ReferenceAnswers, settings=settings, **_COLD)
-        settings = {"n": n, "beams": beams}
+        settings, fewer = ({"n": count, "beams": beams} for count in (n, n_peer))
+        ours = Contender(name="ours", work=llm_work.Answers, settings=settings)
+        peer = Contender(name="one row at a time, padded", work=llm_work.ReferenceAnswers, settings=fewer)
         limit = Contender(name="transformers.generate, no plug", work=llm_work.PlainAnswers, settings=settings)
         compete([ours, peer, limit], arguments.turns)
         if ours.found != peer.found:
@@ -100,7 +96,7 @@ def generate(arguments: argparse.Namespace) -> Iterable[Line]:
 def path(arguments: argparse.Namespace) -> Iterable[Line]:
     """The data path without an encoder, behaviors a second and core."""
     settings = {"n": arguments.path}
-    ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings=settings, **_COLD)
+    ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings=settings)
     limit = Contender(name="pyarrow scan and write", work=data_path.ScanAndWrite, settings=settings)
     compete([ours, limit], arguments.turns)
     per_core = [rate / _CORES for rate in ours.rates]
@@ -120,7 +116,7 @@ def path(arguments: argparse.Namespace) -> Iterable[Line]:
 def refresh(arguments: argparse.Namespace) -> Iterable[Line]:
     """A refresh with 1 % new against the build."""
     # The build before the first turn has warmed it.
-    ours = Contender(name="refresh", work=data_path.Refresh, settings={"n": arguments.store}, **_COLD)
+    ours = Contender(name="refresh", work=data_path.Refresh, settings={"n": arguments.store})
     compete([ours], arguments.turns)
     yield Line(
         work=f"refresh, 1 % new of {arguments.store:,}",

@@ -37,8 +37,6 @@ class Contender:
     work: type[Any]
     settings: Mapping[str, Any]
     process: str = ""
-    warms_up: bool = True
-    """Whether one turn before the first is not counted."""
     rates: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     found: Any = None
@@ -56,20 +54,17 @@ class Contender:
 
 
 def compete(contenders: Sequence[Contender], turns: int) -> None:
-    """Fills `rates`, `peak_mib` and `found` of each contender."""
+    """Fills `rates`, `peak_mib` and `found` of each contender; a median of five does not mind a slow first turn."""
     processes = {one.home: _Process() for one in contenders}
     try:
         for place, one in enumerate(contenders):
             one.found = processes[one.home].make(place, one.work, dict(one.settings))
-        for number in range(turns + 1):
+        for _ in range(turns):
             for place, one in enumerate(contenders):
-                if not number and not one.warms_up:
-                    continue
                 with processes[one.home].watched() as memory:
                     units, seconds = processes[one.home].turn(place)
-                if number:
-                    one.rates.append(units / seconds)
-                    one.peak_mib = max(one.peak_mib, memory.peak_mib)
+                one.rates.append(units / seconds)
+                one.peak_mib = max(one.peak_mib, memory.peak_mib)
     finally:
         for process in processes.values():
             process.end()

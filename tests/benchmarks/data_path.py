@@ -24,6 +24,7 @@ from persona import packaged
 from persona.encoder import Encoded
 from tests.benchmarks import corpus, many_users
 from tests.benchmarks.contest import timed
+from tests.benchmarks.encoding import stamped, stamps
 
 _GPU_TEXTS_PER_S = 5_000
 _EACH = 5
@@ -208,20 +209,14 @@ def start_of_embed(folder: str) -> dict[str, Any]:
     """`jobs.embed` as a command; its first encoded batch."""
     from jobs import embed, session
 
-    class Stamped(embed.Encode):
-        def __call__(self, behaviors: pa.Table) -> pa.Table:
-            encoded = super().__call__(behaviors)
-            if behaviors.num_rows:
-                (Path(folder) / f"encoded-{time.time()}").touch()
-            return encoded
-
-    embed.Encode = Stamped  # type: ignore[misc]
+    calls = Path(folder) / "calls"
+    embed.Encode = stamped(embed.Encode, calls)  # type: ignore[misc]
     session.connect()
     config = embed.Config(
         histories=f"{folder}/in", store=f"{folder}/store", encoder=str(packaged.minilm()), max_tokens=64
     )
     embed.main(config)
-    return {"encoded_at": min(float(file.name.removeprefix("encoded-")) for file in Path(folder).glob("encoded-*"))}
+    return {"encoded_at": min(ended for _, _, ended, _ in stamps(calls))}
 
 
 def time_to_first_batch(turns: int) -> tuple[float, float, float]:

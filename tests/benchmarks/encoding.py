@@ -41,18 +41,17 @@ class OnRay:
     def turn(self) -> tuple[float, float]:
         """The texts that were encoded in that time; of a block that had been begun before, its share."""
         calls, out = self.folder / "calls", self.folder / "out"
-        calls.mkdir()
         self.job(self.folder / "in", out, stamped(self.model, calls))
-        blocks = [[float(part) for part in file.name.split()] for file in calls.iterdir()]
-        first = {actor: min(started for one, started, _, _ in blocks if one == actor) for actor, *_ in blocks}
+        blocks = stamps(calls)
+        first = {process: began for process, began, _, _ in reversed(blocks)}
         if len(first) < _CORES:
             raise AssertionError(f"{len(first)} of {_CORES} models were at work")
         begun = max(first.values())
-        ended = max(file.stat().st_mtime for file in out.rglob(self.written))
-        n = sum(rows * max(0.0, end - max(start, begun)) / (end - start) for _, start, end, rows in blocks)
+        written = max(file.stat().st_mtime for file in out.rglob(self.written))
+        n = sum(rows * max(0.0, ended - max(began, begun)) / (ended - began) for _, began, ended, rows in blocks)
         shutil.rmtree(calls)
         shutil.rmtree(out)
-        return n, ended - begun
+        return n, written - begun
 
     def job(self, source: Path, out: Path, model: type[Any]) -> None:
         """Reads, encodes, writes."""
@@ -60,16 +59,25 @@ class OnRay:
 
 
 def stamped(model: type[Any], folder: Path) -> type[Any]:
-    """The same class; each block leaves a file in the folder that is named after process, start, end and rows."""
+    """The same class; each block that is not empty leaves one of `stamps` in the folder."""
+    folder.mkdir()
 
     class Stamped(model):
         def __call__(self, block: Any) -> Any:
-            n, started = len(block["text"]), time.time()
+            n, began = len(block["text"]), time.time()
             done = super().__call__(block)
-            (folder / f"{os.getpid()} {started} {time.time()} {n}").touch()
+            if n:
+                (folder / f"{os.getpid()} {began} {time.time()} {n}").touch()
             return done
 
     return Stamped
+
+
+def stamps(folder: Path) -> list[tuple[int, float, float, int]]:
+    """Of each block the process, when it began and ended (seconds of the clock), and its rows; by its beginning."""
+    found = [file.name.split() for file in folder.iterdir()]
+    blocks = [(int(process), float(began), float(ended), int(n)) for process, began, ended, n in found]
+    return sorted(blocks, key=lambda block: block[1])
 
 
 class SentenceActor:

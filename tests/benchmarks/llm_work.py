@@ -182,7 +182,11 @@ class Answers:
         self.rows = rows(n)
         self.beams = beams
         self.decoding = Decoding(beams=beams, max_new_tokens=24)
-        self.model = new_model(precision).only_answering()
+        self.model = self.load(precision)
+
+    def load(self, precision: Precision) -> PersonalizedLLM:
+        """As `jobs.generate` has it."""
+        return new_model(precision).only_answering()
 
     def found(self) -> list[str]:
         """What the LLM says to the first requests, in float32: in bf16 padding alone can turn one word into another."""
@@ -206,10 +210,11 @@ class Answers:
 class PlainAttention(Answers):
     """With the attention that transformers takes by itself, and the query encoder as it was trained."""
 
-    def __init__(self, n: int, beams: int, precision: Precision = "auto") -> None:
-        super().__init__(n, beams, precision)
-        self.model = new_model(precision)
-        self.model.llm.model.set_attn_implementation("sdpa")
+    def load(self, precision: Precision) -> PersonalizedLLM:
+        """As it comes."""
+        model = new_model(precision)
+        model.llm.model.set_attn_implementation("sdpa")
+        return model
 
 
 class ReferenceAnswers(PlainAttention):

@@ -41,7 +41,7 @@ class CheapEncode(embed.Encode):
 
     def __init__(self, config: embed.Config, identity: Any, tally: Any, threads_alone: int) -> None:
         del config, identity, threads_alone
-        self.threads = self.threads_alone = 1
+        self.may_be_alone = False
         self.encoder = CheapEncoder()  # type: ignore[assignment]
         self.tally = tally
         self.idle_since = time.perf_counter()

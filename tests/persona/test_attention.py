@@ -24,7 +24,9 @@ def torchs(query, key, value, mask=None) -> torch.Tensor:
 
 @pytest.mark.parametrize("spread", [1.0, 20.0, 200.0], ids=["near", "far", "beyond float32"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_it_is_torchs_attention(spread, padded):
+@pytest.mark.parametrize("at_once", [1, 2, 3], ids="{} texts at once".format)
+def test_it_is_torchs_attention(monkeypatch, spread, padded, at_once):
+    monkeypatch.setattr(attention, "_CACHED_SCORES", at_once * 4 * 17**2 // torch.get_num_threads() + 1)
     parts = heads(0, spread)
     mask = None
     if padded:
