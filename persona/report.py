@@ -33,26 +33,38 @@ def versions() -> dict[str, str]:
 def page(metrics: Metrics) -> bytes:
     """The report as one HTML file."""
     settings = metrics["settings"]
+    variants = settings["variants"]
     sections = [
         _head(metrics),
         markup.section("Loss", _loss_text(metrics), _losses(metrics)),
         markup.section("Scores", _score_text(metrics), _scores(metrics)) if metrics["scores"] else "",
         markup.section("Ranking", markup.RANKING_TEXT, _ranking(metrics)) if "ranking" in metrics else "",
         '<div class="pair">',
-        markup.section("Gain against history length", _LENGTH_TEXT, _lengths(metrics)),
+        *(_of_users(metrics) if "own" in metrics["loss"] else ()),
         markup.section("Training", _TRAINING_TEXT, _curves(metrics)),
-        markup.section("A map of personas", _MAP_TEXT, _map(metrics)),
-        markup.section("Who gains", _who_text(metrics), _who(metrics)),
         "</div>",
-        markup.section("What the persona listened to", _listening_text(metrics), _listening(metrics)),
-        markup.section(
-            "Where the own persona helps most", "", _examples(metrics["largest_gains"], settings["variants"])
-        ),
-        markup.section("Where it harms most", "", _examples(metrics["largest_losses"], settings["variants"])),
-        markup.section("Requests evenly spaced over the set", "", _examples(metrics["examples"], settings["variants"])),
+        *(_of_requests(metrics) if "own" in metrics["loss"] else ()),
+        markup.section("Requests evenly spaced over the set", "", _examples(metrics["examples"], variants)),
         markup.section("Settings, versions, cost", "", _origin(metrics)),
     ]
     return markup.page(settings["out"], sections)
+
+
+def _of_users(metrics: Metrics) -> list[str]:
+    return [
+        markup.section("Gain against history length", _LENGTH_TEXT, _lengths(metrics)),
+        markup.section("A map of personas", _MAP_TEXT, _map(metrics)),
+        markup.section("Who gains", _who_text(metrics), _who(metrics)),
+    ]
+
+
+def _of_requests(metrics: Metrics) -> list[str]:
+    variants = metrics["settings"]["variants"]
+    return [
+        markup.section("What the persona listened to", _listening_text(metrics), _listening(metrics)),
+        markup.section("Where the own persona helps most", "", _examples(metrics["largest_gains"], variants)),
+        markup.section("Where it harms most", "", _examples(metrics["largest_losses"], variants)),
+    ]
 
 
 _LENGTH_TEXT = (

@@ -133,6 +133,15 @@ def test_a_page_of_little_is_still_a_page() -> None:
     assert "There are none." in words
 
 
+def test_a_page_without_the_own_persona_tells_of_nobodys_history() -> None:
+    of_histories = ("listened to", "history length", "map of personas", "own persona helps")
+    _, words = read(report.page(metrics()))
+    assert all(part in words for part in of_histories)
+    _, words = read(report.page(metrics(loss={"none": metrics()["loss"]["none"]}, loss_saved_by_own={})))
+    assert not [part for part in of_histories if part in words]
+    assert "Training" in words
+
+
 def test_pictures_are_png_files_of_what_there_is() -> None:
     found = pictures.draw(metrics())
     assert set(found) == {"gain.png", "curves.png", "map.png"}
