@@ -98,7 +98,8 @@ def outcomes(of: Mapping[str, Columns]) -> dict[str, dict[str, np.ndarray]]:
 def shown(losses: Columns, personas: Sequence[str]) -> dict[str, list[str]]:
     """Ids of requests to be looked at: `even` ones, `largest_gains`, `largest_losses`, and one a user to `map`.
 
-    A gain is what the own persona saves a token, against another user's where that was measured.
+    A gain is what the own persona saves a token, against another user's where that was measured; without the own
+    persona beside another kind there are only `even` ones.
     """
     of = {p: _of(losses, p) for p in personas}
     first = of[personas[0]]
@@ -110,6 +111,7 @@ def shown(losses: Columns, personas: Sequence[str]) -> dict[str, list[str]]:
         "even": [ids[k * len(ids) // n_shown + k % gap] for k in range(n_shown)],
         "largest_gains": [],
         "largest_losses": [],
+        "map": [],
     }
     against = _against(personas)
     if against is not None:
@@ -117,10 +119,10 @@ def shown(losses: Columns, personas: Sequence[str]) -> dict[str, list[str]]:
         order = sorted(range(len(ids)), key=lambda i: (-saved[i], ids[i]))
         found["largest_gains"] = [ids[i] for i in order[:N_EXTREMES] if saved[i] > 0]
         found["largest_losses"] = [ids[i] for i in reversed(order[-N_EXTREMES:]) if saved[i] < 0]
-    of_users = {user: request for request, user in zip(ids, first["user_id"], strict=True)}
-    mapped = [of_users[user] for user in sorted(of_users)]
-    step = max(1, len(mapped) // N_MAPPED)
-    return {**found, "map": mapped[::step][:N_MAPPED]}
+        of_users = {user: request for request, user in zip(ids, first["user_id"], strict=True)}
+        mapped = [of_users[user] for user in sorted(of_users)]
+        found["map"] = mapped[:: max(1, len(mapped) // N_MAPPED)][:N_MAPPED]
+    return found
 
 
 def example(losses: Columns, personas: Sequence[str], answers: Answers, request_id: str, text: str) -> dict[str, Any]:
@@ -156,16 +158,19 @@ def listened_to(seen: Mapping[str, Any]) -> list[dict[str, Any]]:
 def persona_map(
     personas_UF: np.ndarray, users: Sequence[str], losses: Columns, personas: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Each user's place on the two directions in which personas differ most, and what the own persona saves there."""
-    if len(users) < 3:
+    """Each user's place on the two directions in which personas differ most, and what the own persona saves there.
+
+    Empty for fewer than three users, and where the own persona was not measured beside another kind.
+    """
+    against = _against(personas)
+    if len(users) < 3 or against is None:
         return []
     centred_UF = personas_UF - personas_UF.mean(0)
     left_U, strength, _ = np.linalg.svd(centred_UF, full_matrices=False)
     places_U2 = (left_U * strength)[:, :2]
     places_U2 = places_U2 / max(float(np.abs(places_U2).max()), 1e-12)
-    own, against = _of(losses, personas[0]), _against(personas)
     of = {p: _of(losses, p) for p in personas}
-    saved = _saved(of, against) if against is not None else np.zeros(len(own["user_id"]))
+    own, saved = of["own"], _saved(of, against)
     number = {user: i for i, user in enumerate(users)}
     of_user: list[list[float]] = [[] for _ in users]
     n_behaviors = [0] * len(users)

@@ -188,10 +188,10 @@ class Run:
         plug = self._train(next(iter(self.rows)) if row.recipe is None else name, seed)
         asked = ("--requests", self._requests(self.split), "--store", self.store, "--plug", plug)
         asked = (*asked, *self._retrieved(row))
-        self._job("generate", *asked, "--persona", *row.personas, *self.experiment.generate)
+        self._job("generate", *asked, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
         suffix = f"-{row.retrieve[3]}-{row.retrieve[1]}" if row.retrieve else ""
         variants = [persona + suffix for persona in row.personas]
-        judged = ("--personas", *row.personas, "--variants", *variants, "--rejected", "rejected", "--batch-size", 32)
+        judged = ("--personas", *row.personas, "--variants", *variants, "--rejected", "rejected", "--batch-size", 8)
         self._job("evaluate", *asked, *judged, *self.experiment.evaluate, "--out", out)
 
     def ask_the_encoder(self) -> None:

@@ -72,7 +72,8 @@ def test_largest_gains_and_losses_are_against_another_user() -> None:
     assert (shown["largest_gains"], shown["largest_losses"]) == (["b", "c", "a"], ["d"])
     assert sorted(shown["even"]) == ["a", "b", "c", "d"]
     assert len(shown["map"]) == 2
-    assert comparison.shown(losses(), ("none", "other"))["largest_gains"] == []
+    without = comparison.shown(losses(), ("none", "other"))
+    assert without["largest_gains"] == without["map"] == []
 
 
 def test_an_example_stands_side_by_side() -> None:
@@ -107,6 +108,7 @@ def test_the_map_keeps_the_distances_of_personas_that_lie_in_a_plane() -> None:
     assert places[0]["saved"] == pytest.approx(1.5)
     assert places[0]["n_behaviors"] == 7
     assert comparison.persona_map(turned_UF[:2], ["u", "v"], losses(), PERSONAS) == []
+    assert comparison.persona_map(turned_UF, ["u", "v", "w"], with_third_user(), ["none"]) == []
 
 
 def with_third_user() -> dict[str, list[Any]]:
