@@ -144,12 +144,13 @@ def read_config(config_type: type[ConfigT], argv: Sequence[str]) -> ConfigT | No
     from cyclopts import CycloptsError
 
     app, read = _parser(config_type)
+    if "--help" in argv or "-h" in argv:  # asked for directly: the parser would first make sense of all the rest
+        app.help_print(())
+        return None
     try:
         app(argv, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         raise UsageError(_explain(error, config_type)) from error
-    if not read:
-        return None
     config = read[0]
     limit = getattr(config, "limit", None)
     if limit is not None and limit < 1:

@@ -189,8 +189,7 @@ def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
 
 def variant_of(config: Config, persona: str) -> str:
     """The name of a persona's answers in the table."""
-    found = f"{persona}-{config.retriever}-{config.retrieve}" if config.retrieve else persona
-    return config.variant or found
+    return config.variant or config.answers_of(persona)
 
 
 def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[str, Any]) -> str:

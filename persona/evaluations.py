@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from persona.comparison import outcomes
 from persona.errors import InputError, UsageError
 from persona.metrics import Floats, bootstrap, paired_bootstrap
-from persona.options import PlugOptions, TrainingOptions
+from persona.options import PlugOptions, Retrieval, TrainingOptions
 
 METRICS, LOSSES = "metrics.json", "losses.parquet"
 _NEEDED = ("request_id", "user_id", "persona", "nats", "tokens")
@@ -75,8 +75,12 @@ class Evaluation:
 
     def variant(self, persona: str) -> str:
         """The name of that persona's answers, as `jobs.generate` names them."""
+        return self._retrieval().answers_of(persona)
+
+    def _retrieval(self) -> Retrieval:
+        """How it retrieved; nothing, where it is older than that."""
         settings = self.metrics["settings"]
-        return f"{persona}-{settings['retriever']}-{settings['retrieve']}" if settings.get("retrieve") else persona
+        return Retrieval(**{name: settings[name] for name in _RETRIEVAL if name in settings})
 
 
 @dataclass(frozen=True, kw_only=True)

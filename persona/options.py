@@ -190,6 +190,10 @@ class Retrieval:
         """Tokens of retrieved texts that go in front of a prompt."""
         return self.retrieve_tokens if self.retrieve else 0
 
+    def answers_of(self, persona: str) -> str:
+        """The name of the answers under a persona, like own or own-bm25-4."""
+        return f"{persona}-{self.retriever}-{self.retrieve}" if self.retrieve else persona
+
     def check_texts_are_used(self) -> None:
         """Raises UsageError for --texts that nothing is taken from."""
         if self.texts is not None and not self.retrieve:

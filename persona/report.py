@@ -34,16 +34,17 @@ def page(metrics: Metrics) -> bytes:
     """The report as one HTML file."""
     settings = metrics["settings"]
     variants = settings["variants"]
+    personal = "own" in metrics["loss"]
     sections = [
         _head(metrics),
         markup.section("Loss", _loss_text(metrics), _losses(metrics)),
         markup.section("Scores", _score_text(metrics), _scores(metrics)) if metrics["scores"] else "",
         markup.section("Ranking", markup.RANKING_TEXT, _ranking(metrics)) if "ranking" in metrics else "",
         '<div class="pair">',
-        *(_of_users(metrics) if "own" in metrics["loss"] else ()),
+        *(_of_users(metrics) if personal else ()),
         markup.section("Training", _TRAINING_TEXT, _curves(metrics)),
         "</div>",
-        *(_of_requests(metrics) if "own" in metrics["loss"] else ()),
+        *(_of_requests(metrics) if personal else ()),
         markup.section("Requests evenly spaced over the set", "", _examples(metrics["examples"], variants)),
         markup.section("Settings, versions, cost", "", _origin(metrics)),
     ]

@@ -8,7 +8,12 @@ import uuid
 from collections.abc import Iterator
 
 import boto3
+import hypothesis
 import pytest
+
+# How long an example takes says more about what else this machine does than about the code.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 _SERVER = """
 import sys

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 
 from persona import models, packaged
 from persona.encoder import TextEncoder
+from persona.histories import bucket_of
+from persona.join import seen_rows
 from persona.metrics import bootstrap
+from persona.options import Retrieval, Retriever
+from persona.store import Store
 
 _TITLES = re.compile(r'\[1\]: "(.*)" \[2\]: "(.*)"$', re.DOTALL)
+
+
+_NOTHING = Retrieval()
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Row:
     """Of training; None is the LLM without a plug."""
     train: Sequence[str] = ()
     personas: Sequence[str] = ("own", "none", "other")
-    retrieve: Sequence[str] = ()
+    retrieval: Retrieval = _NOTHING
     """Past texts in the prompt, in training, answers and judgement alike."""
     one_seed: bool = False
 
@@ -57,14 +62,15 @@ class Experiment:
     """Each request has a user of its own, whose whole history is the right answer."""
 
 
-def _texts(n: int, retriever: str, tokens: int) -> tuple[str, ...]:
-    return ("--retrieve", str(n), "--retriever", retriever, "--retrieve-tokens", str(tokens))
+def _texts(n: int, retriever: Retriever, tokens: int) -> Retrieval:
+    return Retrieval(retrieve=n, retriever=retriever, retrieve_tokens=tokens)
 
 
-def _bare(*retrieve: str) -> Row:
-    return Row(personas=("bare",), retrieve=retrieve, one_seed=True)
+def _bare(retrieval: Retrieval = _NOTHING) -> Row:
+    return Row(personas=("bare",), retrieval=retrieval, one_seed=True)
 
 
+_ENCODER = Row(one_seed=True)  # the title that lies nearer to the history, without any LLM
 _WHICH = Row("best", ("--query-prefix", ""), ("own", "none"), one_seed=True)
 _LABELS: dict[str, Any] = {
     "generate": ("--beams", "1", "--max-new-tokens", "8"),
@@ -78,14 +84,14 @@ EXPERIMENTS = {
         rows={
             "tuning": Row("best", ("--empty-history", "1", "--alignment", "0"), ("none",)),
             "bare": _bare(),
-            "bare-recency": _bare(*_texts(4, "recency", 128)),
-            "bare-bm25": _bare(*_texts(4, "bm25", 128)),
-            "bare-dense": _bare(*_texts(4, "dense", 128)),
+            "bare-recency": _bare(_texts(4, "recency", 128)),
+            "bare-bm25": _bare(_texts(4, "bm25", 128)),
+            "bare-dense": _bare(_texts(4, "dense", 128)),
             "best": Row("best"),
             # 1e-4, the paper's rate, is meant for 22 epochs; the prefix is BGE's.
             "paper": Row("paper", ("--learning-rate", "5e-3", "--query-prefix", "")),
             "attention": Row("best", _ATTENTION, ("own", "none", "other", "mean"), one_seed=True),
-            "retrieval": Row("best", retrieve=_texts(2, "recency", 64), one_seed=True),
+            "retrieval": Row("best", retrieval=_texts(2, "recency", 64), one_seed=True),
         },
         generate=("--beams", "1", "--max-new-tokens", "32"),
         evaluate=("--metric", "text"),
@@ -94,16 +100,17 @@ EXPERIMENTS = {
     "which": Experiment(
         tables="which",
         rows={
+            "encoder": _ENCODER,
             "best": _WHICH,
             "bare": _bare(),
-            "bare-dense": _bare(*_texts(4, "dense", 64)),
+            "bare-dense": _bare(_texts(4, "dense", 64)),
         },
         **_LABELS,
     ),
     # Can the LLM tell which title its soft tokens are about, when they are about nothing else?
     "which_oracle": Experiment(
         tables="which",
-        rows={"best": _WHICH, "bare": _bare(), "bare-text": _bare(*_texts(1, "recency", 64))},
+        rows={"best": _WHICH, "bare": _bare(), "bare-text": _bare(_texts(1, "recency", 64))},
         **_LABELS,
         oracle=True,
     ),
@@ -133,8 +140,6 @@ def main() -> None:
             if seed == arguments.seeds[0] or not run.rows[name].one_seed:
                 run.judge(name, seed)
     run.compare()
-    if arguments.question == "which":
-        run.ask_the_encoder()
 
 
 class Run:
@@ -182,37 +187,41 @@ class Run:
     def judge(self, name: str, seed: int) -> None:
         """Answers, scores and losses of one row and seed, unless they are there."""
         row, out = self.rows[name], self.judged / f"{name}-{seed}"
+        if row is _ENCODER:
+            self.ask_the_encoder()
+            return
         if (out / "metrics.json").exists():
             return
         # Without a plug, any plug names the LLM and the encoder; nothing else of it is used.
-        plug = self._train(next(iter(self.rows)) if row.recipe is None else name, seed)
+        trained = next(other for other, its in self.rows.items() if its.recipe is not None)
+        plug = self._train(trained if row.recipe is None else name, seed)
         asked = ("--requests", self._requests(self.split), "--store", self.store, "--plug", plug)
         asked = (*asked, *self._retrieved(row))
         self._job("generate", *asked, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
-        suffix = f"-{row.retrieve[3]}-{row.retrieve[1]}" if row.retrieve else ""
-        variants = [persona + suffix for persona in row.personas]
+        variants = [row.retrieval.answers_of(persona) for persona in row.personas]
         judged = ("--personas", *row.personas, "--variants", *variants, "--rejected", "rejected", "--batch-size", 8)
         self._job("evaluate", *asked, *judged, *self.experiment.evaluate, "--out", out)
 
     def ask_the_encoder(self) -> None:
         """Prints how often the right title of a `which` question lies nearer to the history, without any LLM."""
-        requests = pq.read_table(self._requests(self.split)).to_pylist()
-        pairs = [_candidates(row["input"], row["target"]) for row in requests]
+        store = Store.open(str(self.store))
+        requests = pq.read_table(self._requests(self.split))
+        buckets = bucket_of(requests["user_id"].combine_chunks(), store.n_buckets)
         folder = models.resolve(str(packaged.minilm()), revision="main", flag="--encoder")
         encoder = TextEncoder(folder, pooling="mean", max_tokens=256)
-        titles_R2d = encoder.encode([title for pair in pairs for title in pair]).vectors.astype(np.float32)
-        columns = ["user_id", "timestamp", "vector"]
-        behaviors = DeltaTable(str(self.store / "behaviors")).to_pyarrow_table(columns=columns).to_pylist()
-        of_user = defaultdict(list)
-        for behavior in behaviors:
-            of_user[behavior["user_id"]].append((behavior["timestamp"], np.frombuffer(behavior["vector"], "<f2")))
-        right: dict[str, list[float]] = {"mean": [], "nearest": []}
-        for row, pair_2d in zip(requests, titles_R2d.reshape(len(requests), 2, -1), strict=True):
-            seen_Nd = np.array([vector for time, vector in of_user[row["user_id"]] if time < row["as_of"]], np.float32)
-            cosines_N2 = seen_Nd @ pair_2d.T
-            for name, found_2 in (("mean", cosines_N2.mean(0)), ("nearest", cosines_N2.max(0))):
-                right[name].append(float(found_2[0] > found_2[1]))
-        users = [row["user_id"] for row in requests]
+        right: dict[str, list[bool]] = {"mean": [], "nearest": []}
+        users: list[str] = []
+        for bucket in np.unique(buckets).tolist():
+            asked = requests.filter(buckets == bucket)
+            histories = seen_rows(asked, store, bucket, max_behaviors=100, with_vectors=True)
+            pairs = [_candidates(row["input"], row["target"]) for row in asked.to_pylist()]
+            titles_R2d = encoder.encode([title for pair in pairs for title in pair]).vectors.reshape(len(pairs), 2, -1)
+            for pair_2d, history in zip(titles_R2d.astype(np.float32), histories, strict=True):
+                seen_Nd = np.array([np.frombuffer(one, "<f2") for one in history["vector"].to_pylist()], np.float32)
+                cosines_N2 = seen_Nd @ pair_2d.T
+                for name, found_2 in (("mean", cosines_N2.mean(0)), ("nearest", cosines_N2.max(0))):
+                    right[name].append(bool(found_2[0] > found_2[1]))
+            users += asked["user_id"].to_pylist()
         for name, values in right.items():
             found = bootstrap(values, users)
             print(f"encoder alone, {name}: {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}] of {len(users)} right")
@@ -234,6 +243,8 @@ class Run:
     def compare(self) -> None:
         """All that is judged, in one table."""
         found = sorted(path.parent for path in self.judged.glob("*/metrics.json"))
+        if not found:
+            return
         names = [re.sub(r"-\d+$", "", path.name) for path in found]
         where = ("--evaluations", *found, "--names", *names, "--out", self.judged)
         known = self.experiment.against.split("/")[0] in names
@@ -249,7 +260,11 @@ class Run:
         return self.folder / f"{split}.parquet"
 
     def _retrieved(self, row: Row) -> Sequence[object]:
-        return (*row.retrieve, "--texts", self.histories) if row.retrieve else ()
+        asked = row.retrieval
+        if not asked.retrieve:
+            return ()
+        how = ("--retriever", asked.retriever, "--retrieve-tokens", asked.retrieve_tokens)
+        return ("--retrieve", asked.retrieve, *how, "--texts", self.histories)
 
     def _job(self, job: str, *flags: object) -> None:
         words = ["-m", f"jobs.{job}", *map(str, flags)]

@@ -27,7 +27,7 @@ from persona.inputs import plan_splits, read_split
 from persona.store import Identity, Store
 from tests.nasty import BAD, BEHAVIORS, NASTY, REQUESTS, TEXTS, USERS, Case, a_behavior, a_user, columns, micros
 
-SOME = settings(max_examples=60, deadline=None)
+SOME = settings(max_examples=60)
 CUTS = st.fixed_dictionaries({"split_bytes": st.integers(1, 2000), "max_rows": st.integers(1, 10)})
 
 

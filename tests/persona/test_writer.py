@@ -509,7 +509,6 @@ def test_keys_of_any_characters_are_told_apart(store: Store) -> None:
     assert rows_of(store) == expected
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=4), st.text(max_size=4)), unique=True, min_size=1))
 def test_different_keys_are_different_strings(keys: list[tuple[str, str]]) -> None:
     users, names = zip(*keys, strict=True)
@@ -722,7 +721,7 @@ def apply(fault: str, store: Store, work: Callable[[], None]) -> None:
         raise Crash
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(STEP, min_size=2, max_size=5))
 def test_after_any_refreshes_and_faults_the_table_is_the_plain_model(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, steps: list[dict[str, Any]]
