@@ -50,7 +50,10 @@ def more(title: str, inside: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML."""
+    """Cells are HTML; a column of which no cell says anything is left out."""
+    told = [any(cells) for cells in zip(*rows, strict=True)] or [True] * len(heads)
+    heads = [head for head, tells in zip(heads, told, strict=True) if tells]
+    rows = [[cell for cell, tells in zip(row, told, strict=True) if tells] for row in rows]
     top = "".join(f"<th>{head}</th>" for head in heads)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     head = f"<thead><tr>{top}</tr></thead>" if any(heads) else ""

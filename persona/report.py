@@ -121,12 +121,15 @@ def _tokens(settings: Mapping[str, Any]) -> str:
 
 
 def _loss_text(metrics: Metrics) -> str:
-    return (
+    text = (
         f"Negative log-likelihood of the targets in nats a token, lower is better: {metrics['requests']:,} requests of "
-        f"{metrics['users']:,} users, in brackets 95 % intervals by a bootstrap over users. “Saved by own” is paired: "
-        "the same requests on both sides. The comparison to watch is own against other, since any history tells "
-        "the LLM the task."
+        f"{metrics['users']:,} users, in brackets 95 % intervals by a bootstrap over users."
     )
+    paired = (
+        " “Saved by own” is paired: the same requests on both sides. The comparison to watch is own against other, "
+        "since any history tells the LLM the task."
+    )
+    return text + (paired if metrics["loss_saved_by_own"] else "")
 
 
 def _losses(metrics: Metrics) -> str:
@@ -165,10 +168,7 @@ def _scores(metrics: Metrics) -> str:
             mean = f"{scores[about]:.4f}{interval}" if about != name else ""
             gained = metrics["score_gained_by_own"].get(name, {}).get(variant)
             rows.append([markup.name(variant), escape(name), shown, mean, markup.difference(gained)])
-    heads = ["variant", "score", "value", "plain mean", "gained by own"]
-    if not any(row[3] for row in rows):
-        heads, rows = [*heads[:3], *heads[4:]], [[*row[:3], *row[4:]] for row in rows]
-    return markup.table(heads, rows)
+    return markup.table(["variant", "score", "value", "plain mean", "gained by own"], rows)
 
 
 def _ranking(metrics: Metrics) -> str:

@@ -36,7 +36,7 @@ code { font: 0.88em/1.4 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono",
 .tile strong { display: block; font-size: 1.7rem; font-variant-numeric: tabular-nums; }
 .tile.gain strong, b.gain { color: var(--gain); }
 .tile.loss strong, b.loss { color: var(--loss); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 0 32px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); gap: 0 32px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 8px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--quiet); font-size: 13px; text-anchor: middle; font-family: inherit; }

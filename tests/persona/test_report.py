@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from persona import charts, comparison, pictures, report
+from persona import charts, comparison, markup, pictures, report
 from persona.metrics import Metric
 from tests.persona.test_comparison import PERSONAS, answers, losses
 
@@ -119,6 +119,12 @@ def test_a_ranking_is_shown_where_there_is_one() -> None:
     assert "Ranking" not in read(report.page(metrics()))[1]
 
 
+def test_a_column_that_says_nothing_is_left_out() -> None:
+    assert read(markup.table(["a", "b"], [["1", ""], ["2", ""]]).encode())[1].split() == ["a", "1", "2"]
+    assert read(markup.table(["a", "b"], [["1", ""], ["2", "3"]]).encode())[1].split() == ["a", "b", "1", "2", "3"]
+    assert read(markup.table(["a", "b"], []).encode())[1].split() == ["a", "b"]
+
+
 def test_warnings_stand_at_the_top() -> None:
     _, words = read(report.page(metrics(limited=True, unanswered_variants=["mean"], rejects=2)))
     for part in ("--limit 3 was given", "variant 'mean'", "2 rows of the requests could not be read"):
@@ -138,7 +144,7 @@ def test_a_page_without_the_own_persona_tells_of_nobodys_history() -> None:
     _, words = read(report.page(metrics()))
     assert all(part in words for part in of_histories)
     _, words = read(report.page(metrics(loss={"none": metrics()["loss"]["none"]}, loss_saved_by_own={})))
-    assert not [part for part in of_histories if part in words]
+    assert not [part for part in (*of_histories, "Saved by own", "saved by own") if part in words]
     assert "Training" in words
 
 
