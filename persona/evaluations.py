@@ -68,7 +68,8 @@ class Evaluation:
         settings, training = self.metrics["settings"], self.metrics["training"]
         of_plug = {one.name: settings["plug_options"].get(one.name, one.default) for one in fields(PlugOptions)}
         of_run = {one.name: training.get(one.name, one.default) for one in fields(TrainingOptions)}
-        retrieval = {name: settings[name] for name in _RETRIEVAL} if settings.get("retrieve") else {"retrieve": 0}
+        found = self._retrieval()
+        retrieval = {name: getattr(found, name) for name in _RETRIEVAL} if found.retrieve else {"retrieve": 0}
         models = {kind: settings[kind]["fingerprint"] for kind in ("llm", "encoder")}
         del of_run["seed"]
         return {**of_plug, **of_run, "requests": training.get("requests"), **retrieval, **models}

@@ -193,8 +193,8 @@ class Run:
         if (out / "metrics.json").exists():
             return
         # Without a plug, any plug names the LLM and the encoder; nothing else of it is used.
-        trained = next(other for other, its in self.rows.items() if its.recipe is not None)
-        plug = self._train(trained if row.recipe is None else name, seed)
+        trained = name if row.recipe else next(other for other, its in self.rows.items() if its.recipe)
+        plug = self._train(trained, seed)
         asked = ("--requests", self._requests(self.split), "--store", self.store, "--plug", plug)
         asked = (*asked, *self._retrieved(row))
         self._job("generate", *asked, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
@@ -213,7 +213,7 @@ class Run:
         users: list[str] = []
         for bucket in np.unique(buckets).tolist():
             asked = requests.filter(buckets == bucket)
-            histories = seen_rows(asked, store, bucket, max_behaviors=100, with_vectors=True)
+            histories = seen_rows(asked, store, bucket, max_behaviors=512, with_vectors=True)  # as the recipes
             pairs = [_candidates(row["input"], row["target"]) for row in asked.to_pylist()]
             titles_R2d = encoder.encode([title for pair in pairs for title in pair]).vectors.reshape(len(pairs), 2, -1)
             for pair_2d, history in zip(titles_R2d.astype(np.float32), histories, strict=True):
