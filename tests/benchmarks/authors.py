@@ -77,12 +77,14 @@ _LABELS: dict[str, Any] = {
     "evaluate": ("--metric", "label"),
     "against": "best/none",
 }
+_TUNING = ("--empty-history", "1", "--alignment", "0")
+_LATEST = _texts(2, "recency", 64)
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
 EXPERIMENTS = {
     "next_title": Experiment(
         tables="next_title",
         rows={
-            "tuning": Row("best", ("--empty-history", "1", "--alignment", "0"), ("none",)),
+            "tuning": Row("best", _TUNING, ("none",)),
             "bare": _bare(),
             "bare-recency": _bare(_texts(4, "recency", 128)),
             "bare-bm25": _bare(_texts(4, "bm25", 128)),
@@ -91,7 +93,8 @@ EXPERIMENTS = {
             # 1e-4, the paper's rate, is meant for 22 epochs; the prefix is BGE's.
             "paper": Row("paper", ("--learning-rate", "5e-3", "--query-prefix", "")),
             "attention": Row("best", _ATTENTION, ("own", "none", "other", "mean"), one_seed=True),
-            "retrieval": Row("best", retrieval=_texts(2, "recency", 64), one_seed=True),
+            "retrieval": Row("best", retrieval=_LATEST, one_seed=True),
+            "retrieval-tuning": Row("best", _TUNING, ("none",), retrieval=_LATEST, one_seed=True),
         },
         generate=("--beams", "1", "--max-new-tokens", "32"),
         evaluate=("--metric", "text"),
