@@ -69,7 +69,6 @@ def connect() -> Machines:
 
     attach = "RAY_ADDRESS" in os.environ
     if not ray.is_initialized():
-        cores = os.cpu_count() or 1
         # What `ray job submit` or the caller has set stays: Ray refuses two values for one name.
         of_workers = {name: value for name, value in _WORKER_ENVIRONMENT.items() if name not in os.environ}
         for name, value in (_RAY_ENVIRONMENT if attach else {**_RAY_ENVIRONMENT, **of_workers}).items():
@@ -77,7 +76,7 @@ def connect() -> Machines:
         try:
             ray.init(
                 address=None if attach else "local",
-                num_cpus=None if attach else max(cores, _LEAST_LOCAL_CPUS),
+                num_cpus=None if attach else max(_cores(), _LEAST_LOCAL_CPUS),
                 include_dashboard=None if attach else False,
                 # A Ray of our own inherits them; its first workers are already there, and fit no other environment.
                 runtime_env={"env_vars": of_workers} if attach else None,
@@ -93,9 +92,15 @@ def connect() -> Machines:
     _wait_for_gpus()
     resources = ray.cluster_resources()
     tickets = int(resources.get("CPU", 1))
-    alone = len(ray.nodes()) == 1 and tickets <= max(os.cpu_count() or 1, _LEAST_LOCAL_CPUS)
-    cores = min(tickets, os.cpu_count() or 1) if alone else max(1, tickets - 2)
+    alone = len(ray.nodes()) == 1 and tickets <= max(_cores(), _LEAST_LOCAL_CPUS)
+    cores = min(tickets, _cores()) if alone else max(1, tickets - 2)
     return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=alone and not attach)
+
+
+def _cores() -> int:
+    """Cores that this process may use: a container, `taskset` or a batch system often gives fewer than there are."""
+    mine = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(mine(0)) if mine else os.cpu_count() or 1
 
 
 def _wait_for_gpus() -> None:
