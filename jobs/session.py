@@ -98,7 +98,7 @@ def connect() -> Machines:
 
 
 def _cores() -> int:
-    """Cores that this process may use: a container, `taskset` or a batch system often gives fewer than there are."""
+    """Cores that this process may use: a batch system, a cpuset or `taskset` often gives fewer than there are."""
     mine = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(mine(0)) if mine else os.cpu_count() or 1
 

@@ -359,7 +359,7 @@ def _some_vectors(store: "Store", version: int, n_users: int = 32) -> bytes:
 
 
 def _with_order(rows: "pa.Table", *, epoch: int, seed: int, n_requests: int, global_batch: int) -> "pa.Table":
-    from persona.training import epoch_order
+    from persona.order import epoch_order
 
     order = epoch_order(rows, epoch=epoch, seed=seed, n_requests=n_requests, global_batch=global_batch)
     return rows.append_column("order", order)

@@ -32,7 +32,8 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     """
     from ray import train
 
-    from persona.training import aligned_steps, one_ahead, shuffle_windows, step_rows, train_step, validation_loss
+    from persona.order import one_ahead, shuffle_windows
+    from persona.training import aligned_steps, step_rows, train_step, validation_loss
 
     config: Config = settings["config"]
     options: TrainingOptions = config.options(TrainingOptions)

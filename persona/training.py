@@ -4,27 +4,19 @@ Shapes: N requests, B requests of a micro-batch, C of those that are held agains
 one request, d encoder width.
 """
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import nn
 
 from persona.encoder import TextEncoder
 from persona.options import TrainingOptions
+from persona.order import hash64
 from persona.personalized import PersonalizedLLM, Row
 
-Item = TypeVar("Item")
-# Batches whose order is drawn anew within a window; all of them lie on each worker at once.
-_WINDOW_BATCHES = 32
-# Rows whose lengths differ by less are not told apart: batches of one length alone would be batches of one question.
-_LENGTH_STEP = 64
 _WHOLE_PASSES = 1 / 11
 
 
@@ -73,7 +65,7 @@ def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions
     share.
     """
     history = np.frombuffer(row["history"], dtype="<f2").reshape(-1, width)
-    draw = np.random.default_rng(_hash64("dropout", options.seed, epoch, row["request_id"]))
+    draw = np.random.default_rng(hash64("dropout", options.seed, epoch, row["request_id"]))
     if draw.random() < options.empty_history:
         return {**row, "history": b""}
     n = len(history)
@@ -153,48 +145,6 @@ def contrast_loss(own_C: torch.Tensor, other_C: torch.Tensor) -> torch.Tensor:
     return nn.functional.softplus(own_C - other_C).sum()
 
 
-def epoch_order(requests: pa.Table, *, epoch: int, seed: int, n_requests: int, global_batch: int) -> pa.Array:
-    """Sort keys (N,) int64 that put one epoch's requests in their order, known from each row's content alone.
-
-    Rows are dealt at random into windows of some batches and sorted by length, in coarse steps, within a window, so
-    that a batch holds rows of about one length; `shuffle_windows` then draws the order of the batches. About one batch
-    comes last in random order: what does not fill a batch at the end of an epoch is left out by chance, and not because
-    it is long. No process needs to know all rows.
-    """
-    n_windows = max(1, n_requests // (_WINDOW_BATCHES * global_batch))
-    ids = requests["request_id"].to_pylist()
-    hashes = np.array([_hash64("order", seed, epoch, request_id) for request_id in ids], dtype=np.uint64)
-    characters = pc.add(pc.utf8_length(requests["input"]), pc.utf8_length(requests["target"]))
-    length = np.minimum(np.asarray(characters, dtype=np.int64) // _LENGTH_STEP, 2**14 - 1)
-    window = (hashes % n_windows).astype(np.int64)
-    ties = (hashes >> 38).astype(np.int64)
-    last = ties < 2**26 * global_batch / max(n_requests, 1)
-    return pa.array(np.where(last, n_windows, window) << 40 | np.where(last, 0, length) << 26 | ties)
-
-
-def shuffle_windows(batches: Iterable[Item], *, epoch: int, seed: int) -> Iterator[Item]:
-    """The batches of an epoch in random order within windows; every worker draws the same order."""
-    draw = np.random.default_rng(_hash64("windows", seed, epoch))
-    window: list[Item] = []
-    for batch in batches:
-        window.append(batch)
-        if len(window) == _WINDOW_BATCHES:
-            yield from (window[i] for i in draw.permutation(len(window)))
-            window = []
-    yield from (window[i] for i in draw.permutation(len(window)))
-
-
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items in their order, the next one made in a thread while the caller works on this one."""
-    source = iter(items)
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="one-ahead") as beside:
-        coming = beside.submit(next, source, end)
-        while (item := coming.result()) is not end:
-            coming = beside.submit(next, source, end)
-            yield cast(Item, item)
-
-
 def train_step(
     engine: Any, rows: Sequence[Row], *, step: int, n_steps: int, options: TrainingOptions
 ) -> tuple[float, int]:
@@ -270,7 +220,3 @@ def _reduce(value: float, device: torch.device, operation: Any) -> float:
     tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor, operation)
     return float(tensor)
-
-
-def _hash64(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
