@@ -31,6 +31,7 @@ from persona.plug import Plug
 from persona.storage import delta_options, join, write_bytes
 from persona.store import Identity, Store
 from tests.models import ENCODER_WIDTH, LLM_WIDTH, tiny_encoder, tiny_llama, tiny_t5
+from tests.warm_workers import warm_workers
 
 Row = dict[str, Any]
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -86,9 +87,10 @@ def local_ray(s3_server: str) -> Iterator[None]:
         environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
         # The next job finds the processes that the last one has left, and need not start its own.
         environment.setenv("RAY_idle_worker_killing_time_threshold_ms", "120000")
-        session.connect()
-        yield
-        ray.shutdown()
+        with warm_workers():
+            session.connect()
+            yield
+            ray.shutdown()
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from persona.store import Store
 from tests.jobs.conftest import TRAINING, arguments, behaviors, fill_store, n_reports, new_plug, requests, stored, write
 from tests.killable import LOG
 from tests.stores import answers
+from tests.warm_workers import warm_workers
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"embed-before-replace"}
@@ -106,11 +107,12 @@ def _kill(victim: str, moment: str, chance: random.Random) -> Kill:
 
 
 class Nodes:
-    """Three nodes of a Ray of this test's own."""
+    """Three nodes of a Ray of this test's own, and the process that theirs are forked from."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers_of: int) -> None:
         from ray.cluster_utils import Cluster
 
+        self.workers_of = workers_of
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False},
@@ -129,13 +131,11 @@ class Nodes:
     def lose_process(self, kind: str, chance: random.Random) -> bool:
         """One process that is at work, whose name is of this kind, is gone; False where there is none."""
         found = []
-        for node in [self.cluster.head_node, *self.others]:
-            for known in node.all_processes.get("raylet", []):
-                with suppress(psutil.NoSuchProcess):
-                    for process in psutil.Process(known.process.pid).children(recursive=True):
-                        name = " ".join(process.cmdline())
-                        if re.match(kind, name):
-                            found.append((name, process.pid, process))
+        for process in psutil.Process(self.workers_of).children():
+            with suppress(psutil.NoSuchProcess):
+                name = " ".join(process.cmdline())
+                if re.match(kind, name):
+                    found.append((name, process.pid, process))
         if found:
             with suppress(psutil.NoSuchProcess):
                 chance.choice(sorted(found, key=lambda one: one[:2]))[2].kill()
@@ -162,9 +162,10 @@ def nodes() -> Iterator[Nodes]:
         }
         for name, value in settings.items():
             environment.setenv(name, value)
-        found = Nodes()
-        yield found
-        found.cluster.shutdown()
+        with warm_workers() as workers_of:
+            found = Nodes(workers_of)
+            yield found
+            found.cluster.shutdown()
 
 
 class Work:

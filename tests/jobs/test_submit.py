@@ -18,6 +18,7 @@ import pytest
 
 from persona.storage import copy_folder, join
 from tests.jobs.conftest import behaviors, end_groups, requests, write
+from tests.warm_workers import ray_command, warm_workers
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -56,7 +57,7 @@ class Cluster:
         names = ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--metrics-export-port")
         given = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
         given += [f"--num-cpus={cpus}", "--object-store-memory=150000000", f"--temp-dir={self.folder}", "--block"]
-        command = [str(BIN / "ray"), "start", *flags, *given, "--disable-usage-stats"]
+        command = [*ray_command(), "start", *flags, *given, "--disable-usage-stats"]
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
             self.nodes.append(
                 subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
@@ -105,21 +106,24 @@ def cluster(s3_server: str) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="pp-", dir="/tmp"))
     token = "a" * 64
     (folder / "token").write_text(token)
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {
+    environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hf"),
         "OMP_NUM_THREADS": "1",
+        # A process for each CPU of a node is otherwise there for each job before it has asked for any.
+        "RAY_prestart_worker_first_driver": "0",
     }
-    found = Cluster(folder, token, environment)
-    try:
-        found.start()
-        yield found
-    finally:
-        found.end()
-        shutil.rmtree(folder, ignore_errors=True)
+    with warm_workers():
+        others = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        found = Cluster(folder, token, {**others, **environment})
+        try:
+            found.start()
+            yield found
+        finally:
+            found.end()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_without_the_token_nothing_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
@@ -156,7 +160,14 @@ def test_the_whole_pipeline_on_s3(
 
     encoder, llm = join(s3, "models/encoder"), join(s3, "models/llama")
     embedded = cluster.job(
-        "embed", histories=join(s3, "histories"), store=store, encoder=encoder, max_tokens=32, buckets=4, block_rows=16
+        "embed",
+        histories=join(s3, "histories"),
+        store=store,
+        encoder=encoder,
+        max_tokens=32,
+        buckets=4,
+        block_rows=16,
+        actors=2,
     )
     assert embedded["committed"] == embedded["read"] == len(behaviors())
     trained = cluster.job(
@@ -180,7 +191,9 @@ def test_the_whole_pipeline_on_s3(
         "generate", requests=held_out, store=store, plug=plug, persona=kinds, beams=1, max_new_tokens=4, actors=2
     )
     assert answered["answered"] == 3 * answered["requests"] == 3 * len(requests(2, 6))
-    judged = cluster.job("evaluate", requests=held_out, store=store, plug=plug, out=join(s3, "report"), metric="text")
+    judged = cluster.job(
+        "evaluate", requests=held_out, store=store, plug=plug, out=join(s3, "report"), metric="text", actors=1
+    )
     assert set(judged["scores"]) == set(judged["loss"]) == set(kinds)
 
     found = traces(cluster.folder)

@@ -1,0 +1,159 @@
+"""Worker processes for the Ray of the tests, forked from one that has imported what all of them need.
+
+A job starts half a dozen processes, and each takes seconds to import torch, transformers and pandas: on two cores that
+was most of the suite. Here one process imports them, all but Ray itself, and a worker is a fork of it. From there on it
+is Ray's own `default_worker.py`, with the arguments, the environment and the streams that Ray has given it.
+
+    python tests/warm_workers.py ARGUMENTS    what Ray starts in the place of its `setup_worker.py`: asks for a fork
+    python tests/warm_workers.py SOCKET       the process that is forked; the number of a socket that listens
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import random
+import runpy
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+_ADDRESS = "PERSONA_WARM_WORKERS"
+_SETUP = str(Path(__file__).resolve())
+# None of them begins a thread that a fork would miss. Ray is not of them: what it is told by the environment, the job
+# and the node of this one worker, it reads when it is imported.
+_IMPORTS = (
+    "aiohttp",
+    "boto3",
+    "deepspeed",
+    "deltalake",
+    "jsonschema",
+    "pandas",
+    "pyarrow.dataset",
+    "requests",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.t5.modeling_t5",
+)
+
+
+@contextlib.contextmanager
+def warm_workers() -> Iterator[int]:
+    """The nodes of a Ray that this process, or `ray_command`, starts while the context lasts have such workers.
+
+    Yields the process whose children they are.
+    """
+    import pytest
+    from ray._private import ray_constants
+
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as folder:  # short, for the path of a socket
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(f"{folder}/socket")
+            listening.listen(128)
+            number = listening.fileno()
+            forked = subprocess.Popen([sys.executable, _SETUP, str(number)], pass_fds=[number])
+        try:
+            with pytest.MonkeyPatch.context() as change:
+                change.setenv(_ADDRESS, f"{folder}/socket")
+                # Ray joins it to a folder of its own, where an absolute path stays what it is.
+                change.setattr(ray_constants, "SETUP_WORKER_FILENAME", _SETUP)
+                yield forked.pid
+        finally:
+            forked.kill()
+            forked.wait()
+
+
+def ray_command() -> list[str]:
+    """The command `ray`, for nodes in processes of their own."""
+    change = f"from ray._private import ray_constants; ray_constants.SETUP_WORKER_FILENAME = {_SETUP!r}"
+    return [sys.executable, "-c", f"{change}; from ray.scripts.scripts import main; main()"]
+
+
+def ask(arguments: list[str]) -> None:
+    """Has a worker forked, and stays until it has ended, as the process that Ray has started and may end."""
+    if not any(argument.endswith("/default_worker.py") for argument in arguments):  # Ray's server for its clients
+        (ray,) = importlib.util.find_spec("ray").submodule_search_locations
+        os.execv(sys.executable, [sys.executable, f"{ray}/_private/workers/setup_worker.py", *arguments])
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[_ADDRESS])
+        socket.send_fds(connection, [b"\n"], [0, 1, 2])
+        connection.sendall(json.dumps([arguments, dict(os.environ)]).encode())
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+
+
+def serve(listening: socket.socket) -> NoReturn:
+    """Forks a worker for each that asks."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that have ended
+    imported = False
+    while True:
+        connection, _ = listening.accept()
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        with connection.makefile("rb") as asked:
+            arguments, environment = json.load(asked)
+        if not imported:
+            # Some libraries read the environment once, when they are imported: it has to be that of a worker.
+            os.environ |= environment
+            for module in _IMPORTS:
+                importlib.import_module(module)
+            gc.freeze()
+            imported = True
+        if os.fork() == 0:
+            listening.close()
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+                os.close(stream)
+            become(arguments, environment)
+        for stream in streams:
+            os.close(stream)
+        connection.close()
+
+
+def become(arguments: list[str], environment: dict[str, str]) -> NoReturn:
+    """What `setup_worker.py` and then `python default_worker.py` would do, in this process."""
+    os.setpgrp()  # Ray ends a worker together with its group
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    known = argparse.ArgumentParser()
+    known.add_argument("--serialized-runtime-env-context", type=json.loads, default={})
+    known.add_argument("--language")
+    asked, worker = known.parse_known_args(arguments)
+    context = asked.serialized_runtime_env_context
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.update(context.get("env_vars", {}))
+    if prefix := context.get("command_prefix"):
+        cd, folder, _ = prefix  # with `&&` behind it, of a working directory; the tests ask for nothing else
+        assert cd == "cd"
+        os.chdir(*shlex.split(folder))
+    random.seed()
+    sys.argv = worker
+    sys.path[:1] = [str(Path(worker[0]).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    code = 1
+    try:
+        runpy.run_path(worker[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1].isdecimal():
+        serve(socket.socket(fileno=int(sys.argv[1])))
+    else:
+        ask(sys.argv[1:])
