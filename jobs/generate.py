@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from persona.inputs import Split
-    from persona.plug_folder import PlugRecord
+    from persona.plug_record import PlugRecord
     from persona.store import Store
 
 
@@ -151,14 +151,14 @@ def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | N
 
     Keys: `plug` (URI), `record` (PlugRecord), `fingerprint` (of the plug), `llm` and `encoder` (names of models).
     """
-    from persona import models, plug_folder, storage
+    from persona import models, plug_record, storage
     from persona.errors import PlugMismatch
 
     uri = storage.check_uri(plug, flag="--plug")
     storage.check_reachable(uri, flag="--plug")
     with storage.local_folder(uri) as folder:
-        record = plug_folder.read_record(folder)
-        fingerprint = plug_folder.fingerprint(folder)
+        record = plug_record.read(folder)
+        fingerprint = plug_record.fingerprint(folder)
     if record.encoder["fingerprint"] != store.identity.fingerprint:
         raise PlugMismatch(
             f"--plug {plug} was trained on vectors of {record.encoder['name']!r}, but the store holds those of "
@@ -169,19 +169,19 @@ def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | N
         "llm": models.resolve(names["llm"], revision=record.llm["revision"], flag="--llm"),
         "encoder": models.resolve(names["encoder"], revision=record.encoder["revision"], flag="--encoder"),
     }
-    plug_folder.check_models(record, encoder=found["encoder"], llm=found["llm"])
+    plug_record.check_models(record, encoder=found["encoder"], llm=found["llm"])
     return {"plug": uri, "record": record, "fingerprint": fingerprint, **names}
 
 
 def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
     """The plug in front of its LLM, in this process; `config` says in what precision, and what is retrieved."""
-    from persona import models, plug_folder, storage
+    from persona import models, plug_folder, plug_record, storage
     from persona.llm import FrozenLLM
 
     record: PlugRecord = where["record"]
     encoder = models.resolve(where["encoder"], revision=record.encoder["revision"], flag="--encoder")
     llm_folder = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
-    plug_folder.check_models(record, encoder=encoder, llm=llm_folder)
+    plug_record.check_models(record, encoder=encoder, llm=llm_folder)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.precision)
     with storage.local_folder(where["plug"]) as folder:
         return plug_folder.load(folder, encoder=encoder, llm=llm, front_tokens=config.front_tokens)

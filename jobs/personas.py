@@ -30,14 +30,14 @@ class PlugSource:
 
 def check_plug(given: str, identity: "Identity") -> PlugSource:
     """Finds the plug of `--plug`. Raises PlugMismatch when it was trained on another encoder's vectors."""
-    from persona import plug_folder, storage
+    from persona import plug_record, storage
     from persona.errors import PlugMismatch
 
     uri = storage.check_uri(given, flag="--plug")
     storage.check_reachable(uri, flag="--plug")
     with storage.local_folder(uri) as folder:
-        record = plug_folder.read_record(folder)
-        fingerprint = plug_folder.fingerprint(folder)
+        record = plug_record.read(folder)
+        fingerprint = plug_record.fingerprint(folder)
     if record.encoder["fingerprint"] != identity.fingerprint:
         raise PlugMismatch(
             f"--plug {given} was trained on vectors of {record.encoder['name']!r}, and --encoder is "

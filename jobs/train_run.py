@@ -84,7 +84,7 @@ def publish(
     """The best checkpoint becomes the plug folder."""
     from safetensors.torch import load_file
 
-    from persona import checkpoint, plug_folder
+    from persona import checkpoint, plug_folder, plug_record
 
     best, metrics = min(result.best_checkpoints, key=lambda pair: (pair[1]["validation_loss"], pair[1]["step"]))
     with best.as_directory() as folder, tempfile.TemporaryDirectory() as staged:
@@ -95,9 +95,9 @@ def publish(
             curves = json.loads((Path(latest) / checkpoint.STATE).read_text())
         record = _record(config, inputs, state, curves, n_requests)
         target = Path(staged) / "plug"
-        plug_folder.save(target, weights, record, plug_folder.card(record))
+        plug_folder.save(target, weights, record, plug_record.card(record))
         storage.copy_folder(str(target), inputs.plug)
-        fingerprint = plug_folder.fingerprint(target)
+        fingerprint = plug_record.fingerprint(target)
     answer = {
         "job": "train",
         "plug": inputs.plug,
@@ -131,7 +131,7 @@ def publish(
 def _record(
     config: "Config", inputs: "Inputs", state: Mapping[str, Any], curves: Mapping[str, Any], n_requests: int
 ) -> Any:
-    from persona.plug_folder import PlugRecord
+    from persona.plug_record import PlugRecord
 
     identity = inputs.store.identity
     return PlugRecord(

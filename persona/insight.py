@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from persona import plug_folder
+from persona import plug_folder, plug_record
 from persona.models import ModelFolder
 from persona.personalized import QueryText, Row, packed
 from persona.plug import Plug
@@ -34,7 +34,7 @@ class PlugAlone:
     @classmethod
     def load(cls, folder: Path, encoder: ModelFolder) -> "PlugAlone":
         """Raises InputError or PlugMismatch as `plug_folder.load` does."""
-        record = plug_folder.read_record(folder)
+        record = plug_record.read(folder)
         query_text = plug_folder.new_query_text(encoder, record.query_prefix, record.max_query_tokens)
         return cls(plug_folder.load_plug(folder, encoder=encoder), query_text)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from persona import plug_folder
+from persona import plug_record
 from persona.errors import InputError
 from persona.plug import Plug
 
@@ -29,7 +29,7 @@ class MeanPersonas:
     @classmethod
     def load(cls, folder: Path) -> "MeanPersonas":
         """Raises InputError when the folder holds no complete plug."""
-        record = plug_folder.read_record(folder)
+        record = plug_record.read(folder)
         plug = Plug(
             replace(record.options, weights="mean", learn_temperature=False),
             query_encoder=None,
@@ -41,14 +41,14 @@ class MeanPersonas:
         )
         unused = ("query_encoder.", "log_temperature")
         try:
-            weights = load_file(folder / plug_folder.WEIGHTS)
+            weights = load_file(folder / plug_record.WEIGHTS)
             plug.load_state_dict({name: value for name, value in weights.items() if not name.startswith(unused)})
         except (RuntimeError, SafetensorError) as error:
             raise InputError(
-                f"{folder}: {plug_folder.WEIGHTS} does not hold the weights that {plug_folder.RECORD} asks for "
+                f"{folder}: {plug_record.WEIGHTS} does not hold the weights that {plug_record.RECORD} asks for "
                 f"({str(error).splitlines()[-1].strip()}); copy the whole folder anew, or train another plug"
             ) from error
-        return cls(plug.eval(), plug_folder.fingerprint(folder), record.max_behaviors)
+        return cls(plug.eval(), plug_record.fingerprint(folder), record.max_behaviors)
 
     @torch.inference_mode()
     def make(self, users: pa.Table, histories: pa.Table) -> pa.Table:

@@ -21,7 +21,7 @@ import torch
 from deltalake import DeltaTable
 
 from jobs.command import run
-from persona import histories, plug_folder
+from persona import histories, plug_folder, plug_record
 from persona.encoder import TextEncoder
 from persona.inputs import Records, rejects
 from persona.llm import FrozenLLM
@@ -238,7 +238,7 @@ def new_plug(path: Path, encoder: str, llm: str, seed: int = 0) -> str:
         llm_width=LLM_WIDTH,
         token_norm=model.token_norm(),
     )
-    record = plug_folder.PlugRecord(
+    record = plug_record.PlugRecord(
         options=options,
         encoder=frozen.card(),
         encoder_width=ENCODER_WIDTH,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jobs import evaluate
-from persona import models, plug_folder
+from persona import models, plug_folder, plug_record
 from persona.histories import bucket_of
 from persona.insight import PlugAlone
 from persona.llm import FrozenLLM
@@ -58,7 +58,7 @@ def answer(uri: str, asked: list[Row], **answers: Callable[[Row], str]) -> None:
 def loss_by_hand(uri: str, plug: str, asked: list[Row], *, own: bool) -> tuple[list[float], list[int]]:
     """Nats and tokens of each target: the soft tokens and the text in one row, log-softmax token by token."""
     folder = Path(plug)
-    record = plug_folder.read_record(folder)
+    record = plug_record.read(folder)
     encoder, llm_folder = (models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     llm = FrozenLLM.load(llm_folder, precision="fp32")
     model = plug_folder.load(folder, encoder=encoder, llm=llm)
@@ -97,7 +97,7 @@ def test_losses_are_those_of_a_calculation_by_hand(do: Job, flags: dict[str, Any
     assert set(metrics["score_gained_by_own"]["rouge1"]) == {"none", "other"}
     assert len({example["request_id"] for example in metrics["examples"]}) == 6
     assert all({*PERSONAS, "target", "input"} <= set(example) for example in metrics["examples"])
-    assert metrics["settings"]["plug_fingerprint"] == plug_folder.fingerprint(Path(plug))
+    assert metrics["settings"]["plug_fingerprint"] == plug_record.fingerprint(Path(plug))
     assert done.result["loss"] == loss
 
 
@@ -192,7 +192,7 @@ def test_the_report_shows_past_texts_in_words_and_every_user_on_the_map(
 
 def test_weights_of_the_report_are_those_of_the_plug(flags: dict[str, Any], plug: str) -> None:
     folder, row = Path(plug), {**requests(1, 4)[3], "query": "title of paper 3"}
-    record = plug_folder.read_record(folder)
+    record = plug_record.read(folder)
     encoder = models.resolve(record.encoder["name"], flag="")
     vectors = seen(flags["store"], row, record.max_behaviors)
     found = PlugAlone.load(folder, encoder).look([{**row, "history": b"".join(vectors)}])[0]
@@ -220,7 +220,7 @@ def test_losses_with_retrieved_texts_are_those_of_the_plug_with_them_in_front(
     done = do(evaluate, **flags, out=str(tmp_path / "out"), personas=("own", "bare"), **retrieval)
     assert done.code == 0
     folder = Path(plug)
-    record = plug_folder.read_record(folder)
+    record = plug_record.read(folder)
     encoder, llm_folder = (models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     frozen = FrozenLLM.load(llm_folder, precision="fp32")
     model = plug_folder.load(folder, encoder=encoder, llm=frozen, front_tokens=16)

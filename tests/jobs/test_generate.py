@@ -12,7 +12,7 @@ from deltalake import DeltaTable
 from jobs import generate
 from persona import histories as persona_histories
 from persona import models as persona_models
-from persona import plug_folder
+from persona import plug_folder, plug_record
 from persona.encoder import TextEncoder
 from persona.generation import answer_all
 from persona.join import join_histories
@@ -40,7 +40,7 @@ def outputs(answers: Rows, variant: str) -> dict[str, str]:
 def expected(uri: str, plug: str, asked: list[Row], persona: Any, decoding: Decoding) -> dict[str, str]:
     """What the plug's own classes answer, request by request."""
     store, folder = Store.open(uri), Path(plug)
-    record = plug_folder.read_record(folder)
+    record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
     model = plug_folder.load(folder, encoder=encoder, llm=frozen)
@@ -96,8 +96,8 @@ def test_only_what_has_changed_is_answered_again(do: Job, flags: dict[str, Any])
 
 
 def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp_path: Path) -> None:
-    record = plug_folder.read_record(Path(plug))
-    where = {"fingerprint": plug_folder.fingerprint(Path(plug)), "record": record}
+    record = plug_record.read(Path(plug))
+    where = {"fingerprint": plug_record.fingerprint(Path(plug)), "record": record}
     other = Path(new_plug(tmp_path / "other", models["encoder"], models["llama"], seed=1))
     config = generate.Config(requests="r", store="s", plug="p", beams=1)
     row = {"input": "a", "query": "b", "history_hash": "c", "persona": "own", "as_of": None}
@@ -117,7 +117,7 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
         fingerprint(config=replace(config, beams=2)),
         fingerprint(config=sampling),
         fingerprint(config=replace(sampling, seed=7)),
-        fingerprint(fingerprint=plug_folder.fingerprint(other)),
+        fingerprint(fingerprint=plug_record.fingerprint(other)),
         fingerprint(record=replace(record, llm={**record.llm, "fingerprint": "else"})),
     ]
     assert len({*different, fingerprint()}) == len(different) + 1
@@ -171,7 +171,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     answers = stored(flags["store"], "generations")
 
     folder = Path(plug)
-    record = plug_folder.read_record(folder)
+    record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
     model = plug_folder.load(folder, encoder=encoder, llm=frozen, front_tokens=24)

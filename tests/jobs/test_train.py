@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 
 from jobs import train
-from persona import plug_folder
+from persona import plug_folder, plug_record
 from persona.llm import FrozenLLM
 from persona.models import resolve
 from persona.storage import join, list_files, local_folder
@@ -277,7 +277,7 @@ def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, mode
     }
     assert any("/runs/r/checkpoint_" in file.uri for file in list_files(places(s3)["runs"]))
     with local_folder(places(s3)["plug"]) as folder:
-        assert plug_folder.fingerprint(folder) == done.result["fingerprint"]
+        assert plug_record.fingerprint(folder) == done.result["fingerprint"]
 
 
 def test_a_request_never_sees_its_future(

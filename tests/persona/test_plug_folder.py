@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from persona import plug_folder
+from persona import plug_folder, plug_record
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.llm import FrozenLLM
 from persona.models import resolve
 from persona.options import Decoding
 from persona.personalized import PersonalizedLLM
-from persona.plug_folder import PlugRecord
+from persona.plug_record import PlugRecord
 from tests.models import ENCODER_WIDTH, tiny_encoder
 from tests.plugs import ROWS, losses, new_model
 
@@ -56,19 +56,19 @@ def record_of(model: PersonalizedLLM, encoder, llm) -> PlugRecord:
 
 def test_a_plug_of_before_an_option_keeps_its_fingerprint_while_the_option_is_off(saved):
     """What it has answered is not out of date because a later version knows more."""
-    before = plug_folder.fingerprint(saved)
-    fields = json.loads((saved / plug_folder.RECORD).read_text())
+    before = plug_record.fingerprint(saved)
+    fields = json.loads((saved / plug_record.RECORD).read_text())
     assert fields["options"].pop("recency") is False
-    (saved / plug_folder.RECORD).write_text(json.dumps(fields))
-    assert plug_folder.fingerprint(saved) == before
-    assert plug_folder.read_record(saved).options.recency is False
+    (saved / plug_record.RECORD).write_text(json.dumps(fields))
+    assert plug_record.fingerprint(saved) == before
+    assert plug_record.read(saved).options.recency is False
     hashed = {name: value for name, value in fields.items() if name not in ("format", "training")}
-    digest = hashlib.blake2b((saved / plug_folder.WEIGHTS).read_bytes(), digest_size=16)
+    digest = hashlib.blake2b((saved / plug_record.WEIGHTS).read_bytes(), digest_size=16)
     digest.update(json.dumps(hashed, sort_keys=True).encode())
     assert before == digest.hexdigest()
     fields["options"]["recency"] = True
-    (saved / plug_folder.RECORD).write_text(json.dumps(fields))
-    assert plug_folder.fingerprint(saved) != before
+    (saved / plug_record.RECORD).write_text(json.dumps(fields))
+    assert plug_record.fingerprint(saved) != before
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
         for parameter in model.plug.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     record = record_of(model, encoder_folder, llm_folder)
-    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_folder.card(record))
+    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_record.card(record))
     return tmp_path / "plug"
 
 
@@ -87,7 +87,7 @@ def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
 def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm, tmp_path):
     model = new_model(encoder_folder, llm, prefix="Represent: ", **options)
     record = record_of(model, encoder_folder, llm_folder)
-    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_folder.card(record))
+    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_record.card(record))
     torch.manual_seed(99)  # a fresh plug would be another
     again = plug_folder.load(tmp_path / "plug", encoder=encoder_folder, llm=llm)
     assert torch.equal(losses(again, ROWS), losses(model, ROWS))
@@ -110,7 +110,7 @@ def test_the_query_encoder_reads_in_the_precision_of_the_llm_and_sees_the_same(s
 
 def test_the_record_comes_back_as_it_was_saved(saved, encoder_folder, llm_folder, llm):
     model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
-    assert plug_folder.read_record(saved) == record_of(model, encoder_folder, llm_folder)
+    assert plug_record.read(saved) == record_of(model, encoder_folder, llm_folder)
 
 
 def test_the_folder_holds_the_plugs_weights_and_nothing_of_the_llm(saved, encoder_folder, llm):
@@ -138,19 +138,19 @@ def test_the_card_says_what_the_plug_belongs_to_and_how_it_did(saved, encoder_fo
 
 
 def test_the_fingerprint_is_of_what_the_answers_depend_on(saved, tmp_path):
-    found = plug_folder.fingerprint(saved)
+    found = plug_record.fingerprint(saved)
     moved = Path(shutil.copytree(saved, tmp_path / "moved"))
-    assert plug_folder.fingerprint(moved) == found
-    record = plug_folder.read_record(moved)
+    assert plug_record.fingerprint(moved) == found
+    record = plug_record.read(moved)
     (moved / "plug.json").write_text(replace(record, training={"another": "run"}).to_json())
-    assert plug_folder.fingerprint(moved) == found
+    assert plug_record.fingerprint(moved) == found
     (moved / "plug.json").write_text(replace(record, query_prefix="").to_json())
-    assert plug_folder.fingerprint(moved) != found
+    assert plug_record.fingerprint(moved) != found
     shutil.copy(saved / "plug.json", moved)
     weights = bytearray((moved / "plug.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "plug.safetensors").write_bytes(weights)
-    assert plug_folder.fingerprint(moved) != found
+    assert plug_record.fingerprint(moved) != found
 
 
 @pytest.mark.parametrize("name", ["plug.json", "plug.safetensors"])
@@ -165,7 +165,7 @@ def test_a_folder_that_is_written_anew_is_incomplete_until_it_is_done(saved, enc
     with pytest.raises(TypeError):
         plug_folder.save(saved, model.plug.state_dict(), record_of(model, encoder_folder, llm_folder), card=None)
     with pytest.raises(InputError, match="no complete plug here"):
-        plug_folder.read_record(saved)
+        plug_record.read(saved)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_folder_that_is_written_anew_is_incomplete_until_it_is_done(saved, enc
 def test_a_record_that_is_none_is_refused(saved, text, reason):
     (saved / "plug.json").write_text(text)
     with pytest.raises(InputError, match=reason):
-        plug_folder.read_record(saved)
+        plug_record.read(saved)
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("unheard_of", 1)])
@@ -189,30 +189,30 @@ def test_options_that_cannot_be_are_refused(saved, name, value):
     fields["options"][name] = value
     (saved / "plug.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match=r"not a plug's plug\.json"):
-        plug_folder.read_record(saved)
+        plug_record.read(saved)
 
 
 def test_another_encoder_or_llm_is_refused(saved, encoder_folder, llm_folder, tmp_path):
-    record = plug_folder.read_record(saved)
-    plug_folder.check_models(record, encoder=encoder_folder, llm=llm_folder)
+    record = plug_record.read(saved)
+    plug_record.check_models(record, encoder=encoder_folder, llm=llm_folder)
     other = resolve(str(tiny_encoder(tmp_path / "other", seed=1)), flag="--encoder")
     with pytest.raises(
         PlugMismatch, match=f"trained for the encoder .*{record.encoder['fingerprint'][:12]}.*{other.name}"
     ):
-        plug_folder.check_models(record, encoder=other, llm=llm_folder)
+        plug_record.check_models(record, encoder=other, llm=llm_folder)
     with pytest.raises(PlugMismatch, match=r"trained for the LLM .* or train another plug"):
-        plug_folder.check_models(record, encoder=encoder_folder, llm=other)
+        plug_record.check_models(record, encoder=encoder_folder, llm=other)
 
 
 def test_an_llm_of_another_width_is_refused(saved, encoder_folder, llm):
-    record = plug_folder.read_record(saved)
+    record = plug_record.read(saved)
     (saved / "plug.json").write_text(replace(record, llm_width=4096).to_json())
     with pytest.raises(PlugMismatch, match="soft tokens of width 4096, the LLM's tokens have width 48"):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
 
 
 def test_weights_that_do_not_fit_the_record_are_refused(saved, encoder_folder, llm):
-    record = plug_folder.read_record(saved)
+    record = plug_record.read(saved)
     (saved / "plug.json").write_text(replace(record, options=replace(record.options, persona_tokens=3)).to_json())
     with pytest.raises(PlugMismatch, match=r"plug\.safetensors does not hold the weights that plug\.json .* ask for"):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
