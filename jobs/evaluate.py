@@ -42,8 +42,8 @@ class Config(Retrieval, CostOptions):
     """Folder of the plug that jobs.train made, local or s3://."""
     out: str
     """Folder for metrics.json and report.html, local or s3://."""
-    variants: tuple[str, ...] = ("own", "none", "other")
-    """Answers to be scored, by their names in the table."""
+    variants: tuple[str, ...] = ()
+    """Answers to be scored, by their names in the table; default those that jobs.generate writes for --personas."""
     personas: tuple[Persona, ...] = ("own", "none", "other")
     """Kinds of persona whose loss is measured."""
     metric: Literal["label", "rating", "text"] = "text"
@@ -72,6 +72,11 @@ class Config(Retrieval, CostOptions):
     """Take only this many requests (the scores are then not those of the whole set)."""
     dry_run: bool = False
     """Say what would be done, and start nothing."""
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Names of the answers to be scored."""
+        return self.variants or tuple(self.answers_of(persona) for persona in self.personas)
 
     def check(self) -> None:
         """Refuses what can be refused without looking at any data."""
@@ -105,11 +110,11 @@ def main(config: Config) -> Summary:
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
     histories = retrieve.plan(config)
     if config.dry_run:
-        would = f"score {', '.join(config.variants)} and measure the loss for {', '.join(config.personas)}"
+        would = f"score {', '.join(config.scored)} and measure the loss for {', '.join(config.personas)}"
         size: dict[str, Any] = {"times": len(config.personas), "if_all": "with inputs of full length"}
         return cost.planned_requests(would, config, splits, where, **size)
 
-    answered = [v for v in config.variants if store.read_generations([v], ["request_id"]).num_rows]
+    answered = [v for v in config.scored if store.read_generations([v], ["request_id"]).num_rows]
     machines = session.connect()
     tally = flow.new_tally()
     losses = _losses(config, splits, store, where, histories, answered, machines, tally)
@@ -119,11 +124,11 @@ def main(config: Config) -> Summary:
     golds = dict(zip(losses["request_id"], losses["target"], strict=True))
     metrics = comparison.compare(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
     metrics |= {"limited": config.limit is not None}
-    metrics["unanswered_variants"] = [variant for variant in config.variants if variant not in answered]
+    metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
     metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
     counts = flow.totals(tally)
     metrics["training"] = where["record"].training
-    metrics["settings"] = {**asdict(config), **_origin(store, where)}
+    metrics["settings"] = {**asdict(config), "variants": config.scored, **_origin(store, where)}
     metrics["versions"] = report.versions()
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
     metrics["seconds"] = round(time.perf_counter() - started, 1)
@@ -274,7 +279,7 @@ class _Answered:
             if missing:
                 raise InputError(
                     f"the variant {variant!r} has no answer to {missing[0]!r} and perhaps others; answer all requests "
-                    "with jobs.generate, or leave the variant out of --variants"
+                    "with jobs.generate, or name with --variants those to be scored"
                 )
         return joined
 

@@ -50,11 +50,14 @@ _IMPORTS = (
 def warm_workers() -> Iterator[int]:
     """The nodes of a Ray that this process, or `ray_command`, starts while the context lasts have such workers.
 
-    Yields the process whose children they are.
+    Yields the process that they descend from.
     """
     import pytest
     from ray._private import ray_constants
 
+    if sys.platform != "linux":  # elsewhere such libraries do not survive a fork
+        yield os.getpid()
+        return
     with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as folder:  # short, for the path of a socket
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(f"{folder}/socket")
@@ -80,7 +83,8 @@ def ray_command() -> list[str]:
 
 def ask(arguments: list[str]) -> None:
     """Has a worker forked, and stays until it has ended, as the process that Ray has started and may end."""
-    if not any(argument.endswith("/default_worker.py") for argument in arguments):  # Ray's server for its clients
+    is_worker = any(argument.endswith("/default_worker.py") for argument in arguments)  # not the server for clients
+    if _ADDRESS not in os.environ or not is_worker:
         (ray,) = importlib.util.find_spec("ray").submodule_search_locations
         os.execv(sys.executable, [sys.executable, f"{ray}/_private/workers/setup_worker.py", *arguments])
     with socket.socket(socket.AF_UNIX) as connection:

@@ -201,8 +201,7 @@ class Run:
         asked = ("--requests", self._requests(self.split), "--store", self.store, "--plug", plug)
         asked = (*asked, *self._retrieved(row))
         self._job("generate", *asked, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
-        variants = [row.retrieval.answers_of(persona) for persona in row.personas]
-        judged = ("--personas", *row.personas, "--variants", *variants, "--rejected", "rejected", "--batch-size", 8)
+        judged = ("--personas", *row.personas, "--rejected", "rejected", "--batch-size", 8)
         self._job("evaluate", *asked, *judged, *self.experiment.evaluate, "--out", out)
 
     def ask_the_encoder(self) -> None:

@@ -149,7 +149,7 @@ def test_a_task_is_scored_by_its_own_metric(do: Job, flags: dict[str, Any], tmp_
 def test_missing_answers_are_refused_and_a_variant_without_any_is_named(
     do: Job, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    flags |= {"out": str(tmp_path / "out"), "personas": ("own",)}
+    flags |= {"out": str(tmp_path / "out"), "personas": ("own",), "variants": ("own", "none", "other")}
     answer(flags["store"], requests(4, 1), own=lambda row: "yes")
     refused = do(evaluate, **flags)
     assert refused.code == 2
@@ -219,6 +219,7 @@ def test_losses_with_retrieved_texts_are_those_of_the_plug_with_them_in_front(
     retrieval = {"texts": texts, "retrieve": 1, "retriever": "recency", "retrieve_tokens": 16}
     done = do(evaluate, **flags, out=str(tmp_path / "out"), personas=("own", "bare"), **retrieval)
     assert done.code == 0
+    assert done.result["unanswered_variants"] == ["own-recency-1", "bare-recency-1"], "those that generate would write"
     folder = Path(plug)
     record = plug_record.read(folder)
     encoder, llm_folder = (models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))

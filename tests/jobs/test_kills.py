@@ -107,7 +107,7 @@ def _kill(victim: str, moment: str, chance: random.Random) -> Kill:
 
 
 class Nodes:
-    """Three nodes of a Ray of this test's own, and the process that theirs are forked from."""
+    """Three nodes of a Ray of this test's own, and the process that its workers descend from."""
 
     def __init__(self, workers_of: int) -> None:
         from ray.cluster_utils import Cluster
@@ -131,7 +131,7 @@ class Nodes:
     def lose_process(self, kind: str, chance: random.Random) -> bool:
         """One process that is at work, whose name is of this kind, is gone; False where there is none."""
         found = []
-        for process in psutil.Process(self.workers_of).children():
+        for process in psutil.Process(self.workers_of).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 name = " ".join(process.cmdline())
                 if re.match(kind, name):
