@@ -1,11 +1,17 @@
-"""Tiny models that the tests of models, plug and LLM share; nobody may change them."""
+"""Tiny models and empty stores for the tests of classes; nobody may change the models."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from persona import tables
 from persona.llm import FrozenLLM
 from persona.models import ModelFolder, resolve
+from persona.storage import join
+from persona.store import Store
 from tests.models import tiny_encoder, tiny_llama, tiny_t5
+from tests.stores import IDENTITY
 
 # Models so small are computed faster than threads can be started, and another process may need the cores.
 torch.set_num_threads(1)
@@ -36,3 +42,21 @@ def llm_folder(request: pytest.FixtureRequest) -> ModelFolder:
 def llm(llm_folder: ModelFolder) -> FrozenLLM:
     """A fresh LLM of each kind in turn, in float32."""
     return FrozenLLM.load(llm_folder, precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def store(root: str) -> Store:
+    """A fresh store of four buckets, once on the disk and once on the S3 server."""
+    return Store.create(join(root, "store"), IDENTITY, 4)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    """A fresh store of four buckets on the disk."""
+    return Store.create(str(tmp_path / "store"), IDENTITY, 4)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause between two attempts to commit."""
+    monkeypatch.setattr(tables.random, "uniform", lambda low, high: 0.0)

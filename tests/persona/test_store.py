@@ -25,11 +25,6 @@ from persona.store import DEFAULT_BUCKETS, Store
 from tests.stores import IDENTITY, NASTY, answers, behaviors, encode, everything, refresh
 
 
-@pytest.fixture
-def store(root: str) -> Store:
-    return Store.create(join(root, "store"), IDENTITY, 4)
-
-
 def test_a_store_remembers_who_may_write_to_it(store: Store) -> None:
     again = Store.open(store.uri)
     assert (again.identity, again.n_buckets) == (IDENTITY, 4)

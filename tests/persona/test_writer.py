@@ -1,451 +1,43 @@
-"""The writer: what is staged counts exactly once or not at all, whoever comes between and whatever answer is lost."""
+"""The writer: what is staged counts exactly once, replaces what it is to replace, and touches nothing else."""
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persona import storage, tables
-from persona.errors import LeaseHeld, LeaseLost, StorageError
+from persona import storage
+from persona.errors import LeaseLost, StorageError
 from persona.histories import bucket_of
 from persona.inputs import rejects
 from persona.layouts import DataFile
-from persona.storage import delta_options, join
+from persona.storage import join
 from persona.store import Store
 from persona.tables import Table
-from persona.writer import Writer, files_of, key_strings, merge, rewrite, staged_files
+from persona.writer import files_of, key_strings, rewrite, staged_files
 from tests.stores import IDENTITY, NASTY, answers, behaviors, encode
-
-Row = tuple[str, str, str, int | None]
-WHOLE = 2**20  # compaction makes files of this size: one of everything
-ODD_VARIANT = "none / ü' %20 a=b"
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pause between two attempts to commit."""
-    monkeypatch.setattr(tables.random, "uniform", lambda low, high: 0.0)
-
-
-@pytest.fixture
-def store(root: str) -> Store:
-    return Store.create(join(root, "store"), IDENTITY, 4)
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> Store:
-    return Store.create(str(tmp_path / "store"), IDENTITY, 4)
-
-
-def stage(store: Store, change: str, *rows: Row) -> pa.Table:
-    made = encode(behaviors(*rows, n_buckets=store.n_buckets))
-    return store.stage("behaviors", made.append_column("change", pa.array([change] * len(rows))))
-
-
-def commit(store: Store, *staged: pa.Table) -> None:
-    with store.writer("behaviors", job="test") as writer:
-        writer.commit(pa.concat_tables(staged))
-
-
-def compact(writer: Writer) -> tuple[int, int]:
-    """What `jobs.store compact` does; how many files there were, and are."""
-    before = len(writer.table.files())
-    writer.exchange_merged([merge(writer.table, group) for group in writer.small_files(WHOLE)])
-    return before, len(writer.table.files())
-
-
-def rows_of(store: Store, version: int | None = None) -> Counter[tuple[str, str, int]]:
-    """Every row that a reader sees: user, behavior, and the length of the text that was encoded."""
-    found: Counter[tuple[str, str, int]] = Counter()
-    for row in store.table("behaviors").scan(None, version=version).to_pylist():
-        assert row["bucket"] == bucket_of([row["user_id"]], store.n_buckets)[0]
-        found[row["user_id"], row["behavior_id"], int(np.frombuffer(row["vector"], "<f2")[0])] += 1
-    return found
-
-
-def contents(store: Store, name: str = "behaviors") -> dict[str, bytes]:
-    """The files of the newest version."""
-    uri = join(store.uri, name)
-    return {file.path: storage.read_bytes(join(uri, file.path)) for file in Table(uri, name).files()}
-
-
-def on_disk(store: Store, name: str = "behaviors") -> set[str]:
-    return {file.uri for file in storage.list_files(join(store.uri, name), (".parquet",))}
-
-
-def take_over(store: Store, name: str = "behaviors") -> Table:
-    """What another run does that thinks the lease has run out."""
-    table = Table(join(store.uri, name), name)
-    table.fence(table.lease() + 1, job="the other run")
-    return table
-
-
-class Attempts:
-    """What happens around each attempt of `Table._transact`, in turn; attempts after the last are left alone."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *events: Callable[[Callable[[], None]], None]) -> None:
-        self.n = 0
-        original = Table._transact
-
-        def transact(table: Table, *args: Any, **more: Any) -> None:
-            self.n += 1
-            event = events[self.n - 1] if self.n <= len(events) else _pass
-            event(lambda: original(table, *args, **more))
-
-        monkeypatch.setattr(Table, "_transact", transact)
-
-
-def _pass(work: Callable[[], None]) -> None:
-    work()
-
-
-def _fail_before(work: Callable[[], None]) -> None:
-    raise StorageError("no answer")
-
-
-def _fail_after(work: Callable[[], None]) -> None:
-    work()
-    raise StorageError("no answer")
-
-
-CHANGES: dict[str, Sequence[tuple[str, Row]]] = {
-    "new": [("new", ("c", "1", "xxx", 1))],
-    "edited": [("edited", ("a", "1", "yyyyy", 1))],
-    "gone": [("gone", ("a", "1", "", None)), ("gone", ("b", "1", "", None))],
-    "all": [("new", ("c", "1", "xxx", 1)), ("edited", ("a", "1", "yyyyy", 1)), ("gone", ("b", "1", "", None))],
-}
-BEFORE = Counter([("a", "1", 1), ("a", "2", 2), ("b", "1", 1)])
-AFTER = {
-    "new": BEFORE + Counter([("c", "1", 3)]),
-    "edited": Counter([("a", "1", 5), ("a", "2", 2), ("b", "1", 1)]),
-    "gone": Counter([("a", "2", 2)]),
-    "all": Counter([("a", "1", 5), ("a", "2", 2), ("c", "1", 3)]),
-}
-
-
-def fill(store: Store) -> None:
-    commit(store, stage(store, "new", ("a", "1", "x", 1), ("a", "2", "xx", 2), ("b", "1", "x", None)))
-
-
-def staged_changes(store: Store, name: str) -> pa.Table:
-    return pa.concat_tables([stage(store, change, row) for change, row in CHANGES[name]])
-
-
-# Who was replaced
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_holder_that_was_replaced_while_it_paused_commits_nothing(store: Store, name: str) -> None:
-    fill(store)
-    with store.writer("behaviors", job="first") as writer:
-        staged = staged_changes(store, name)
-        second = take_over(store)
-        version = second.version()
-        with pytest.raises(LeaseLost, match=r"another run has taken over .* \(lease 3; this run held 2"):
-            writer.commit(staged)
-    assert rows_of(store) == BEFORE and second.version() == version
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_holder_that_is_replaced_between_its_look_and_its_commit_commits_nothing(
-    store: Store, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    fill(store)
-    with store.writer("behaviors", job="first") as writer:
-        staged = staged_changes(store, name)
-
-        def replaced(work: Callable[[], None]) -> None:
-            take_over(store)
-            work()
-
-        Attempts(monkeypatch, replaced)
-        with pytest.raises(LeaseLost):
-            writer.commit(staged)
-    assert rows_of(store) == BEFORE and store.table("behaviors").lease() == 3
-
-
-ACTS: dict[str, Callable[[Writer, Store], object]] = {
-    **{name: lambda writer, store, name=name: writer.commit(staged_changes(store, name)) for name in CHANGES},
-    "remove_partition": lambda writer, _: writer.remove_partition(str(bucket_of(["a"], 4)[0])),
-    "compact": lambda writer, _: compact(writer),
-    "vacuum": lambda writer, _: writer.vacuum(keep_hours=0),
-    "erase_history": lambda writer, _: writer.erase_history(),
-}
-
-
-@pytest.mark.parametrize("name", ACTS)
-def test_at_whatever_look_at_the_log_a_holder_is_replaced_its_successor_rules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """The successor comes right after the k-th time that the first holder reads the log, for every k there is."""
-    look = Table._at
-    for k in range(1, 30):
-        store = Store.create(str(tmp_path / str(k)), IDENTITY, 4)
-        fill(store)
-        commit(store, stage(store, "new", ("a", "3", "xxxx", 3)))  # something to compact
-        before = rows_of(store)
-        with store.writer("behaviors", job="first") as writer:
-            looks, version = [0], [0]
-
-            def counted(
-                table: Table, at: int | None, looks=looks, version=version, k=k, writer=writer, store=store
-            ) -> Any:
-                found = look(table, at)
-                looks[0] += table is writer.table
-                if table is writer.table and looks[0] == k:
-                    version[0] = take_over(store).version()
-                return found
-
-            with monkeypatch.context() as patched:
-                patched.setattr(Table, "_at", counted)
-                lost = False
-                try:
-                    ACTS[name](writer, store)
-                except LeaseLost:
-                    lost = True
-        if looks[0] < k:
-            assert k > 1 and not lost
-            return
-        second = Table(join(store.uri, "behaviors"), "behaviors")
-        assert second.lease() == writer.lease.number + 1
-        if lost:
-            # The files that a reader needs are there, and nothing has changed but perhaps before the successor came.
-            assert second.version() == version[0]
-        assert sum(rows_of(store).values()) in {sum(before.values()), sum(before.values()) + 1} or not lost
-        second.commit([], files_of(staged_files([]), "new"), lease=second.lease())
-        staged = stage(store, "new", ("z", "9", "x", 1))
-        second.commit(files_of(staged, "new"), lease=second.lease())
-        assert rows_of(store)["z", "9", 1] == 1
-    raise AssertionError("there is no end of it")
-
-
-def test_a_holder_that_was_replaced_deletes_no_file_that_its_successor_has_staged(local: Store) -> None:
-    fill(local)
-    with local.writer("behaviors", job="first") as writer:
-        second = take_over(local)
-        staged = stage(local, "new", ("c", "1", "xxx", 1))
-        for act in (lambda: writer.vacuum(keep_hours=0), writer.erase_history):
-            with pytest.raises(LeaseLost):
-                act()
-        second.commit(files_of(staged, "new"), lease=second.lease())
-    assert rows_of(local) == AFTER["new"]
-
-
-def test_a_successor_that_stages_while_the_first_deletes_loses_nothing(
-    local: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first has listed what to delete; all that the second stages comes after that."""
-    fill(local)
-    held, staged = Table._held, []
-
-    def paused(table: Table, lease: int) -> Any:
-        found = held(table, lease)
-        monkeypatch.setattr(Table, "_held", held)
-        take_over(local)
-        staged.append(stage(local, "new", ("c", "1", "xxx", 1)))
-        return found
-
-    with local.writer("behaviors", job="first") as writer:
-        rubbish = files_of(stage(local, "new", ("d", "1", "x", 1)), "new")
-        monkeypatch.setattr(Table, "_held", paused)
-        assert writer.vacuum(keep_hours=0) == len(rubbish)
-    second = Table(join(local.uri, "behaviors"), "behaviors")
-    second.commit(files_of(staged[0], "new"), lease=second.lease())
-    assert rows_of(local) == AFTER["new"]
-
-
-def test_of_two_that_commit_at_once_under_one_lease_each_file_counts_once(local: Store) -> None:
-    """Two open tables of one process see each other's commits as they see those of others."""
-    with local.writer("behaviors", job="first") as writer:
-        other = Table(writer.table.uri, "behaviors")
-        for n in range(4):
-            table = (writer.table, other)[n % 2]
-            table.commit(files_of(stage(local, "new", (f"u{n}", "1", "x", 1)), "new"), lease=writer.lease.number)
-    assert rows_of(local) == Counter((f"u{n}", "1", 1) for n in range(4))
-
-
-def test_a_refused_second_run_changes_nothing(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    from persona import lease
-
-    monkeypatch.setattr(lease, "_RENEWALS", 3000)
-    fill(local)
-    with local.writer("behaviors", job="first"):
-        version, files = local.version("behaviors"), on_disk(local)
-        with pytest.raises(LeaseHeld):
-            local.write("behaviors", encode(behaviors(("c", "1", "x", 1))).append_column("change", pa.array(["new"])))
-        assert (local.version("behaviors"), on_disk(local)) == (version, files)
-
-
-# Whose answer was lost
-
-
-@pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize(
-    "events",
-    [[_fail_after], [_fail_before], [_fail_before, _fail_after], [_fail_after, _fail_after], [_fail_before] * 3],
-    ids=["done", "not done", "not done, done", "done twice", "not done thrice"],
+from tests.writing import (
+    AFTER,
+    BEFORE,
+    ODD_VARIANT,
+    Attempts,
+    commit,
+    compact,
+    contents,
+    fill,
+    on_disk,
+    passes,
+    rows_of,
+    stage,
+    staged_changes,
 )
-def test_a_commit_whose_answer_is_lost_counts_once(
-    local: Store, monkeypatch: pytest.MonkeyPatch, name: str, events: list[Any]
-) -> None:
-    fill(local)
-    with local.writer("behaviors", job="first") as writer:
-        version = local.version("behaviors")
-        attempts = Attempts(monkeypatch, *events)
-        writer.commit(staged_changes(local, name))
-    assert rows_of(local) == AFTER[name] and local.version("behaviors") == version + 1
-    assert attempts.n == 1 + [event is _fail_after for event in [*events, _fail_after]].index(True) or attempts.n > 1
 
-
-def test_a_commit_whose_answer_is_lost_counts_once_on_a_store(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store.create(join(s3, "store"), IDENTITY, 4)
-    fill(store)
-    with store.writer("behaviors", job="first") as writer:
-        Attempts(monkeypatch, _fail_after)
-        writer.commit(staged_changes(store, "all"))
-    assert rows_of(store) == AFTER["all"]
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_commit_whose_answer_is_lost_counts_once_when_others_have_merged_its_files(
-    local: Store, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """So it cannot be told by its files whether it has happened."""
-    fill(local)
-
-    def merged(work: Callable[[], None]) -> None:
-        work()
-        assert DeltaTable(join(local.uri, "behaviors")).optimize.compact()["numFilesRemoved"] > 0
-        raise StorageError("no answer")
-
-    commit(local, stage(local, "new", ("a", "3", "xxxx", 1), ("c", "2", "xxxx", 1)))
-    with local.writer("behaviors", job="first") as writer:
-        Attempts(monkeypatch, merged)
-        writer.commit(staged_changes(local, name))
-    assert rows_of(local) == AFTER[name] + Counter([("a", "3", 4), ("c", "2", 4)])
-
-
-def test_a_fence_whose_answer_is_lost_stands(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    Attempts(monkeypatch, _fail_before, _fail_after)
-    with local.writer("behaviors", job="first") as writer:
-        assert local.version("behaviors") == 1
-        writer.commit(staged_changes(local, "new"))
-    assert rows_of(local) == Counter([("c", "1", 3)])
-
-
-def test_a_refusal_is_told_at_once_and_with_its_reason(local: Store) -> None:
-    """And not taken for another writer that came first, again and again."""
-    fill(local)
-    DeltaTable(join(local.uri, "behaviors")).alter.set_table_properties({"delta.appendOnly": "true"})
-    with local.writer("behaviors", job="first") as writer:
-        with pytest.raises(StorageError, match=r"cannot write to the table .*behaviors: .*append-only"):
-            writer.commit(staged_changes(local, "edited"))
-        writer.commit(staged_changes(local, "new"))
-    assert rows_of(local) == AFTER["new"]
-
-
-def test_a_table_that_needs_newer_writers_is_refused(local: Store) -> None:
-    log = Path(local.uri, "behaviors", "_delta_log")
-    needs = '{"protocol":{"minReaderVersion":1,"minWriterVersion":7,"writerFeatures":["rowTracking","domainMetadata"]}}'
-    (log / f"{1:020d}.json").write_text(needs + "\n")
-    with (
-        pytest.raises(StorageError, match=r"cannot write to the table .*RowTracking"),
-        local.writer("behaviors", job="j"),
-    ):
-        pass
-
-
-# What others do meanwhile
-
-
-def outsiders_append(store: Store) -> None:
-    uri = join(store.uri, "behaviors")
-    table = DeltaTable(uri, storage_options=delta_options(uri))
-    row = table.to_pyarrow_table().slice(0, 1)
-    row = row.set_column(row.column_names.index("user_id"), "user_id", pa.array(["outsider"]))
-    row = row.set_column(row.column_names.index("bucket"), "bucket", pa.array(bucket_of(["outsider"], 4)))
-    write_deltalake(table, row, mode="append")
-
-
-def outsiders_compact(store: Store) -> None:
-    uri = join(store.uri, "behaviors")
-    DeltaTable(uri, storage_options=delta_options(uri)).optimize.compact()
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_what_an_outsider_adds_meanwhile_stays(store: Store, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    fill(store)
-
-    def meanwhile(work: Callable[[], None]) -> None:
-        outsiders_append(store)
-        work()
-
-    with store.writer("behaviors", job="first") as writer:
-        attempts = Attempts(monkeypatch, meanwhile, meanwhile)
-        writer.commit(staged_changes(store, name))
-    found = rows_of(store)
-    assert sum(found.pop(key) for key in list(found) if key[0] == "outsider") == 2
-    assert found == AFTER[name] and attempts.n == 3
-
-
-def test_new_rows_get_in_past_an_outsider_that_merges_files(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(local)
-    commit(local, stage(local, "new", ("a", "3", "xxxx", 1)))
-
-    def meanwhile(work: Callable[[], None]) -> None:
-        outsiders_compact(local)
-        work()
-
-    with local.writer("behaviors", job="first") as writer:
-        attempts = Attempts(monkeypatch, meanwhile)
-        writer.commit(staged_changes(local, "new"))
-    assert rows_of(local) == AFTER["new"] + Counter([("a", "3", 4)]) and attempts.n == 2
-
-
-@pytest.mark.parametrize("name", ["edited", "gone", "all"])
-def test_a_file_that_an_outsider_has_removed_meanwhile_is_an_error_and_changes_nothing(
-    store: Store, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    fill(store)
-    commit(store, stage(store, "new", ("a", "3", "xxxx", 1)))
-
-    def meanwhile(work: Callable[[], None]) -> None:
-        outsiders_compact(store)
-        work()
-
-    with store.writer("behaviors", job="first") as writer:
-        Attempts(monkeypatch, meanwhile)
-        with pytest.raises(StorageError, match=r"another program has removed bucket=.* run the same command again"):
-            writer.commit(staged_changes(store, name))
-        assert rows_of(store) == BEFORE + Counter([("a", "3", 4)])
-        writer.commit(staged_changes(store, name))  # the same command again
-    assert rows_of(store) == AFTER[name] + Counter([("a", "3", 4)])
-
-
-def test_a_compaction_that_an_outsider_crosses_changes_nothing(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(local)
-    commit(local, stage(local, "new", ("a", "3", "xxxx", 1)))
-    held = Table._held
-
-    def crossed(table: Table, lease: int) -> Any:
-        found = held(table, lease)
-        monkeypatch.setattr(Table, "_held", held)
-        outsiders_compact(local)
-        return found
-
-    with local.writer("behaviors", job="first") as writer:
-        monkeypatch.setattr(Table, "_held", crossed)
-        with pytest.raises(StorageError, match=r"another program has removed bucket=.* run the same command again"):
-            compact(writer)
-    assert rows_of(local) == BEFORE + Counter([("a", "3", 4)])
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 # Rows that replace others
@@ -626,17 +218,6 @@ def test_a_compaction_merges_the_buckets_of_a_variant(store: Store, variant: str
     assert store.read_generations().num_rows == 7
 
 
-def test_a_holder_that_was_replaced_does_not_compact(local: Store) -> None:
-    fill(local)
-    commit(local, stage(local, "new", ("a", "3", "xxxx", 1)))
-    with local.writer("behaviors", job="first") as writer:
-        second = take_over(local)
-        version = second.version()
-        with pytest.raises(LeaseLost):
-            compact(writer)
-    assert (second.version(), second.lease()) == (version, writer.lease.number + 1)
-
-
 def test_rejects_are_appended_and_merged_at_any_time(local: Store) -> None:
     for n in range(3):
         local.write_rejects(rejects("embed", ["file"], [n], ["text is empty"]))
@@ -733,7 +314,7 @@ def test_after_any_refreshes_and_faults_the_table_is_the_plain_model(
         with monkeypatch.context() as patched:
             # The second fault meets the first attempt, or a later one, of the run that comes after a crash.
             events = [lambda work, fault=fault: apply(fault, store, work) for fault in step["faults"]]
-            Attempts(patched, _pass, *events)
+            Attempts(patched, passes, *events)
             for _ in range(3):
                 try:
                     refresh_all(store, step["rows"], sync=step["sync"])
