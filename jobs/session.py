@@ -76,7 +76,7 @@ def connect() -> Machines:
         try:
             ray.init(
                 address=None if attach else "local",
-                num_cpus=None if attach else max(_cores(), _LEAST_LOCAL_CPUS),
+                num_cpus=None if attach else max(usable_cores(), _LEAST_LOCAL_CPUS),
                 include_dashboard=None if attach else False,
                 # A Ray of our own inherits them; its first workers are already there, and fit no other environment.
                 runtime_env={"env_vars": of_workers} if attach else None,
@@ -92,12 +92,12 @@ def connect() -> Machines:
     _wait_for_gpus()
     resources = ray.cluster_resources()
     tickets = int(resources.get("CPU", 1))
-    alone = len(ray.nodes()) == 1 and tickets <= max(_cores(), _LEAST_LOCAL_CPUS)
-    cores = min(tickets, _cores()) if alone else max(1, tickets - 2)
+    alone = len(ray.nodes()) == 1 and tickets <= max(usable_cores(), _LEAST_LOCAL_CPUS)
+    cores = min(tickets, usable_cores()) if alone else max(1, tickets - 2)
     return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=alone and not attach)
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use: a batch system, a cpuset or `taskset` often gives fewer than there are."""
     mine = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(mine(0)) if mine else os.cpu_count() or 1

@@ -9,7 +9,6 @@ by more than the noise that was measured. Without `--acl` the texts are made up,
 import argparse
 import json
 import math
-import os
 import platform
 import statistics
 import sys
@@ -18,12 +17,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs import session
 from tests.benchmarks import corpus, data_path, encoding, llm_work
 from tests.benchmarks.contest import Contender, compete, ratio, spread
 
 _HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
-_CORES = os.cpu_count() or 1
+_CORES = session.usable_cores()
 
 
 @dataclass(frozen=True, kw_only=True)
