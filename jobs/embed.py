@@ -59,7 +59,7 @@ class Config(CostOptions):
     sync: bool = False
     """Take out what the histories no longer have; nothing goes while lines are unreadable or rejects are many."""
     plug: str | None = None
-    """Folder of a plug: the personas of all users whose behaviors have changed are made with it (weighed equally)."""
+    """Folder of a plug: the personas of all users whose behaviors have changed are made with it, without a request."""
     actors: int | None = None
     """Encoder actors; default one a GPU, or one a core."""
     cpus_per_actor: int = 1

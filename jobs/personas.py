@@ -1,4 +1,4 @@
-"""Brings the `personas` table up to date: a row a user and plug, from all the user's vectors, weighed equally.
+"""Brings the `personas` table up to date: a row a user and plug, from all the user's vectors, without a request.
 
 Who has to be made anew is read off the tables themselves (how many behaviors a user has, and when the latest was
 encoded), so it does not matter when, or how, an earlier run has ended.
@@ -58,7 +58,7 @@ def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Any) -> No
 def _make(batch: "pa.Table", *, store: "Store", plug: PlugSource) -> Iterator["pa.Table"]:
     """The personas of one bucket, staged."""
     from persona import storage
-    from persona.personas import MeanPersonas
+    from persona.personas import UserPersonas
     from persona.writer import staged_files
 
     model = None
@@ -68,7 +68,7 @@ def _make(batch: "pa.Table", *, store: "Store", plug: PlugSource) -> Iterator["p
             part = work.slice(start, _USERS_TOGETHER)
             if model is None:
                 with storage.local_folder(plug.uri) as folder:
-                    model = MeanPersonas.load(folder)
+                    model = UserPersonas.load(folder)
             rows = model.make(part, store.read_histories(bucket, part["user_id"].to_pylist()))
             yield store.stage("personas", rows)
     if model is None:

@@ -18,7 +18,7 @@ from persona.plug import Plug
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """The weight (n,) of each visible behavior, oldest first, and the persona (K·D,) of all of them weighed alike."""
+    """The weight (n,) of each visible behavior, oldest first, and the persona (K·D,) without the request."""
 
     weights: list[float]
     persona: np.ndarray
@@ -47,7 +47,7 @@ class PlugAlone:
         if self.plug.query_encoder is not None:
             query_Bd = self.plug.encode_query(*self.query_text.tokens([row["query"] for row in rows], device))
         weights_M = self.plug.weigh(history_Md, lengths_B, query_Bd)
-        alike_M = self.plug.weigh(history_Md, lengths_B, None)
-        personas_BF = self.plug.persona(history_Md, lengths_B, alike_M).flatten(1).numpy()
+        unasked_M = self.plug.weigh(history_Md, lengths_B, None)
+        personas_BF = self.plug.persona(history_Md, lengths_B, unasked_M).flatten(1).numpy()
         parts = torch.split(weights_M, lengths_B.tolist())
         return [Look(weights=part.tolist(), persona=persona) for part, persona in zip(parts, personas_BF, strict=True)]

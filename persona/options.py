@@ -20,7 +20,7 @@ class PlugOptions:
     """What makes one plug differ from another; kept in `plug.json`. The defaults are the paper's."""
 
     weights: Literal["attention", "mean"] = "attention"
-    """How behaviors are weighed: by the request (eq. 3), or all alike (the paper's own ablation)."""
+    """How behaviors are weighed: by the request (eq. 3), or without it, all alike (the paper's own ablation)."""
     persona_tokens: int = 1
     """Soft tokens that carry the persona."""
     instruction: Literal["vector", "projected", "none"] = "vector"
@@ -45,8 +45,6 @@ class PlugOptions:
             raise UsageError(f"--temperature {self.temperature}: must be above 0")
         if self.weights == "mean" and self.learn_temperature:
             raise UsageError("--learn-temperature does nothing under --weights mean; take one of them away")
-        if self.weights == "mean" and self.recency:
-            raise UsageError("--recency does nothing under --weights mean; take one of them away")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ class Batch:
     inputs: list[list[int]]
     targets: list[list[int]]
     fronts: list[list[int]]
+    alike: bool
     bare: bool
 
     @property
@@ -94,6 +95,7 @@ class PersonalizedLLM(nn.Module):
             inputs=self.llm.tokenize_inputs([row["input"] for row in rows]),
             targets=self.llm.tokenize_targets([row["target"] for row in rows]) if with_targets else [],
             fronts=self._fronts(rows),
+            alike=mean,
             bare=bare,
         )
 
@@ -110,7 +112,7 @@ class PersonalizedLLM(nn.Module):
         """[I; P] of each request, (B, S, D); S is 0 for a bare LLM."""
         if batch.bare:
             return torch.empty(len(batch.inputs), 0, self.llm.width, device=self.llm.device)
-        soft_BSD: Tensor = self.plug(batch.history_Md, batch.lengths_B, batch.query)
+        soft_BSD: Tensor = self.plug(batch.history_Md, batch.lengths_B, batch.query, alike=batch.alike)
         return soft_BSD
 
     def only_answering(self) -> Self:

@@ -1,7 +1,7 @@
 """Personas as rows: what a plug makes of a user's whole history, for tables that people query.
 
-A row's persona weighs all behaviors alike, since there is no request that could weigh them. Shapes: M behaviors of all
-users together, B users, d encoder width, K persona tokens, D LLM width, F = K·D.
+There is no request that could weigh the behaviors: all count alike, or by the plug's recency if it has one. Shapes: M
+behaviors of all users together, B users, d encoder width, K persona tokens, D LLM width, F = K·D.
 """
 
 from dataclasses import replace
@@ -18,8 +18,8 @@ from persona.errors import InputError
 from persona.plug import Plug
 
 
-class MeanPersonas:
-    """A plug without query encoder and LLM: what it makes of whole histories when each behavior counts alike."""
+class UserPersonas:
+    """A plug without query encoder and LLM: what it makes of whole histories without a request."""
 
     def __init__(self, plug: Plug, fingerprint: str, max_behaviors: int) -> None:
         self.plug = plug
@@ -27,7 +27,7 @@ class MeanPersonas:
         self.max_behaviors = max_behaviors
 
     @classmethod
-    def load(cls, folder: Path) -> "MeanPersonas":
+    def load(cls, folder: Path) -> "UserPersonas":
         """Raises InputError when the folder holds no complete plug."""
         record = plug_record.read(folder)
         plug = Plug(

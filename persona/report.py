@@ -74,7 +74,7 @@ _LENGTH_TEXT = (
 )
 _TRAINING_TEXT = "Loss of the training steps, with parts of the histories left out, and of held-out requests."
 _MAP_TEXT = (
-    "Each point is a user, placed by the two directions in which personas differ most (all behaviors weighed alike). "
+    "Each point is a user, placed by the two directions in which personas differ most (weighed without the request). "
     "Color: what the own persona saves or costs this user against another's."
 )
 

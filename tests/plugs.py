@@ -12,6 +12,7 @@ from persona.models import ModelFolder
 from persona.options import PlugOptions, Pooling
 from persona.personalized import PersonalizedLLM
 from persona.plug import Plug
+from persona.plug_record import PlugRecord
 from tests.models import ENCODER_WIDTH
 
 
@@ -55,6 +56,31 @@ def new_model(
         token_norm=llm.token_norm(),
     )
     return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prefix, max_query_tokens))
+
+
+def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> PlugRecord:
+    """What `plug.json` would say of that model."""
+    return PlugRecord(
+        options=model.plug.options,
+        encoder=encoder.card(),
+        encoder_width=ENCODER_WIDTH,
+        pooling="cls",
+        encoder_max_tokens=128,
+        llm=llm.card(),
+        llm_width=model.llm.width,
+        token_norm=model.plug.token_norm,
+        scale=model.plug.scale,
+        query_prefix="Represent: ",
+        max_query_tokens=64,
+        max_input_tokens=256,
+        max_behaviors=512,
+        training={
+            "run": "a run",
+            "seed": 3,
+            "validation_curve": [[10, 4.25], [1200, 3.5]],
+            "training_curve": [[1, 5.0]],
+        },
+    )
 
 
 def losses(model: PersonalizedLLM, rows: Sequence[Mapping[str, Any]], **settings: bool) -> torch.Tensor:

@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 
 from jobs import forget
 from persona.inputs import rejects
-from persona.personas import MeanPersonas
+from persona.personas import UserPersonas
 from persona.storage import write_bytes
 from persona.store import Store
 from tests.jobs.conftest import Job, Row, behaviors, encoded, fill_store, write
@@ -50,7 +50,7 @@ def store(models: dict[str, str], plug: str, tmp_path: Path) -> Path:
     opened = Store.open(str(uri))
     edited = [{**row, "text": f"after all, {row['text']}"} for row in rows if row["behavior_id"].startswith("b0")]
     opened.write("behaviors", encoded(models["encoder"], edited, change="edited"))
-    model = MeanPersonas.load(Path(plug))
+    model = UserPersonas.load(Path(plug))
     for bucket in opened.buckets():
         users = opened.personas_to_make(bucket, model.fingerprint)
         opened.write("personas", model.make(users, opened.read_histories(bucket)))

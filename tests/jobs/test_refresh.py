@@ -10,7 +10,7 @@ from deltalake import DeltaTable
 
 from jobs import embed, session
 from persona.lease import Lease
-from persona.personas import MeanPersonas
+from persona.personas import UserPersonas
 from persona.storage import write_bytes
 from persona.store import Store
 from tests.jobs.conftest import START, Job, Row, behaviors, changed, fill_store, stored, write
@@ -102,7 +102,7 @@ def test_a_sync_of_some_rows_only_is_refused(refuse: Job, flags: dict[str, Any],
 
 def made_by_hand(store: Path, plug: str) -> dict[str, tuple[int, list[float]]]:
     """How many behaviors each user has, and what the plug's own class makes of them."""
-    opened, model = Store.open(str(store)), MeanPersonas.load(Path(plug))
+    opened, model = Store.open(str(store)), UserPersonas.load(Path(plug))
     found = {}
     for bucket in opened.buckets():
         users = opened.personas_to_make(bucket, "of nobody")

@@ -24,7 +24,6 @@ def test_the_defaults_are_the_papers_and_can_work():
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"temperature": float("inf")}, "--temperature inf"),
         ({"weights": "mean", "learn_temperature": True}, "--learn-temperature"),
-        ({"weights": "mean", "recency": True}, "--recency does nothing under --weights mean"),
     ],
 )
 def test_plug_options_that_cannot_work_are_refused(changes, flag):

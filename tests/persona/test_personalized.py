@@ -80,7 +80,12 @@ def test_the_query_decides_under_attention_and_not_under_mean(encoder_folder, ll
     assert torch.equal(losses(mean, ROWS), losses(mean, asked_otherwise))
 
 
-def test_the_mean_of_an_attention_plug_is_what_equal_weights_give(model):
+@pytest.mark.parametrize("options", [{}, {"recency": True}, {"weights": "mean", "recency": True}], ids=str)
+def test_the_mean_of_any_plug_is_what_equal_weights_give(encoder_folder, llm, options):
+    model = new_model(encoder_folder, llm, **options)
+    if options:
+        model.plug.recency_slope.data.fill_(0.7)  # as it starts it would do nothing
+        assert not torch.equal(losses(model, ROWS), losses(model, ROWS, mean=True))
     batch = model.collate(ROWS, with_targets=True, mean=True)
     assert batch.query is None
     personas = []

@@ -56,10 +56,13 @@ def proj(projector: Projector, h: list[float]) -> list[float]:
     ]
 
 
-def paper_weights(x: list[float], history: list[list[float]], temperature: float, slope: float = 0.0) -> list[float]:
-    """Eq. 3, and our recency: the last of n behaviors is the newest."""
+def paper_weights(
+    x: list[float] | None, history: list[list[float]], temperature: float, slope: float = 0.0
+) -> list[float]:
+    """Eq. 3, or equal weights without a request, and our recency: the last of n behaviors is the newest."""
     n = len(history)
-    powers = [math.exp(temperature * dot(x, h)) / (n - i) ** slope for i, h in enumerate(history)]
+    scores = [0.0 if x is None else temperature * dot(x, h) for h in history]
+    powers = [math.exp(score) / (n - i) ** slope for i, score in enumerate(scores)]
     return [power / sum(powers) for power in powers]
 
 
@@ -71,7 +74,7 @@ def paper_soft_tokens(plug: Plug, x: list[float] | None, history: list[list[floa
         personas = plug.default_persona.tolist()
     else:
         slope = plug.recency_slope.item() if options.recency else 0.0
-        weights = [1 / len(history)] * len(history) if x is None else paper_weights(x, history, temperature, slope)
+        weights = paper_weights(x, history, temperature, slope)
         projected = [proj(plug.projector, h) for h in history]
         P = [sum(w * p[i] for w, p in zip(weights, projected, strict=True)) for i in range(len(projected[0]))]
         personas = [P[k * D_LLM : (k + 1) * D_LLM] for k in range(plug.options.persona_tokens)]
@@ -121,6 +124,7 @@ VARIANTS = [
     {"learn_temperature": True},
     {"recency": True},
     {"weights": "mean"},
+    {"weights": "mean", "recency": True},
     {"instruction": "none", "persona_tokens": 1},
     {"instruction": "projected"},
 ]
@@ -159,13 +163,20 @@ def test_recency_starts_without_effect_and_then_prefers_what_is_newer():
     plug.recency_slope.data.fill_(0.0)
     assert torch.equal(plug.weigh(HISTORY, LENGTHS, QUERIES), plain.weigh(HISTORY, LENGTHS, QUERIES))
     plug.recency_slope.data.fill_(1.0)
-    alike_Md = HISTORY[:1].expand(11, -1)
-    for weights in plug.weigh(alike_Md, LENGTHS, QUERIES).split(LENGTHS.tolist()):
-        n = len(weights)
-        total = sum(1 / k for k in range(1, n + 1))
-        assert weights.tolist() == pytest.approx([1 / (n - i) / total for i in range(n)], rel=1e-12)
-    # Weighed alike is weighed alike, whatever was learned.
-    assert torch.equal(plug.weigh(HISTORY, LENGTHS, None), plain.weigh(HISTORY, LENGTHS, None))
+    same_Md = HISTORY[:1].expand(11, -1)
+    # Behaviors that the request does not tell apart, and no request at all.
+    for weights_M in (plug.weigh(same_Md, LENGTHS, QUERIES), plug.weigh(HISTORY, LENGTHS, None)):
+        for weights in weights_M.split(LENGTHS.tolist()):
+            n = len(weights)
+            total = sum(1 / k for k in range(1, n + 1))
+            assert weights.tolist() == pytest.approx([1 / (n - i) / total for i in range(n)], rel=1e-12)
+
+
+def test_weighed_alike_is_weighed_alike_whatever_was_learned():
+    plain, plug = new_plug(), new_plug(recency=True)
+    for query_Bd in (QUERIES, None):
+        weights_M = plug.weigh(HISTORY, LENGTHS, query_Bd, alike=True)
+        assert torch.equal(weights_M, plain.weigh(HISTORY, LENGTHS, None))
 
 
 def numbers(parameter: torch.Tensor) -> Iterator[Callable[[float], None]]:

@@ -15,43 +15,18 @@ from persona.errors import InputError, PlugMismatch, UsageError
 from persona.llm import FrozenLLM
 from persona.models import resolve
 from persona.options import Decoding
-from persona.personalized import PersonalizedLLM
-from persona.plug_record import PlugRecord
-from tests.models import ENCODER_WIDTH, tiny_encoder
-from tests.plugs import ROWS, losses, new_model
+from tests.models import tiny_encoder
+from tests.plugs import ROWS, losses, new_model, record_of
 
 VARIANTS = [
     {},
     {"recency": True},
     {"weights": "mean"},
+    {"weights": "mean", "recency": True},
     {"learn_temperature": True, "instruction": "projected"},
     {"instruction": "none"},
 ]
 GREEDY = Decoding(max_new_tokens=6, beams=1)
-
-
-def record_of(model: PersonalizedLLM, encoder, llm) -> PlugRecord:
-    return PlugRecord(
-        options=model.plug.options,
-        encoder=encoder.card(),
-        encoder_width=ENCODER_WIDTH,
-        pooling="cls",
-        encoder_max_tokens=128,
-        llm=llm.card(),
-        llm_width=model.llm.width,
-        token_norm=model.plug.token_norm,
-        scale=model.plug.scale,
-        query_prefix="Represent: ",
-        max_query_tokens=64,
-        max_input_tokens=256,
-        max_behaviors=512,
-        training={
-            "run": "a run",
-            "seed": 3,
-            "validation_curve": [[10, 4.25], [1200, 3.5]],
-            "training_curve": [[1, 5.0]],
-        },
-    )
 
 
 def test_a_plug_of_before_an_option_keeps_its_fingerprint_while_the_option_is_off(saved):

@@ -1,0 +1,80 @@
+"""Personas as rows: without a request, and without anything else that a plug needs to answer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from persona import plug_folder, plug_record
+from persona.llm import FrozenLLM
+from persona.models import ModelFolder
+from persona.personalized import PersonalizedLLM
+from persona.personas import UserPersonas
+from tests.models import ENCODER_WIDTH
+from tests.plugs import ROWS, new_model, record_of
+
+ROW_BYTES = 2 * ENCODER_WIDTH
+
+
+def saved(
+    folder: Path, encoder: ModelFolder, llm_folder: ModelFolder, llm: FrozenLLM, **options: Any
+) -> PersonalizedLLM:
+    """A plug in a folder that has learned to prefer what is newer, where it can."""
+    model = new_model(encoder, llm, **options)
+    if model.plug.options.recency:
+        model.plug.recency_slope.data.fill_(0.7)
+    record = record_of(model, encoder, llm_folder)
+    plug_folder.save(folder, model.plug.state_dict(), record, plug_record.card(record))
+    return model
+
+
+def histories() -> pa.Table:
+    """The behaviors of the users of ROWS, as the store sorts them."""
+    parts = [(row["user_id"], row["history"]) for row in ROWS]
+    rows = [(user, part[at : at + ROW_BYTES]) for user, part in parts for at in range(0, len(part), ROW_BYTES)]
+    return pa.table({"user_id": [user for user, _ in rows], "vector": pa.array([v for _, v in rows], pa.binary())})
+
+
+def made(folder: Path) -> list[dict[str, Any]]:
+    names = [row["user_id"] for row in ROWS]
+    users = pa.table({"bucket": [0] * len(names), "user_id": names, "change": ["new"] * len(names)})
+    return UserPersonas.load(folder).make(users, histories()).to_pylist()
+
+
+@pytest.mark.parametrize("recency", [False, True])
+@pytest.mark.parametrize("options", [{"weights": "mean"}, {"learn_temperature": True}], ids=str)
+def test_a_persona_is_what_the_plug_makes_of_a_history_without_a_request(
+    encoder_folder: ModelFolder,
+    llm_folder: ModelFolder,
+    llm: FrozenLLM,
+    tmp_path: Path,
+    options: dict[str, Any],
+    recency: bool,
+) -> None:
+    model = saved(tmp_path, encoder_folder, llm_folder, llm, **options, recency=recency)
+    batch = model.collate(ROWS, with_targets=False)
+    with torch.no_grad():
+        personas_BKD = model.plug(batch.history_Md, batch.lengths_B, None)[:, 1:]
+        if model.plug.options.weights == "mean":  # then an answer's own soft tokens are these
+            assert torch.equal(model.soft_tokens(batch)[:, 1:], personas_BKD)
+    for row, found, expected_KD in zip(ROWS, made(tmp_path), personas_BKD, strict=True):
+        assert found["user_id"] == row["user_id"]
+        assert found["n_behaviors"] == len(row["history"]) // ROW_BYTES
+        if not row["history"]:
+            assert found["persona"] is None
+        else:
+            np.testing.assert_allclose(found["persona"], expected_KD.flatten().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_recency_changes_the_personas(
+    encoder_folder: ModelFolder, llm_folder: ModelFolder, llm: FrozenLLM, tmp_path: Path
+) -> None:
+    alike, newer = tmp_path / "alike", tmp_path / "newer"
+    saved(alike, encoder_folder, llm_folder, llm, weights="mean")
+    saved(newer, encoder_folder, llm_folder, llm, weights="mean", recency=True)
+    several = [i for i, row in enumerate(ROWS) if len(row["history"]) > ROW_BYTES]
+    before, after = made(alike), made(newer)
+    assert several and all(not np.allclose(before[i]["persona"], after[i]["persona"]) for i in several)
