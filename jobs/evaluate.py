@@ -44,6 +44,8 @@ class Config(Retrieval, CostOptions):
     """Folder for metrics.json and report.html, local or s3://."""
     variants: tuple[str, ...] = ()
     """Answers to be scored, by their names in the table; default those that jobs.generate writes for --personas."""
+    losses_only: bool = False
+    """Score no answers, whichever there are."""
     personas: tuple[Persona, ...] = ("own", "none", "other")
     """Kinds of persona whose loss is measured."""
     metric: Literal["label", "rating", "text"] = "text"
@@ -76,6 +78,8 @@ class Config(Retrieval, CostOptions):
     @property
     def scored(self) -> tuple[str, ...]:
         """Names of the answers to be scored."""
+        if self.losses_only:
+            return ()
         return self.variants or tuple(self.answers_of(persona) for persona in self.personas)
 
     def check(self) -> None:
@@ -84,6 +88,8 @@ class Config(Retrieval, CostOptions):
             command.at_least(self, name, 1)
         if not self.personas:
             raise UsageError("--personas: give one at least, of own, none, other, mean, bare")
+        if self.losses_only and self.variants:
+            raise UsageError("--variants names answers to score, and --losses-only scores none; give one of both")
         self.check_retrieval()
         self.check_cost()
 
@@ -110,9 +116,8 @@ def main(config: Config) -> Summary:
     where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
     histories = retrieve.plan(config)
     if config.dry_run:
-        would = f"score {', '.join(config.scored)} and measure the loss for {', '.join(config.personas)}"
         size: dict[str, Any] = {"times": len(config.personas), "if_all": "with inputs of full length"}
-        return cost.planned_requests(would, config, splits, where, **size)
+        return cost.planned_requests(_would_do(config), config, splits, where, **size)
 
     answered = [v for v in config.scored if store.read_generations([v], ["request_id"]).num_rows]
     machines = session.connect()
@@ -160,6 +165,11 @@ def main(config: Config) -> Summary:
     )
     n_models = machines.n_models(config.actors, config.cpus_per_actor)
     return cost.spent(summary, config, machines, n_models=n_models, seconds=metrics["seconds"])
+
+
+def _would_do(config: Config) -> str:
+    scored = f"score {', '.join(config.scored)} and " if config.scored else ""
+    return f"{scored}measure the loss for {', '.join(config.personas)}"
 
 
 def _looked_at(
@@ -279,7 +289,7 @@ class _Answered:
             if missing:
                 raise InputError(
                     f"the variant {variant!r} has no answer to {missing[0]!r} and perhaps others; answer all requests "
-                    "with jobs.generate, or name with --variants those to be scored"
+                    "with jobs.generate, or name with --variants those to be scored, or score none with --losses-only"
                 )
         return joined
 

@@ -154,7 +154,10 @@ def test_missing_answers_are_refused_and_a_variant_without_any_is_named(
     refused = do(evaluate, **flags)
     assert refused.code == 2
     assert "the variant 'own' has no answer to 'r" in refused.said
-    assert "jobs.generate" in refused.said
+    assert "jobs.generate" in refused.said and "--losses-only" in refused.said
+    losses = do(evaluate, **{**flags, "variants": (), "losses_only": True})
+    assert (losses.code, losses.result["scores"], losses.result["unanswered_variants"]) == (0, {}, [])
+    assert losses.result["loss"]["own"]["mean"] > 0
     answer(flags["store"], requests(4, 2), own=lambda row: "yes")
     done = do(evaluate, **flags)
     assert done.result["unanswered_variants"] == ["none", "other"]
