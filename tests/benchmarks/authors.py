@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.authors --acl FOLDER --out run
     python -m tests.benchmarks.authors --acl FOLDER --out run --question which --split dev
+    python -m tests.benchmarks.authors --acl FOLDER --out run --question additions --split dev --seeds 0
 
 Each plug is trained once a seed, writes its answers, and is judged on every third request of the split (`--every`);
 then `jobs.compare` holds all of them against prompt tuning. The jobs run one after the other, each in a process of its
@@ -55,9 +56,10 @@ class Experiment:
 
     tables: str
     rows: Mapping[str, Row]
-    generate: Sequence[str]
-    evaluate: Sequence[str]
     against: str
+    generate: Sequence[str] | None = None
+    """How answers are made; None asks for losses only."""
+    evaluate: Sequence[str] = ()
     oracle: bool = False
     """Each request has a user of its own, whose whole history is the right answer."""
 
@@ -72,13 +74,15 @@ def _bare(retrieval: Retrieval = _NOTHING) -> Row:
 
 _ENCODER = Row(one_seed=True)  # the title that lies nearer to the history, without any LLM
 _WHICH = Row("best", ("--query-prefix", ""), ("own", "none"), one_seed=True)
+_REJECTED = ("--rejected", "rejected")
 _LABELS: dict[str, Any] = {
     "generate": ("--beams", "1", "--max-new-tokens", "8"),
-    "evaluate": ("--metric", "label"),
+    "evaluate": ("--metric", "label", *_REJECTED),
     "against": "best/none",
 }
 _TUNING = ("--empty-history", "1", "--alignment", "0")
 _LATEST = _texts(2, "recency", 64)
+_OWN_AND_OTHER = ("own", "other")
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
 EXPERIMENTS = {
     "next_title": Experiment(
@@ -92,13 +96,27 @@ EXPERIMENTS = {
             "best": Row("best"),
             # 1e-4, the paper's rate, is meant for 22 epochs; the prefix is BGE's.
             "paper": Row("paper", ("--learning-rate", "5e-3", "--query-prefix", "")),
-            "attention": Row("best", _ATTENTION, ("own", "none", "other", "mean"), one_seed=True),
-            "retrieval": Row("best", retrieval=_LATEST, one_seed=True),
-            "retrieval-tuning": Row("best", _TUNING, ("none",), retrieval=_LATEST, one_seed=True),
+            "attention": Row("best", _ATTENTION, ("own", "none", "other", "mean")),
+            "retrieval": Row("best", retrieval=_LATEST),
+            "retrieval-tuning": Row("best", _TUNING, ("none",), retrieval=_LATEST),
         },
         generate=("--beams", "1", "--max-new-tokens", "32"),
-        evaluate=("--metric", "text"),
+        evaluate=("--metric", "text", *_REJECTED),
         against="tuning/none",
+    ),
+    # What each addition to the paper's plug is worth: the recipe, and the recipe with one thing changed.
+    "additions": Experiment(
+        tables="next_title",
+        rows={
+            "best": Row("best", personas=_OWN_AND_OTHER),
+            "recency": Row("best", ("--recency",), _OWN_AND_OTHER),
+            "one-token": Row("best", ("--persona-tokens", "1"), _OWN_AND_OTHER),
+            "random-start": Row("best", ("--warm-start", "none"), _OWN_AND_OTHER),
+            "no-alignment": Row("best", ("--alignment", "0"), _OWN_AND_OTHER),
+            "attention": Row("best", _ATTENTION, _OWN_AND_OTHER),
+            "contrast": Row("best", ("--contrast", "0.5"), _OWN_AND_OTHER),
+        },
+        against="best/own",
     ),
     "which": Experiment(
         tables="which",
@@ -188,7 +206,7 @@ class Run:
         )
 
     def judge(self, name: str, seed: int) -> None:
-        """Answers, scores and losses of one row and seed, unless they are there."""
+        """Answers, if the experiment has any, scores and losses of one row and seed, unless they are there."""
         row, out = self.rows[name], self.judged / f"{name}-{seed}"
         if row is _ENCODER:
             self.ask_the_encoder()
@@ -200,9 +218,12 @@ class Run:
         plug = self._train(trained, seed)
         asked = ("--requests", self._requests(self.split), "--store", self.store, "--plug", plug)
         asked = (*asked, *self._retrieved(row))
-        self._job("generate", *asked, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
-        judged = ("--personas", *row.personas, "--rejected", "rejected", "--batch-size", 8)
-        self._job("evaluate", *asked, *judged, *self.experiment.evaluate, "--out", out)
+        judged = ("--personas", *row.personas, "--batch-size", 8, *self.experiment.evaluate)
+        if self.experiment.generate is None:
+            judged = (*judged, "--losses-only")
+        else:
+            self._job("generate", *asked, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
+        self._job("evaluate", *asked, *judged, "--out", out)
 
     def ask_the_encoder(self) -> None:
         """Prints how often the right title of a `which` question lies nearer to the history, without any LLM."""
