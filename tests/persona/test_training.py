@@ -60,6 +60,7 @@ TRAINED = {
         [*ALWAYS, "plug.instruction", "plug.log_temperature", *QUERY_ENCODER],
     ),
     "recency": ({"recency": True}, [*ALWAYS, "plug.instruction", "plug.recency_slope", *QUERY_ENCODER]),
+    "mean and recency": ({"weights": "mean", "recency": True}, [*ALWAYS, "plug.instruction", "plug.recency_slope"]),
     "projected instruction": (
         {"instruction": "projected"},
         [*ALWAYS, "plug.instruction", *(f"plug.instruction_projector.{name}" for name in PROJECTOR), *QUERY_ENCODER],
