@@ -232,7 +232,7 @@ class Run:
         buckets = bucket_of(requests["user_id"].combine_chunks(), store.n_buckets)
         folder = models.resolve(str(packaged.minilm()), revision="main", flag="--encoder")
         encoder = TextEncoder(folder, pooling="mean", max_tokens=256)
-        right: dict[str, list[bool]] = {"mean": [], "nearest": []}
+        right: dict[str, list[bool]] = {"mean": [], "mean by recency": [], "nearest": []}
         users: list[str] = []
         for bucket in np.unique(buckets).tolist():
             asked = requests.filter(buckets == bucket)
@@ -242,8 +242,10 @@ class Run:
             for pair_2d, history in zip(titles_R2d.astype(np.float32), histories, strict=True):
                 seen_Nd = np.array([np.frombuffer(one, "<f2") for one in history["vector"].to_pylist()], np.float32)
                 cosines_N2 = seen_Nd @ pair_2d.T
-                for name, found_2 in (("mean", cosines_N2.mean(0)), ("nearest", cosines_N2.max(0))):
-                    right[name].append(bool(found_2[0] > found_2[1]))
+                recency_N = 1 / np.arange(len(seen_Nd), 0, -1)
+                by_recency_2 = np.average(cosines_N2, axis=0, weights=recency_N)
+                for way, found_2 in zip(right, (cosines_N2.mean(0), by_recency_2, cosines_N2.max(0)), strict=True):
+                    right[way].append(bool(found_2[0] > found_2[1]))
             users += asked["user_id"].to_pylist()
         for name, values in right.items():
             found = bootstrap(values, users)
