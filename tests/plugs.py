@@ -1,12 +1,13 @@
 """A plug in front of a tiny LLM, and rows of requests for it, as several tests need them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from persona import plug_folder
+from persona import plug_folder, plug_record
 from persona.llm import FrozenLLM
 from persona.models import ModelFolder
 from persona.options import PlugOptions, Pooling
@@ -42,11 +43,13 @@ def new_model(
     *,
     pooling: Pooling = "cls",
     max_query_tokens: int = 64,
+    seed: int = 0,
     **options: Any,
 ) -> PersonalizedLLM:
     """A fresh plug, the same for the same arguments, in front of `llm`."""
+    # At a temperature of 1 the weights would be too even to tell from the mean.
     chosen = PlugOptions(**{"persona_tokens": 2, "temperature": 30.0, **options})
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     plug = Plug(
         chosen,
         query_encoder=plug_folder.new_query_encoder(encoder, chosen, pretrained=True),
@@ -55,6 +58,8 @@ def new_model(
         llm_width=llm.width,
         token_norm=llm.token_norm(),
     )
+    if chosen.recency:
+        plug.recency_slope.data.fill_(0.7)  # as it starts it would do nothing
     return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prefix, max_query_tokens))
 
 
@@ -81,6 +86,13 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
             "training_curve": [[1, 5.0]],
         },
     )
+
+
+def save(folder: Path, model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> Path:
+    """Writes that model's plug into a folder, and returns the folder."""
+    record = record_of(model, encoder, llm)
+    plug_folder.save(folder, model.plug.state_dict(), record, plug_record.card(record))
+    return folder
 
 
 def losses(model: PersonalizedLLM, rows: Sequence[Mapping[str, Any]], **settings: bool) -> torch.Tensor:

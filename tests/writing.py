@@ -84,6 +84,16 @@ def passes(work: Callable[[], None]) -> None:
     work()
 
 
+def behind(other: Callable[[Store], object], store: Store) -> Callable[[Callable[[], None]], None]:
+    """The attempt comes right behind what somebody else does to the store."""
+
+    def event(work: Callable[[], None]) -> None:
+        other(store)
+        work()
+
+    return event
+
+
 def fails_before(work: Callable[[], None]) -> None:
     raise StorageError("no answer")
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,7 +233,7 @@ class Run:
         buckets = bucket_of(requests["user_id"].combine_chunks(), store.n_buckets)
         folder = models.resolve(str(packaged.minilm()), revision="main", flag="--encoder")
         encoder = TextEncoder(folder, pooling="mean", max_tokens=256)
-        right: dict[str, list[bool]] = {"mean": [], "mean by recency": [], "nearest": []}
+        right: defaultdict[str, list[bool]] = defaultdict(list)
         users: list[str] = []
         for bucket in np.unique(buckets).tolist():
             asked = requests.filter(buckets == bucket)
@@ -243,8 +244,12 @@ class Run:
                 seen_Nd = np.array([np.frombuffer(one, "<f2") for one in history["vector"].to_pylist()], np.float32)
                 cosines_N2 = seen_Nd @ pair_2d.T
                 recency_N = 1 / np.arange(len(seen_Nd), 0, -1)
-                by_recency_2 = np.average(cosines_N2, axis=0, weights=recency_N)
-                for way, found_2 in zip(right, (cosines_N2.mean(0), by_recency_2, cosines_N2.max(0)), strict=True):
+                ways = {
+                    "mean": cosines_N2.mean(0),
+                    "mean by recency": np.average(cosines_N2, axis=0, weights=recency_N),
+                    "nearest": cosines_N2.max(0),
+                }
+                for way, found_2 in ways.items():
                     right[way].append(bool(found_2[0] > found_2[1]))
             users += asked["user_id"].to_pylist()
         for name, values in right.items():

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
@@ -17,20 +17,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from deltalake import DeltaTable
 
 from jobs.command import run
-from persona import histories, plug_folder, plug_record
+from persona import histories, plug_folder
 from persona.encoder import TextEncoder
 from persona.inputs import Records, rejects
 from persona.llm import FrozenLLM
 from persona.models import resolve
-from persona.options import PlugOptions
-from persona.plug import Plug
 from persona.storage import delta_options, join, write_bytes
 from persona.store import Identity, Store
-from tests.models import ENCODER_WIDTH, LLM_WIDTH, tiny_encoder, tiny_llama, tiny_t5
+from tests.models import ENCODER_WIDTH, tiny_encoder, tiny_llama, tiny_t5
+from tests.plugs import new_model, record_of
 from tests.warm_workers import warm_workers
 
 Row = dict[str, Any]
@@ -227,34 +225,11 @@ def plug(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> st
 def new_plug(path: Path, encoder: str, llm: str, seed: int = 0) -> str:
     """A plug folder with random weights."""
     frozen, llm_folder = resolve(encoder, flag="--encoder"), resolve(llm, flag="--llm")
-    model = FrozenLLM.load(llm_folder, precision="fp32")
-    options = PlugOptions(persona_tokens=2, temperature=30.0)  # at 1 the weights are too even to tell from the mean
-    torch.manual_seed(seed)
-    plug = Plug(
-        options,
-        query_encoder=plug_folder.new_query_encoder(frozen, options, pretrained=True),
-        pooling="cls",
-        width=ENCODER_WIDTH,
-        llm_width=LLM_WIDTH,
-        token_norm=model.token_norm(),
-    )
-    record = plug_record.PlugRecord(
-        options=options,
-        encoder=frozen.card(),
-        encoder_width=ENCODER_WIDTH,
-        pooling="cls",
-        encoder_max_tokens=32,
-        llm=llm_folder.card(),
-        llm_width=LLM_WIDTH,
-        token_norm=plug.token_norm,
-        scale=plug.scale,
-        query_prefix="",
-        max_query_tokens=32,
-        max_input_tokens=32,
-        max_behaviors=3,
-        training={"validation_curve": []},
-    )
-    plug_folder.save(path, plug.state_dict(), record, "a plug for tests")
+    model = new_model(frozen, FrozenLLM.load(llm_folder, precision="fp32"), seed=seed)
+    cut = {"encoder_max_tokens": 32, "max_query_tokens": 32, "max_input_tokens": 32, "max_behaviors": 3}
+    training = {"validation_curve": []}
+    record = replace(record_of(model, frozen, llm_folder), query_prefix="", training=training, **cut)
+    plug_folder.save(path, model.plug.state_dict(), record, "a plug for tests")
     return str(path)
 
 

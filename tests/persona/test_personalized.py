@@ -84,7 +84,6 @@ def test_the_query_decides_under_attention_and_not_under_mean(encoder_folder, ll
 def test_the_mean_of_any_plug_is_what_equal_weights_give(encoder_folder, llm, options):
     model = new_model(encoder_folder, llm, **options)
     if options:
-        model.plug.recency_slope.data.fill_(0.7)  # as it starts it would do nothing
         assert not torch.equal(losses(model, ROWS), losses(model, ROWS, mean=True))
     batch = model.collate(ROWS, with_targets=True, mean=True)
     assert batch.query is None

@@ -8,27 +8,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from persona import plug_folder, plug_record
 from persona.llm import FrozenLLM
 from persona.models import ModelFolder
-from persona.personalized import PersonalizedLLM
 from persona.personas import UserPersonas
 from tests.models import ENCODER_WIDTH
-from tests.plugs import ROWS, new_model, record_of
+from tests.plugs import ROWS, new_model, save
 
 ROW_BYTES = 2 * ENCODER_WIDTH
-
-
-def saved(
-    folder: Path, encoder: ModelFolder, llm_folder: ModelFolder, llm: FrozenLLM, **options: Any
-) -> PersonalizedLLM:
-    """A plug in a folder that has learned to prefer what is newer, where it can."""
-    model = new_model(encoder, llm, **options)
-    if model.plug.options.recency:
-        model.plug.recency_slope.data.fill_(0.7)
-    record = record_of(model, encoder, llm_folder)
-    plug_folder.save(folder, model.plug.state_dict(), record, plug_record.card(record))
-    return model
 
 
 def histories() -> pa.Table:
@@ -54,7 +40,8 @@ def test_a_persona_is_what_the_plug_makes_of_a_history_without_a_request(
     options: dict[str, Any],
     recency: bool,
 ) -> None:
-    model = saved(tmp_path, encoder_folder, llm_folder, llm, **options, recency=recency)
+    model = new_model(encoder_folder, llm, **options, recency=recency)
+    save(tmp_path, model, encoder_folder, llm_folder)
     batch = model.collate(ROWS, with_targets=False)
     with torch.no_grad():
         personas_BKD = model.plug(batch.history_Md, batch.lengths_B, None)[:, 1:]
@@ -72,9 +59,8 @@ def test_a_persona_is_what_the_plug_makes_of_a_history_without_a_request(
 def test_recency_changes_the_personas(
     encoder_folder: ModelFolder, llm_folder: ModelFolder, llm: FrozenLLM, tmp_path: Path
 ) -> None:
-    alike, newer = tmp_path / "alike", tmp_path / "newer"
-    saved(alike, encoder_folder, llm_folder, llm, weights="mean")
-    saved(newer, encoder_folder, llm_folder, llm, weights="mean", recency=True)
+    alike, newer = (new_model(encoder_folder, llm, weights="mean", recency=recency) for recency in (False, True))
     several = [i for i, row in enumerate(ROWS) if len(row["history"]) > ROW_BYTES]
-    before, after = made(alike), made(newer)
+    before = made(save(tmp_path / "alike", alike, encoder_folder, llm_folder))
+    after = made(save(tmp_path / "newer", newer, encoder_folder, llm_folder))
     assert several and all(not np.allclose(before[i]["persona"], after[i]["persona"]) for i in several)

@@ -16,7 +16,7 @@ from persona.llm import FrozenLLM
 from persona.models import resolve
 from persona.options import Decoding
 from tests.models import tiny_encoder
-from tests.plugs import ROWS, losses, new_model, record_of
+from tests.plugs import ROWS, losses, new_model, record_of, save
 
 VARIANTS = [
     {},
@@ -53,16 +53,13 @@ def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
     with torch.no_grad():
         for parameter in model.plug.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    record = record_of(model, encoder_folder, llm_folder)
-    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_record.card(record))
-    return tmp_path / "plug"
+    return save(tmp_path / "plug", model, encoder_folder, llm_folder)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm, tmp_path):
     model = new_model(encoder_folder, llm, prefix="Represent: ", **options)
-    record = record_of(model, encoder_folder, llm_folder)
-    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_record.card(record))
+    save(tmp_path / "plug", model, encoder_folder, llm_folder)
     torch.manual_seed(99)  # a fresh plug would be another
     again = plug_folder.load(tmp_path / "plug", encoder=encoder_folder, llm=llm)
     assert torch.equal(losses(again, ROWS), losses(model, ROWS))

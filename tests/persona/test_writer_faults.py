@@ -21,6 +21,7 @@ from tests.writing import (
     BEFORE,
     CHANGES,
     Attempts,
+    behind,
     commit,
     compact,
     fails_after,
@@ -58,12 +59,7 @@ def test_a_holder_that_is_replaced_between_its_look_and_its_commit_commits_nothi
     fill(store)
     with store.writer("behaviors", job="first") as writer:
         staged = staged_changes(store, name)
-
-        def replaced(work: Callable[[], None]) -> None:
-            take_over(store)
-            work()
-
-        Attempts(monkeypatch, replaced)
+        Attempts(monkeypatch, behind(take_over, store))
         with pytest.raises(LeaseLost):
             writer.commit(staged)
     assert rows_of(store) == BEFORE and store.table("behaviors").lease() == 3
@@ -291,11 +287,7 @@ def outsiders_compact(store: Store) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_an_outsider_adds_meanwhile_stays(store: Store, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     fill(store)
-
-    def meanwhile(work: Callable[[], None]) -> None:
-        outsiders_append(store)
-        work()
-
+    meanwhile = behind(outsiders_append, store)
     with store.writer("behaviors", job="first") as writer:
         attempts = Attempts(monkeypatch, meanwhile, meanwhile)
         writer.commit(staged_changes(store, name))
@@ -307,13 +299,8 @@ def test_what_an_outsider_adds_meanwhile_stays(store: Store, monkeypatch: pytest
 def test_new_rows_get_in_past_an_outsider_that_merges_files(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(local)
     commit(local, stage(local, "new", ("a", "3", "xxxx", 1)))
-
-    def meanwhile(work: Callable[[], None]) -> None:
-        outsiders_compact(local)
-        work()
-
     with local.writer("behaviors", job="first") as writer:
-        attempts = Attempts(monkeypatch, meanwhile)
+        attempts = Attempts(monkeypatch, behind(outsiders_compact, local))
         writer.commit(staged_changes(local, "new"))
     assert rows_of(local) == AFTER["new"] + Counter([("a", "3", 4)]) and attempts.n == 2
 
@@ -324,13 +311,8 @@ def test_a_file_that_an_outsider_has_removed_meanwhile_is_an_error_and_changes_n
 ) -> None:
     fill(store)
     commit(store, stage(store, "new", ("a", "3", "xxxx", 1)))
-
-    def meanwhile(work: Callable[[], None]) -> None:
-        outsiders_compact(store)
-        work()
-
     with store.writer("behaviors", job="first") as writer:
-        Attempts(monkeypatch, meanwhile)
+        Attempts(monkeypatch, behind(outsiders_compact, store))
         with pytest.raises(StorageError, match=r"another program has removed bucket=.* run the same command again"):
             writer.commit(staged_changes(store, name))
         assert rows_of(store) == BEFORE + Counter([("a", "3", 4)])
