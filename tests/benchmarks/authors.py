@@ -112,6 +112,7 @@ EXPERIMENTS = {
             "best": Row("best", personas=_OWN_AND_OTHER),
             "recency": Row("best", ("--recency",), _OWN_AND_OTHER),
             "one-token": Row("best", ("--persona-tokens", "1"), _OWN_AND_OTHER),
+            "eight-tokens": Row("best", ("--persona-tokens", "8"), _OWN_AND_OTHER),
             "random-start": Row("best", ("--warm-start", "none"), _OWN_AND_OTHER),
             "no-alignment": Row("best", ("--alignment", "0"), _OWN_AND_OTHER),
             "attention": Row("best", _ATTENTION, _OWN_AND_OTHER),
