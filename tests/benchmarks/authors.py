@@ -82,6 +82,7 @@ _LABELS: dict[str, Any] = {
     "against": "best/none",
 }
 _TUNING = ("--empty-history", "1", "--alignment", "0")
+_EIGHT = ("--persona-tokens", "8")
 _LATEST = _texts(2, "recency", 64)
 _OWN_AND_OTHER = ("own", "other")
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
@@ -112,11 +113,15 @@ EXPERIMENTS = {
             "best": Row("best", personas=_OWN_AND_OTHER),
             "recency": Row("best", ("--recency",), _OWN_AND_OTHER),
             "one-token": Row("best", ("--persona-tokens", "1"), _OWN_AND_OTHER),
-            "eight-tokens": Row("best", ("--persona-tokens", "8"), _OWN_AND_OTHER),
+            "eight-tokens": Row("best", _EIGHT, _OWN_AND_OTHER),
+            "sixteen-tokens": Row("best", ("--persona-tokens", "16"), _OWN_AND_OTHER),
             "random-start": Row("best", ("--warm-start", "none"), _OWN_AND_OTHER),
             "no-alignment": Row("best", ("--alignment", "0"), _OWN_AND_OTHER),
             "attention": Row("best", _ATTENTION, _OWN_AND_OTHER),
             "contrast": Row("best", ("--contrast", "0.5"), _OWN_AND_OTHER),
+            # More tokens help a plug without persona, too: what do they help one that has it?
+            "tuning": Row("best", _TUNING, ("none",)),
+            "tuning-eight-tokens": Row("best", (*_TUNING, *_EIGHT), ("none",)),
         },
         against="best/own",
     ),
