@@ -69,6 +69,10 @@ def _texts(n: int, retriever: Retriever, tokens: int) -> Retrieval:
     return Retrieval(retrieve=n, retriever=retriever, retrieve_tokens=tokens)
 
 
+def _tokens(n: int) -> Sequence[str]:
+    return "--persona-tokens", str(n)
+
+
 def _bare(retrieval: Retrieval = _NOTHING) -> Row:
     return Row(personas=("bare",), retrieval=retrieval, one_seed=True)
 
@@ -82,7 +86,6 @@ _LABELS: dict[str, Any] = {
     "against": "best/none",
 }
 _TUNING = ("--empty-history", "1", "--alignment", "0")
-_EIGHT = ("--persona-tokens", "8")
 _LATEST = _texts(2, "recency", 64)
 _OWN_AND_OTHER = ("own", "other")
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
@@ -112,16 +115,13 @@ EXPERIMENTS = {
         rows={
             "best": Row("best", personas=_OWN_AND_OTHER),
             "recency": Row("best", ("--recency",), _OWN_AND_OTHER),
-            "one-token": Row("best", ("--persona-tokens", "1"), _OWN_AND_OTHER),
-            "eight-tokens": Row("best", _EIGHT, _OWN_AND_OTHER),
-            "sixteen-tokens": Row("best", ("--persona-tokens", "16"), _OWN_AND_OTHER),
+            **{f"tokens-{n}": Row("best", _tokens(n), _OWN_AND_OTHER) for n in (1, 4, 8, 16, 32)},
             "random-start": Row("best", ("--warm-start", "none"), _OWN_AND_OTHER),
             "no-alignment": Row("best", ("--alignment", "0"), _OWN_AND_OTHER),
             "attention": Row("best", _ATTENTION, _OWN_AND_OTHER),
             "contrast": Row("best", ("--contrast", "0.5"), _OWN_AND_OTHER),
             # More tokens help a plug without persona, too: what do they help one that has it?
-            "tuning": Row("best", _TUNING, ("none",)),
-            "tuning-eight-tokens": Row("best", (*_TUNING, *_EIGHT), ("none",)),
+            **{f"tuning-tokens-{n}": Row("best", (*_TUNING, *_tokens(n)), ("none",)) for n in (4, 8, 16, 32)},
         },
         against="best/own",
     ),
