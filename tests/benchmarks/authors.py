@@ -115,7 +115,7 @@ EXPERIMENTS = {
         rows={
             "best": Row("best", personas=_OWN_AND_OTHER),
             "recency": Row("best", ("--recency",), _OWN_AND_OTHER),
-            **{f"tokens-{n}": Row("best", _tokens(n), _OWN_AND_OTHER) for n in (1, 4, 8, 16, 32)},
+            **{f"tokens-{n}": Row("best", _tokens(n), _OWN_AND_OTHER) for n in (1, 4, 8, 32)},
             "random-start": Row("best", ("--warm-start", "none"), _OWN_AND_OTHER),
             "no-alignment": Row("best", ("--alignment", "0"), _OWN_AND_OTHER),
             "attention": Row("best", _ATTENTION, _OWN_AND_OTHER),
