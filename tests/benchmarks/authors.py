@@ -86,6 +86,8 @@ _LABELS: dict[str, Any] = {
     "against": "best/none",
 }
 _TUNING = ("--empty-history", "1", "--alignment", "0")
+# 1e-4, the paper's rate, is meant for 22 epochs; the prefix is BGE's.
+_PAPER = ("--learning-rate", "5e-3", "--query-prefix", "")
 _LATEST = _texts(2, "recency", 64)
 _OWN_AND_OTHER = ("own", "other")
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
@@ -99,8 +101,9 @@ EXPERIMENTS = {
             "bare-bm25": _bare(_texts(4, "bm25", 128)),
             "bare-dense": _bare(_texts(4, "dense", 128)),
             "best": Row("best"),
-            # 1e-4, the paper's rate, is meant for 22 epochs; the prefix is BGE's.
-            "paper": Row("paper", ("--learning-rate", "5e-3", "--query-prefix", "")),
+            "paper": Row("paper", _PAPER),
+            # Its own control: one token, too, and all else alike. Without a history nothing is weighed.
+            "paper-tuning": Row("paper", (*_PAPER, *_TUNING, "--weights", "mean"), ("none",)),
             "attention": Row("best", _ATTENTION, ("own", "none", "other", "mean")),
             "retrieval": Row("best", retrieval=_LATEST),
             "retrieval-tuning": Row("best", _TUNING, ("none",), retrieval=_LATEST),

@@ -1,13 +1,15 @@
 """The tables that the experiments on authors are made of: who is asked what, and which text is the wrong one."""
 
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.benchmarks.authors import Run
+from jobs.command import read_config
+from tests.benchmarks.authors import EXPERIMENTS, Run
 
 
 @pytest.fixture
@@ -28,10 +30,13 @@ def acl(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def experiment(acl: Path, question: str) -> Run:
+    return Run(Namespace(acl=acl, out=acl / "out", question=question, split="dev", train_rows=4, every=3))
+
+
 def requests(acl: Path, question: str, split: str) -> list[dict[str, object]]:
-    out = acl / "out"
-    Run(Namespace(acl=acl, out=out, question=question, split="dev", train_rows=4, every=3)).write_requests()
-    found: list[dict[str, object]] = pq.read_table(out / question / f"{split}.parquet").to_pylist()
+    experiment(acl, question).write_requests()
+    found: list[dict[str, object]] = pq.read_table(acl / "out" / question / f"{split}.parquet").to_pylist()
     return found
 
 
@@ -65,3 +70,20 @@ def test_tables_that_ask_other_requests_are_refused(acl: Path) -> None:
     pq.write_table(table.slice(1), acl / "which_dev.parquet")
     with pytest.raises(SystemExit, match="do not ask the same requests"):
         requests(acl, "next_title", "dev")
+
+
+@pytest.mark.parametrize("question", EXPERIMENTS)
+def test_the_jobs_accept_the_flags_of_every_row(acl: Path, question: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before an hour of training, not after it."""
+    asked = []
+
+    def read(_: Run, job: str, *flags: object) -> None:
+        asked.append(read_config(import_module(f"jobs.{job}").Config, [str(flag) for flag in flags]))
+
+    monkeypatch.setattr(Run, "_job", read)
+    run = experiment(acl, question)
+    for name in run.rows.keys() - {"encoder"}:
+        asked.clear()
+        run.judge(name, seed=0)
+        assert len(asked) == (2 if run.experiment.generate is None else 3), name
+        assert len({config.plug for config in asked}) == 1, name
