@@ -1,4 +1,4 @@
-"""The tables that the experiments on authors are made of: who is asked what, and which text is the wrong one."""
+"""The experiments on authors: who is asked what, which text is the wrong one, and what each job is told."""
 
 from argparse import Namespace
 from importlib import import_module
