@@ -73,6 +73,10 @@ def _tokens(n: int) -> Sequence[str]:
     return "--persona-tokens", str(n)
 
 
+def _rate(rate: str) -> Sequence[str]:
+    return "--learning-rate", rate
+
+
 def _bare(retrieval: Retrieval = _NOTHING) -> Row:
     return Row(personas=("bare",), retrieval=retrieval, one_seed=True)
 
@@ -86,8 +90,8 @@ _LABELS: dict[str, Any] = {
     "against": "best/none",
 }
 _TUNING = ("--empty-history", "1", "--alignment", "0")
-# 1e-4, the paper's rate, is meant for 22 epochs; the prefix is BGE's.
-_PAPER = ("--learning-rate", "5e-3", "--query-prefix", "")
+# 1e-4, the paper's rate, is meant for 22 epochs, so it has that of `best`; the prefix is BGE's.
+_PAPER = (*_rate("1e-2"), "--query-prefix", "")
 _LATEST = _texts(2, "recency", 64)
 _OWN_AND_OTHER = ("own", "other")
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
@@ -119,12 +123,14 @@ EXPERIMENTS = {
             "best": Row("best", personas=_OWN_AND_OTHER),
             "recency": Row("best", ("--recency",), _OWN_AND_OTHER),
             **{f"tokens-{n}": Row("best", _tokens(n), _OWN_AND_OTHER) for n in (1, 4, 8, 32)},
+            **{f"rate-{rate}": Row("best", _rate(rate), _OWN_AND_OTHER) for rate in ("5e-3", "2e-2")},
             "random-start": Row("best", ("--warm-start", "none"), _OWN_AND_OTHER),
             "no-alignment": Row("best", ("--alignment", "0"), _OWN_AND_OTHER),
             "attention": Row("best", _ATTENTION, _OWN_AND_OTHER),
             "contrast": Row("best", ("--contrast", "0.5"), _OWN_AND_OTHER),
-            # More tokens help a plug without persona, too: what do they help one that has it?
+            # More tokens and a higher rate help a plug without persona, too: what do they help one that has it?
             **{f"tuning-tokens-{n}": Row("best", (*_TUNING, *_tokens(n)), ("none",)) for n in (4, 8, 16, 32)},
+            "tuning-rate-5e-3": Row("best", (*_TUNING, *_rate("5e-3")), ("none",)),
         },
         against="best/own",
     ),
