@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from persona.models import ModelFolder
     from persona.store import Identity, Store
 
+_DRAWS = 2**31 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingOptions, PlugOptions, Retrieval, CostOptions):
@@ -136,9 +138,7 @@ def main(config: Config) -> Summary:
             f"{n_validation} held-out requests are too few for {workers} workers; give more with --validation"
         )
     run.begin(n_requests)
-    result = _fit(
-        config, inputs, tally, train_rows, validation_rows, n_requests, run.behaviors_version, workers, machines
-    )
+    result = _fit(config, inputs, tally, train_rows, validation_rows, n_requests, workers, machines)
     counts, seconds = flow.totals(tally), time.perf_counter() - started
     summary = publish(config, inputs, result, counts, n_requests, seconds)
     summary = cost.spent(summary, config, machines, n_models=workers, seconds=seconds)
@@ -265,7 +265,7 @@ def _drawn(rows: "pa.Table") -> "pa.Table":
 
     from persona.histories import bucket_of
 
-    draw = bucket_of([f"draw {request}" for request in rows["request_id"].to_pylist()], 2**31 - 1)
+    draw = bucket_of([f"draw {request}" for request in rows["request_id"].to_pylist()], _DRAWS)
     return rows.append_column("draw", pa.array(draw))
 
 
@@ -276,7 +276,6 @@ def _fit(
     train_rows: "Dataset",
     validation_rows: "Dataset",
     n_requests: int,
-    version: int,
     workers: int,
     machines: session.Machines,
 ) -> Any:
@@ -306,7 +305,7 @@ def _fit(
         "encoder": inputs.encoder.card(),
         "llm": inputs.llm.card(),
         "identity": asdict(inputs.store.identity),
-        "behaviors": _some_vectors(inputs.store, version) if config.warm_start != "none" else b"",
+        "behaviors": _vectors_seen(train_rows, n_requests, inputs.store.identity.width),
         "tally": tally,
     }
     trainer = TorchTrainer(
@@ -350,12 +349,25 @@ def _with_profile(
     return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving="more CPUs for Ray would feed it")
 
 
-def _some_vectors(store: "Store", version: int, n_users: int = 32) -> bytes:
-    """The vectors of a few users, from which a warm start learns where behaviors lie; always the same ones."""
-    buckets = store.buckets(version)
-    users = store.users(buckets[0], version)[:n_users] if buckets else []
-    vectors = store.read_histories(buckets[0], users, version=version)["vector"].to_pylist() if users else []
-    return b"".join(vectors[:1024])
+def _vectors_seen(train: "Dataset", n_requests: int, width: int, n_drawn: int = 128) -> bytes:
+    """Vectors that some requests see, which tell a new plug where behaviors lie; always the same ones."""
+    found = _only(train, _some_vectors, share=n_drawn / n_requests, width=width).take_all()
+    return b"".join(row["vectors"] for row in sorted(found, key=lambda row: row["request_id"]))
+
+
+def _some_vectors(rows: "pa.Table", *, share: float, width: int, at_most: int = 8) -> "pa.Table":
+    """Of a share of the rows: some vectors of the history, from its whole length."""
+    import numpy as np
+    import pyarrow as pa
+
+    drawn = _drawn(rows)
+    drawn = drawn.filter(pa.array(drawn["draw"].to_numpy() < share * _DRAWS))
+    vectors = []
+    for history in drawn["history"].to_pylist():
+        seen_Nd = np.frombuffer(history, "<f2").reshape(-1, width)
+        places = np.linspace(0, len(seen_Nd) - 1, min(len(seen_Nd), at_most)).astype(int)
+        vectors.append(seen_Nd[places].tobytes())
+    return drawn.select(["request_id"]).append_column("vectors", pa.array(vectors, pa.binary()))
 
 
 def _with_order(rows: "pa.Table", *, epoch: int, seed: int, n_requests: int, global_batch: int) -> "pa.Table":

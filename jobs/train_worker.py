@@ -153,8 +153,8 @@ def _engine(
     query_text = plug_folder.new_query_text(encoder, config.query_prefix, config.max_query_tokens)
     model = PersonalizedLLM(plug.to(llm.device), llm, query_text, front_tokens=config.front_tokens)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "training_curve": [], "validation_curve": []}
-    if folder is None and options.warm_start == "vocabulary":
-        _warm_start(plug, encoder, llm, settings)
+    if folder is None:
+        _start(plug, encoder, llm, settings, warm=options.warm_start == "vocabulary")
     if folder is not None:
         state = checkpoint.load_weights(model, folder)
         # Measured once: another machine may measure a little differently.
@@ -168,14 +168,20 @@ def _engine(
     return engine, state
 
 
-def _warm_start(plug: "Plug", encoder: "ModelFolder", llm: "FrozenLLM", settings: Mapping[str, Any]) -> None:
-    """The closed-form start of `persona.warm_start`; every worker finds the same."""
+def _start(plug: "Plug", encoder: "ModelFolder", llm: "FrozenLLM", settings: Mapping[str, Any], *, warm: bool) -> None:
+    """What a plug knows before its first step: a typical behavior, and warm what `persona.warm_start` finds.
+
+    Every worker finds the same.
+    """
     import numpy as np
+    import torch
 
     from persona import warm_start
 
     behaviors_Nd = np.frombuffer(settings["behaviors"], dtype="<f2").reshape(-1, settings["identity"]["width"])
-    warm_start.fit(plug, _frozen_encoder(encoder, settings, llm.device), llm, behaviors_Nd)
+    plug.set_typical_behavior(torch.from_numpy(behaviors_Nd.astype(np.float32)).to(llm.device))
+    if warm:
+        warm_start.fit(plug, _frozen_encoder(encoder, settings, llm.device), llm, behaviors_Nd)
 
 
 def _encoder_folder(settings: Mapping[str, Any]) -> "ModelFolder":

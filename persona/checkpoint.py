@@ -17,6 +17,7 @@ from persona.training import trainable
 
 WEIGHTS, MOMENTS, STATE = "plug.safetensors", "moments.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_TYPICAL = "typical_behavior"  # measured once, not trained
 
 
 def save(engine: Any, folder: Path, state: dict[str, Any], *, write: bool) -> None:
@@ -36,6 +37,7 @@ def save(engine: Any, folder: Path, state: dict[str, Any], *, write: bool) -> No
             weights[name.removeprefix("plug.")] = full.detach().cpu().clone()
             moments.update({f"{name}:{key}": moment.detach().cpu().clone() for key, moment in found.items()})
     if write:
+        weights[_TYPICAL] = engine.module.plug.typical_behavior.cpu()
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / WEIGHTS)
         save_file(moments, folder / MOMENTS)
@@ -52,7 +54,7 @@ def load_weights(model: PersonalizedLLM, folder: Path) -> dict[str, Any]:
         InputError: the checkpoint belongs to another set of trained parameters.
     """
     weights = load_file(folder / WEIGHTS)
-    if set(weights) != {name.removeprefix("plug.") for name in trainable(model)}:
+    if set(weights) != {_TYPICAL, *(name.removeprefix("plug.") for name in trainable(model))}:
         raise InputError(f"{folder}: this checkpoint is of another plug than the one to be trained; use another --run")
     model.plug.load_state_dict(weights)
     state: dict[str, Any] = json.loads((folder / STATE).read_text())

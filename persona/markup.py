@@ -10,7 +10,7 @@ KINDS = {
     "own": "the user's own persona",
     "other": "another user's persona",
     "mean": "the own history, each behavior weighed alike",
-    "none": "no history: instruction token and default persona",
+    "none": "no history: the persona of a typical behavior",
     "bare": "the LLM without the plug",
 }
 RANKING_TEXT = (

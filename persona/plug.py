@@ -33,7 +33,7 @@ class Projector(nn.Module):
 
 
 class Plug(nn.Module):
-    """Everything that is trained: query encoder, projector, instruction token, default persona, temperature, recency.
+    """Everything that is trained: query encoder, projector, instruction token, temperature, recency.
 
     Args:
         query_encoder: the BERT-like model of eq. 2; None exactly when `options.weights` is `mean`.
@@ -65,10 +65,11 @@ class Plug(nn.Module):
         self.projector = Projector(width, llm_width, options.persona_tokens * llm_width)
         # The reference multiplies by 539.97, a constant that fits one LLM; this is the same idea, measured.
         self.scale = token_norm / _start_norm(self.projector, width, options.persona_tokens) if scale is None else scale
-        start_norm = token_norm / self.scale
-        self.default_persona = nn.Parameter(_random_tokens(options.persona_tokens, llm_width, start_norm))
+        # What a request without any behavior is taken to have: not trained, but measured by `set_typical_behavior`.
+        self.typical_behavior: Tensor
+        self.register_buffer("typical_behavior", torch.zeros(width))
         if options.instruction == "vector":
-            self.instruction = nn.Parameter(_random_tokens(1, llm_width, start_norm))
+            self.instruction = nn.Parameter(_random_tokens(1, llm_width, token_norm / self.scale))
         elif options.instruction == "projected":
             self.instruction = nn.Parameter(_random_tokens(1, width, 1.0))
             self.instruction_projector = Projector(width, llm_width, llm_width)
@@ -77,6 +78,12 @@ class Plug(nn.Module):
             self.log_temperature = nn.Parameter(torch.tensor([math.log(options.temperature)]))
         if options.recency:
             self.recency_slope = nn.Parameter(torch.zeros(1))
+
+    @torch.no_grad()
+    def set_typical_behavior(self, behaviors_Nd: Tensor) -> None:
+        """Takes the mean of some users' behaviors (N, d) for what is typical; of none at all, the zero vector."""
+        if len(behaviors_Nd):
+            self.typical_behavior.copy_(behaviors_Nd.mean(0))
 
     def encode_query(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Eq. 2: the request's unit vector **x** (B, d)."""
@@ -116,14 +123,16 @@ class Plug(nn.Module):
     def persona(self, history_Md: Tensor, lengths_B: Tensor, weights_M: Tensor) -> Tensor:
         """Eq. 4, persona tokens (B, K, D), by the exact shortcut W2·(Σ w GELU(W1 h + b1)) + b2, since Σw = 1.
 
-        A request without any behavior gets the learned default persona.
+        A request without any behavior gets the persona of the typical one, by the same projector: what it has learned
+        from all histories serves those who have none, too.
         """
         rows_M = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
         active_MF = self.projector.activate(history_Md) * weights_M.unsqueeze(-1)
         mixed_BF = active_MF.new_zeros(len(lengths_B), active_MF.shape[-1]).index_add(0, rows_M, active_MF)
-        personas_BKD = self.projector.outer(mixed_BF).unflatten(-1, (self.options.persona_tokens, self.llm_width))
-        empty_B11 = (lengths_B == 0).view(-1, 1, 1)
-        return self.scale * torch.where(empty_B11, self.default_persona, personas_BKD)
+        typical_F = self.projector.activate(self.typical_behavior)
+        mixed_BF = torch.where((lengths_B == 0).unsqueeze(-1), typical_F, mixed_BF)
+        personas_BKD: Tensor = self.projector.outer(mixed_BF).unflatten(-1, (-1, self.llm_width))
+        return self.scale * personas_BKD
 
     def forward(
         self, history_Md: Tensor, lengths_B: Tensor, query: tuple[Tensor, Tensor] | None, *, alike: bool = False

@@ -14,9 +14,7 @@ from persona.models import ModelFolder
 from persona.options import PlugOptions, Pooling
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
-_FORMAT = 1
-# Options that came after plugs had answered: while they are off, these answers are still up to date.
-_LATER_OPTIONS = ("recency",)
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,9 @@ class PlugRecord:
             fields = json.loads(text)
             found = fields.pop("format")
             if found != _FORMAT:
-                raise InputError(f"{source}: the plug has format {found}, this version reads format {_FORMAT}")
+                raise InputError(
+                    f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train another"
+                )
             record = cls(**{**fields, "options": PlugOptions(**fields["options"])})
             record.options.check()
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
@@ -74,9 +74,6 @@ def fingerprint(folder: Path) -> str:
     """Hash of all that a plug's answers depend on, so not of its training: part of the fingerprint of every answer."""
     record = asdict(read(folder))
     del record["training"]
-    for name in _LATER_OPTIONS:
-        if not record["options"][name]:
-            del record["options"][name]
     with (folder / WEIGHTS).open("rb") as weights:
         digest = hashlib.file_digest(weights, lambda: hashlib.blake2b(digest_size=16))
     digest.update(json.dumps(record, sort_keys=True).encode())

@@ -109,7 +109,7 @@ def align(rows: Sequence[Row], encoder: TextEncoder) -> list[Row]:
 
     A plug that can have a text written from its vector has found where the encoder's meanings lie for the LLM, which
     takes long to find out from histories that merely resemble the target (xRAG, arXiv 2405.13792, begins like this). A
-    row without a history stays without: the default persona learns meanwhile.
+    row without a history stays without: what stands in for it learns meanwhile.
     """
     places = [place for place, row in enumerate(rows) if row["history"]]
     vectors = encoder.encode([rows[place]["target"] for place in places]).vectors.astype("<f2")

@@ -45,7 +45,7 @@ class WarmStart:
 def fit(
     plug: Plug, encoder: TextEncoder, llm: FrozenLLM, behaviors_Nd: NDArray[np.float16], *, max_words: int = 5000
 ) -> WarmStart:
-    """Sets the projector's last layer, the default persona and the instruction vector of an untrained plug, in place.
+    """Sets the projector's last layer and the instruction vector of an untrained plug, in place.
 
     Words and behaviors are centred each on their own mean, since single words and whole sentences lie apart in the
     encoder's space; all K persona tokens start alike and part in training. The result depends on nothing but the
@@ -89,7 +89,6 @@ def fit(
     outer = plug.projector.outer
     outer.weight.copy_((map_FD.T / plug.scale).repeat(n_tokens, 1))
     outer.bias.copy_(((token_D - centre_F @ map_FD) / plug.scale).repeat(n_tokens))
-    plug.default_persona.copy_((token_D / plug.scale).expand(n_tokens, -1))
     if plug.options.instruction == "vector" and llm.separator:
         # What the LLM knows as the border between request and answer disturbs it less than a random vector.
         separator_D = llm.embed(torch.tensor(llm.separator, device=llm.device)).mean(0)

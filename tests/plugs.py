@@ -58,6 +58,8 @@ def new_model(
         llm_width=llm.width,
         token_norm=llm.token_norm(),
     )
+    draw = torch.Generator().manual_seed(seed)
+    plug.set_typical_behavior(torch.nn.functional.normalize(torch.randn(5, plug.width, generator=draw), dim=-1))
     if chosen.recency:
         plug.recency_slope.data.fill_(0.7)  # as it starts it would do nothing
     return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prefix, max_query_tokens))

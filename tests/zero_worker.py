@@ -143,7 +143,7 @@ def new_options(stage: int, contrast: float) -> TrainingOptions:
     return TrainingOptions(
         global_batch=GLOBAL_BATCH,
         micro_batch=MICRO_BATCH,
-        learning_rate=3e-2,
+        learning_rate=6e-2,
         query_learning_rate=1e-3,
         warmup=0.3,
         zero_stage=stage,

@@ -89,8 +89,8 @@ def test_the_mean_of_any_plug_is_what_equal_weights_give(encoder_folder, llm, op
     assert batch.query is None
     personas = []
     for part_nd in batch.history_Md.split(batch.lengths_B.tolist()):
-        projected = model.plug.projector(part_nd).mean(0).view(2, -1)
-        personas.append(model.plug.scale * (projected if len(part_nd) else model.plug.default_persona))
+        seen_nd = part_nd if len(part_nd) else model.plug.typical_behavior.unsqueeze(0)
+        personas.append(model.plug.scale * model.plug.projector(seen_nd).mean(0).view(2, -1))
     torch.testing.assert_close(model.soft_tokens(batch)[:, 1:], torch.stack(personas), **FLOAT32)
 
 

@@ -27,6 +27,7 @@ def new_plug(seed: int = 0, **options) -> Plug:
     plug = Plug(
         options, query_encoder=query_encoder, pooling="cls", width=D_ENCODER, llm_width=D_LLM, token_norm=1.7
     ).double()
+    plug.set_typical_behavior(unit(3, seed=9))
     if options.recency:
         plug.recency_slope.data.fill_(0.7)  # as it starts it would do nothing
     return plug
@@ -70,14 +71,12 @@ def paper_soft_tokens(plug: Plug, x: list[float] | None, history: list[list[floa
     """[I; P] of eq. 5 for one request, with eq. 4 in its long form."""
     options = plug.options
     temperature = math.exp(plug.log_temperature.item()) if options.learn_temperature else options.temperature
-    if not history:
-        personas = plug.default_persona.tolist()
-    else:
-        slope = plug.recency_slope.item() if options.recency else 0.0
-        weights = paper_weights(x, history, temperature, slope)
-        projected = [proj(plug.projector, h) for h in history]
-        P = [sum(w * p[i] for w, p in zip(weights, projected, strict=True)) for i in range(len(projected[0]))]
-        personas = [P[k * D_LLM : (k + 1) * D_LLM] for k in range(plug.options.persona_tokens)]
+    history = history or [plug.typical_behavior.tolist()]
+    slope = plug.recency_slope.item() if options.recency else 0.0
+    weights = paper_weights(x, history, temperature, slope)
+    projected = [proj(plug.projector, h) for h in history]
+    P = [sum(w * p[i] for w, p in zip(weights, projected, strict=True)) for i in range(len(projected[0]))]
+    personas = [P[k * D_LLM : (k + 1) * D_LLM] for k in range(plug.options.persona_tokens)]
     instruction = []
     if plug.options.instruction == "vector":
         instruction = plug.instruction.tolist()
@@ -236,22 +235,31 @@ def test_one_behavior_has_all_the_weight():
     torch.testing.assert_close(persona_1KD.flatten(), plug.scale * plug.projector(HISTORY[0]), **EXACT)
 
 
-def test_no_behavior_gives_the_default_persona_and_trains_nothing_else_of_the_history():
+def test_no_behavior_gives_the_persona_of_a_typical_one_and_trains_it():
     plug = new_plug()
-    nobody = torch.tensor([0, 0])
-    soft_BSD = soft_tokens(plug, HISTORY[:0], nobody, QUERIES[:2])
-    torch.testing.assert_close(soft_BSD[:, 1:], (plug.scale * plug.default_persona).expand(2, 2, D_LLM), **EXACT)
+    seen_Nd = unit(5, seed=8)
+    plug.set_typical_behavior(seen_Nd)
+    soft_BSD = soft_tokens(plug, HISTORY[:0], torch.tensor([0, 0]), QUERIES[:2])
+    typical_1SD = soft_tokens(plug, seen_Nd.mean(0, keepdim=True), torch.tensor([1]), QUERIES[:1])
+    torch.testing.assert_close(soft_BSD, typical_1SD.expand(2, -1, -1), **EXACT)
     soft_BSD.square().sum().backward()
-    assert plug.default_persona.grad.abs().min() > 0
-    # Zero and not missing: under ZeRO every worker must have a gradient for every parameter.
-    assert not any(parameter.grad.any() for parameter in plug.projector.parameters())
+    assert all(parameter.grad.any() for parameter in plug.projector.parameters())
 
 
-def test_a_behavior_does_not_train_the_default_persona():
+def test_what_is_typical_changes_nothing_for_who_has_a_history():
     plug = new_plug()
-    soft_tokens(plug, HISTORY[:1], torch.tensor([1]), QUERIES[:1]).square().sum().backward()
-    assert not plug.default_persona.grad.any()
-    assert plug.projector.inner.weight.grad.any()
+    before = soft_tokens(plug, HISTORY, LENGTHS, QUERIES)
+    plug.set_typical_behavior(unit(4, seed=10))
+    after = soft_tokens(plug, HISTORY, LENGTHS, QUERIES)
+    assert torch.equal(before[LENGTHS > 0], after[LENGTHS > 0])
+    assert not torch.isclose(before[LENGTHS == 0][:, 1:], after[LENGTHS == 0][:, 1:]).all(-1).any()
+
+
+def test_without_any_behavior_to_learn_it_from_nothing_is_typical():
+    plug = new_plug()
+    before = plug.typical_behavior.clone()
+    plug.set_typical_behavior(torch.zeros(0, D_ENCODER))
+    assert torch.equal(plug.typical_behavior, before)
 
 
 def test_512_behaviors_are_the_papers():
@@ -322,8 +330,6 @@ def test_soft_tokens_start_with_the_norm_of_the_llms_own(token_norm):
     norms_S = soft_BSD.norm(dim=-1).mean(0)
     # The scale was measured on 256 other vectors, whose norms spread by a few percent.
     torch.testing.assert_close(norms_S, torch.full((3,), token_norm), rtol=0.05, atol=0)
-    nobody_BSD = plug(torch.empty(0, 32), torch.zeros(1, dtype=torch.long), None)
-    torch.testing.assert_close(nobody_BSD.norm(dim=-1), torch.full((1, 3), token_norm), rtol=1e-5, atol=0)
 
 
 def test_a_given_scale_is_not_measured_again():
@@ -354,7 +360,7 @@ def test_attention_needs_a_query_encoder_and_mean_has_none():
 def test_as_many_parameters_are_trained_as_in_the_reference():
     """BGE-base and FlanT5-XXL: the reference's 149,345,280 (PAPER section 2) less what never gets a gradient there.
 
-    That is BERT's pooler, 590,592. What we have besides is the default persona, one token of the LLM's width.
+    That is BERT's pooler, 590,592.
     """
     with torch.device("meta"):
         query_encoder = AutoModel.from_config(BertConfig(), add_pooling_layer=False)
@@ -367,6 +373,4 @@ def test_as_many_parameters_are_trained_as_in_the_reference():
             token_norm=1.0,
             scale=1.0,
         )
-    counts = {name: parameter.numel() for name, parameter in plug.named_parameters()}
-    assert counts.pop("default_persona") == 4096
-    assert sum(counts.values()) == 149_345_280 - 590_592 == 148_754_688
+    assert sum(parameter.numel() for parameter in plug.parameters()) == 149_345_280 - 590_592 == 148_754_688

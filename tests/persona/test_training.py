@@ -50,7 +50,7 @@ QUERY_ENCODER = [
     *(f"plug.query_encoder.encoder.layer.{number}.{name}" for number in range(2) for name in LAYER),
 ]
 PROJECTOR = [f"{layer}.{kind}" for layer in ("inner", "outer") for kind in ("weight", "bias")]
-ALWAYS = ["plug.default_persona", *(f"plug.projector.{name}" for name in PROJECTOR)]
+ALWAYS = [f"plug.projector.{name}" for name in PROJECTOR]
 TRAINED = {
     "the paper's": ({}, [*ALWAYS, "plug.instruction", *QUERY_ENCODER]),
     "mean": ({"weights": "mean"}, [*ALWAYS, "plug.instruction"]),
@@ -210,7 +210,7 @@ def test_histories_are_the_targets_own_vectors_in_the_first_steps_and_only_there
             assert rows == dropped
             continue
         for one, before in zip(rows, ROWS, strict=True):
-            # Who has no history gets none: the default persona learns meanwhile.
+            # Who has no history gets none: what stands in for it learns meanwhile.
             expected = encoder.encode([one["target"]]).vectors[0] if before["history"] else np.empty(0)
             found = np.frombuffer(one["history"], "<f2")
             # Batches of other sizes round float32 sums otherwise: half a unit of float16, 2^-12 of the largest value.

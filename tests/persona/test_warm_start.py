@@ -106,6 +106,7 @@ def test_soft_tokens_lie_as_far_from_the_mean_token_as_words_do_and_centre_on_it
     llm = llm_that_knows(WORDS, encoder)
     behaviors = encoder.encode([f"about {a} and {b} like it" for a, b in itertools.pairwise(WORDS)]).vectors
     plug = new_plug(llm)
+    plug.set_typical_behavior(torch.from_numpy(behaviors.astype(np.float32)))
     warm_start.fit(plug, encoder, llm, behaviors)
     tokens = llm.embed(torch.arange(2 + len(FRAGMENTS), 2 + len(FRAGMENTS) + len(WORDS)))
     with torch.no_grad():
@@ -113,9 +114,10 @@ def test_soft_tokens_lie_as_far_from_the_mean_token_as_words_do_and_centre_on_it
         nobody = plug(torch.empty(0, ENCODER_WIDTH), torch.zeros(1, dtype=torch.long), None)
     for k in (1, 2):
         torch.testing.assert_close(soft[:, k].mean(0), tokens.mean(0), rtol=0, atol=1e-3)  # float32 through a gain
-        torch.testing.assert_close(nobody[0, k], tokens.mean(0))
         spread = (soft[:, k] - tokens.mean(0)).norm(dim=-1).mean()
         torch.testing.assert_close(spread, (tokens - tokens.mean(0)).norm(dim=-1).mean(), rtol=1e-3, atol=0)
+        # GELU of a mean is not the mean of GELU, but near it.
+        assert (nobody[0, k] - tokens.mean(0)).norm() < spread / 4
     torch.testing.assert_close(nobody[0, 0], llm.embed(torch.tensor(llm.separator))[0])
 
 

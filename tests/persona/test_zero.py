@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from persona import checkpoint
@@ -146,11 +147,20 @@ def test_a_checkpoint_holds_the_plug_and_its_moments_and_no_llm(found):
             "plug.safetensors",
             "state.json",
         ]
-        assert set(load_file(folder / "plug.safetensors")) == names
+        assert set(load_file(folder / "plug.safetensors")) == names | {"typical_behavior"}
         moments = load_file(folder / "moments.safetensors")
         assert set(moments) == {f"plug.{name}:{kind}" for name in names for kind in ("exp_avg", "exp_avg_sq")}
         # After three steps no second moment is empty: none was missed when the groups were gathered.
         assert not [name for name, moment in moments.items() if name.endswith("_sq") and not moment.any()]
+
+
+def test_a_checkpoint_brings_back_what_is_typical(found):
+    model = new_case_model(found["base"])
+    was = model.plug.typical_behavior.clone()
+    model.plug.typical_behavior.zero_()
+    checkpoint.load_weights(model, found["out"] / "two-3")
+    assert torch.equal(model.plug.typical_behavior, was)
+    assert was.any()
 
 
 def test_a_checkpoint_of_another_plug_is_refused(found):
