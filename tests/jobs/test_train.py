@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -278,6 +279,35 @@ def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, mode
     assert any("/runs/r/checkpoint_" in file.uri for file in list_files(places(s3)["runs"]))
     with local_folder(places(s3)["plug"]) as folder:
         assert plug_record.fingerprint(folder) == done.result["fingerprint"]
+
+
+def test_typical_is_the_mean_of_what_the_training_requests_see(inputs: dict, undisturbed: Path) -> None:
+    vectors = [np.frombuffer(one, "<f2") for row in requests() for one in seen(inputs["store"], row, 512)]
+    found = weights(undisturbed / "plug")["typical_behavior"]
+    np.testing.assert_allclose(found, np.mean(vectors, axis=0, dtype=np.float64), rtol=0, atol=1e-6)  # float32
+
+
+def test_what_some_requests_see_does_not_depend_on_how_rows_come() -> None:
+    rng = np.random.default_rng(0)
+    histories = [rng.normal(size=(number % 20, 3)).astype("<f2") for number in range(400)]
+    rows = pa.table(
+        {"request_id": [f"r{number}" for number in range(400)], "history": [h.tobytes() for h in histories]}
+    )
+    whole = some_vectors(rows)
+    assert 60 < len(whole) < 140  # a quarter of 400, drawn
+    assert some_vectors(rows.take(rng.permutation(400))) == whole
+    assert {**some_vectors(rows[:150]), **some_vectors(rows[150:])} == whole
+    for request, vectors in whole.items():
+        history = histories[int(request[1:])].tolist()
+        places = [history.index(vector) for vector in np.frombuffer(vectors, "<f2").reshape(-1, 3).tolist()]
+        assert len(places) == min(8, len(history))
+        assert places == sorted(set(places))
+        assert not history or (places[0], places[-1]) == (0, len(history) - 1)
+
+
+def some_vectors(rows: pa.Table) -> dict[str, bytes]:
+    found = train._some_vectors(rows, share=0.25, width=3)
+    return dict(zip(found["request_id"].to_pylist(), found["vectors"].to_pylist(), strict=True))
 
 
 def test_a_request_never_sees_its_future(
