@@ -243,7 +243,7 @@ def _row(losses: Columns, persona: str, request_id: str) -> dict[str, Any]:
 
 
 def _against(personas: Sequence[str]) -> str | None:
-    """Whom the own persona is measured against: another user's if it can be, since any history tells the task."""
+    """Whom the own persona is measured against: another user's if it can be, who has a history, too."""
     if "own" not in personas:
         return None
     return next((p for p in ("other", "none", "mean") if p in personas), None)

@@ -126,8 +126,8 @@ def _loss_text(metrics: Metrics) -> str:
         f"{metrics['users']:,} users, in brackets 95 % intervals by a bootstrap over users."
     )
     paired = (
-        " “Saved by own” is paired: the same requests on both sides. The comparison to watch is own against other, "
-        "since any history tells the LLM the task."
+        " “Saved by own” is paired: the same requests on both sides. Against none it may be what any history tells, "
+        "against other it is only what is the user's own."
     )
     return text + (paired if metrics["loss_saved_by_own"] else "")
 
