@@ -155,7 +155,7 @@ def _engine(
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "training_curve": [], "validation_curve": []}
     if folder is None:
         _start(plug, encoder, llm, settings, warm=options.warm_start == "vocabulary")
-    if folder is not None:
+    else:
         state = checkpoint.load_weights(model, folder)
         # Measured once: another machine may measure a little differently.
         plug.token_norm, plug.scale = state["token_norm"], state["scale"]
@@ -169,10 +169,7 @@ def _engine(
 
 
 def _start(plug: "Plug", encoder: "ModelFolder", llm: "FrozenLLM", settings: Mapping[str, Any], *, warm: bool) -> None:
-    """What a plug knows before its first step: a typical behavior, and warm what `persona.warm_start` finds.
-
-    Every worker finds the same.
-    """
+    """Tells a new plug what is typical, and `warm` where words lie; every worker finds the same."""
     import numpy as np
     import torch
 

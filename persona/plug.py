@@ -65,7 +65,7 @@ class Plug(nn.Module):
         self.projector = Projector(width, llm_width, options.persona_tokens * llm_width)
         # The reference multiplies by 539.97, a constant that fits one LLM; this is the same idea, measured.
         self.scale = token_norm / _start_norm(self.projector, width, options.persona_tokens) if scale is None else scale
-        # What a request without any behavior is taken to have: not trained, but measured by `set_typical_behavior`.
+        # What a request without any behavior is taken to have: not trained, but measured (`set_typical_behavior`).
         self.typical_behavior: Tensor
         self.register_buffer("typical_behavior", torch.zeros(width))
         if options.instruction == "vector":
@@ -81,7 +81,7 @@ class Plug(nn.Module):
 
     @torch.no_grad()
     def set_typical_behavior(self, behaviors_Nd: Tensor) -> None:
-        """Takes the mean of some users' behaviors (N, d) for what is typical; of none at all, the zero vector."""
+        """Takes the mean of some users' behaviors (N, d) for what is typical; of none it changes nothing."""
         if len(behaviors_Nd):
             self.typical_behavior.copy_(behaviors_Nd.mean(0))
 
