@@ -7,23 +7,19 @@ the plug folder `--plug`. The same `--run` again resumes at the last checkpoint.
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, cost, flow, profile, retrieve, session
+from jobs import command, cost, flow, profile, retrieve, session, train_data
 from jobs.command import Summary
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.options import CostOptions, PlugOptions, Retrieval, TrainingOptions
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from ray.data import Dataset
 
     from persona.models import ModelFolder
     from persona.store import Identity, Store
-
-_DRAWS = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +122,7 @@ def main(config: Config) -> Summary:
     workers = config.workers or machines.gpus or 1
     config.check_training(workers)
     tally = flow.new_tally()
-    train_rows, validation_rows = _datasets(config, inputs, run.behaviors_version, tally)
+    train_rows, validation_rows = train_data.split(config, inputs, run.behaviors_version, tally)
     n_requests, n_validation = train_rows.count(), validation_rows.count()
     if n_requests < config.global_batch:
         raise InputError(
@@ -217,58 +213,6 @@ def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
     return folder
 
 
-def _datasets(config: Config, inputs: Inputs, version: int, tally: Any) -> "tuple[Dataset, Dataset]":
-    """Training and held-out requests with their histories, joined once and kept in Ray's object store."""
-    settings: dict[str, Any] = {
-        "job": "train",
-        "personas": ["own"],
-        "max_behaviors": config.max_behaviors,
-        "needs_target": True,
-        "versions": {"behaviors": version},
-    }
-    store = inputs.store
-    where = {"encoder": inputs.encoder.name, "record": config}
-
-    def joined(splits: list[Any], held_out: str = "", limit: int | None = None) -> "Dataset":
-        texts = retrieve.best_of(inputs.histories, config, where, tally, stage=f"texts{held_out}")
-        how: dict[str, Any] = {**settings, "limit": limit, "texts": texts, "stage": f"join{held_out}"}
-        return flow.requests_with_histories(splits, store, tally, **how)
-
-    train = joined(inputs.requests, limit=config.limit).materialize()
-    if inputs.validation is not None:
-        held_out = joined(inputs.validation, " held out")
-    else:
-        held_out = _only(train, _users, fraction=config.validation_fraction, held_out=True)
-        train = _only(train, _users, fraction=config.validation_fraction, held_out=False).materialize()
-    # The same rows whenever the run is resumed, in whatever order they come.
-    drawn = _only(held_out, _drawn).sort("draw").limit(config.validation_rows)
-    return train, drawn.materialize()
-
-
-def _only(rows: "Dataset", work: Callable[..., Any], **settings: Any) -> "Dataset":
-    return rows.map_batches(work, batch_size=None, batch_format="pyarrow", fn_kwargs=settings)
-
-
-def _users(rows: "pa.Table", *, fraction: float, held_out: bool) -> "pa.Table":
-    """The rows of the users that are held out, or of the others; a user is always on one side."""
-    import pyarrow as pa
-
-    from persona.histories import bucket_of
-
-    share = bucket_of([f"held out {user}" for user in rows["user_id"].to_pylist()], 10_000)
-    return rows.filter(pa.array((share < fraction * 10_000) == held_out))
-
-
-def _drawn(rows: "pa.Table") -> "pa.Table":
-    """Adds a random but fixed number to each row."""
-    import pyarrow as pa
-
-    from persona.histories import bucket_of
-
-    draw = bucket_of([f"draw {request}" for request in rows["request_id"].to_pylist()], _DRAWS)
-    return rows.append_column("draw", pa.array(draw))
-
-
 def _fit(
     config: Config,
     inputs: Inputs,
@@ -288,13 +232,8 @@ def _fit(
 
     n_steps_epoch = n_requests // config.global_batch
     names = [f"epoch-{epoch}" for epoch in range(config.epochs)]
-    order = {"seed": config.seed, "n_requests": n_requests, "global_batch": config.global_batch}
-    datasets = {
-        name: _only(train_rows, _with_order, epoch=epoch, **order)
-        .sort("order")
-        .limit(n_steps_epoch * config.global_batch)
-        # A block is what one worker gets of one global batch; in order and of equal size, blocks go round the workers.
-        .repartition(target_num_rows_per_block=config.global_batch // workers, strict=True)
+    epochs = {
+        name: train_data.epoch_of(train_rows, epoch, config, n_requests=n_requests, workers=workers)
         for epoch, name in enumerate(names)
     }
     settings = {
@@ -305,7 +244,7 @@ def _fit(
         "encoder": inputs.encoder.card(),
         "llm": inputs.llm.card(),
         "identity": asdict(inputs.store.identity),
-        "behaviors": _vectors_seen(train_rows, n_requests, inputs.store.identity.width),
+        "behaviors": train_data.vectors_seen(train_rows, n_requests, inputs.store.identity.width),
         "tally": tally,
     }
     trainer = TorchTrainer(
@@ -321,7 +260,7 @@ def _fit(
                 num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
             ),
         ),
-        datasets={**datasets, "validation": validation_rows},
+        datasets={**epochs, "validation": validation_rows},
         dataset_config=DataConfig(
             datasets_to_split=names,
             execution_options=ExecutionOptions(preserve_order=True),
@@ -347,34 +286,6 @@ def _with_profile(
     ]
     waited_s = noted["time"].get("waiting", 0.0)
     return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving="more CPUs for Ray would feed it")
-
-
-def _vectors_seen(train: "Dataset", n_requests: int, width: int, n_drawn: int = 128) -> bytes:
-    """Vectors that some requests see, which tell a new plug where behaviors lie; always the same ones."""
-    found = _only(train, _some_vectors, share=n_drawn / n_requests, width=width).take_all()
-    return b"".join(row["vectors"] for row in sorted(found, key=lambda row: row["request_id"]))
-
-
-def _some_vectors(rows: "pa.Table", *, share: float, width: int, at_most: int = 8) -> "pa.Table":
-    """Of a share of the rows: some vectors of the history, from its whole length."""
-    import numpy as np
-    import pyarrow as pa
-
-    drawn = _drawn(rows)
-    drawn = drawn.filter(pa.array(drawn["draw"].to_numpy() < share * _DRAWS))
-    vectors = []
-    for history in drawn["history"].to_pylist():
-        seen_Nd = np.frombuffer(history, "<f2").reshape(-1, width)
-        places = np.linspace(0, len(seen_Nd) - 1, min(len(seen_Nd), at_most)).astype(int)
-        vectors.append(seen_Nd[places].tobytes())
-    return drawn.select(["request_id"]).append_column("vectors", pa.array(vectors, pa.binary()))
-
-
-def _with_order(rows: "pa.Table", *, epoch: int, seed: int, n_requests: int, global_batch: int) -> "pa.Table":
-    from persona.order import epoch_order
-
-    order = epoch_order(rows, epoch=epoch, seed=seed, n_requests=n_requests, global_batch=global_batch)
-    return rows.append_column("order", order)
 
 
 def _progress_line(counts: flow.Counts, _seconds: float) -> str:

@@ -70,7 +70,7 @@ class TrainingOptions:
     history_dropout: float = 0.5
     """Up to this share of a history is left out of a row, drawn anew each epoch."""
     empty_history: float = 0.05
-    """Share of rows that lose their history, for those who have none; 1 is prompt tuning (--personas none)."""
+    """Share of rows that lose their history, for users who have none; 1 is prompt tuning (--personas none)."""
     alignment: float = 0.0
     """First share of the steps, in which a history is the one vector of the row's own target (xRAG, 2405.13792)."""
     contrast: float = 0.0

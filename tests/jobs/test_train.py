@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from jobs import train
+from jobs import train, train_data
 from persona import plug_folder, plug_record
 from persona.llm import FrozenLLM
 from persona.models import resolve
@@ -306,7 +306,7 @@ def test_what_some_requests_see_does_not_depend_on_how_rows_come() -> None:
 
 
 def some_vectors(rows: pa.Table) -> dict[str, bytes]:
-    found = train._some_vectors(rows, share=0.25, width=3)
+    found = train_data._some_vectors(rows, share=0.25, width=3)
     return dict(zip(found["request_id"].to_pylist(), found["vectors"].to_pylist(), strict=True))
 
 

@@ -255,7 +255,7 @@ def test_what_is_typical_changes_nothing_for_who_has_a_history():
     assert not torch.isclose(before[LENGTHS == 0][:, 1:], after[LENGTHS == 0][:, 1:]).all(-1).any()
 
 
-def test_without_any_behavior_to_learn_it_from_nothing_is_typical():
+def test_without_any_behavior_what_is_typical_stays():
     plug = new_plug()
     before = plug.typical_behavior.clone()
     plug.set_typical_behavior(torch.zeros(0, D_ENCODER))
