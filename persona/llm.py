@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -160,15 +161,20 @@ class FrozenLLM(nn.Module):
         else:
             # Rows end together, so that the target positions of every row lie among the last T of the batch.
             rows = [[*text, *target] for text, target in zip(inputs, targets, strict=True)]
-            embeds_BLD, mask_BL = self._in_front(soft_BSD, rows, fronts, left=True)
+            memory, mask_BF = self._read(fronts)
+            with_rows = fronts if memory is None else ()
+            embeds_BLD, mask_BL = self._in_front(soft_BSD, rows, with_rows, left=True)
+            if memory is not None:
+                mask_BL = torch.cat([mask_BF, mask_BL], dim=1)
             longest = labels_BT.shape[1]
             labels_BT = torch.stack([row.roll(longest - len(t)) for row, t in zip(labels_BT, targets, strict=True)])
             logits_BTV = self.model(
                 inputs_embeds=embeds_BLD,
                 attention_mask=mask_BL,
-                position_ids=(mask_BL.long().cumsum(1) - 1).clamp(min=0),
+                position_ids=_places(mask_BL)[:, -embeds_BLD.shape[1] :],
+                past_key_values=memory,
                 logits_to_keep=longest + 1,
-                use_cache=False,
+                use_cache=memory is not None,
             ).logits[:, :-1]
         # Only real target positions become float32 rows of the vocabulary: those are the largest tensors of a step.
         is_target_BT = labels_BT != _IGNORED
@@ -210,6 +216,24 @@ class FrozenLLM(nn.Module):
         ids_BT, mask_BT = pad(targets, self.pad_id, self.device)
         return ids_BT.masked_fill(~mask_BT, _IGNORED)
 
+    @torch.no_grad()
+    def _read(self, fronts: Sequence[list[int]]) -> tuple[Cache | None, Tensor]:
+        """What a decoder-only LLM remembers of the fronts, and their mask (B, F); None where all is read together.
+
+        Nothing that is trained comes before them, so no gradient has to pass through them. Fronts that are all empty
+        are read, too: under ZeRO-3 all workers must call the LLM equally often, whatever their rows have.
+        """
+        # transformers takes no memory while it computes activations anew.
+        if not fronts or self._checkpointed:
+            return None, torch.empty(len(fronts), 0, dtype=torch.bool, device=self.device)
+        nothing_B0D = torch.empty(len(fronts), 0, self.width, device=self.device)
+        embeds_BFD, mask_BF = self._in_front(nothing_B0D, fronts, (), left=True)
+        # The body alone: nobody asks which token comes next.
+        output = self.model.base_model(
+            inputs_embeds=embeds_BFD, attention_mask=mask_BF, position_ids=_places(mask_BF), use_cache=True
+        )
+        return output.past_key_values, mask_BF
+
     def _in_front(
         self, soft_BSD: Tensor, rows: Sequence[list[int]], fronts: Sequence[list[int]], *, left: bool
     ) -> tuple[Tensor, Tensor]:
@@ -231,6 +255,11 @@ class FrozenLLM(nn.Module):
             embeds_BLD = embeds_BLD.gather(1, source_BL.unsqueeze(-1).expand_as(embeds_BLD))
             mask_BL = mask_BL.gather(1, source_BL)
         return embeds_BLD, mask_BL
+
+
+def _places(mask_BL: Tensor) -> Tensor:
+    """Positions (B, L) that count what is read, not the padding."""
+    return (mask_BL.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _declared_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,13 +19,17 @@ from tests.plugs import new_model, row
 
 N_STEPS, STOP, GLOBAL_BATCH, MICRO_BATCH = 6, 3, 8, 2
 # The first four rows have no history at all: a micro-batch, and a worker's whole share of it, without any behavior.
-# Some neighbors are requests of one user.
+# Some neighbors are requests of one user. In some micro-batches, and in a worker's whole share, nothing is retrieved.
 ROWS = [
-    {**row(number, 0 if number < 4 else number % 4), "user_id": f"u{2 * number // 5}"}
+    {
+        **row(number, 0 if number < 4 else number % 4),
+        "user_id": f"u{2 * number // 5}",
+        "retrieved": ["the movie", "a paper " * number][: max(number % 4 - 1, 0) if number > 4 else 0],
+    }
     for number in range(N_STEPS * GLOBAL_BATCH)
 ]
 # An odd number, so that two workers have different numbers of batches.
-HELD_OUT = [row(1000 + number, number % 5) for number in range(9)]
+HELD_OUT = [{**row(1000 + number, number % 5), "retrieved": ["a movie"] * (number % 3)} for number in range(9)]
 
 
 def spawn(plan: Sequence[dict[str, Any]], n_workers: int, folder: Path) -> list[dict[str, Any]]:
@@ -59,9 +63,10 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     """One training run.
 
     Args:
-        case: `llm` and `encoder` (folders), `stage`, and at will `plug` (options), `contrast`, `precision`, `save`
-            (folder for the state after half of the steps), `start` (such a folder to go on from), `forget_moments` (of
-            that folder), `shard_small` (ZeRO-3 shards parameters of any size, as it does with those of a large LLM).
+        case: `llm` and `encoder` (folders), `stage`, and at will `plug` (options), `contrast`, `front_tokens` (of
+            retrieved texts), `precision`, `save` (folder for the state after half of the steps), `start` (such a folder
+            to go on from), `forget_moments` (of that folder), `shard_small` (ZeRO-3 shards parameters of any size, as
+            it does with those of a large LLM).
         rank, n_workers: of this process.
     """
     import deepspeed
@@ -156,7 +161,9 @@ def new_case_model(case: dict[str, Any]) -> PersonalizedLLM:
     folder = resolve(case["llm"], flag="--llm")
     llm = FrozenLLM.load(folder, precision=case.get("precision", "fp32"), device="cpu")
     options = {"learn_temperature": case.get("plug", {}).get("weights") != "mean", **case.get("plug", {})}
-    return new_model(resolve(case["encoder"], flag="--encoder"), llm, **options)
+    model = new_model(resolve(case["encoder"], flag="--encoder"), llm, **options)
+    model.front_tokens = case.get("front_tokens", 0)
+    return model
 
 
 def llm_bytes(model: PersonalizedLLM) -> str:

@@ -85,6 +85,26 @@ def test_retrieved_texts_stand_in_front_of_the_soft_tokens(llm):
     assert answers != llm.generate(soft_BSD, inputs, GREEDY, seeds)
 
 
+def test_no_gradient_passes_through_retrieved_texts_and_all_else_is_as_if_one_did(llm):
+    fronts = llm.tokenize_fronts([["i like it", "the movie"], [], ["a paper " * 9]], 12)
+    inputs, targets = llm.tokenize_inputs(INPUTS[:3]), llm.tokenize_targets(TARGETS[:3])
+    calls = read_by(llm)
+
+    def run(fronts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        soft_BSD = soft_tokens(llm, 3).requires_grad_()
+        losses = llm.nll(soft_BSD, inputs, targets, fronts)
+        losses.sum().backward()
+        return losses.detach(), soft_BSD.grad
+
+    found = run(fronts)
+    longest = 3 + max(len(text) + len(target) for text, target in zip(inputs, targets, strict=True))
+    assert llm.is_encoder_decoder or calls[-1]["inputs_embeds"].shape[1] == longest
+    torch.testing.assert_close(run([[], [], []]), run([]), **FLOAT32)
+    llm.checkpoint_activations()  # under which everything is read at once
+    torch.testing.assert_close(run(fronts), found, **FLOAT32)
+    assert llm.is_encoder_decoder or calls[-1]["inputs_embeds"].shape[1] > longest
+
+
 def test_retrieved_texts_share_their_tokens_equally(llm):
     text = "the movie is a paper in a title of it "
     one, two, tight = llm.tokenize_fronts([[text], [text, text], [text] * 3], 6)
