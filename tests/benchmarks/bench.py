@@ -79,6 +79,17 @@ def train(arguments: argparse.Namespace) -> Iterable[Line]:
     yield _line("training step", ours, peer, 5.0, limit)
 
 
+def texts(arguments: argparse.Namespace) -> Iterable[Line]:
+    """A training step with past texts in front, which has to have the loss of one that reads all at once."""
+    ours = Contender(name="ours", work=llm_work.StepWithTexts, settings={"n": 16})
+    peer = Contender(name="everything read at once", work=llm_work.StepReadAtOnce, settings={"n": 16})
+    limit = Contender(name="without the texts", work=llm_work.Step, settings={"n": 16})
+    compete([ours, peer, limit], arguments.turns)
+    if not math.isclose(ours.found, peer.found, rel_tol=0.01):
+        raise AssertionError(f"loss {ours.found:.4f}, read at once {peer.found:.4f}: not the same work")
+    yield _line("training step, past texts in front", ours, peer, 1.3, limit)
+
+
 def generate(arguments: argparse.Namespace) -> Iterable[Line]:
     """Answers against the reference's way, whose text has to be the same, and against the LLM without a plug."""
     for how, beams, n, n_peer, goal in (("greedy", 1, 32, 4, 8.0), ("4 beams", 4, 24, 2, 5.0)):
@@ -162,7 +173,7 @@ def start(arguments: argparse.Namespace) -> Iterable[Line]:
 
 
 _WORKS: dict[str, Callable[[argparse.Namespace], Iterable[Line]]] = {
-    one.__name__: one for one in (embed, train, generate, path, refresh, gpus, start)
+    one.__name__: one for one in (embed, train, texts, generate, path, refresh, gpus, start)
 }
 
 

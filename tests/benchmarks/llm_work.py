@@ -25,6 +25,7 @@ from tests.benchmarks.contest import timed
 
 _ROWS, _COMPARED = 32, 2
 _ROW_TOKENS = 266
+_FRONT_TOKENS = 64
 _BEHAVIORS = 512
 _WIDTH = 384
 Row = Mapping[str, Any]
@@ -134,6 +135,27 @@ class ReferenceStep(Step):
         ).logits
         shifted_BTV = logits_BLV[:, n_soft - 1 : -1].float()
         return nn.functional.cross_entropy(shifted_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+
+
+class StepWithTexts(Step):
+    """The same with two past texts of 32 tokens in front of each request (eq. r)."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        past = corpus.texts("abstracts", _ROWS + 2 * n)[_ROWS:]
+        self.rows = [{**row, "retrieved": past[2 * i : 2 * i + 2]} for i, row in enumerate(self.rows)]
+        self.model.front_tokens = _FRONT_TOKENS
+
+
+class StepReadAtOnce(StepWithTexts):
+    """The past texts as more of the row that gradients pass through, as one would write it."""
+
+    def loss(self) -> Tensor:
+        """Nats a token."""
+        llm, batch = self.model.llm, self.model.collate(self.rows, with_targets=True)
+        texts_BFD = llm.embed(torch.tensor(batch.fronts))
+        prompt_BLD = torch.cat([texts_BFD, self.model.soft_tokens(batch).to(texts_BFD.dtype)], dim=1)
+        return llm.nll(prompt_BLD, batch.inputs, batch.targets).sum() / batch.n_target_tokens
 
 
 class FrozenStep(Step):
