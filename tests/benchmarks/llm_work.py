@@ -16,7 +16,7 @@ from persona import packaged
 from persona.encoder import pool
 from persona.llm import FrozenLLM
 from persona.models import resolve
-from persona.options import Decoding, Precision, TrainingOptions
+from persona.options import Decoding, Precision, Retrieval, TrainingOptions
 from persona.personalized import PersonalizedLLM
 from persona.training import new_optimizer, trainable
 from tests import plugs
@@ -25,7 +25,7 @@ from tests.benchmarks.contest import timed
 
 _ROWS, _COMPARED = 32, 2
 _ROW_TOKENS = 266
-_FRONT_TOKENS = 64
+_FRONT_TEXTS, _FRONT_TOKENS = 4, Retrieval().retrieve_tokens
 _BEHAVIORS = 512
 _WIDTH = 384
 Row = Mapping[str, Any]
@@ -138,12 +138,12 @@ class ReferenceStep(Step):
 
 
 class StepWithTexts(Step):
-    """The same with two past texts of 32 tokens in front of each request (eq. r)."""
+    """The same with four past texts, as many tokens of them as by default, in front of each request (eq. r)."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
-        past = corpus.texts("abstracts", _ROWS + 2 * n)[_ROWS:]
-        self.rows = [{**row, "retrieved": past[2 * i : 2 * i + 2]} for i, row in enumerate(self.rows)]
+        past = iter(corpus.texts("abstracts", _ROWS + _FRONT_TEXTS * n)[_ROWS:])
+        self.rows = [{**row, "retrieved": [next(past) for _ in range(_FRONT_TEXTS)]} for row in self.rows]
         self.model.front_tokens = _FRONT_TOKENS
 
 
