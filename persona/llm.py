@@ -28,7 +28,7 @@ from persona import attention
 from persona.decoding import Answer, SeededSampling, follow, search
 from persona.encoder import choose_precision, pad
 from persona.models import ModelFolder
-from persona.next_token import CausalSteps, Seq2SeqSteps
+from persona.next_token import CausalSteps, Seq2SeqSteps, places
 from persona.options import Decoding, Precision
 
 _IGNORED = -100
@@ -171,7 +171,7 @@ class FrozenLLM(nn.Module):
             logits_BTV = self.model(
                 inputs_embeds=embeds_BLD,
                 attention_mask=mask_BL,
-                position_ids=_places(mask_BL)[:, -embeds_BLD.shape[1] :],
+                position_ids=places(mask_BL)[:, -embeds_BLD.shape[1] :],
                 past_key_values=memory,
                 logits_to_keep=longest + 1,
                 use_cache=memory is not None,
@@ -230,7 +230,7 @@ class FrozenLLM(nn.Module):
         embeds_BFD, mask_BF = self._in_front(nothing_B0D, fronts, (), left=True)
         # The body alone: nobody asks which token comes next.
         output = self.model.base_model(
-            inputs_embeds=embeds_BFD, attention_mask=mask_BF, position_ids=_places(mask_BF), use_cache=True
+            inputs_embeds=embeds_BFD, attention_mask=mask_BF, position_ids=places(mask_BF), use_cache=True
         )
         return output.past_key_values, mask_BF
 
@@ -241,8 +241,8 @@ class FrozenLLM(nn.Module):
         n_soft = soft_BSD.shape[1]
         fronts = fronts or [[]] * len(rows)
         room = [self.pad_id] * n_soft
-        places = [[*front, *room, *row] for front, row in zip(fronts, rows, strict=True)]
-        ids_BL, mask_BL = pad(places, self.pad_id, self.device)
+        whole = [[*front, *room, *row] for front, row in zip(fronts, rows, strict=True)]
+        ids_BL, mask_BL = pad(whole, self.pad_id, self.device)
         start_B1 = torch.tensor([len(front) for front in fronts], dtype=torch.long, device=self.device).view(-1, 1)
         index_BS = start_B1 + torch.arange(n_soft, device=self.device)
         embeds_BLD = self.embed(ids_BL)
@@ -255,11 +255,6 @@ class FrozenLLM(nn.Module):
             embeds_BLD = embeds_BLD.gather(1, source_BL.unsqueeze(-1).expand_as(embeds_BLD))
             mask_BL = mask_BL.gather(1, source_BL)
         return embeds_BLD, mask_BL
-
-
-def _places(mask_BL: Tensor) -> Tensor:
-    """Positions (B, L) that count what is read, not the padding."""
-    return (mask_BL.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _declared_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

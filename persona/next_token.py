@@ -10,6 +10,11 @@ from torch import LongTensor, Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 
+def places(mask_BL: Tensor) -> Tensor:
+    """The place (B, L) of each token among those of its row, padding on the left not counted."""
+    return (mask_BL.long().cumsum(1) - 1).clamp(min=0)
+
+
 class CausalSteps:
     """A decoder-only LLM: prompt and answer in one row, prompts padded on the left."""
 
@@ -21,8 +26,7 @@ class CausalSteps:
 
     def start(self) -> Tensor:
         """Scores (B, V) of the first token of each answer."""
-        places_BL = (self.mask_RL.cumsum(1) - 1).clamp(min=0)
-        return self._scores(inputs_embeds=self.prompt_BLD, position_ids=places_BL)
+        return self._scores(inputs_embeds=self.prompt_BLD, position_ids=places(self.mask_RL))
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Scores (R, V) of the next token, after one token more of each row."""
