@@ -161,10 +161,12 @@ class FrozenLLM(nn.Module):
         else:
             # Rows end together, so that the target positions of every row lie among the last T of the batch.
             rows = [[*text, *target] for text, target in zip(inputs, targets, strict=True)]
-            memory, mask_BF = self._read(fronts)
-            with_rows = fronts if memory is None else ()
-            embeds_BLD, mask_BL = self._in_front(soft_BSD, rows, with_rows, left=True)
-            if memory is not None:
+            # transformers takes no memory while it computes activations anew.
+            read = self._read(fronts) if fronts and not self._checkpointed else None
+            embeds_BLD, mask_BL = self._in_front(soft_BSD, rows, () if read else fronts, left=True)
+            memory = None
+            if read:
+                memory, mask_BF = read
                 mask_BL = torch.cat([mask_BF, mask_BL], dim=1)
             longest = labels_BT.shape[1]
             labels_BT = torch.stack([row.roll(longest - len(t)) for row, t in zip(labels_BT, targets, strict=True)])
@@ -217,15 +219,12 @@ class FrozenLLM(nn.Module):
         return ids_BT.masked_fill(~mask_BT, _IGNORED)
 
     @torch.no_grad()
-    def _read(self, fronts: Sequence[list[int]]) -> tuple[Cache | None, Tensor]:
-        """What a decoder-only LLM remembers of the fronts, and their mask (B, F); None where all is read together.
+    def _read(self, fronts: Sequence[list[int]]) -> tuple[Cache, Tensor]:
+        """What a decoder-only LLM remembers of the fronts, and their mask (B, F).
 
         Nothing that is trained comes before them, so no gradient has to pass through them. Fronts that are all empty
         are read, too: under ZeRO-3 all workers must call the LLM equally often, whatever their rows have.
         """
-        # transformers takes no memory while it computes activations anew.
-        if not fronts or self._checkpointed:
-            return None, torch.empty(len(fronts), 0, dtype=torch.bool, device=self.device)
         nothing_B0D = torch.empty(len(fronts), 0, self.width, device=self.device)
         embeds_BFD, mask_BF = self._in_front(nothing_B0D, fronts, (), left=True)
         # The body alone: nobody asks which token comes next.
