@@ -137,7 +137,7 @@ def _staged(
         needs_target=False,
         versions={"behaviors": store.version("behaviors")},
         limit=config.limit,
-        keep=_Unanswered(config, where),
+        keep=_Unanswered(config, where, store.version("generations")),
         texts=retrieve.best_of(histories, config, where, tally),
     )
     pool = machines.pool(config.actors, config.cpus_per_actor)
@@ -216,13 +216,18 @@ def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[st
 
 
 class _Unanswered:
-    """Keeps the requests of a bucket that have no answer, or one with another fingerprint."""
+    """Keeps the requests of a bucket that have no answer, or one with another fingerprint.
+
+    As of a version of the table, so that a task that Ray tries again keeps the same: of what it gives, Ray leaves out
+    as many blocks as have gone on already, and their answers may have been committed meanwhile.
+    """
 
     adds = ("fingerprint", "variant", "change")
 
-    def __init__(self, config: Config, where: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config, where: Mapping[str, Any], version: int) -> None:
         self.config = config
         self.where = where
+        self.version = version
 
     def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, int]) -> "pa.Table":
         """Rows of one persona; adds the columns of `adds`, and counts what is `stale`."""
@@ -231,7 +236,7 @@ class _Unanswered:
         columns = ["input", "query", "history_hash", "persona", *(["retrieved"] if self.config.retrieve else [])]
         prints = [answer_fingerprint(row, self.config, self.where) for row in joined.select(columns).to_pylist()]
         variant = variant_of(self.config, joined["persona"][0].as_py())
-        answered = store.answers(variant, bucket)
+        answered = store.answers(variant, bucket, version=self.version)
         known = dict(zip(answered["request_id"].to_pylist(), answered["fingerprint"].to_pylist(), strict=True))
         found = [known.get(request) for request in joined["request_id"].to_pylist()]
         changes = [

@@ -4,7 +4,7 @@ Who has to be made anew is read off the tables themselves (how many behaviors a 
 encoded), so it does not matter when, or how, an earlier run has ended.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +50,16 @@ def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Any) -> No
     """Makes the personas of all users who need one, bucket by bucket, and takes out those of users who are gone."""
     buckets = sorted({*store.buckets(), *store.persona_buckets()})
     work = [{"bucket": bucket} for bucket in buckets]
+    # A task that Ray tries again must find the same users to make, whatever has been committed meanwhile.
+    versions = {name: store.version(name) for name in ("behaviors", "personas")}
     with Committer(writer, tally, stage="personas") as committer:
-        for staged in flow.each(work, _make, store=store, plug=plug):
+        for staged in flow.each(work, _make, store=store, versions=versions, plug=plug):
             committer.take(staged)
 
 
-def _make(batch: "pa.Table", *, store: "Store", plug: PlugSource) -> Iterator["pa.Table"]:
+def _make(
+    batch: "pa.Table", *, store: "Store", versions: Mapping[str, int], plug: PlugSource
+) -> Iterator["pa.Table"]:
     """The personas of one bucket, staged."""
     from persona import storage
     from persona.personas import UserPersonas
@@ -63,7 +67,7 @@ def _make(batch: "pa.Table", *, store: "Store", plug: PlugSource) -> Iterator["p
 
     model = None
     for bucket in batch["bucket"].to_pylist():
-        work = store.personas_to_make(bucket, plug.fingerprint)
+        work = store.personas_to_make(bucket, plug.fingerprint, versions=versions)
         for start in range(0, work.num_rows, _USERS_TOGETHER):
             part = work.slice(start, _USERS_TOGETHER)
             if model is None:

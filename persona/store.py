@@ -9,7 +9,7 @@ A user's bucket is `histories.bucket_of`; whoever works on one bucket reads that
 nothing else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -100,16 +100,22 @@ class Store:
         """The newest version of a table, for reading the same state again later."""
         return self.table(table).version()
 
-    def missing(self, bucket: int, rows: pa.Table, *, sync: bool = False) -> tuple[pa.Table, dict[str, int]]:
+    def missing(
+        self, bucket: int, rows: pa.Table, *, sync: bool = False, version: int | None = None
+    ) -> tuple[pa.Table, dict[str, int]]:
         """What has to be done so that the store has a bucket's valid `rows` (`histories.SCHEMA`), each key once.
 
         Reads keys, hashes and timestamps, no vectors. Returns the rows to work on with a string `change`: `new` ones,
         `edited` ones (stored with another text or timestamp), and, with `sync`, the `gone` ones that are stored and not
         among `rows`, with neither text nor hash. And how many were `known`, `new`, `edited`, `gone`, and `duplicates`
         within the input, of which the latest counts (of the same time, the one with the greatest text hash).
+
+        With a `version` of the table, what has been committed since does not count: so the same rows give the same
+        answer, in the same order, at any time.
         """
         wanted = _latest(rows)
-        stored = self.table("behaviors").scan([*_KEY, "text_hash", "timestamp"], one_of("bucket", [bucket]))
+        columns = [*_KEY, "text_hash", "timestamp"]
+        stored = self.table("behaviors").scan(columns, one_of("bucket", [bucket]), version=version)
         keys, stored_keys = (key_strings(rows.select(_KEY)) for rows in (wanted, stored))
         # Where each row is stored; a table of strings takes a fraction of the memory of a join.
         place = pc.index_in(keys, value_set=stored_keys)
@@ -123,6 +129,7 @@ class Store:
         n_known = wanted.num_rows - work.num_rows
         if sync:
             gone = stored.select(_KEY).filter(pc.invert(pc.is_in(stored_keys, value_set=keys)))
+            gone = gone.take(_order(gone, [(name, "ascending") for name in _KEY]))
             work = pa.concat_tables([work, _gone(gone, bucket, work.schema)])
         counts = {name: pc.sum(pc.equal(work["change"], name)).as_py() or 0 for name in CHANGES}
         return work, {"known": n_known, **counts, "duplicates": rows.num_rows - wanted.num_rows}
@@ -205,17 +212,20 @@ class Store:
         """The buckets that hold personas, sorted."""
         return self.table("personas").partitions()
 
-    def personas_to_make(self, bucket: int, plug: str) -> pa.Table:
+    def personas_to_make(self, bucket: int, plug: str, *, versions: Mapping[str, int] | None = None) -> pa.Table:
         """The users of a bucket whose persona under a plug (its fingerprint) is missing or out of date, or who left.
 
         Rows with `user_id`, `bucket` and `change`. Reads user ids and times, no vectors: a persona is out of date when
-        the user has another number of behaviors now, or one that was encoded later.
+        the user has another number of behaviors now, or one that was encoded later. `versions` pins tables by name.
         """
+        pinned = versions or {}
         where = one_of("bucket", [bucket])
-        behaviors = self.table("behaviors").scan(["user_id", "embedded_at"], where)
+        behaviors = self.table("behaviors").scan(["user_id", "embedded_at"], where, version=pinned.get("behaviors"))
         now = behaviors.group_by("user_id").aggregate([("embedded_at", "max"), ("embedded_at", "count")])
         made = self.table("personas").scan(
-            ["user_id", "n_behaviors", "updated_at"], f"{where} AND {one_of('plug', [plug])}"
+            ["user_id", "n_behaviors", "updated_at"],
+            f"{where} AND {one_of('plug', [plug])}",
+            version=pinned.get("personas"),
         )
         both = now.join(made, "user_id", join_type="full outer", use_threads=False).sort_by("user_id")
         is_new, is_gone = both["n_behaviors"].is_null(), both["embedded_at_count"].is_null()
@@ -229,10 +239,17 @@ class Store:
         users = pa.table({"user_id": both["user_id"], "bucket": buckets, "change": change})
         return users.filter(users["change"].is_valid())
 
-    def answers(self, variant: str, bucket: int) -> pa.Table:
-        """`request_id` and `fingerprint` of what has been answered."""
+    def answers(
+        self,
+        variant: str,
+        bucket: int,
+        columns: Sequence[str] = ("request_id", "fingerprint"),
+        *,
+        version: int | None = None,
+    ) -> pa.Table:
+        """What has been answered in a bucket under a variant."""
         where = f"{one_of('variant', [variant])} AND {one_of('bucket', [bucket])}"
-        return self.table("generations").scan(["request_id", "fingerprint"], where)
+        return self.table("generations").scan(columns, where, version=version)
 
     def read_generations(self, variants: Sequence[str] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Answers of some variants, or of all."""
