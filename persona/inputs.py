@@ -49,13 +49,19 @@ WHOLE_FILE = -1  # the `row` of a reject that concerns all of a file, or all tha
 class Split:
     """A byte range of a file; the lines that *start* in `[start, end)` belong to it.
 
-    Row groups are taken to start at even distances: where they do is said by a footer that may be broken.
+    Row groups are taken to start at even distances: where they do is said by a footer that may be broken. `size_bytes`
+    is of the whole file; when the file has another size by the time it is read, the split that ended it ends it still.
     """
 
     uri: str
     start: int
     end: int
     format: Format
+    size_bytes: int
+
+    def end_in(self, size_bytes: int) -> int:
+        """Where the split ends in the file, which has this size now."""
+        return max(size_bytes, 1) if self.end >= self.size_bytes else self.end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +95,7 @@ def plan_splits(uri: str, *, flag: str, split_bytes: int = 64 * 2**20) -> list[S
         step = max(file.size_bytes, 1) if kind == "jsonl.gz" else split_bytes
         for start in range(0, max(file.size_bytes, 1), step):
             end = min(start + step, max(file.size_bytes, 1))
-            splits.append(Split(uri=file.uri, start=start, end=end, format=kind))
+            splits.append(Split(uri=file.uri, start=start, end=end, format=kind, size_bytes=file.size_bytes))
     if all(file.size_bytes == 0 for file in files):
         raise InputError(f"{flag}: every file at {uri} is empty")
     return splits
@@ -137,10 +143,13 @@ def _read_parquet(split: Split, max_rows: int, columns: Sequence[str] | None) ->
         return
     wanted = _wanted(names, columns)
     with raw, file:
+        size_bytes = raw.size()
+        if bad := _changed(split, size_bytes):
+            yield _nothing(), bad
         row = 0
         for group, n_rows in enumerate(_rows_in_groups(file)):
             first, row = row, row + n_rows
-            if not split.start <= raw.size() * group // file.num_row_groups < split.end:
+            if not split.start <= size_bytes * group // file.num_row_groups < split.end_in(size_bytes):
                 continue
             row_bytes = max(1, file.metadata.row_group(group).total_byte_size // max(1, n_rows))
             batch_rows = min(max_rows, max(1, _HELD_BYTES // row_bytes))
@@ -159,6 +168,17 @@ def _read_parquet(split: Split, max_rows: int, columns: Sequence[str] | None) ->
 _BROKEN = (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError)
 
 
+def _changed(split: Split, size_bytes: int) -> _Bad:
+    """A reject for a file that was replaced, or is still being written: some splits may have read what it was before.
+
+    So nobody knows which rows were missed.
+    """
+    if size_bytes == split.size_bytes:
+        return []
+    sizes = f"{split.size_bytes:,} bytes when this run listed it, and {size_bytes:,} when it was read"
+    return [(WHOLE_FILE, f"file was changed meanwhile: it had {sizes}; what is there now is read")]
+
+
 def _rows_in_groups(file: pq.ParquetFile) -> list[int]:
     return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
@@ -170,7 +190,7 @@ def _read_lines(split: Split, max_rows: int, columns: Sequence[str] | None) -> I
     names: set[str] = set()
     held_bytes = 0
     try:
-        for place, line in _lines(split):
+        for place, line in _lines(split, bad):
             held_bytes += len(line)
             try:
                 value = orjson.loads(line)
@@ -195,10 +215,15 @@ def _read_lines(split: Split, max_rows: int, columns: Sequence[str] | None) -> I
         yield _placed(_table(objects, columns), split, places), bad
 
 
-def _lines(split: Split) -> Iterator[tuple[int, bytes]]:
-    """The lines that start within the split, each with its offset in the (unpacked) text; blank ones are left out."""
+def _lines(split: Split, bad: _Bad) -> Iterator[tuple[int, bytes]]:
+    """The lines that start within the split, each with its offset in the (unpacked) text; blank ones are left out.
+
+    What is wrong with the file as a whole is added to `bad`.
+    """
     filesystem, path = open_filesystem(split.uri)
     with filesystem.open_input_file(path) as raw:
+        size_bytes = raw.size()
+        bad += _changed(split, size_bytes)
         place = 0
         if split.format == "jsonl.gz":
             lines, end = _unpacked_lines(raw), float("inf")
@@ -207,7 +232,7 @@ def _lines(split: Split) -> Iterator[tuple[int, bytes]]:
             if split.start:
                 place = file.seek(split.start - 1)
                 place += len(file.readline())
-            lines, end = file, split.end
+            lines, end = file, split.end_in(size_bytes)
         while place < end and (line := next(lines, b"")):
             if content := (line if place else line.removeprefix(b"\xef\xbb\xbf")).strip():
                 yield place, content

@@ -151,8 +151,29 @@ def test_splits_are_read_from_s3(s3: str) -> None:
     assert [row["n"] for row in rows(read(f"{s3}/in", split_bytes=500))] == list(range(2001))
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("n", [200, 2000])
+def test_of_a_file_that_is_replaced_before_it_is_read_all_is_read_and_it_is_said(
+    tmp_path: Path, name: str, n: int
+) -> None:
+    def write(numbers: range) -> None:
+        if name == "a.parquet":
+            pq.write_table(pa.table({"n": numbers}), tmp_path / name, row_group_size=50)
+        else:
+            lines = b"".join(b'{"n":%d}\n' % number for number in numbers)
+            (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+
+    write(range(1000))
+    splits = plan_splits(str(tmp_path), flag="--histories", split_bytes=3000)
+    write(range(n))
+    found = [records for split in splits for records in read_split(split)]
+    assert [row["n"] for row in rows(found)] == list(range(n))
+    reasons = {reason for records in found for reason in records.rejects["reason"].to_pylist()}
+    assert len(reasons) == 1 and "file was changed meanwhile" in reasons.pop()
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_a_file_that_went_away_is_the_stores_fault_not_a_reject(root: str, kind: Any) -> None:
-    split = Split(uri=storage.join(root, "gone"), start=0, end=9, format=kind)
+    split = Split(uri=storage.join(root, "gone"), start=0, end=9, format=kind, size_bytes=9)
     with pytest.raises(StorageError, match="gone"):
         list(read_split(split))
