@@ -174,7 +174,10 @@ def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | N
 
 
 def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
-    """The plug in front of its LLM, in this process; `config` says in what precision, and what is retrieved."""
+    """The plug in front of its LLM, in this process; `config` says in what precision, and what is retrieved.
+
+    Raises PlugMismatch when another plug lies there now than `where` says.
+    """
     from persona import models, plug_folder, plug_record, storage
     from persona.llm import FrozenLLM
 
@@ -184,6 +187,7 @@ def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
     plug_record.check_models(record, encoder=encoder, llm=llm_folder)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.precision)
     with storage.local_folder(where["plug"]) as folder:
+        plug_record.check_same(folder, where["fingerprint"], uri=where["plug"])
         return plug_folder.load(folder, encoder=encoder, llm=llm, front_tokens=config.front_tokens)
 
 

@@ -57,11 +57,9 @@ def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Any) -> No
             committer.take(staged)
 
 
-def _make(
-    batch: "pa.Table", *, store: "Store", versions: Mapping[str, int], plug: PlugSource
-) -> Iterator["pa.Table"]:
+def _make(batch: "pa.Table", *, store: "Store", versions: Mapping[str, int], plug: PlugSource) -> Iterator["pa.Table"]:
     """The personas of one bucket, staged."""
-    from persona import storage
+    from persona import plug_record, storage
     from persona.personas import UserPersonas
     from persona.writer import staged_files
 
@@ -72,8 +70,10 @@ def _make(
             part = work.slice(start, _USERS_TOGETHER)
             if model is None:
                 with storage.local_folder(plug.uri) as folder:
+                    plug_record.check_same(folder, plug.fingerprint, uri=plug.uri)
                     model = UserPersonas.load(folder)
-            rows = model.make(part, store.read_histories(bucket, part["user_id"].to_pylist()))
+            users = part["user_id"].to_pylist()
+            rows = model.make(part, store.read_histories(bucket, users, version=versions["behaviors"]))
             yield store.stage("personas", rows)
     if model is None:
         yield staged_files([])

@@ -55,7 +55,7 @@ def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, 
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     (folder / CARD).write_text(card)
     partial = folder / f".{RECORD}"
-    partial.write_text(record.to_json())
+    partial.write_text(plug_record.with_digest(record, folder).to_json())
     partial.replace(folder / RECORD)
 
 

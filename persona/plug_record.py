@@ -5,7 +5,7 @@ Imports no torch: a job reads it before it starts a model, and it travels to eve
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ class PlugRecord:
     """Everything about a plug but its weights; the content of `plug.json`.
 
     `encoder` and `llm` are `ModelFolder.card()`s; `encoder_max_tokens` is the cut of the stored behaviors,
-    `max_query_tokens` and `query_prefix` those of the query encoder, `max_input_tokens` that of the LLM.
+    `max_query_tokens` and `query_prefix` those of the query encoder, `max_input_tokens` that of the LLM;
+    `weights_digest` is of the file of weights that belongs to it (empty in plugs that were made before it was kept).
     """
 
     options: PlugOptions
@@ -39,6 +40,7 @@ class PlugRecord:
     max_input_tokens: int
     max_behaviors: int
     training: dict[str, Any]
+    weights_digest: str = ""
 
     def to_json(self) -> str:
         """The text of `plug.json`."""
@@ -71,13 +73,40 @@ def read(folder: Path) -> PlugRecord:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of all that a plug's answers depend on, so not of its training: part of the fingerprint of every answer."""
-    record = asdict(read(folder))
-    del record["training"]
+    """Hash of all that a plug's answers depend on, so not of its training: part of the fingerprint of every answer.
+
+    Raises InputError when the folder holds no complete plug, or parts of two.
+    """
+    record = read(folder)
+    digest = _digest(folder)
+    if record.weights_digest not in ("", digest.hexdigest()):
+        raise InputError(
+            f"{folder}: {RECORD} and {WEIGHTS} are of two plugs, as when one is being copied over the other, or this "
+            "was cut off; try again in a minute, else copy the whole folder anew or run its training once more"
+        )
+    facts = {name: value for name, value in asdict(record).items() if name not in ("training", "weights_digest")}
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return str(digest.hexdigest())
+
+
+def with_digest(record: PlugRecord, folder: Path) -> PlugRecord:
+    """The record of the weights that lie in the folder."""
+    return replace(record, weights_digest=_digest(folder).hexdigest())
+
+
+def check_same(folder: Path, expected: str, *, uri: str) -> None:
+    """Raises PlugMismatch when the plug of a job (its fingerprint) has been replaced since the job began."""
+    found = fingerprint(folder)
+    if found != expected:
+        raise PlugMismatch(
+            f"--plug {uri} is another plug now (fingerprint {found[:12]}) than when the job was started "
+            f"({expected[:12]}); what was made by that one stays, run the same command again for this one"
+        )
+
+
+def _digest(folder: Path) -> Any:  # a hash object, for which hashlib has no public type
     with (folder / WEIGHTS).open("rb") as weights:
-        digest = hashlib.file_digest(weights, lambda: hashlib.blake2b(digest_size=16))
-    digest.update(json.dumps(record, sort_keys=True).encode())
-    return digest.hexdigest()
+        return hashlib.file_digest(weights, lambda: hashlib.blake2b(digest_size=16))
 
 
 def check_models(record: PlugRecord, *, encoder: ModelFolder, llm: ModelFolder) -> None:

@@ -1,6 +1,7 @@
 """Answers that are out of date, on a real Ray: exactly those are made again, and a reader can tell which they were."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs import generate
-from persona.storage import join
+from jobs import generate, session
+from persona.storage import copy_folder, join
 from persona.store import Store
 from persona.writer import merge
 from tests.jobs.conftest import Job, Row, behaviors, changed, encoded, new_plug, requests, stored, write
@@ -33,6 +34,24 @@ def changed_since(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], list[
     names: dict[str, Any] = {}
     exec(block, names)
     return lambda uri, version: names["changed_since"](uri, version).to_pylist()
+
+
+def test_no_answer_is_noted_under_a_plug_that_did_not_make_it(
+    do: Job, flags: dict[str, Any], models: dict[str, str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a new plug is published while the job waits for its machines."""
+    plug = shutil.copytree(flags["plug"], tmp_path / "plug")
+    connect = session.connect
+
+    def connect_late() -> session.Machines:
+        copy_folder(new_plug(tmp_path / "newer", models["encoder"], models["llama"], seed=1), str(plug))
+        return connect()
+
+    monkeypatch.setattr(session, "connect", connect_late)
+    done = do(generate, **{**flags, "plug": plug})
+    assert done.code == 2
+    assert "is another plug now" in done.said and "run the same command again" in done.said
+    assert not stored(store, "generations")
 
 
 def test_exactly_the_answers_that_are_out_of_date_are_made_again(

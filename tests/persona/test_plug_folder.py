@@ -64,7 +64,8 @@ def test_the_query_encoder_reads_in_the_precision_of_the_llm_and_sees_the_same(s
 
 def test_the_record_comes_back_as_it_was_saved(saved, encoder_folder, llm_folder, llm):
     model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
-    assert plug_record.read(saved) == record_of(model, encoder_folder, llm_folder)
+    record = plug_record.with_digest(record_of(model, encoder_folder, llm_folder), saved)
+    assert plug_record.read(saved) == record
 
 
 def test_the_folder_holds_the_plugs_weights_and_nothing_of_the_llm(saved, encoder_folder, llm):
@@ -104,7 +105,14 @@ def test_the_fingerprint_is_of_what_the_answers_depend_on(saved, tmp_path):
     weights = bytearray((moved / "plug.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "plug.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match=r"are of two plugs.*cut off"):
+        plug_record.fingerprint(moved)
+    (moved / "plug.json").write_text(plug_record.with_digest(record, moved).to_json())
     assert plug_record.fingerprint(moved) != found
+    # A plug of before the digest was kept.
+    (moved / "plug.json").write_text(replace(record, weights_digest="").to_json())
+    shutil.copy(saved / "plug.safetensors", moved)
+    assert plug_record.fingerprint(moved) == found
 
 
 @pytest.mark.parametrize("name", ["plug.json", "plug.safetensors"])
