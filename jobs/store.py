@@ -46,8 +46,9 @@ class Config:
         """Refuses what can be refused without looking at any data."""
         command.at_least(self, "target_mb", 1)
         command.at_least(self, "keep_hours", 0)
-        if self.encoder is not None and self.action != "verify":
-            raise UsageError(f"--encoder goes with verify, not with {self.action}")
+        for name, action in (("encoder", "verify"), ("target_mb", "compact"), ("keep_hours", "vacuum")):
+            if getattr(self, name) != getattr(Config, name) and self.action != action:
+                raise UsageError(f"--{name.replace('_', '-')} goes with {action}, not with {self.action}")
 
 
 def main(config: Config) -> Summary:

@@ -63,6 +63,12 @@ class Run:
                     f"--run {config.run}: was started with other settings ({'; '.join(differing)}); go back to those, "
                     "or give it another name"
                 )
+            if not inputs.store.table("behaviors").has(known["behaviors_version"]):
+                raise UsageError(
+                    f"--run {config.run}: reads version {known['behaviors_version']} of the behaviors, and what that "
+                    "held has been taken away since by jobs.forget or jobs.store vacuum; give the run another name, to "
+                    "train on what is there now"
+                )
         version = known["behaviors_version"] if known else inputs.store.version("behaviors")
         return cls(uri=uri, settings=settings, behaviors_version=version, known=known)
 

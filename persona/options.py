@@ -161,6 +161,8 @@ class Decoding:
             raise UsageError(f"--sampling-temperature {self.sampling_temperature}: must be above 0")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if not self.sample:
+            _check_default(self, Decoding, ("sampling_temperature", "top_p", "seed"), needs="--sample")
 
     def row_seed(self, request_id: str) -> int:
         """The seed of one request's sampling: the same in any batch, on any worker."""
@@ -207,3 +209,13 @@ class Retrieval:
             raise UsageError(f"--retrieve-tokens {self.retrieve_tokens}: must be one a text of --retrieve at least")
         if self.columns and self.texts is None:
             raise UsageError("--columns names the columns of --texts, which is not given")
+        if not self.retrieve:
+            _check_default(self, Retrieval, ("retriever", "retrieve_tokens"), needs="--retrieve")
+
+
+def _check_default(options: object, kind: type, names: tuple[str, ...], *, needs: str) -> None:
+    """Raises UsageError for an option that was given and that nothing looks at."""
+    for name in names:
+        value = getattr(options, name)
+        if value != getattr(kind, name):
+            raise UsageError(f"--{name.replace('_', '-')} {value} does nothing without {needs}; give both or none")

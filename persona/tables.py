@@ -120,6 +120,17 @@ class Table:
             if _JOB in entry
         ]
 
+    def has(self, version: int) -> bool:
+        """Whether a version can still be read: neither its log nor one of its files has been taken away."""
+        try:
+            wanted = {file.path for file in self.files(version=version)}
+        except StorageError as error:
+            if error.__cause__ is None or is_transient(error.__cause__):
+                raise
+            return False
+        there = {file.uri.removeprefix(storage.join(self.uri, "")) for file in storage.list_files(self.uri)}
+        return wanted <= there
+
     def partitions(self, *, version: int | None = None) -> list[Any]:
         """The values of the partition column that have rows, sorted."""
         found = {row[self.layout.partition] for row in self._at(version).partitions()}
@@ -377,7 +388,8 @@ class Table:
     def _open(self, version: int | None = None) -> DeltaTable:
         options = delta_options(self.uri)
         table = partial(DeltaTable, self.uri, version=version, storage_options=options)
-        return _asked(table, f"cannot open the table {self.uri}")
+        of_version = "" if version is None else f" as of version {version}"
+        return _asked(table, f"cannot open the table {self.uri}{of_version}")
 
     def _at(self, version: int | None) -> DeltaTable:
         if version is None:

@@ -208,6 +208,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
         ({"retrieve": 2}, "--retrieve 2 needs --texts"),
         ({"retrieve": -1}, "--retrieve -1: must be 0"),
         ({"texts": "h.parquet"}, "--texts does nothing without --retrieve"),
+        ({"retriever": "bm25"}, "--retriever bm25 does nothing without --retrieve"),
         ({"columns": "text=body"}, "--columns names the columns of --texts"),
         ({"retrieve": 9, "retrieve_tokens": 8, "texts": "h.parquet"}, "--retrieve-tokens 8: must be one a text"),
     ],

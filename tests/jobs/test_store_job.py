@@ -116,4 +116,6 @@ def test_the_action_may_stand_first(store: Path, capsys: pytest.CaptureFixture[s
 def test_bad_use(refuse: Job, store: Path, tmp_path: Path) -> None:
     assert "there is no store" in refuse(job, action="show", store=tmp_path).said
     assert "--encoder goes with verify" in refuse(job, action="show", store=store, encoder="x").said
+    assert "--keep-hours goes with vacuum" in refuse(job, action="compact", store=store, keep_hours=0).said
+    assert "--target-mb goes with compact" in refuse(job, action="vacuum", store=store, target_mb=1).said
     assert refuse(job, action="shrink", store=store).code == 2

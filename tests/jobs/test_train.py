@@ -22,6 +22,7 @@ from persona import plug_folder, plug_record
 from persona.llm import FrozenLLM
 from persona.models import resolve
 from persona.storage import join, list_files, local_folder
+from persona.store import Store
 from tests.jobs.conftest import START, TRAINING, Job, behaviors, fill_store, n_reports, requests, seen, write
 
 # 24 requests in batches of 4 are 6 steps an epoch.
@@ -225,7 +226,7 @@ def test_texts_of_the_history_may_stand_in_the_prompts(
     assert done.result["validation_loss"] == pytest.approx(loss, abs=2e-5)
     other = refuse(train, **{**flags, "retriever": "bm25"})
     assert (other.code, "retriever was 'recency' and is 'bm25'" in other.said) == (2, True)
-    assert "--texts does nothing without --retrieve" in refuse(train, **{**flags, "retrieve": 0}).said
+    assert "--retrieve-tokens 12 does nothing without --retrieve" in refuse(train, **{**flags, "retrieve": 0}).said
 
 
 def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:
@@ -234,6 +235,18 @@ def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, 
     assert done.code == 2
     assert "epochs was 2 and is 1; learning_rate was 0.003 and is 0.002" in done.said
     assert "resume run 'r'" in refuse(train, **flags, dry_run=True).result["would"]
+
+
+def test_a_run_whose_data_was_forgotten_is_not_resumed(
+    refuse: Job, inputs: dict, undisturbed: Path, store: Path
+) -> None:
+    flags = {**SETTINGS, **inputs, **places(undisturbed), "store": store, "dry_run": True}
+    assert "resume run 'r'" in refuse(train, **flags).result["would"]
+    with Store.open(str(store)).writer("behaviors", job="test") as writer:
+        writer.erase_history()
+    done = refuse(train, **flags)
+    assert done.code == 2
+    assert "taken away since by jobs.forget or jobs.store vacuum; give the run another name" in done.said
 
 
 def test_a_run_from_before_an_option_is_one_that_has_it_off(

@@ -68,6 +68,8 @@ def test_training_options_that_cannot_work_are_refused(changes, message):
         ({"sampling_temperature": 0.0}, "--sampling-temperature 0.0"),
         ({"top_p": 0.0}, "--top-p 0.0"),
         ({"top_p": 1.5}, "--top-p 1.5"),
+        ({"top_p": 0.9}, "--top-p 0.9 does nothing without --sample"),
+        ({"seed": 7}, "--seed 7 does nothing without --sample"),
     ],
 )
 def test_decoding_that_cannot_work_is_refused(changes, flag):
