@@ -276,15 +276,9 @@ def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identit
     from persona.store import Store
 
     n_bytes = sum(split.end - split.start for split in splits)
-    try:
-        store = Store.open(target)
-        would = (
-            f"add what is missing to the store{' and take out what the histories lack' if config.sync else ''}"
-            if store.identity == identity
-            else "refuse: the store belongs to another encoder"
-        )
-    except InputError:
-        would = "make the store"
+    would = "make the store"
+    if Store.find(target, identity, config.buckets) is not None:
+        would = f"add what is missing to the store{' and take out what the histories lack' if config.sync else ''}"
     n_files = len({split.uri for split in splits})
     table = [
         ("would", would),

@@ -28,6 +28,7 @@ Persona = Literal["own", "none", "other", "mean", "bare"]
 # What is kept of each request and kind of persona: numbers, and no texts.
 _KEPT = ("request_id", "user_id", "persona", "n_behaviors", "nats", "tokens")
 _KEPT_OF_REJECTED = ("rejected_nats", "rejected_tokens")
+_BUCKETS_TOGETHER = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,8 @@ def main(config: Config) -> Summary:
         size: dict[str, Any] = {"times": len(config.personas), "if_all": "with inputs of full length"}
         return cost.planned_requests(_would_do(config), config, splits, where, **size)
 
-    answered = [v for v in config.scored if store.read_generations([v], ["request_id"]).num_rows]
+    there = store.variants()
+    answered = [variant for variant in config.scored if variant in there]
     machines = session.connect()
     tally = flow.new_tally()
     losses = _losses(config, splits, store, where, histories, answered, machines, tally)
@@ -325,13 +327,22 @@ class Losses:
 
 
 def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[Any]]) -> dict[str, dict[str, str]]:
-    """Outputs by variant and request."""
-    asked = set(losses["request_id"])
-    found: dict[str, dict[str, str]] = {}
-    for variant in variants:
-        table = store.read_generations([variant], ["request_id", "output"])
-        rows = zip(table["request_id"].to_pylist(), table["output"].to_pylist(), strict=True)
-        found[variant] = {request: output for request, output in rows if request in asked}
+    """Outputs by variant and request, a few buckets at a time: a variant may have a million times as many."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from persona.histories import bucket_of
+
+    asked = pa.array(sorted(set(losses["request_id"])), pa.string())
+    buckets = np.unique(bucket_of(pa.array(losses["user_id"], pa.string()), store.n_buckets)).tolist()
+    found: dict[str, dict[str, str]] = {variant: {} for variant in variants}
+    for variant, outputs in found.items():
+        for first in range(0, len(buckets), _BUCKETS_TOGETHER):
+            some = buckets[first : first + _BUCKETS_TOGETHER]
+            table = store.read_generations([variant], ["request_id", "output"], buckets=some)
+            mine = table.filter(pc.is_in(table["request_id"], value_set=asked))
+            outputs.update(zip(mine["request_id"].to_pylist(), mine["output"].to_pylist(), strict=True))
     return found
 
 

@@ -35,12 +35,17 @@ class Tally:
 
     def __init__(self) -> None:
         self._units: dict[tuple[str, str], Mapping[str, float]] = {}
+        self._sums: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._metrics = RunMetrics()
 
     def add(self, stage: str, unit: str, counts: Mapping[str, float]) -> None:
         """Notes what a unit of a stage did; the last word on a unit counts."""
-        self._metrics.note(stage, self._units.get((stage, unit), {}), counts)
+        before = self._units.get((stage, unit), {})
+        self._metrics.note(stage, before, counts)
         self._units[stage, unit] = dict(counts)
+        sums = self._sums[stage]
+        for name in {**before, **counts}:
+            sums[name] += counts.get(name, 0.0) - before.get(name, 0.0)
 
     def units(self, stage: str) -> list[str]:
         """The units of a stage that have been noted."""
@@ -48,11 +53,7 @@ class Tally:
 
     def totals(self) -> Counts:
         """Sums over units, by stage and name."""
-        sums: Counts = defaultdict(lambda: defaultdict(float))
-        for (stage, _), counts in self._units.items():
-            for name, value in counts.items():
-                sums[stage][name] += value
-        return {stage: dict(counts) for stage, counts in sums.items()}
+        return {stage: dict(sums) for stage, sums in self._sums.items()}
 
 
 def new_tally() -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from persona.histories import latest
 from persona.requests import SCHEMA
 
 Row = dict[str, Any]
@@ -31,16 +32,15 @@ class Asking:
 
 
 def requests_of(behaviors: pa.Table, asking: Asking) -> tuple[pa.Table, dict[str, int]]:
-    """The requests (`REQUESTS`) of the behaviors of whole users (user_id, behavior_id, text, timestamp), and counts.
+    """The requests (`REQUESTS`) of the behaviors of whole users (`histories.SCHEMA`), and counts.
 
     Of a user's behaviors that have enough older ones, the latest `max_a_user` become requests. Counted are behaviors
     `untimed` (they cannot be placed), with too few older ones (`early`), `short` (nothing is left behind the opening),
     and `older` than the latest that are taken.
     """
-    # Of a behavior that is there twice the later row counts, as it does for `embed`.
-    latest = {(row["user_id"], row["behavior_id"]): row for row in behaviors.select(_READ).to_pylist()}
-    timed = [row for row in latest.values() if row["timestamp"] is not None]
-    counts = {"untimed": len(latest) - len(timed), "early": 0, "short": 0, "older": 0}
+    rows = latest(behaviors).select(_READ).to_pylist()
+    timed = [row for row in rows if row["timestamp"] is not None]
+    counts = {"untimed": len(rows) - len(timed), "early": 0, "short": 0, "older": 0}
     of_users: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(timed, key=lambda row: (row["timestamp"], row["behavior_id"])):
         of_users[row["user_id"]].append(row)

@@ -5,8 +5,9 @@ Two layouts are read, and told apart by what a row holds: a behavior, or a user 
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ SCHEMA = pa.schema(
         ("text_hash", pa.string()),
     ]
 )
+KEY = ["user_id", "behavior_id"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,21 @@ def text_hash(texts: pa.Array | Sequence[str]) -> pa.Array:
     """The BLAKE2b-128 digest of each text in UTF-8, in hex: what tells whether a stored vector is still the text's."""
     encoded = pa.array(texts, pa.large_string()).cast(pa.large_binary()).to_pylist()
     return pa.array([hashlib.blake2b(text, digest_size=16).hexdigest() for text in encoded], pa.string())
+
+
+def latest(behaviors: pa.Table) -> pa.Table:
+    """One row a key: the latest; of the same time, the one with the greatest text hash."""
+    places = {**dict.fromkeys(KEY, "ascending"), "timestamp": "descending", "text_hash": "descending"}
+    rows = in_order(behaviors, places)
+    if rows.num_rows < 2:
+        return rows
+    differs = reduce(pc.or_, (pc.not_equal(rows[c].slice(1), rows[c].slice(0, rows.num_rows - 1)) for c in KEY))
+    return rows.filter(pa.chunked_array([pa.array([True]), *differs.chunks]))
+
+
+def in_order(rows: pa.Table, places: Mapping[str, str]) -> pa.Table:
+    """Rows sorted by columns, each `ascending` or `descending`, nulls last."""
+    return rows.take(pc.sort_indices(rows.select(list(places)), sort_keys=[(*key, "at_end") for key in places.items()]))
 
 
 _Bad = list[tuple[int, str]]

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from persona.cells import TIME
 from persona.errors import InputError, StoreMismatch
+from persona.histories import KEY, in_order, latest
 from persona.layouts import LAYOUTS
 from persona.lease import Lease
 from persona.storage import join
@@ -28,7 +29,6 @@ from persona.writer import CHANGES, Writer, key_strings, staged_files
 
 DEFAULT_BUCKETS = 64
 _PREFIX = "persona."  # of our keys among the table properties, most of which are Delta's
-_KEY = ["user_id", "behavior_id"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +88,21 @@ class Store:
     def open_or_create(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store":
         """Open the store that `identity` may write to, or create it.
 
-        Without `n_buckets`, an existing store keeps its own and a new one gets `DEFAULT_BUCKETS`. Raises
-        `StoreMismatch`: where the store and the wish differ, and what to do.
+        Without `n_buckets`, an existing store keeps its own and a new one gets `DEFAULT_BUCKETS`. Raises as `find`.
         """
-        store = _find(uri)
+        store = Store.find(uri, identity, n_buckets)
         if store is None:
             return Store.create(uri, identity, DEFAULT_BUCKETS if n_buckets is None else n_buckets)
-        return _same(store, identity, n_buckets)
+        return store
+
+    @staticmethod
+    def find(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store | None":
+        """The store that `identity` may write to; None where there is none yet.
+
+        Raises `StoreMismatch`: where the store and the wish differ, and what to do; `InputError` for a table of others.
+        """
+        store = _find(uri)
+        return None if store is None else _same(store, identity, n_buckets)
 
     def version(self, table: str) -> int:
         """The newest version of a table, for reading the same state again later."""
@@ -113,10 +121,10 @@ class Store:
         With a `version` of the table, what has been committed since does not count: so the same rows give the same
         answer, in the same order, at any time.
         """
-        wanted = _latest(rows)
-        columns = [*_KEY, "text_hash", "timestamp"]
+        wanted = latest(rows)
+        columns = [*KEY, "text_hash", "timestamp"]
         stored = self.table("behaviors").scan(columns, one_of("bucket", [bucket]), version=version)
-        keys, stored_keys = (key_strings(rows.select(_KEY)) for rows in (wanted, stored))
+        keys, stored_keys = (key_strings(rows.select(KEY)) for rows in (wanted, stored))
         # Where each row is stored; a table of strings takes a fraction of the memory of a join.
         place = pc.index_in(keys, value_set=stored_keys)
         old = stored.select(["text_hash", "timestamp"]).take(place)
@@ -128,8 +136,8 @@ class Store:
         work = wanted.append_column("change", pc.if_else(place.is_valid(), "edited", "new")).filter(pc.invert(same))
         n_known = wanted.num_rows - work.num_rows
         if sync:
-            gone = stored.select(_KEY).filter(pc.invert(pc.is_in(stored_keys, value_set=keys)))
-            gone = gone.take(_order(gone, [(name, "ascending") for name in _KEY]))
+            gone = stored.select(KEY).filter(pc.invert(pc.is_in(stored_keys, value_set=keys)))
+            gone = in_order(gone, dict.fromkeys(KEY, "ascending"))
             work = pa.concat_tables([work, _gone(gone, bucket, work.schema)])
         counts = {name: pc.sum(pc.equal(work["change"], name)).as_py() or 0 for name in CHANGES}
         return work, {"known": n_known, **counts, "duplicates": rows.num_rows - wanted.num_rows}
@@ -193,11 +201,9 @@ class Store:
         where = one_of("bucket", [bucket])
         if user_ids is not None:
             where += f" AND {one_of('user_id', user_ids)}"
-        columns = [*_KEY, "timestamp", "text_hash", *(["vector"] if with_vectors else [])]
+        columns = [*KEY, "timestamp", "text_hash", *(["vector"] if with_vectors else [])]
         table = self.table("behaviors").scan(columns, where, version=version)
-        return table.take(
-            _order(table, [("user_id", "ascending"), ("timestamp", "ascending"), ("behavior_id", "ascending")])
-        )
+        return in_order(table, dict.fromkeys(["user_id", "timestamp", "behavior_id"], "ascending"))
 
     def users(self, bucket: int, version: int | None = None) -> list[str]:
         """Who has behaviors in a bucket, sorted."""
@@ -251,10 +257,21 @@ class Store:
         where = f"{one_of('variant', [variant])} AND {one_of('bucket', [bucket])}"
         return self.table("generations").scan(columns, where, version=version)
 
-    def read_generations(self, variants: Sequence[str] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Answers of some variants, or of all."""
-        where = None if variants is None else one_of("variant", variants)
-        return self.table("generations").scan(columns, where)
+    def variants(self) -> list[str]:
+        """The variants that have answers, sorted; read from the log alone."""
+        return self.table("generations").partitions()
+
+    def read_generations(
+        self,
+        variants: Sequence[str] | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        buckets: Sequence[int] | None = None,
+    ) -> pa.Table:
+        """Answers of some variants and buckets, or of all."""
+        wanted = {"variant": variants, "bucket": buckets}
+        where = [one_of(name, values) for name, values in wanted.items() if values is not None]
+        return self.table("generations").scan(columns, " AND ".join(where) or None)
 
     def write_rejects(self, rows: pa.Table) -> None:
         """Commit bad input rows (`inputs.REJECTS`); what an earlier run has already noted stays one row."""
@@ -314,25 +331,6 @@ def _gone(keys: pa.Table, bucket: int, schema: pa.Schema) -> pa.Table:
     known = {"bucket": pa.repeat(pa.scalar(bucket, pa.int32()), keys.num_rows), "change": ["gone"] * keys.num_rows}
     columns = {**{name: keys[name] for name in keys.column_names}, **known}
     return pa.table([columns.get(f.name, pa.nulls(keys.num_rows, f.type)) for f in schema], schema=schema)
-
-
-def _latest(rows: pa.Table) -> pa.Table:
-    """One row a key: the latest; of the same time, the one with the greatest text hash."""
-    order = [
-        ("user_id", "ascending"),
-        ("behavior_id", "ascending"),
-        ("timestamp", "descending"),
-        ("text_hash", "descending"),
-    ]
-    rows = rows.take(_order(rows, order))
-    if rows.num_rows < 2:
-        return rows
-    differs = reduce(pc.or_, (pc.not_equal(rows[c].slice(1), rows[c].slice(0, rows.num_rows - 1)) for c in _KEY))
-    return rows.filter(pa.chunked_array([pa.array([True]), *differs.chunks]))
-
-
-def _order(rows: pa.Table, keys: list[tuple[str, str]]) -> pa.Array:
-    return pc.sort_indices(rows.select([name for name, _ in keys]), sort_keys=[(*key, "at_end") for key in keys])
 
 
 def _now(n: int) -> pa.Array:

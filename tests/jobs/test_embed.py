@@ -11,10 +11,10 @@ import pytest
 import torch
 from deltalake import DeltaTable
 
-from jobs import embed, flow
+from jobs import embed, flow, session
 from persona import models as persona_models
 from persona.encoder import TextEncoder
-from persona.storage import delta_options, join, read_bytes, write_bytes
+from persona.storage import delta_options, exists, join, read_bytes, write_bytes
 from persona.store import Store
 from tests.jobs.conftest import BUCKETS, START, Job, behaviors, stored, write
 
@@ -139,9 +139,41 @@ def test_a_dry_run_says_what_would_be_done_and_makes_nothing(refuse: Job, flags:
     write(join(root, "in.parquet"), behaviors(2, 2))
     done = refuse(embed, histories=join(root, "in.parquet"), dry_run=True, **flags)
     assert (done.code, done.result["would"]) == (0, "make the store")
-    from persona.storage import exists
-
     assert not exists(str(flags["store"]))
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    refuse: Job, models: dict[str, str], filled_store: Path, tmp_path: Path
+) -> None:
+    flags = {"histories": write(str(tmp_path / "in.parquet"), behaviors()), "encoder": models["encoder"]}
+    flags |= {"store": filled_store, "max_tokens": 32}
+    assert "add what is missing" in refuse(embed, **flags, dry_run=True).result["would"]
+    for other in ({"max_tokens": 16}, {"buckets": BUCKETS + 1}):
+        done = refuse(embed, **{**flags, **other}, dry_run=True)
+        assert (done.code, done.result) == (2, None)
+        assert "in the store and" in done.said
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_sync_takes_nothing_out_when_a_file_is_replaced_between_listing_and_reading(
+    do: Job, models: dict[str, str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As when the nightly export comes while the job waits for its machines."""
+    histories = str(tmp_path / f"in.{kind}")
+    of_yesterday, rows = behaviors()[15:], behaviors(40)
+    write(histories, of_yesterday)
+    connect = session.connect
+
+    def connect_late() -> session.Machines:
+        write(histories, rows)
+        return connect()
+
+    monkeypatch.setattr(session, "connect", connect_late)
+    flags = {"histories": histories, "encoder": models["encoder"], "max_tokens": 32, "store": store, "actors": 1}
+    done = do(embed, sync=True, **flags)
+    assert (done.result["gone"], done.result["new"]) == (0, len(rows) - len(behaviors()))
+    assert set(stored(store, "behaviors")) == {(row["user_id"], row["behavior_id"]) for row in rows}
+    assert "file was changed meanwhile" in done.table and "taken out" in done.table
 
 
 def test_a_model_that_is_alone_takes_the_cores_of_those_that_may_still_come(

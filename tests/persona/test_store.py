@@ -133,6 +133,21 @@ def test_a_pinned_version_stays_as_it_was(store: Store) -> None:
     assert store.users(bucket, version=0) == [] and store.buckets(version=0) == []
 
 
+def test_a_version_is_there_until_it_is_vacuumed_or_forgotten(store: Store) -> None:
+    table = store.table("behaviors")
+    refresh(store, behaviors(("a", "1", "text", 1)))
+    first = store.version("behaviors")
+    assert table.has(first)
+    refresh(store, behaviors(("a", "1", "edited", 1)))
+    second = store.version("behaviors")
+    assert table.has(first) and table.has(second)
+    with store.writer("behaviors", job="test") as writer:
+        writer.vacuum(keep_hours=0)
+        assert table.has(second) and not table.has(first)
+        writer.erase_history()
+    assert table.has(store.version("behaviors")) and not table.has(second)
+
+
 def test_answers_are_found_and_replaced(store: Store) -> None:
     store.write("generations", answers("r1", "r2"))
     store.write("generations", answers("r1", variant="none / ü'"))
