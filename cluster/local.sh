@@ -50,7 +50,8 @@ PY
 s3="${ports[0]}" gcs="${ports[1]}" dashboard="${ports[2]}"
 
 (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$folder/token")
-unset RAY_ADDRESS AWS_PROFILE AWS_SESSION_TOKEN
+# What the caller has is neither used here nor printed below.
+unset RAY_ADDRESS RAY_AUTH_TOKEN "${!AWS_@}"
 export AWS_ENDPOINT_URL="http://127.0.0.1:$s3" AWS_ALLOW_HTTP=true AWS_REGION=us-east-1 AWS_DEFAULT_REGION=us-east-1
 export AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local AWS_EC2_METADATA_DISABLED=true
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token" RAY_USAGE_STATS_ENABLED=0
