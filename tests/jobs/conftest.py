@@ -99,7 +99,8 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Job:
         capsys.readouterr()
         code = run(job.Config, job.main, arguments(**flags))
         out, said = capsys.readouterr()
-        *table, last = out.splitlines() or [""]
+        # Of a process that has died Ray speaks up in between, or afterwards.
+        *table, last = [line for line in out.splitlines() if "(raylet)" not in line] or [""]
         return Done(code=code, result=json.loads(last) if last else None, table="\n".join(table), said=said)
 
     return call
@@ -116,6 +117,19 @@ def do(local_ray: None, refuse: Job) -> Job:
         return done
 
     return call
+
+
+@pytest.fixture
+def while_it_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Has something happen while a job waits for its machines."""
+    from jobs import session
+
+    connect = session.connect
+
+    def plan(happens: Callable[[], object]) -> None:
+        monkeypatch.setattr(session, "connect", lambda: (happens(), connect())[1])
+
+    return plan
 
 
 def arguments(**flags: object) -> list[str]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from deltalake import DeltaTable
 
-from jobs import embed, flow, session
+from jobs import embed, flow
 from persona import models as persona_models
 from persona.encoder import TextEncoder
 from persona.storage import delta_options, exists, join, read_bytes, write_bytes
@@ -156,19 +157,13 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_sync_takes_nothing_out_when_a_file_is_replaced_between_listing_and_reading(
-    do: Job, models: dict[str, str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    do: Job, models: dict[str, str], store: Path, tmp_path: Path, while_it_waits: Callable[..., None], kind: str
 ) -> None:
-    """As when the nightly export comes while the job waits for its machines."""
+    """As when the nightly export comes."""
     histories = str(tmp_path / f"in.{kind}")
     of_yesterday, rows = behaviors()[15:], behaviors(40)
     write(histories, of_yesterday)
-    connect = session.connect
-
-    def connect_late() -> session.Machines:
-        write(histories, rows)
-        return connect()
-
-    monkeypatch.setattr(session, "connect", connect_late)
+    while_it_waits(lambda: write(histories, rows))
     flags = {"histories": histories, "encoder": models["encoder"], "max_tokens": 32, "store": store, "actors": 1}
     done = do(embed, sync=True, **flags)
     assert (done.result["gone"], done.result["new"]) == (0, len(rows) - len(behaviors()))

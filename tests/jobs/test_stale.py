@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs import generate, session
+from jobs import generate
 from persona.storage import copy_folder, join
 from persona.store import Store
 from persona.writer import merge
@@ -37,17 +37,17 @@ def changed_since(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], list[
 
 
 def test_no_answer_is_noted_under_a_plug_that_did_not_make_it(
-    do: Job, flags: dict[str, Any], models: dict[str, str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    do: Job,
+    flags: dict[str, Any],
+    models: dict[str, str],
+    store: Path,
+    tmp_path: Path,
+    while_it_waits: Callable[..., None],
 ) -> None:
-    """As when a new plug is published while the job waits for its machines."""
+    """As when a new plug is published."""
     plug = shutil.copytree(flags["plug"], tmp_path / "plug")
-    connect = session.connect
-
-    def connect_late() -> session.Machines:
-        copy_folder(new_plug(tmp_path / "newer", models["encoder"], models["llama"], seed=1), str(plug))
-        return connect()
-
-    monkeypatch.setattr(session, "connect", connect_late)
+    newer = new_plug(tmp_path / "newer", models["encoder"], models["llama"], seed=1)
+    while_it_waits(lambda: copy_folder(newer, str(plug)))
     done = do(generate, **{**flags, "plug": plug})
     assert done.code == 2
     assert "is another plug now" in done.said and "run the same command again" in done.said
