@@ -135,8 +135,6 @@ def _staged(
 ) -> Iterator[Any]:
     """The job as one chain: read, find what is missing, encode, stage."""
     rows = flow.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
-    # A task that Ray tries again must find again what it found before, whatever has been committed meanwhile: of what
-    # it gives, Ray leaves out as many blocks as have gone on already.
     comparing = {"store": store, "version": store.version("behaviors"), "tally": tally, "config": config}
     missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, **comparing)
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.

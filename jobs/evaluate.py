@@ -283,7 +283,9 @@ class _Answered:
     def __init__(self, variants: Sequence[str]) -> None:
         self.variants = variants
 
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, _counts: Any) -> "pa.Table":
+    def __call__(
+        self, joined: "pa.Table", store: "Store", bucket: int, _versions: Mapping[str, int], _counts: Any
+    ) -> "pa.Table":
         """The rows as they came."""
         asked = set(joined["request_id"].to_pylist())
         for variant in self.variants:

@@ -156,7 +156,12 @@ def _read_one(batch: "pa.Table", *, reader: Callable[..., Any], settings: dict[s
 def by_bucket(
     rows: "Dataset", splits: Sequence["Split"], n_buckets: int, work: Callable[..., Any], **settings: Any
 ) -> "Dataset":
-    """`work(rows_of_one_bucket, **settings)` for each bucket; the only place where rows change machines."""
+    """`work(rows_of_one_bucket, **settings)` for each bucket; the only place where rows change machines.
+
+    `work` has to give the same whenever it is called: of a task that is tried again, Ray leaves out as many blocks as
+    have gone on already, and what came of those may have been committed meanwhile. So it reads the tables that the job
+    writes to at a version of the job's beginning.
+    """
     n_bytes = sum(split.end - split.start for split in splits)
     n_partitions = min(max(n_bytes // _PARTITION_BYTES, 4), _PARTITIONS_A_BUCKET * n_buckets)
     return rows.groupby("bucket", num_partitions=n_partitions).map_groups(
@@ -182,9 +187,9 @@ def requests_with_histories(
 ) -> "Dataset":
     """Requests, each once for each of `personas` with the history that it may see (`persona.join`), bucket by bucket.
 
-    `keep(joined, store, bucket, counts)` may take rows out before their vectors are read, and adds the columns that
-    `keep.adds` names; `stage` is where the tally counts; `texts` brings the texts of histories to the requests;
-    `rejected` is the column of a text that was not the right answer (`requests.REJECTED`).
+    `keep(joined, store, bucket, versions, counts)` may take rows out before their vectors are read, and adds the
+    columns that `keep.adds` names; `stage` is where the tally counts; `texts` brings the texts of histories to the
+    requests; `rejected` is the column of a text that was not the right answer (`requests.REJECTED`).
     """
     reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target, "rejected": rejected}
     rows = read(splits, read_requests, limit=limit, **reading)
@@ -279,7 +284,7 @@ def join_bucket(
                 counts["untimed"] += sum(joined["n_untimed"].to_pylist())
                 counts["empty"] += joined["n_behaviors"].to_pylist().count(0)
             if keep is not None:
-                kept = keep(joined, store, bucket, counts).select([*part.column_names, *keep.adds])
+                kept = keep(joined, store, bucket, versions, counts).select([*part.column_names, *keep.adds])
                 joined = join_histories(kept, store, bucket, **how)
             counts["kept"] += joined.num_rows
             counts["seconds"] += time.perf_counter() - since
@@ -289,7 +294,7 @@ def join_bucket(
 
 
 def each(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **settings: Any) -> Iterator["pa.Table"]:
-    """What `work(table_of_one_item, **settings)` yields, items being worked on side by side."""
+    """What `work(table_of_one_item, **settings)`, of which the same holds as in `by_bucket`, yields, side by side."""
     import ray
 
     if items:

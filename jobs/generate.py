@@ -68,8 +68,8 @@ class Config(Decoding, Retrieval, CostOptions):
         """Refuses what can be refused without looking at any data."""
         self.check_decoding()
         self.check_cost()
-        self.check_retrieval()
         self.check_texts_are_used()
+        self.check_retrieval()
         for name in ("batch_size", "block_rows", "actors", "cpus_per_actor"):
             command.at_least(self, name, 1)
         if not self.persona or len(set(self.persona)) < len(self.persona):
@@ -135,9 +135,9 @@ def _staged(
         personas=config.persona,
         max_behaviors=where["record"].max_behaviors,
         needs_target=False,
-        versions={"behaviors": store.version("behaviors")},
+        versions={name: store.version(name) for name in ("behaviors", "generations")},
         limit=config.limit,
-        keep=_Unanswered(config, where, store.version("generations")),
+        keep=_Unanswered(config, where),
         texts=retrieve.best_of(histories, config, where, tally),
     )
     pool = machines.pool(config.actors, config.cpus_per_actor)
@@ -178,7 +178,7 @@ def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
 
     Raises PlugMismatch when another plug lies there now than `where` says.
     """
-    from persona import models, plug_folder, plug_record, storage
+    from persona import models, plug_folder, plug_record
     from persona.llm import FrozenLLM
 
     record: PlugRecord = where["record"]
@@ -186,8 +186,7 @@ def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
     llm_folder = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
     plug_record.check_models(record, encoder=encoder, llm=llm_folder)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.precision)
-    with storage.local_folder(where["plug"]) as folder:
-        plug_record.check_same(folder, where["fingerprint"], uri=where["plug"])
+    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
         return plug_folder.load(folder, encoder=encoder, llm=llm, front_tokens=config.front_tokens)
 
 
@@ -220,27 +219,24 @@ def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[st
 
 
 class _Unanswered:
-    """Keeps the requests of a bucket that have no answer, or one with another fingerprint.
-
-    As of a version of the table, so that a task that Ray tries again keeps the same: of what it gives, Ray leaves out
-    as many blocks as have gone on already, and their answers may have been committed meanwhile.
-    """
+    """Keeps the requests of a bucket that have no answer, or one with another fingerprint."""
 
     adds = ("fingerprint", "variant", "change")
 
-    def __init__(self, config: Config, where: Mapping[str, Any], version: int) -> None:
+    def __init__(self, config: Config, where: Mapping[str, Any]) -> None:
         self.config = config
         self.where = where
-        self.version = version
 
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, int]) -> "pa.Table":
+    def __call__(
+        self, joined: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int], counts: dict[str, int]
+    ) -> "pa.Table":
         """Rows of one persona; adds the columns of `adds`, and counts what is `stale`."""
         import pyarrow as pa
 
         columns = ["input", "query", "history_hash", "persona", *(["retrieved"] if self.config.retrieve else [])]
         prints = [answer_fingerprint(row, self.config, self.where) for row in joined.select(columns).to_pylist()]
         variant = variant_of(self.config, joined["persona"][0].as_py())
-        answered = store.answers(variant, bucket, version=self.version)
+        answered = store.answers(variant, bucket, version=versions["generations"])
         known = dict(zip(answered["request_id"].to_pylist(), answered["fingerprint"].to_pylist(), strict=True))
         found = [known.get(request) for request in joined["request_id"].to_pylist()]
         changes = [

@@ -32,7 +32,6 @@ def look(
     of what is seen, null where the histories no longer have them.
     """
     max_behaviors = where["record"].max_behaviors
-    versions = {"behaviors": store.version("behaviors")}
     rows = flow.read(splits, _chosen, limit=None, ids=frozenset(ids), n_buckets=store.n_buckets)
     texts = None
     if histories is not None:
@@ -49,8 +48,8 @@ def look(
         stage="look",
         personas=["own"],
         max_behaviors=max_behaviors,
-        versions=versions,
-        keep=_Seen(max_behaviors, versions),
+        versions={"behaviors": store.version("behaviors")},
+        keep=_Seen(max_behaviors),
         texts=texts,
     )
     # One process is enough for a few hundred requests, and it loads no LLM.
@@ -101,17 +100,18 @@ class _Seen:
 
     adds = ("behavior_id", "timestamp")
 
-    def __init__(self, max_behaviors: int, versions: Mapping[str, int]) -> None:
+    def __init__(self, max_behaviors: int) -> None:
         self.max_behaviors = max_behaviors
-        self.versions = versions
 
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, _counts: Any) -> "pa.Table":
+    def __call__(
+        self, joined: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int], _counts: Any
+    ) -> "pa.Table":
         """All rows, with the columns of `adds`, oldest behavior first."""
         import pyarrow as pa
 
         from persona.join import seen_rows
 
-        seen = seen_rows(joined, store, bucket, max_behaviors=self.max_behaviors, versions=self.versions)
+        seen = seen_rows(joined, store, bucket, max_behaviors=self.max_behaviors, versions=versions)
         for name in self.adds:
             kind = pa.string() if name == "behavior_id" else pa.timestamp("us", "UTC")
             joined = joined.append_column(name, pa.array([rows[name].to_pylist() for rows in seen], pa.list_(kind)))
@@ -122,13 +122,12 @@ def _look_at(requests: "pa.Table", *, where: Mapping[str, Any]) -> "pa.Table":
     """Adds `weights` and `persona`."""
     import pyarrow as pa
 
-    from persona import models, plug_record, storage
+    from persona import models, plug_record
     from persona.insight import PlugAlone
 
     session.quiet_models(1)
     encoder = models.resolve(where["encoder"], revision=where["record"].encoder["revision"], flag="--encoder")
-    with storage.local_folder(where["plug"]) as folder:
-        plug_record.check_same(folder, where["fingerprint"], uri=where["plug"])
+    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
         plug = PlugAlone.load(folder, encoder)
     looks = [plug.look([row])[0] for row in requests.to_pylist()]
     requests = requests.append_column("weights", pa.array([one.weights for one in looks], pa.list_(pa.float32())))

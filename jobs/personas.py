@@ -50,7 +50,6 @@ def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Any) -> No
     """Makes the personas of all users who need one, bucket by bucket, and takes out those of users who are gone."""
     buckets = sorted({*store.buckets(), *store.persona_buckets()})
     work = [{"bucket": bucket} for bucket in buckets]
-    # A task that Ray tries again must find the same users to make, whatever has been committed meanwhile.
     versions = {name: store.version(name) for name in ("behaviors", "personas")}
     with Committer(writer, tally, stage="personas") as committer:
         for staged in flow.each(work, _make, store=store, versions=versions, plug=plug):
@@ -59,7 +58,7 @@ def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Any) -> No
 
 def _make(batch: "pa.Table", *, store: "Store", versions: Mapping[str, int], plug: PlugSource) -> Iterator["pa.Table"]:
     """The personas of one bucket, staged."""
-    from persona import plug_record, storage
+    from persona import plug_record
     from persona.personas import UserPersonas
     from persona.writer import staged_files
 
@@ -69,8 +68,7 @@ def _make(batch: "pa.Table", *, store: "Store", versions: Mapping[str, int], plu
         for start in range(0, work.num_rows, _USERS_TOGETHER):
             part = work.slice(start, _USERS_TOGETHER)
             if model is None:
-                with storage.local_folder(plug.uri) as folder:
-                    plug_record.check_same(folder, plug.fingerprint, uri=plug.uri)
+                with plug_record.local_plug(plug.uri, plug.fingerprint) as folder:
                     model = UserPersonas.load(folder)
             users = part["user_id"].to_pylist()
             rows = model.make(part, store.read_histories(bucket, users, version=versions["behaviors"]))

@@ -79,8 +79,8 @@ class Config(TrainingOptions, PlugOptions, Retrieval, CostOptions):
         """Refuses what can be refused without looking at any data."""
         PlugOptions.check(self)
         self.check_cost()
-        self.check_retrieval()
         self.check_texts_are_used()
+        self.check_retrieval()
         self.check_training(self.workers or 1)
         for name in ("validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"):
             command.at_least(self, name, 1)

@@ -6,6 +6,7 @@ judged later (`histories`, `requests`).
 """
 
 import io
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,7 +51,7 @@ class Split:
     """A byte range of a file; the lines that *start* in `[start, end)` belong to it.
 
     Row groups are taken to start at even distances: where they do is said by a footer that may be broken. `size_bytes`
-    is of the whole file; when the file has another size by the time it is read, the split that ended it ends it still.
+    is of the whole file.
     """
 
     uri: str
@@ -59,9 +60,10 @@ class Split:
     format: Format
     size_bytes: int
 
-    def end_in(self, size_bytes: int) -> int:
-        """Where the split ends in the file, which has this size now."""
-        return max(size_bytes, 1) if self.end >= self.size_bytes else self.end
+    @property
+    def until(self) -> float:
+        """Its end; a file's last split ends where the file does, which may be longer by the time it is read."""
+        return math.inf if self.end >= self.size_bytes else self.end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ def _read_parquet(split: Split, max_rows: int, columns: Sequence[str] | None) ->
         row = 0
         for group, n_rows in enumerate(_rows_in_groups(file)):
             first, row = row, row + n_rows
-            if not split.start <= size_bytes * group // file.num_row_groups < split.end_in(size_bytes):
+            if not split.start <= size_bytes * group // file.num_row_groups < split.until:
                 continue
             row_bytes = max(1, file.metadata.row_group(group).total_byte_size // max(1, n_rows))
             batch_rows = min(max_rows, max(1, _HELD_BYTES // row_bytes))
@@ -222,18 +224,17 @@ def _lines(split: Split, bad: _Bad) -> Iterator[tuple[int, bytes]]:
     """
     filesystem, path = open_filesystem(split.uri)
     with filesystem.open_input_file(path) as raw:
-        size_bytes = raw.size()
-        bad += _changed(split, size_bytes)
+        bad += _changed(split, raw.size())
         place = 0
         if split.format == "jsonl.gz":
-            lines, end = _unpacked_lines(raw), float("inf")
+            lines = _unpacked_lines(raw)
         else:
             file = io.BufferedReader(raw, _CHUNK_BYTES)
             if split.start:
                 place = file.seek(split.start - 1)
                 place += len(file.readline())
-            lines, end = file, split.end_in(size_bytes)
-        while place < end and (line := next(lines, b"")):
+            lines = file
+        while place < split.until and (line := next(lines, b"")):
             if content := (line if place else line.removeprefix(b"\xef\xbb\xbf")).strip():
                 yield place, content
             place += len(line)

@@ -5,10 +5,13 @@ Imports no torch: a job reads it before it starts a model, and it travels to eve
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models import ModelFolder
 from persona.options import PlugOptions, Pooling
@@ -94,14 +97,20 @@ def with_digest(record: PlugRecord, folder: Path) -> PlugRecord:
     return replace(record, weights_digest=_digest(folder).hexdigest())
 
 
-def check_same(folder: Path, expected: str, *, uri: str) -> None:
-    """Raises PlugMismatch when the plug of a job (its fingerprint) has been replaced since the job began."""
-    found = fingerprint(folder)
-    if found != expected:
-        raise PlugMismatch(
-            f"--plug {uri} is another plug now (fingerprint {found[:12]}) than when the job was started "
-            f"({expected[:12]}); what was made by that one stays, run the same command again for this one"
-        )
+@contextmanager
+def local_plug(uri: str, expected: str) -> Iterator[Path]:
+    """The plug that a job was started with, as `storage.local_folder`; `expected` is its fingerprint.
+
+    Raises PlugMismatch when it has been replaced since.
+    """
+    with storage.local_folder(uri) as folder:
+        found = fingerprint(folder)
+        if found != expected:
+            raise PlugMismatch(
+                f"--plug {uri} is another plug now (fingerprint {found[:12]}) than when the job was started "
+                f"({expected[:12]}); what was made by that one stays, run the same command again for this one"
+            )
+        yield folder
 
 
 def _digest(folder: Path) -> Any:  # a hash object, for which hashlib has no public type

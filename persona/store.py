@@ -245,17 +245,10 @@ class Store:
         users = pa.table({"user_id": both["user_id"], "bucket": buckets, "change": change})
         return users.filter(users["change"].is_valid())
 
-    def answers(
-        self,
-        variant: str,
-        bucket: int,
-        columns: Sequence[str] = ("request_id", "fingerprint"),
-        *,
-        version: int | None = None,
-    ) -> pa.Table:
-        """What has been answered in a bucket under a variant."""
+    def answers(self, variant: str, bucket: int, *, version: int | None = None) -> pa.Table:
+        """`request_id` and `fingerprint` of what has been answered."""
         where = f"{one_of('variant', [variant])} AND {one_of('bucket', [bucket])}"
-        return self.table("generations").scan(columns, where, version=version)
+        return self.table("generations").scan(["request_id", "fingerprint"], where, version=version)
 
     def variants(self) -> list[str]:
         """The variants that have answers, sorted; read from the log alone."""

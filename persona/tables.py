@@ -128,8 +128,7 @@ class Table:
             if error.__cause__ is None or is_transient(error.__cause__):
                 raise
             return False
-        there = {file.uri.removeprefix(storage.join(self.uri, "")) for file in storage.list_files(self.uri)}
-        return wanted <= there
+        return wanted <= self._paths_there()
 
     def partitions(self, *, version: int | None = None) -> list[Any]:
         """The values of the partition column that have rows, sorted."""
@@ -325,17 +324,22 @@ class Table:
         """
         if not self.layout.key:
             keep_hours = max(keep_hours, 1)  # `append` needs no lease: what it is about to commit is younger than that
-        listed = storage.list_files(self.uri, (".parquet",)) if not keep_hours else []
+        listed = self._paths_there() if not keep_hours else set()
         latest = self._at(None)
         look = partial(latest.vacuum, keep_hours, dry_run=True, enforce_retention_duration=False, full=True)
         unused = set(_asked(look, f"cannot list what is unused of the table {self.uri}"))
         used = {file.path for file in self._files(self._held(lease))}
         # The library believes clocks, and those of two machines differ.
-        unused |= {file.uri.removeprefix(storage.join(self.uri, "")) for file in listed}
-        found = sorted(storage.join(self.uri, path) for path in unused - used)
+        found = sorted(storage.join(self.uri, path) for path in (unused | listed) - used)
         with ThreadPoolExecutor(_DELETIONS_AT_ONCE) as pool:
             list(pool.map(storage.delete, found))
         return found
+
+    def _paths_there(self) -> set[str]:
+        """All files of rows, committed or not."""
+        return {
+            file.uri.removeprefix(storage.join(self.uri, "")) for file in storage.list_files(self.uri, (".parquet",))
+        }
 
     def forget_log(self, *, lease: int) -> list[str]:
         """Delete every version but a new last one: old ones name, in statistics, who is gone. Returns the files."""
