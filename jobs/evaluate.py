@@ -120,22 +120,23 @@ def main(config: Config) -> Summary:
         size: dict[str, Any] = {"times": len(config.personas), "if_all": "with inputs of full length"}
         return cost.planned_requests(_would_do(config), config, splits, where, **size)
 
-    there = store.variants()
-    answered = [variant for variant in config.scored if variant in there]
+    # The whole report is of one state of the tables, whoever writes to them meanwhile.
+    versions = {name: store.version(name) for name in ("behaviors", "generations")}
+    answered = _with_answers(config.scored, store, versions)
     machines = session.connect()
     tally = flow.new_tally()
-    losses = _losses(config, splits, store, where, histories, answered, machines, tally)
+    losses = _losses(config, splits, store, versions, where, histories, answered, machines, tally)
     if not losses["request_id"]:
         raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
-    answers = _answers(store, answered, losses)
+    answers = _answers(store, versions, answered, losses)
     golds = dict(zip(losses["request_id"], losses["target"], strict=True))
     metrics = comparison.compare(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
     metrics |= {"limited": config.limit is not None}
     metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
-    metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
+    metrics |= _looked_at(config, splits, store, versions, where, tally, histories, losses, answers)
     counts = flow.totals(tally)
     metrics["training"] = where["record"].training
-    metrics["settings"] = {**asdict(config), "variants": config.scored, **_origin(store, where)}
+    metrics["settings"] = {**asdict(config), "variants": config.scored, **_origin(versions, where)}
     metrics["versions"] = report.versions()
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
     metrics["seconds"] = round(time.perf_counter() - started, 1)
@@ -178,6 +179,7 @@ def _looked_at(
     config: Config,
     splits: Sequence[Any],
     store: "Store",
+    versions: Mapping[str, int],
     where: Mapping[str, Any],
     tally: Any,
     histories: Any,
@@ -193,7 +195,7 @@ def _looked_at(
     examples = [*shown["even"], *shown["largest_gains"], *shown["largest_losses"]]
     user_of = dict(zip(losses["request_id"], losses["user_id"], strict=True))
     ids = sorted({*examples, *shown["map"]})
-    found = look.look(splits, ids, frozenset(user_of[one] for one in ids), store, where, tally, histories)
+    found = look.look(splits, ids, frozenset(user_of[one] for one in ids), store, versions, where, tally, histories)
 
     def example(request_id: str) -> dict[str, Any]:
         seen = found[request_id]
@@ -212,15 +214,14 @@ def _looked_at(
     }
 
 
-def _origin(store: "Store", where: Mapping[str, Any]) -> dict[str, Any]:
+def _origin(versions: Mapping[str, int], where: Mapping[str, Any]) -> dict[str, Any]:
     record = where["record"]
     return {
         "plug_fingerprint": where["fingerprint"],
         "plug_options": asdict(record.options),
         "llm": record.llm,
         "encoder": record.encoder,
-        "behaviors_version": store.version("behaviors"),
-        "generations_version": store.version("generations"),
+        **{f"{table}_version": version for table, version in versions.items()},
     }
 
 
@@ -228,6 +229,7 @@ def _losses(
     config: Config,
     splits: Sequence[Any],
     store: "Store",
+    versions: Mapping[str, int],
     where: Mapping[str, Any],
     histories: retrieve.Histories | None,
     answered: Sequence[str],
@@ -243,9 +245,9 @@ def _losses(
         personas=config.personas,
         max_behaviors=where["record"].max_behaviors,
         needs_target=True,
-        versions={"behaviors": store.version("behaviors")},
+        versions=versions,
         limit=config.limit,
-        keep=_Answered(answered),
+        keep=_Answered(answered, where["fingerprint"]),
         texts=retrieve.best_of(histories, config, where, tally),
         rejected=config.rejected,
     )
@@ -276,25 +278,34 @@ def _as_parquet(losses: Mapping[str, list[Any]]) -> bytes:
 
 
 class _Answered:
-    """Refuses requests without an answer when their bucket is joined, which is long before all losses are known."""
+    """Refuses requests without an answer, or with one of another plug, whose scores would stand beside this one's loss.
+
+    It does so when their bucket is joined, which is long before all losses are known.
+    """
 
     adds = ()
 
-    def __init__(self, variants: Sequence[str]) -> None:
+    def __init__(self, variants: Sequence[str], plug: str) -> None:
         self.variants = variants
+        self.plug = plug
 
     def __call__(
-        self, joined: "pa.Table", store: "Store", bucket: int, _versions: Mapping[str, int], _counts: Any
+        self, joined: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int], _counts: Any
     ) -> "pa.Table":
         """The rows as they came."""
         asked = set(joined["request_id"].to_pylist())
         for variant in self.variants:
-            missing = sorted(asked.difference(store.answers(variant, bucket)["request_id"].to_pylist()))
-            if missing:
-                raise InputError(
-                    f"the variant {variant!r} has no answer to {missing[0]!r} and perhaps others; answer all requests "
-                    "with jobs.generate, or name with --variants those to be scored, or score none with --losses-only"
-                )
+            answered = store.answers(variant, bucket, version=versions["generations"])
+            plug_of = dict(zip(answered["request_id"].to_pylist(), answered["plug"].to_pylist(), strict=True))
+            for request_id in sorted(asked):
+                plug = plug_of.get(request_id)
+                if plug != self.plug:
+                    what = f"an answer to {request_id!r} of another plug ({plug}, and --plug is {self.plug})"
+                    raise InputError(
+                        f"the variant {variant!r} has {what if plug else f'no answer to {request_id!r}'} and perhaps "
+                        "others; answer all requests with jobs.generate and this plug, or name with --variants those "
+                        "to be scored, or score none with --losses-only"
+                    )
         return joined
 
 
@@ -328,7 +339,14 @@ class Losses:
         return rows
 
 
-def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[Any]]) -> dict[str, dict[str, str]]:
+def _with_answers(variants: Sequence[str], store: "Store", versions: Mapping[str, int]) -> list[str]:
+    there = store.variants(version=versions["generations"])
+    return [variant for variant in variants if variant in there]
+
+
+def _answers(
+    store: "Store", versions: Mapping[str, int], variants: Sequence[str], losses: Mapping[str, list[Any]]
+) -> dict[str, dict[str, str]]:
     """Outputs by variant and request, a few buckets at a time: a variant may have a million times as many."""
     import numpy as np
     import pyarrow as pa
@@ -342,7 +360,9 @@ def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[
     for variant, outputs in found.items():
         for first in range(0, len(buckets), _BUCKETS_TOGETHER):
             some = buckets[first : first + _BUCKETS_TOGETHER]
-            table = store.read_generations([variant], ["request_id", "output"], buckets=some)
+            table = store.read_generations(
+                [variant], ["request_id", "output"], buckets=some, version=versions["generations"]
+            )
             mine = table.filter(pc.is_in(table["request_id"], value_set=asked))
             outputs.update(zip(mine["request_id"].to_pylist(), mine["output"].to_pylist(), strict=True))
     return found

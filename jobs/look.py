@@ -22,6 +22,7 @@ def look(
     ids: Sequence[str],
     users: frozenset[str],
     store: "Store",
+    versions: Mapping[str, int],
     where: Mapping[str, Any],
     tally: Any,
     histories: "tuple[Sequence[Split], Any] | None",
@@ -48,7 +49,7 @@ def look(
         stage="look",
         personas=["own"],
         max_behaviors=max_behaviors,
-        versions={"behaviors": store.version("behaviors")},
+        versions=versions,
         keep=_Seen(max_behaviors),
         texts=texts,
     )

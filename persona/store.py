@@ -246,13 +246,13 @@ class Store:
         return users.filter(users["change"].is_valid())
 
     def answers(self, variant: str, bucket: int, *, version: int | None = None) -> pa.Table:
-        """`request_id` and `fingerprint` of what has been answered."""
+        """`request_id`, `fingerprint` and `plug` of what has been answered."""
         where = f"{one_of('variant', [variant])} AND {one_of('bucket', [bucket])}"
-        return self.table("generations").scan(["request_id", "fingerprint"], where, version=version)
+        return self.table("generations").scan(["request_id", "fingerprint", "plug"], where, version=version)
 
-    def variants(self) -> list[str]:
+    def variants(self, *, version: int | None = None) -> list[str]:
         """The variants that have answers, sorted; read from the log alone."""
-        return self.table("generations").partitions()
+        return self.table("generations").partitions(version=version)
 
     def read_generations(
         self,
@@ -260,11 +260,12 @@ class Store:
         columns: Sequence[str] | None = None,
         *,
         buckets: Sequence[int] | None = None,
+        version: int | None = None,
     ) -> pa.Table:
         """Answers of some variants and buckets, or of all."""
         wanted = {"variant": variants, "bucket": buckets}
         where = [one_of(name, values) for name, values in wanted.items() if values is not None]
-        return self.table("generations").scan(columns, " AND ".join(where) or None)
+        return self.table("generations").scan(columns, " AND ".join(where) or None, version=version)
 
     def write_rejects(self, rows: pa.Table) -> None:
         """Commit bad input rows (`inputs.REJECTS`); what an earlier run has already noted stays one row."""

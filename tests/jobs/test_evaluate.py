@@ -31,15 +31,15 @@ def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
     return {"requests": source, "store": str(store), "plug": plug, "actors": 1, "precision": "fp32"}
 
 
-def answer(uri: str, asked: list[Row], **answers: Callable[[Row], str]) -> None:
-    """Puts answers into the table, for each variant what its function says to a request."""
+def answer(flags: dict[str, Any], asked: list[Row], *, by: str | None = None, **answers: Callable[[Row], str]) -> None:
+    """Puts answers of the plug (or `by` another) into the table, for each variant what its function says."""
     rows = [
         {
             "request_id": row["request_id"],
             "user_id": row["user_id"],
             "output": say(row),
             "variant": variant,
-            "plug": "p",
+            "plug": by or plug_record.fingerprint(Path(flags["plug"])),
             "llm": "l",
             "n_behaviors": 1,
             "n_tokens": 1,
@@ -51,7 +51,7 @@ def answer(uri: str, asked: list[Row], **answers: Callable[[Row], str]) -> None:
         for variant, say in answers.items()
         for row in asked
     ]
-    Store.open(uri).write("generations", pa.Table.from_pylist(rows))
+    Store.open(flags["store"]).write("generations", pa.Table.from_pylist(rows))
 
 
 @torch.inference_mode()
@@ -79,7 +79,7 @@ def loss_by_hand(uri: str, plug: str, asked: list[Row], *, own: bool) -> tuple[l
 
 def test_losses_are_those_of_a_calculation_by_hand(do: Job, flags: dict[str, Any], plug: str, s3: str) -> None:
     asked = requests(4, 2)
-    answer(flags["store"], asked, own=lambda row: row["target"], none=lambda row: "no", other=lambda row: "of 1")
+    answer(flags, asked, own=lambda row: row["target"], none=lambda row: "no", other=lambda row: "of 1")
     done = do(evaluate, **flags, out=f"{s3}/report", batch_size=3)
     assert done.code == 0
     metrics = json.loads(read_bytes(f"{s3}/report/metrics.json"))
@@ -132,7 +132,7 @@ def test_a_rejected_text_is_measured_as_if_it_were_the_target_and_all_numbers_ar
 def test_a_task_is_scored_by_its_own_metric(do: Job, flags: dict[str, Any], tmp_path: Path) -> None:
     asked = [{**row, "target": str(1 + i % 5)} for i, row in enumerate(requests(4, 2))]
     write(flags["requests"], asked)
-    answer(flags["store"], asked, own=lambda row: row["target"], none=lambda row: str(min(int(row["target"]) + 1, 5)))
+    answer(flags, asked, own=lambda row: row["target"], none=lambda row: str(min(int(row["target"]) + 1, 5)))
     out = tmp_path / "out"
     done = do(evaluate, **flags, out=str(out), task="LaMP_3", personas=("own",), variants=("own", "none"))
     wrong = sum(row["target"] != "5" for row in asked) / len(asked)
@@ -150,7 +150,7 @@ def test_missing_answers_are_refused_and_a_variant_without_any_is_named(
     do: Job, flags: dict[str, Any], tmp_path: Path
 ) -> None:
     flags |= {"out": str(tmp_path / "out"), "personas": ("own",), "variants": ("own", "none", "other")}
-    answer(flags["store"], requests(4, 1), own=lambda row: "yes")
+    answer(flags, requests(4, 1), own=lambda row: "yes")
     refused = do(evaluate, **flags)
     assert refused.code == 2
     assert "the variant 'own' has no answer to 'r" in refused.said
@@ -158,10 +158,23 @@ def test_missing_answers_are_refused_and_a_variant_without_any_is_named(
     losses = do(evaluate, **{**flags, "variants": (), "losses_only": True})
     assert (losses.code, losses.result["scores"], losses.result["unanswered_variants"]) == (0, {}, [])
     assert losses.result["loss"]["own"]["mean"] > 0
-    answer(flags["store"], requests(4, 2), own=lambda row: "yes")
+    answer(flags, requests(4, 2), own=lambda row: "yes")
     done = do(evaluate, **flags)
     assert done.result["unanswered_variants"] == ["none", "other"]
     assert set(done.result["scores"]) == {"own"}
+
+
+def test_answers_of_another_plug_are_not_scored_beside_the_loss_of_this_one(
+    do: Job, flags: dict[str, Any], tmp_path: Path
+) -> None:
+    flags |= {"out": str(tmp_path / "out"), "personas": ("own",)}
+    answer(flags, requests(4, 2), by="abc", own=lambda row: "yes")
+    refused = do(evaluate, **flags)
+    mine = plug_record.fingerprint(Path(flags["plug"]))
+    assert refused.code == 2
+    assert f"of another plug (abc, and --plug is {mine})" in refused.said and "jobs.generate" in refused.said
+    assert not (tmp_path / "out").exists()
+    assert do(evaluate, **flags, losses_only=True).code == 0
 
 
 def test_the_report_shows_past_texts_in_words_and_every_user_on_the_map(
@@ -170,7 +183,7 @@ def test_the_report_shows_past_texts_in_words_and_every_user_on_the_map(
     asked, written = requests(4, 2), behaviors()
     # Of the first user's texts one is no longer what was encoded: it must not be shown as what the plug has seen.
     written[0] = {**written[0], "text": "something else"}
-    answer(flags["store"], asked, own=lambda row: "<script>", none=lambda row: "no")
+    answer(flags, asked, own=lambda row: "<script>", none=lambda row: "no")
     texts = write(str(tmp_path / "histories.parquet"), written)
     done = do(evaluate, **flags, out=str(tmp_path / "out"), texts=texts, variants=("own", "none"))
     assert done.code == 0
