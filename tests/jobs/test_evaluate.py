@@ -31,7 +31,14 @@ def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
     return {"requests": source, "store": str(store), "plug": plug, "actors": 1, "precision": "fp32"}
 
 
-def answer(flags: dict[str, Any], asked: list[Row], *, by: str | None = None, **answers: Callable[[Row], str]) -> None:
+def answer(
+    flags: dict[str, Any],
+    asked: list[Row],
+    *,
+    by: str | None = None,
+    change: str = "new",
+    **answers: Callable[[Row], str],
+) -> None:
     """Puts answers of the plug (or `by` another) into the table, for each variant what its function says."""
     rows = [
         {
@@ -46,7 +53,7 @@ def answer(flags: dict[str, Any], asked: list[Row], *, by: str | None = None, **
             "finish_reason": "stop",
             "fingerprint": "f",
             "bucket": int(bucket_of([row["user_id"]], BUCKETS)[0]),
-            "change": "new",
+            "change": change,
         }
         for variant, say in answers.items()
         for row in asked
@@ -175,6 +182,25 @@ def test_answers_of_another_plug_are_not_scored_beside_the_loss_of_this_one(
     assert f"of another plug (abc, and --plug is {mine})" in refused.said and "jobs.generate" in refused.said
     assert not (tmp_path / "out").exists()
     assert do(evaluate, **flags, losses_only=True).code == 0
+
+
+def test_answers_that_another_run_replaces_meanwhile_are_not_scored(
+    do: Job, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, before = requests(4, 2), Store.open(flags["store"]).version("generations")
+    answer(flags, asked, own=lambda row: row["target"])
+    measure = evaluate._losses
+
+    def meanwhile(*arguments: Any) -> dict[str, list[Any]]:
+        losses = measure(*arguments)
+        answer(flags, asked, by="abc", change="edited", own=lambda row: "something else")
+        return losses
+
+    monkeypatch.setattr(evaluate, "_losses", meanwhile)
+    done = do(evaluate, **flags, out=str(tmp_path / "out"), personas=("own",), metric="text")
+    assert done.result["scores"]["own"]["rouge1"] == 1
+    now = Store.open(flags["store"]).version("generations")
+    assert before < done.result["settings"]["generations_version"] < now
 
 
 def test_the_report_shows_past_texts_in_words_and_every_user_on_the_map(
