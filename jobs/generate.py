@@ -113,8 +113,7 @@ def main(config: Config) -> Summary:
 def _plan(config: Config, splits: "list[Split]", where: Mapping[str, Any]) -> Summary:
     would = f"answer the requests of {len({split.uri for split in splits})} files for {', '.join(config.persona)}"
     if_all = "if none had an answer, inputs and answers of full length"
-    times = sum(1 + config.guides(persona) for persona in config.persona)
-    sizes = {"times": times, "outputs": config.max_new_tokens, "beams": config.beams}
+    sizes = {"times": len(config.persona), "outputs": config.max_new_tokens, "beams": config.beams}
     return cost.planned_requests(would, config, splits, where, if_all=if_all, **sizes)
 
 
@@ -204,14 +203,15 @@ def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[st
     import hashlib
     import json
 
-    # What an answer does not depend on must not make it stale.
-    names = {field.name for field in fields(Decoding)} if config.sample else {"max_new_tokens", "beams"}
-    names = names | {"guidance_scale"} if config.guides(row["persona"]) else names - {"guidance_scale"}
+    decoding = {field.name: getattr(config, field.name) for field in fields(Decoding)}
+    if not config.sample:
+        # What only sampling looks at must not make greedy answers stale.
+        decoding = {name: decoding[name] for name in ("max_new_tokens", "beams")}
     content = {
         **{name: row[name] for name in ("input", "query", "history_hash", "persona")},
         "plug": where["fingerprint"],
         "llm": where["record"].llm["fingerprint"],
-        "decoding": {name: getattr(config, name) for name in names},
+        "decoding": decoding,
     }
     if config.retrieve:
         content |= {"retrieved": row["retrieved"], "retrieve_tokens": config.retrieve_tokens}
@@ -320,7 +320,7 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         "seconds": round(seconds, 1),
         "answers_per_s": round(n_answers / seconds, 2),
         "version": store.version("generations"),
-        "decoding": {name: asdict(config)[name] for name in ("beams", "sample", "max_new_tokens", "guidance_scale")},
+        "decoding": {name: asdict(config)[name] for name in ("beams", "sample", "max_new_tokens")},
     }
     table = [
         ("requests", f"{result['requests']:,} for {', '.join(config.persona)}"),

@@ -25,9 +25,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from persona import attention
-from persona.decoding import Answer, NextToken, SeededSampling, follow, search
+from persona.decoding import Answer, SeededSampling, follow, search
 from persona.encoder import choose_precision, pad
-from persona.guidance import Guided
 from persona.models import ModelFolder
 from persona.next_token import CausalSteps, Seq2SeqSteps, places
 from persona.options import Decoding, Precision
@@ -195,18 +194,10 @@ class FrozenLLM(nn.Module):
         decoding: Decoding,
         seeds: Sequence[int],
         fronts: Sequence[list[int]] = (),
-        nobodys_BSD: Tensor | None = None,
     ) -> list[Answer]:
-        """Answers to a batch; `seeds` (one a request) make a sampled answer the same in any batch.
-
-        With `nobodys_BSD`, the soft tokens of nobody's persona, answers are guided away from what those would say.
-        """
-        if nobodys_BSD is not None:
-            soft_BSD, inputs, fronts = torch.cat([soft_BSD, nobodys_BSD]), [*inputs, *inputs], [*fronts, *fronts]
+        """Answers to a batch; `seeds` (one a request) make a sampled answer the same in any batch."""
         embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, fronts, left=not self.is_encoder_decoder)
-        steps: NextToken = (Seq2SeqSteps if self.is_encoder_decoder else CausalSteps)(self.model, embeds_BLD, mask_BL)
-        if nobodys_BSD is not None:
-            steps = Guided(steps, decoding.guidance_scale)
+        steps = (Seq2SeqSteps if self.is_encoder_decoder else CausalSteps)(self.model, embeds_BLD, mask_BL)
         limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": self.eos_ids}
         if decoding.beams > 1:
             said = search(steps, beams=decoding.beams, **limits)

@@ -148,8 +148,6 @@ class Decoding:
     """Share of the probability that --sample draws from."""
     seed: int = 0
     """Of --sample; the same request gets the same answer in any batch."""
-    guidance_scale: float = 1.0
-    """Answers go so many times as far from nobody's as the persona leads (2306.17806); 1 is off, more costs double."""
 
     def check_decoding(self) -> None:
         """Raises UsageError for values that cannot work."""
@@ -163,14 +161,8 @@ class Decoding:
             raise UsageError(f"--sampling-temperature {self.sampling_temperature}: must be above 0")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
-        if not 1 <= self.guidance_scale < math.inf:
-            raise UsageError(f"--guidance-scale {self.guidance_scale}: must be 1 (off) or more")
         if not self.sample:
             _check_default(self, Decoding, ("sampling_temperature", "top_p", "seed"), needs="--sample")
-
-    def guides(self, persona: str) -> bool:
-        """Whether guidance changes answers under a persona: not nobody's, where it starts, nor those without a plug."""
-        return self.guidance_scale > 1 and persona not in ("none", "bare")
 
     def row_seed(self, request_id: str) -> int:
         """The seed of one request's sampling: the same in any batch, on any worker."""

@@ -135,13 +135,4 @@ class PersonalizedLLM(nn.Module):
         """Answers to a batch of requests, in their order; the flags are those of `collate`."""
         batch = self.collate(rows, with_targets=False, mean=mean, bare=bare)
         seeds = [decoding.row_seed(row["request_id"]) for row in rows]
-        # Where nobody has a history, or the LLM is bare, nothing leads away from nobody's answers.
-        guided = decoding.guidance_scale > 1 and not bare and bool(batch.lengths_B.any())
-        nobodys_BSD = self._nobodys_tokens(len(rows)) if guided else None
-        return self.llm.generate(self.soft_tokens(batch), batch.inputs, decoding, seeds, batch.fronts, nobodys_BSD)
-
-    def _nobodys_tokens(self, n: int) -> Tensor:
-        """[I; P] of a request without any history, (n, S, D)."""
-        nothing_0d, lengths_1 = packed([b""], self.plug.width, self.llm.device)
-        soft_1SD: Tensor = self.plug(nothing_0d, lengths_1, None, alike=True)
-        return soft_1SD.expand(n, -1, -1)
+        return self.llm.generate(self.soft_tokens(batch), batch.inputs, decoding, seeds, batch.fronts)

@@ -43,15 +43,12 @@ class Row:
     """One row of the table: how a plug is trained, and under which personas it is judged."""
 
     recipe: str | None = None
-    """Of training; None asks the plug of another row (`plug`), or the LLM without any."""
+    """Of training; None is the LLM without a plug."""
     train: Sequence[str] = ()
     personas: Sequence[str] = ("own", "none", "other")
     retrieval: Retrieval = _NOTHING
     """Past texts in the prompt, in training, answers and judgement alike."""
     one_seed: bool = False
-    plug: str | None = None
-    generate: Sequence[str] = ()
-    """How answers are made, beside what the experiment says."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,6 @@ EXPERIMENTS = {
             "bare-bm25": _bare(_texts(4, "bm25", 128)),
             "bare-dense": _bare(_texts(4, "dense", 128)),
             "best": Row("best"),
-            "best-guided": Row(plug="best", generate=("--guidance-scale", "2"), personas=_OWN_AND_OTHER),
             "paper": Row("paper", _PAPER),
             # Its own control: one token, too, and all else alike. Without a history nothing is weighed.
             "paper-tuning": Row("paper", (*_PAPER, *_TUNING, "--weights", "mean"), ("none",)),
@@ -234,8 +230,7 @@ class Run:
         if (out / "metrics.json").exists():
             return
         # Without a plug, any plug names the LLM and the encoder; nothing else of it is used.
-        any_plug = next(other for other, its in self.rows.items() if its.recipe)
-        trained = name if row.recipe else row.plug or any_plug
+        trained = name if row.recipe else next(other for other, its in self.rows.items() if its.recipe)
         plug = self._train(trained, seed)
         asked = ("--requests", self._requests(self.split), "--store", self.store, "--plug", plug)
         asked = (*asked, *self._retrieved(row))
@@ -243,8 +238,7 @@ class Run:
         if self.experiment.generate is None:
             judged = (*judged, "--losses-only")
         else:
-            how = (*self.experiment.generate, *row.generate, "--batch-size", 8)
-            self._job("generate", *asked, "--persona", *row.personas, *how)
+            self._job("generate", *asked, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
         self._job("evaluate", *asked, *judged, "--out", out)
 
     def ask_the_encoder(self) -> None:

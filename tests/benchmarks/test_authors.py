@@ -87,5 +87,3 @@ def test_the_jobs_accept_the_flags_of_every_row(acl: Path, question: str, monkey
         run.judge(name, seed=0)
         assert len(asked) == (2 if run.experiment.generate is None else 3), name
         assert len({config.plug for config in asked}) == 1, name
-        if run.rows[name].plug:
-            assert asked[0].plug == str(run.folder / "plugs" / f"{run.rows[name].plug}-0")

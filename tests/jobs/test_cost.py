@@ -45,16 +45,6 @@ def test_a_dry_run_says_what_the_work_would_cost(
         assert "at your price" in done.table
 
 
-def test_a_guided_answer_costs_double_and_nobodys_does_not(refuse: Job, store: Path, plug: str, tmp_path: Path) -> None:
-    asked = write(str(tmp_path / "asked.jsonl"), requests())
-    flags: dict[str, Any] = {"requests": asked, "store": store, "plug": plug, "dry_run": True}
-    one, three, five = (
-        refuse(generate, **flags, persona=personas, guidance_scale=scale).result["cost"]["tflop"]
-        for personas, scale in ((("own",), 1.0), (("own", "none", "bare"), 1.0), (("own", "other", "none"), 3.0))
-    )
-    assert (three / one, five / one) == pytest.approx((3, 5), rel=0.1)
-
-
 def test_without_a_rate_there_are_no_hours_and_no_price(refuse: Job, models: dict[str, str], tmp_path: Path) -> None:
     histories = write(str(tmp_path / "histories.jsonl"), behaviors())
     store = tmp_path / "store"

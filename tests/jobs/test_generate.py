@@ -115,31 +115,12 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
         *(fingerprint({**row, name: "else"}) for name in ("input", "query", "history_hash", "persona")),
         fingerprint(config=replace(config, max_new_tokens=9)),
         fingerprint(config=replace(config, beams=2)),
-        fingerprint(config=replace(config, guidance_scale=2.0)),
         fingerprint(config=sampling),
         fingerprint(config=replace(sampling, seed=7)),
         fingerprint(fingerprint=plug_record.fingerprint(other)),
         fingerprint(record=replace(record, llm={**record.llm, "fingerprint": "else"})),
     ]
     assert len({*different, fingerprint()}) == len(different) + 1
-    nobodys, guided = {**row, "persona": "none"}, replace(config, guidance_scale=2.0)
-    assert fingerprint(nobodys, guided) == fingerprint(nobodys), "nothing leads away from nobody's own answer"
-
-
-def test_guided_answers_are_those_of_the_plug_alone_and_nobodys_stay(do: Job, flags: dict[str, Any], plug: str) -> None:
-    asked = [*requests(3, 2), *requests(1, 2, first_user=50)]
-    do(generate, persona=("own", "none"), **flags)
-    before = stored(flags["store"], "generations")
-    done = do(generate, persona=("own", "none"), **flags, guidance_scale=3.0)
-    assert (done.result["answered"], done.result["already_answered"]) == (8, 8)
-    assert done.result["decoding"]["guidance_scale"] == 3.0
-    after = stored(flags["store"], "generations")
-    guided = Decoding(beams=1, max_new_tokens=8, guidance_scale=3.0)
-    assert outputs(after, "own") == expected(flags["store"], plug, asked, "own", guided)
-    assert outputs(after, "own") != outputs(before, "own")
-    assert {key: row for key, row in after.items() if key[1] == "none"} == {
-        key: row for key, row in before.items() if key[1] == "none"
-    }
 
 
 def test_beams_and_sampling_with_a_seed_a_request(do: Job, flags: dict[str, Any], plug: str) -> None:

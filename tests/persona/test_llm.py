@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from transformers import GenerationConfig
 
 from persona import llm as llm_module
-from persona.decoding import Answer
 from persona.llm import FrozenLLM
 from persona.models import ModelFolder, resolve
 from persona.options import Decoding
@@ -22,7 +20,6 @@ TARGETS = ["good", "a longer target in two lines\nof text", "", "three", "x"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-4}
 GREEDY, BEAMS = Decoding(max_new_tokens=10, beams=1), Decoding(max_new_tokens=10, beams=4)
 SAMPLE = Decoding(max_new_tokens=10, beams=1, sample=True, sampling_temperature=0.8, top_p=0.9)
-GUIDED, GUIDED_BEAMS = (replace(decoding, guidance_scale=2.5) for decoding in (GREEDY, BEAMS))
 
 
 def soft_tokens(llm: FrozenLLM, n: int, seed: int = 0) -> torch.Tensor:
@@ -287,25 +284,16 @@ def test_the_token_norm_is_the_mean_over_the_vocabulary(llm):
 # Answers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "decoding",
-    [GREEDY, BEAMS, SAMPLE, GUIDED, GUIDED_BEAMS],
-    ids=["greedy", "beams", "sample", "guided", "guided-beams"],
-)
+@pytest.mark.parametrize("decoding", [GREEDY, BEAMS, SAMPLE], ids=["greedy", "beams", "sample"])
 def test_a_request_gets_the_same_answer_alone_and_in_any_batch(brief, decoding):
     texts = [*INPUTS, *(f"{text} {number}" for number in range(3) for text in ("title", "it is", "for the paper"))]
     soft_BSD, inputs = soft_tokens(brief, len(texts)), brief.tokenize_inputs(texts)
-    nobodys_BSD = soft_tokens(brief, len(texts), seed=1)
     seeds = list(range(100, 100 + len(texts)))
-
-    def answers(*rows: int) -> list[Answer]:
-        nobodys = nobodys_BSD[list(rows)] if decoding.guidance_scale > 1 else None
-        texts, of_rows = [inputs[row] for row in rows], [seeds[row] for row in rows]
-        return brief.generate(soft_BSD[list(rows)], texts, decoding, of_rows, nobodys_BSD=nobodys)
-
-    together = answers(*range(len(texts)))
-    assert [answers(row)[0] for row in range(len(texts))] == together
-    assert [answers(row, 2)[0] for row in range(5)] == together[:5]
+    together = brief.generate(soft_BSD, inputs, decoding, seeds)
+    alone = [brief.generate(soft_BSD[i : i + 1], [inputs[i]], decoding, [seeds[i]])[0] for i in range(len(texts))]
+    assert alone == together
+    pairs = [brief.generate(soft_BSD[[i, 2]], [inputs[i], inputs[2]], decoding, [seeds[i], 0])[0] for i in range(5)]
+    assert pairs == together[:5]
     assert len({answer.text for answer in together}) > 3
     # Some rows end while others go on, without which nothing would have been tested.
     assert {answer.finish_reason for answer in together} == {"stop", "length"}
@@ -363,34 +351,6 @@ def test_beams_find_the_likeliest_answer(llm, seed, said):
     both_VV = first_V.unsqueeze(1) + next_word(llm, soft_1SD, text, torch.arange(n_words).unsqueeze(1))
     both_VV[llm.tokenizer.eos_token_id] = -torch.inf  # an answer that is over has no second token
     llm.generate(soft_1SD, [text], Decoding(max_new_tokens=2, beams=n_words), [0])
-    assert said == [list(divmod(int(both_VV.argmax()), n_words))]
-
-
-@torch.no_grad()
-def guided_word(llm: FrozenLLM, softs: list[torch.Tensor], text: list[int], said_NT: torch.Tensor) -> torch.Tensor:
-    """As `next_word`, 2.5 times as far from what the second soft tokens say as the first ones lead."""
-    own_NV, nobodys_NV = (next_word(llm, soft_1SD, text, said_NT) for soft_1SD in softs)
-    return torch.log_softmax(2.5 * own_NV - 1.5 * nobodys_NV, dim=-1)
-
-
-def test_guidance_goes_further_from_nobodys_answer_to_ones_own(llm, said):
-    softs, [text] = [soft_tokens(llm, 1, seed) for seed in (0, 1)], llm.tokenize_inputs(["the movie is"])
-    expected: list[int] = []
-    for _ in range(10):
-        expected.append(int(guided_word(llm, softs, text, torch.tensor([expected], dtype=torch.long))[0].argmax()))
-    llm.generate(softs[0], [text], GUIDED, [0], nobodys_BSD=softs[1])
-    llm.generate(softs[0], [text], GREEDY, [0])
-    assert said[0] == expected != said[1]
-
-
-def test_guided_beams_find_the_likeliest_guided_answer(llm, said):
-    softs, [text] = [soft_tokens(llm, 1, seed) for seed in (0, 1)], llm.tokenize_inputs(["the movie is"])
-    first_V = guided_word(llm, softs, text, torch.empty(1, 0, dtype=torch.long))[0]
-    n_words = len(first_V)
-    both_VV = first_V.unsqueeze(1) + guided_word(llm, softs, text, torch.arange(n_words).unsqueeze(1))
-    both_VV[llm.tokenizer.eos_token_id] = -torch.inf  # an answer that is over has no second token
-    decoding = replace(GUIDED_BEAMS, max_new_tokens=2, beams=n_words)
-    llm.generate(softs[0], [text], decoding, [0], nobodys_BSD=softs[1])
     assert said == [list(divmod(int(both_VV.argmax()), n_words))]
 
 
@@ -461,9 +421,8 @@ def until(row: list[int], ends: list[int]) -> list[int]:
     return row[: next((i for i, token in enumerate(row) if token in ends), None)]
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_finished_request_costs_no_more_steps_and_a_prompt_is_read_once(brief, said, beams, guided):
+def test_a_finished_request_costs_no_more_steps_and_a_prompt_is_read_once(brief, said, beams):
     read: list[int] = []
 
     def listen(module, args, given):
@@ -474,14 +433,12 @@ def test_a_finished_request_costs_no_more_steps_and_a_prompt_is_read_once(brief,
     decoder.register_forward_pre_hook(listen, with_kwargs=True)
     texts = [f"{text} {number}" for number in range(5) for text in ("title", "it is", "for the paper")]
     soft_BSD, inputs = soft_tokens(brief, len(texts)), brief.tokenize_inputs(texts)
-    decoding, times = Decoding(max_new_tokens=10, beams=beams, guidance_scale=2.5 if guided else 1.0), 1 + guided
-    nobodys_BSD = soft_tokens(brief, len(texts), seed=1) if guided else None
-    brief.generate(soft_BSD, inputs, decoding, [0] * len(texts), nobodys_BSD=nobodys_BSD)
-    assert read[0] == times * len(texts)
+    brief.generate(soft_BSD, inputs, Decoding(max_new_tokens=10, beams=beams), [0] * len(texts))
+    assert read[0] == len(texts)
     assert read[1:] == sorted(read[1:], reverse=True)
-    assert read[-1] < read[1] <= times * beams * len(texts)
+    assert read[-1] < read[1] <= beams * len(texts)
     if beams == 1:
-        assert sum(read) == times * sum(min(len(row), 10) for row in said)
+        assert sum(read) == sum(min(len(row), 10) for row in said)
 
 
 def test_what_a_model_would_decode_with_by_itself_changes_no_answer(llm, llm_folder, tmp_path):

@@ -9,7 +9,6 @@ from persona.personalized import PersonalizedLLM
 from tests.models import ENCODER_WIDTH
 from tests.plugs import ROWS, losses, new_model
 
-GREEDY, GUIDED = (Decoding(max_new_tokens=8, beams=1, guidance_scale=scale) for scale in (1.0, 3.0))
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-4}  # as in test_llm: some hundred float32 additions in another order
 
 
@@ -40,36 +39,13 @@ def test_a_row_has_the_same_loss_alone_and_in_any_batch(model):
         Decoding(max_new_tokens=8, beams=1),
         Decoding(max_new_tokens=8, beams=3),
         Decoding(max_new_tokens=8, beams=1, sample=True),
-        GUIDED,
     ],
-    ids=["greedy", "beams", "sample", "guided"],
+    ids=["greedy", "beams", "sample"],
 )
 def test_a_row_has_the_same_answer_alone_and_in_any_batch(model, decoding):
     together = model.answer(ROWS, decoding)
     assert [model.answer([one], decoding)[0] for one in ROWS] == together
     assert model.answer(ROWS[::-1], decoding)[::-1] == together
-
-
-def test_guidance_leads_away_from_what_would_be_said_to_nobody(model):
-    batch, nobody = (model.collate(rows, with_targets=False) for rows in (ROWS, [{**r, "history": b""} for r in ROWS]))
-    soft_BSD, nobodys_BSD = model.soft_tokens(batch), model.soft_tokens(nobody)
-    expected = model.llm.generate(soft_BSD, batch.inputs, GUIDED, [0] * len(ROWS), nobodys_BSD=nobodys_BSD)
-    guided, plain = model.answer(ROWS, GUIDED), model.answer(ROWS, GREEDY)
-    assert guided == expected
-    # The second and the fifth have no history, and so nothing that leads away.
-    assert [one == other for one, other in zip(guided, plain, strict=True)] == [False, True, False, False, True, False]
-    assert model.answer(ROWS, GUIDED, bare=True) == model.answer(ROWS, GREEDY, bare=True)
-
-
-def test_nobody_is_not_asked_twice(model):
-    read: list[int] = []
-    hook = model.llm.model.register_forward_pre_hook(
-        lambda module, args, given: read.append(len(given["attention_mask"])), with_kwargs=True
-    )
-    model.answer([ROWS[1], ROWS[4]], GUIDED)
-    model.answer(ROWS[:1], GUIDED, bare=True)
-    hook.remove()
-    assert max(read) == 2 and read[-1] == 1
 
 
 def test_a_sampled_answer_is_of_its_request_and_seed(model):
