@@ -278,7 +278,7 @@ def _as_parquet(losses: Mapping[str, list[Any]]) -> bytes:
 
 
 class _Answered:
-    """Refuses requests without an answer, or with one of another plug, whose scores would stand beside this one's loss.
+    """Refuses requests without an answer, or with one of another plug, whose scores are not to stand beside this loss.
 
     It does so when their bucket is joined, which is long before all losses are known.
     """
@@ -297,15 +297,15 @@ class _Answered:
         for variant in self.variants:
             answered = store.answers(variant, bucket, version=versions["generations"])
             plug_of = dict(zip(answered["request_id"].to_pylist(), answered["plug"].to_pylist(), strict=True))
-            for request_id in sorted(asked):
-                plug = plug_of.get(request_id)
-                if plug != self.plug:
-                    what = f"an answer to {request_id!r} of another plug ({plug}, and --plug is {self.plug})"
-                    raise InputError(
-                        f"the variant {variant!r} has {what if plug else f'no answer to {request_id!r}'} and perhaps "
-                        "others; answer all requests with jobs.generate and this plug, or name with --variants those "
-                        "to be scored, or score none with --losses-only"
-                    )
+            wrong = min((request for request in asked if plug_of.get(request) != self.plug), default=None)
+            if wrong is not None:
+                plug = plug_of.get(wrong)
+                of_another = f"an answer to {wrong!r} of another plug ({plug}, and --plug is {self.plug})"
+                found = of_another if plug else f"no answer to {wrong!r}"
+                raise InputError(
+                    f"the variant {variant!r} has {found} and perhaps others; answer all requests with jobs.generate "
+                    "and this plug, or name with --variants those to be scored, or score none with --losses-only"
+                )
         return joined
 
 
