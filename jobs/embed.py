@@ -135,7 +135,7 @@ def _staged(
 ) -> Iterator[Any]:
     """The job as one chain: read, find what is missing, encode, stage."""
     rows = flow.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
-    comparing = {"store": store, "version": store.version("behaviors"), "tally": tally, "config": config}
+    comparing = {"store": store.snapshot("behaviors"), "tally": tally, "config": config}
     missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, **comparing)
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
@@ -171,13 +171,13 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> 
     yield from flow.keep_good(read_split(split, job="embed"), validate, split=split, store=store, tally=tally)
 
 
-def _missing(rows: "pa.Table", *, store: "Store", version: int, tally: Any, config: Config) -> "pa.Table":
+def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) -> "pa.Table":
     """Of one bucket's behaviors, those that the store lacks or holds with another text, and those that are gone."""
     bucket = rows["bucket"][0].as_py()
     # All input has been read before the first bucket comes here.
     sync = config.sync and not _doubt(config, flow.totals(tally))
     started = time.perf_counter()
-    missing, counts = store.missing(bucket, rows, sync=sync, version=version)
+    missing, counts = store.missing(bucket, rows, sync=sync)
     flow.note(tally, "compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
     return missing
 

@@ -121,22 +121,22 @@ def main(config: Config) -> Summary:
         return cost.planned_requests(_would_do(config), config, splits, where, **size)
 
     # The whole report is of one state of the tables, whoever writes to them meanwhile.
-    versions = {name: store.version(name) for name in ("behaviors", "generations")}
-    answered = _with_answers(config.scored, store, versions)
+    store = store.snapshot("behaviors", "generations")
+    answered = [variant for variant in config.scored if variant in store.variants()]
     machines = session.connect()
     tally = flow.new_tally()
-    losses = _losses(config, splits, store, versions, where, histories, answered, machines, tally)
+    losses = _losses(config, splits, store, where, histories, answered, machines, tally)
     if not losses["request_id"]:
         raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
-    answers = _answers(store, versions, answered, losses)
+    answers = _answers(store, answered, losses)
     golds = dict(zip(losses["request_id"], losses["target"], strict=True))
     metrics = comparison.compare(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
     metrics |= {"limited": config.limit is not None}
     metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
-    metrics |= _looked_at(config, splits, store, versions, where, tally, histories, losses, answers)
+    metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
     counts = flow.totals(tally)
     metrics["training"] = where["record"].training
-    metrics["settings"] = {**asdict(config), "variants": config.scored, **_origin(versions, where)}
+    metrics["settings"] = {**asdict(config), "variants": config.scored, **_origin(store, where)}
     metrics["versions"] = report.versions()
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
     metrics["seconds"] = round(time.perf_counter() - started, 1)
@@ -179,7 +179,6 @@ def _looked_at(
     config: Config,
     splits: Sequence[Any],
     store: "Store",
-    versions: Mapping[str, int],
     where: Mapping[str, Any],
     tally: Any,
     histories: Any,
@@ -195,7 +194,7 @@ def _looked_at(
     examples = [*shown["even"], *shown["largest_gains"], *shown["largest_losses"]]
     user_of = dict(zip(losses["request_id"], losses["user_id"], strict=True))
     ids = sorted({*examples, *shown["map"]})
-    found = look.look(splits, ids, frozenset(user_of[one] for one in ids), store, versions, where, tally, histories)
+    found = look.look(splits, ids, frozenset(user_of[one] for one in ids), store, where, tally, histories)
 
     def example(request_id: str) -> dict[str, Any]:
         seen = found[request_id]
@@ -214,14 +213,14 @@ def _looked_at(
     }
 
 
-def _origin(versions: Mapping[str, int], where: Mapping[str, Any]) -> dict[str, Any]:
+def _origin(store: "Store", where: Mapping[str, Any]) -> dict[str, Any]:
     record = where["record"]
     return {
         "plug_fingerprint": where["fingerprint"],
         "plug_options": asdict(record.options),
         "llm": record.llm,
         "encoder": record.encoder,
-        **{f"{table}_version": version for table, version in versions.items()},
+        **{f"{table}_version": version for table, version in store.versions.items()},
     }
 
 
@@ -229,7 +228,6 @@ def _losses(
     config: Config,
     splits: Sequence[Any],
     store: "Store",
-    versions: Mapping[str, int],
     where: Mapping[str, Any],
     histories: retrieve.Histories | None,
     answered: Sequence[str],
@@ -245,7 +243,6 @@ def _losses(
         personas=config.personas,
         max_behaviors=where["record"].max_behaviors,
         needs_target=True,
-        versions=versions,
         limit=config.limit,
         keep=_Answered(answered, where["fingerprint"]),
         texts=retrieve.best_of(histories, config, where, tally),
@@ -289,13 +286,11 @@ class _Answered:
         self.variants = variants
         self.plug = plug
 
-    def __call__(
-        self, joined: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int], _counts: Any
-    ) -> "pa.Table":
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, _counts: Any) -> "pa.Table":
         """The rows as they came."""
         asked = set(joined["request_id"].to_pylist())
         for variant in self.variants:
-            answered = store.answers(variant, bucket, version=versions["generations"])
+            answered = store.answers(variant, bucket)
             plug_of = dict(zip(answered["request_id"].to_pylist(), answered["plug"].to_pylist(), strict=True))
             wrong = min((request for request in asked if plug_of.get(request) != self.plug), default=None)
             if wrong is not None:
@@ -339,14 +334,7 @@ class Losses:
         return rows
 
 
-def _with_answers(variants: Sequence[str], store: "Store", versions: Mapping[str, int]) -> list[str]:
-    there = store.variants(version=versions["generations"])
-    return [variant for variant in variants if variant in there]
-
-
-def _answers(
-    store: "Store", versions: Mapping[str, int], variants: Sequence[str], losses: Mapping[str, list[Any]]
-) -> dict[str, dict[str, str]]:
+def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[Any]]) -> dict[str, dict[str, str]]:
     """Outputs by variant and request, a few buckets at a time: a variant may have a million times as many."""
     import numpy as np
     import pyarrow as pa
@@ -360,9 +348,7 @@ def _answers(
     for variant, outputs in found.items():
         for first in range(0, len(buckets), _BUCKETS_TOGETHER):
             some = buckets[first : first + _BUCKETS_TOGETHER]
-            table = store.read_generations(
-                [variant], ["request_id", "output"], buckets=some, version=versions["generations"]
-            )
+            table = store.read_generations([variant], ["request_id", "output"], buckets=some)
             mine = table.filter(pc.is_in(table["request_id"], value_set=asked))
             outputs.update(zip(mine["request_id"].to_pylist(), mine["output"].to_pylist(), strict=True))
     return found

@@ -159,8 +159,8 @@ def by_bucket(
     """`work(rows_of_one_bucket, **settings)` for each bucket; the only place where rows change machines.
 
     `work` has to give the same whenever it is called: of a task that is tried again, Ray leaves out as many blocks as
-    have gone on already, and what came of those may have been committed meanwhile. So it reads the tables that the job
-    writes to at a version of the job's beginning.
+    have gone on already, and what came of those may have been committed meanwhile. So the tables that the job writes to
+    are read from a snapshot of the store at the job's beginning.
     """
     n_bytes = sum(split.end - split.start for split in splits)
     n_partitions = min(max(n_bytes // _PARTITION_BYTES, 4), _PARTITIONS_A_BUCKET * n_buckets)
@@ -178,7 +178,6 @@ def requests_with_histories(
     personas: Sequence["Persona"],
     max_behaviors: int,
     needs_target: bool,
-    versions: Mapping[str, int],
     stage: str = "join",
     limit: int | None = None,
     keep: Any = None,
@@ -187,13 +186,14 @@ def requests_with_histories(
 ) -> "Dataset":
     """Requests, each once for each of `personas` with the history that it may see (`persona.join`), bucket by bucket.
 
-    `keep(joined, store, bucket, versions, counts)` may take rows out before their vectors are read, and adds the
-    columns that `keep.adds` names; `stage` is where the tally counts; `texts` brings the texts of histories to the
-    requests; `rejected` is the column of a text that was not the right answer (`requests.REJECTED`).
+    `store` is a snapshot of the tables that are read; `keep(joined, store, bucket, counts)` may take rows out before
+    their vectors are read, and adds the columns that `keep.adds` names; `stage` is where the tally counts; `texts`
+    brings the texts of histories to the requests; `rejected` is the column of a text that was not the right answer
+    (`requests.REJECTED`).
     """
     reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target, "rejected": rejected}
     rows = read(splits, read_requests, limit=limit, **reading)
-    joining = {"personas": personas, "max_behaviors": max_behaviors, "versions": versions}
+    joining = {"personas": personas, "max_behaviors": max_behaviors}
     joining |= {"store": store, "tally": tally, "stage": stage, "keep": keep, "texts": texts}
     if texts is not None:
         rows, splits = texts.beside(rows, store.n_buckets), [*splits, *texts.splits]
@@ -255,7 +255,6 @@ def join_bucket(
     stage: str,
     personas: Sequence["Persona"],
     max_behaviors: int,
-    versions: Mapping[str, int],
     keep: Any,
     texts: "Texts | None" = None,
 ) -> Iterator["pa.Table"]:
@@ -268,7 +267,7 @@ def join_bucket(
     since = time.perf_counter()
     bucket = requests["bucket"][0].as_py()
     if texts is not None:
-        requests = texts.joined(requests, store, versions)
+        requests = texts.joined(requests, store)
     _, first = np.unique(requests["request_id"].to_numpy(), return_index=True)
     counts: dict[str, float] = {"asked": len(first), "repeated": requests.num_rows - len(first)}
     counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}
@@ -278,13 +277,13 @@ def join_bucket(
         for start in range(0, requests.num_rows, _JOINED_ROWS):
             part = requests.slice(start, _JOINED_ROWS)
             part = part.append_column("persona", pa.repeat(persona, part.num_rows))
-            how: dict[str, Any] = {"persona": persona, "max_behaviors": max_behaviors, "versions": versions}
+            how: dict[str, Any] = {"persona": persona, "max_behaviors": max_behaviors}
             joined = join_histories(part, store, bucket, with_vectors=keep is None, **how)
             if persona == sees_own:
                 counts["untimed"] += sum(joined["n_untimed"].to_pylist())
                 counts["empty"] += joined["n_behaviors"].to_pylist().count(0)
             if keep is not None:
-                kept = keep(joined, store, bucket, versions, counts).select([*part.column_names, *keep.adds])
+                kept = keep(joined, store, bucket, counts).select([*part.column_names, *keep.adds])
                 joined = join_histories(kept, store, bucket, **how)
             counts["kept"] += joined.num_rows
             counts["seconds"] += time.perf_counter() - since

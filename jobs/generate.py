@@ -129,13 +129,12 @@ def _staged(
     """The job as one chain: read, join with what each request may see, answer, stage."""
     unanswered = flow.requests_with_histories(
         splits,
-        store,
+        store.snapshot("behaviors", "generations"),
         tally,
         job="generate",
         personas=config.persona,
         max_behaviors=where["record"].max_behaviors,
         needs_target=False,
-        versions={name: store.version(name) for name in ("behaviors", "generations")},
         limit=config.limit,
         keep=_Unanswered(config, where),
         texts=retrieve.best_of(histories, config, where, tally),
@@ -227,16 +226,14 @@ class _Unanswered:
         self.config = config
         self.where = where
 
-    def __call__(
-        self, joined: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int], counts: dict[str, int]
-    ) -> "pa.Table":
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, int]) -> "pa.Table":
         """Rows of one persona; adds the columns of `adds`, and counts what is `stale`."""
         import pyarrow as pa
 
         columns = ["input", "query", "history_hash", "persona", *(["retrieved"] if self.config.retrieve else [])]
         prints = [answer_fingerprint(row, self.config, self.where) for row in joined.select(columns).to_pylist()]
         variant = variant_of(self.config, joined["persona"][0].as_py())
-        answered = store.answers(variant, bucket, version=versions["generations"])
+        answered = store.answers(variant, bucket)
         known = dict(zip(answered["request_id"].to_pylist(), answered["fingerprint"].to_pylist(), strict=True))
         found = [known.get(request) for request in joined["request_id"].to_pylist()]
         changes = [

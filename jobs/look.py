@@ -22,7 +22,6 @@ def look(
     ids: Sequence[str],
     users: frozenset[str],
     store: "Store",
-    versions: Mapping[str, int],
     where: Mapping[str, Any],
     tally: Any,
     histories: "tuple[Sequence[Split], Any] | None",
@@ -49,7 +48,6 @@ def look(
         stage="look",
         personas=["own"],
         max_behaviors=max_behaviors,
-        versions=versions,
         keep=_Seen(max_behaviors),
         texts=texts,
     )
@@ -82,15 +80,13 @@ class _TextsOf:
     def __init__(self, max_behaviors: int) -> None:
         self.max_behaviors = max_behaviors
 
-    def __call__(
-        self, requests: "pa.Table", texts: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int]
-    ) -> "pa.Table":
+    def __call__(self, requests: "pa.Table", texts: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
         import pyarrow as pa
 
         from persona.join import seen_rows
         from persona.retrieval import TextLookup
 
-        seen = seen_rows(requests, store, bucket, max_behaviors=self.max_behaviors, versions=versions)
+        seen = seen_rows(requests, store, bucket, max_behaviors=self.max_behaviors)
         lookup = TextLookup(texts)
         found = [lookup.texts(rows) for rows in seen]
         return requests.append_column("texts", pa.array(found, pa.list_(pa.large_string())))
@@ -104,15 +100,13 @@ class _Seen:
     def __init__(self, max_behaviors: int) -> None:
         self.max_behaviors = max_behaviors
 
-    def __call__(
-        self, joined: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int], _counts: Any
-    ) -> "pa.Table":
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, _counts: Any) -> "pa.Table":
         """All rows, with the columns of `adds`, oldest behavior first."""
         import pyarrow as pa
 
         from persona.join import seen_rows
 
-        seen = seen_rows(joined, store, bucket, max_behaviors=self.max_behaviors, versions=versions)
+        seen = seen_rows(joined, store, bucket, max_behaviors=self.max_behaviors)
         for name in self.adds:
             kind = pa.string() if name == "behavior_id" else pa.timestamp("us", "UTC")
             joined = joined.append_column(name, pa.array([rows[name].to_pylist() for rows in seen], pa.list_(kind)))

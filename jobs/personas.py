@@ -4,7 +4,7 @@ Who has to be made anew is read off the tables themselves (how many behaviors a 
 encoded), so it does not matter when, or how, an earlier run has ended.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +48,14 @@ def check_plug(given: str, identity: "Identity") -> PlugSource:
 
 def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Any) -> None:
     """Makes the personas of all users who need one, bucket by bucket, and takes out those of users who are gone."""
-    buckets = sorted({*store.buckets(), *store.persona_buckets()})
-    work = [{"bucket": bucket} for bucket in buckets]
-    versions = {name: store.version(name) for name in ("behaviors", "personas")}
+    store = store.snapshot("behaviors", "personas")
+    work = [{"bucket": bucket} for bucket in sorted({*store.buckets(), *store.persona_buckets()})]
     with Committer(writer, tally, stage="personas") as committer:
-        for staged in flow.each(work, _make, store=store, versions=versions, plug=plug):
+        for staged in flow.each(work, _make, store=store, plug=plug):
             committer.take(staged)
 
 
-def _make(batch: "pa.Table", *, store: "Store", versions: Mapping[str, int], plug: PlugSource) -> Iterator["pa.Table"]:
+def _make(batch: "pa.Table", *, store: "Store", plug: PlugSource) -> Iterator["pa.Table"]:
     """The personas of one bucket, staged."""
     from persona import plug_record
     from persona.personas import UserPersonas
@@ -64,14 +63,14 @@ def _make(batch: "pa.Table", *, store: "Store", versions: Mapping[str, int], plu
 
     model = None
     for bucket in batch["bucket"].to_pylist():
-        work = store.personas_to_make(bucket, plug.fingerprint, versions=versions)
+        work = store.personas_to_make(bucket, plug.fingerprint)
         for start in range(0, work.num_rows, _USERS_TOGETHER):
             part = work.slice(start, _USERS_TOGETHER)
             if model is None:
                 with plug_record.local_plug(plug.uri, plug.fingerprint) as folder:
                     model = UserPersonas.load(folder)
             users = part["user_id"].to_pylist()
-            rows = model.make(part, store.read_histories(bucket, users, version=versions["behaviors"]))
+            rows = model.make(part, store.read_histories(bucket, users))
             yield store.stage("personas", rows)
     if model is None:
         yield staged_files([])

@@ -59,9 +59,7 @@ class _Retrieve:
         self.tally = tally
         self.stage = stage
 
-    def __call__(
-        self, requests: "pa.Table", found: "pa.Table", store: "Store", bucket: int, versions: Mapping[str, int]
-    ) -> "pa.Table":
+    def __call__(self, requests: "pa.Table", found: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
         """`found` are the texts of the bucket's users."""
         import numpy as np
         import pyarrow as pa
@@ -70,8 +68,7 @@ class _Retrieve:
         from persona.retrieval import TextLookup, best_texts
 
         dense = self.retriever == "dense"
-        how: dict[str, Any] = {"max_behaviors": self.record.max_behaviors, "versions": versions}
-        seen = seen_rows(requests, store, bucket, with_vectors=dense, **how)
+        seen = seen_rows(requests, store, bucket, max_behaviors=self.record.max_behaviors, with_vectors=dense)
         lookup = TextLookup(found)
         queries = requests["query"].to_pylist()
         vectors_Rd = self._encode(queries, store.identity) if dense else [None] * len(queries)

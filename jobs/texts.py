@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Texts:
     """Histories whose texts are wanted, of all users or of some; what is done with them says `use`.
 
-    `use(requests, texts, store, bucket, versions)` gets the requests of a bucket and its texts (user_id, behavior_id,
+    `use(requests, texts, store, bucket)` gets the requests of a bucket and its texts (user_id, behavior_id,
     text, text_hash) and returns the requests with more columns.
     """
 
@@ -36,7 +36,7 @@ class Texts:
         texts = flow.read(self.splits, _read, limit=None, **reading)
         return requests.map_batches(_widened, batch_size=None, batch_format="pyarrow").union(texts)
 
-    def joined(self, rows: "pa.Table", store: Any, versions: Any) -> "pa.Table":
+    def joined(self, rows: "pa.Table", store: Any) -> "pa.Table":
         """The requests among the rows of one bucket, with what `use` adds."""
         import pyarrow as pa
 
@@ -45,7 +45,7 @@ class Texts:
         is_request = rows["request_id"].is_valid()
         requests = rows.filter(is_request).select([*SCHEMA.names, REJECTED.name])
         texts = rows.filter(pa.compute.invert(is_request)).select(["user_id", "behavior_id", "text", "text_hash"])
-        return self.use(requests, texts, store, rows["bucket"][0].as_py(), versions) if requests.num_rows else requests
+        return self.use(requests, texts, store, rows["bucket"][0].as_py()) if requests.num_rows else requests
 
 
 def plan(uri: str, columns: str, *, flag: str) -> "tuple[list[Split], Columns]":

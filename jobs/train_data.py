@@ -21,9 +21,8 @@ def split(config: "Config", inputs: "Inputs", version: int, tally: Any) -> "tupl
         "personas": ["own"],
         "max_behaviors": config.max_behaviors,
         "needs_target": True,
-        "versions": {"behaviors": version},
     }
-    store = inputs.store
+    store = inputs.store.at(behaviors=version)
     where = {"encoder": inputs.encoder.name, "record": config}
 
     def joined(splits: list[Any], held_out: str = "", limit: int | None = None) -> "Dataset":

@@ -30,7 +30,6 @@ def join_histories(
     *,
     persona: Persona,
     max_behaviors: int,
-    versions: Mapping[str, int] | None = None,
     with_vectors: bool = True,
 ) -> pa.Table:
     """The requests of one bucket with the history that each may see, in the order they came.
@@ -43,15 +42,13 @@ def join_histories(
     `own` and `mean` see the user's own history (they differ in how the plug weighs it), `none` and `bare` an empty one
     (of which `bare` does not even tell the plug),
     `other` that of the user who is next by id, around the bucket and then in those behind it, and has
-    anything to see at that time. `versions` pins tables by name (`Store.version`). Without vectors there is no
-    `history`, and only keys are read.
+    anything to see at that time. Without vectors there is no `history`, and only keys are read.
     """
-    version = (versions or {}).get("behaviors")
     users = requests["user_id"].to_pylist()
     as_of = requests["as_of"].cast(pa.int64()).to_pylist()
     places: list[_Place | None]
     if persona == "other":
-        places = _others(store, bucket, users, as_of, version)
+        places = _others(store, bucket, users, as_of)
     else:
         places = [None if persona in {"none", "bare"} else (bucket, user) for user in users]
 
@@ -59,7 +56,7 @@ def join_histories(
     for source in sorted({place[0] for place in places if place is not None}):
         mine = [(i, place[1]) for i, place in enumerate(places) if place is not None and place[0] == source]
         of_users = sorted({user for _, user in mine})
-        histories = _Histories.of(store.read_histories(source, of_users, with_vectors=with_vectors, version=version))
+        histories = _Histories.of(store.read_histories(source, of_users, with_vectors=with_vectors))
         for i, user in mine:
             seen[i] = histories.see(user, as_of[i], max_behaviors)
     if with_vectors:
@@ -72,19 +69,12 @@ def join_histories(
 
 
 def seen_rows(
-    requests: pa.Table,
-    store: Store,
-    bucket: int,
-    *,
-    max_behaviors: int,
-    versions: Mapping[str, int] | None = None,
-    with_vectors: bool = False,
+    requests: pa.Table, store: Store, bucket: int, *, max_behaviors: int, with_vectors: bool = False
 ) -> list[pa.Table]:
     """For each request the store's rows of the own history that `join_histories` lets it see, in the same order."""
     users = requests["user_id"].to_pylist()
     as_of = requests["as_of"].cast(pa.int64()).to_pylist()
-    version = (versions or {}).get("behaviors")
-    rows = store.read_histories(bucket, sorted(set(users)), with_vectors=with_vectors, version=version)
+    rows = store.read_histories(bucket, sorted(set(users)), with_vectors=with_vectors)
     histories = _Histories.of(rows)
     spans = [histories.span(user, limit, max_behaviors) for user, limit in zip(users, as_of, strict=True)]
     return [rows.slice(first, end - first) for first, end, _ in spans]
@@ -139,18 +129,16 @@ class _Histories:
         return int(max(first, end - max_behaviors)), int(end), n_untimed
 
 
-def _others(
-    store: Store, bucket: int, users: Sequence[str], as_of: Sequence[int | None], version: int | None
-) -> list[_Place | None]:
+def _others(store: Store, bucket: int, users: Sequence[str], as_of: Sequence[int | None]) -> list[_Place | None]:
     """For each request somebody else who has a behavior to see; None where nobody near has."""
     found: list[_Place | None] = [None] * len(users)
-    filled = store.buckets(version)
+    filled = store.buckets()
     around = [b for b in filled if b >= bucket] + [b for b in filled if b < bucket]
     for source in around[:_OTHER_BUCKETS]:
         open_requests = [i for i, place in enumerate(found) if place is None]
         if not open_requests:
             break
-        rows = store.read_histories(source, with_vectors=False, version=version)
+        rows = store.read_histories(source, with_vectors=False)
         names, start_U = _runs(rows)
         earliest_U = _times(rows)[start_U[:-1]]
         for i in open_requests:

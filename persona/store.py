@@ -45,18 +45,22 @@ class Identity:
 
 
 class Store:
-    """An open store. It may travel to another process, being a URI and an identity, and opens its tables there."""
+    """An open store. It may travel to another process, being a URI and an identity, and opens its tables there.
 
-    def __init__(self, uri: str, identity: Identity, n_buckets: int) -> None:
-        """For `open` and `create`."""
+    What it reads of a table is the newest version, or, of those in `versions`, that one: see `snapshot`.
+    """
+
+    def __init__(self, uri: str, identity: Identity, n_buckets: int, versions: Mapping[str, int] | None = None) -> None:
+        """For `open`, `create` and `at`."""
         self.uri = uri
         self.identity = identity
         self.n_buckets = n_buckets
+        self.versions = dict(versions or {})
         self._tables: dict[str, Table] = {}
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int]]:
+    def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int, dict[str, int]]]:
         """Tables stay behind: they hold connections."""
-        return Store, (self.uri, self.identity, self.n_buckets)
+        return Store, (self.uri, self.identity, self.n_buckets, self.versions)
 
     def __repr__(self) -> str:
         """Where, and by which encoder."""
@@ -105,25 +109,29 @@ class Store:
         return None if store is None else _same(store, identity, n_buckets)
 
     def version(self, table: str) -> int:
-        """The newest version of a table, for reading the same state again later."""
+        """Which version of a table is read."""
         return self.table(table).version()
 
-    def missing(
-        self, bucket: int, rows: pa.Table, *, sync: bool = False, version: int | None = None
-    ) -> tuple[pa.Table, dict[str, int]]:
+    def at(self, **versions: int) -> "Store":
+        """The same store, of which these tables are read as of these versions, whoever commits meanwhile."""
+        return Store(self.uri, self.identity, self.n_buckets, {**self.versions, **versions})
+
+    def snapshot(self, *tables: str) -> "Store":
+        """The same store, of which these tables are read as they are now: the same rows at any time, in any process."""
+        return self.at(**{name: self.version(name) for name in tables})
+
+    def missing(self, bucket: int, rows: pa.Table, *, sync: bool = False) -> tuple[pa.Table, dict[str, int]]:
         """What has to be done so that the store has a bucket's valid `rows` (`histories.SCHEMA`), each key once.
 
         Reads keys, hashes and timestamps, no vectors. Returns the rows to work on with a string `change`: `new` ones,
         `edited` ones (stored with another text or timestamp), and, with `sync`, the `gone` ones that are stored and not
         among `rows`, with neither text nor hash. And how many were `known`, `new`, `edited`, `gone`, and `duplicates`
-        within the input, of which the latest counts (of the same time, the one with the greatest text hash).
-
-        With a `version` of the table, what has been committed since does not count: so the same rows give the same
-        answer, in the same order, at any time.
+        within the input, of which the latest counts (of the same time, the one with the greatest text hash). The same
+        rows and the same version of the table give the same answer, in the same order.
         """
         wanted = latest(rows)
         columns = [*KEY, "text_hash", "timestamp"]
-        stored = self.table("behaviors").scan(columns, one_of("bucket", [bucket]), version=version)
+        stored = self.table("behaviors").scan(columns, one_of("bucket", [bucket]))
         keys, stored_keys = (key_strings(rows.select(KEY)) for rows in (wanted, stored))
         # Where each row is stored; a table of strings takes a fraction of the memory of a join.
         place = pc.index_in(keys, value_set=stored_keys)
@@ -187,12 +195,7 @@ class Store:
             yield Writer(opened, lease)
 
     def read_histories(
-        self,
-        bucket: int,
-        user_ids: Sequence[str] | None = None,
-        *,
-        with_vectors: bool = True,
-        version: int | None = None,
+        self, bucket: int, user_ids: Sequence[str] | None = None, *, with_vectors: bool = True
     ) -> pa.Table:
         """The behaviors of a bucket, or of some of its users: user_id, behavior_id, timestamp, text_hash (, vector).
 
@@ -202,36 +205,33 @@ class Store:
         if user_ids is not None:
             where += f" AND {one_of('user_id', user_ids)}"
         columns = [*KEY, "timestamp", "text_hash", *(["vector"] if with_vectors else [])]
-        table = self.table("behaviors").scan(columns, where, version=version)
+        table = self.table("behaviors").scan(columns, where)
         return in_order(table, dict.fromkeys(["user_id", "timestamp", "behavior_id"], "ascending"))
 
-    def users(self, bucket: int, version: int | None = None) -> list[str]:
+    def users(self, bucket: int) -> list[str]:
         """Who has behaviors in a bucket, sorted."""
-        found = self.table("behaviors").scan(["user_id"], one_of("bucket", [bucket]), version=version)
+        found = self.table("behaviors").scan(["user_id"], one_of("bucket", [bucket]))
         return sorted(pc.unique(found["user_id"]).to_pylist())
 
-    def buckets(self, version: int | None = None) -> list[int]:
+    def buckets(self) -> list[int]:
         """The buckets that hold behaviors, sorted; read from the log alone."""
-        return self.table("behaviors").partitions(version=version)
+        return self.table("behaviors").partitions()
 
     def persona_buckets(self) -> list[int]:
         """The buckets that hold personas, sorted."""
         return self.table("personas").partitions()
 
-    def personas_to_make(self, bucket: int, plug: str, *, versions: Mapping[str, int] | None = None) -> pa.Table:
+    def personas_to_make(self, bucket: int, plug: str) -> pa.Table:
         """The users of a bucket whose persona under a plug (its fingerprint) is missing or out of date, or who left.
 
         Rows with `user_id`, `bucket` and `change`. Reads user ids and times, no vectors: a persona is out of date when
-        the user has another number of behaviors now, or one that was encoded later. `versions` pins tables by name.
+        the user has another number of behaviors now, or one that was encoded later.
         """
-        pinned = versions or {}
         where = one_of("bucket", [bucket])
-        behaviors = self.table("behaviors").scan(["user_id", "embedded_at"], where, version=pinned.get("behaviors"))
+        behaviors = self.table("behaviors").scan(["user_id", "embedded_at"], where)
         now = behaviors.group_by("user_id").aggregate([("embedded_at", "max"), ("embedded_at", "count")])
         made = self.table("personas").scan(
-            ["user_id", "n_behaviors", "updated_at"],
-            f"{where} AND {one_of('plug', [plug])}",
-            version=pinned.get("personas"),
+            ["user_id", "n_behaviors", "updated_at"], f"{where} AND {one_of('plug', [plug])}"
         )
         both = now.join(made, "user_id", join_type="full outer", use_threads=False).sort_by("user_id")
         is_new, is_gone = both["n_behaviors"].is_null(), both["embedded_at_count"].is_null()
@@ -245,14 +245,14 @@ class Store:
         users = pa.table({"user_id": both["user_id"], "bucket": buckets, "change": change})
         return users.filter(users["change"].is_valid())
 
-    def answers(self, variant: str, bucket: int, *, version: int | None = None) -> pa.Table:
+    def answers(self, variant: str, bucket: int) -> pa.Table:
         """`request_id`, `fingerprint` and `plug` of what has been answered."""
         where = f"{one_of('variant', [variant])} AND {one_of('bucket', [bucket])}"
-        return self.table("generations").scan(["request_id", "fingerprint", "plug"], where, version=version)
+        return self.table("generations").scan(["request_id", "fingerprint", "plug"], where)
 
-    def variants(self, *, version: int | None = None) -> list[str]:
+    def variants(self) -> list[str]:
         """The variants that have answers, sorted; read from the log alone."""
-        return self.table("generations").partitions(version=version)
+        return self.table("generations").partitions()
 
     def read_generations(
         self,
@@ -260,12 +260,11 @@ class Store:
         columns: Sequence[str] | None = None,
         *,
         buckets: Sequence[int] | None = None,
-        version: int | None = None,
     ) -> pa.Table:
         """Answers of some variants and buckets, or of all."""
         wanted = {"variant": variants, "bucket": buckets}
         where = [one_of(name, values) for name, values in wanted.items() if values is not None]
-        return self.table("generations").scan(columns, " AND ".join(where) or None, version=version)
+        return self.table("generations").scan(columns, " AND ".join(where) or None)
 
     def write_rejects(self, rows: pa.Table) -> None:
         """Commit bad input rows (`inputs.REJECTS`); what an earlier run has already noted stays one row."""
@@ -281,7 +280,7 @@ class Store:
     def table(self, name: str) -> Table:
         """One of the tables of `layouts.LAYOUTS`, open."""
         if name not in self._tables:
-            self._tables[name] = Table(join(self.uri, name), name)
+            self._tables[name] = Table(join(self.uri, name), name, self.versions.get(name))
         return self._tables[name]
 
 

@@ -54,18 +54,21 @@ _DELETIONS_AT_ONCE = 16
 
 
 class Table:
-    """A Delta table; it follows the newest version. Not for other processes: make it where it is used.
+    """A Delta table; it follows the newest version, or shows one. Not for other processes: make it where it is used.
 
     The log is read when it is needed first: who only reads or writes files, does without.
     """
 
-    def __init__(self, uri: str, name: str) -> None:
-        """For a table that exists; whatever reads the log raises `StorageError` where there is none."""
+    def __init__(self, uri: str, name: str, version: int | None = None) -> None:
+        """For a table that exists, as of a version if one is given, and then only to be read.
+
+        Whatever reads the log raises `StorageError` where there is no such table or version.
+        """
         self.uri = uri
         self.name = name
         self.layout = LAYOUTS[name]
+        self._shown = version
         self._opened: DeltaTable | None = None
-        self._pinned: tuple[int, DeltaTable] | None = None
 
     @staticmethod
     def create(uri: str, name: str, properties: Mapping[str, str]) -> None:
@@ -101,11 +104,11 @@ class Table:
 
     def properties(self) -> dict[str, str]:
         """What `create` was given, and Delta's own."""
-        return dict(self._at(None).metadata().configuration)
+        return dict(self._refreshed().metadata().configuration)
 
     def version(self) -> int:
-        """The newest version."""
-        return self._at(None).version()
+        """The newest version, or the one that is shown."""
+        return self._refreshed().version()
 
     def runs(self) -> list[dict[str, Any]]:
         """Who has taken the lease of this table and when, newest first, as far as the log goes back."""
@@ -116,28 +119,28 @@ class Table:
                 "job": entry[_JOB],
                 "at": datetime.fromtimestamp(entry["timestamp"] / 1000, UTC).isoformat(timespec="seconds"),
             }
-            for entry in self._at(None).history()
+            for entry in self._refreshed().history()
             if _JOB in entry
         ]
 
     def has(self, version: int) -> bool:
         """Whether a version can still be read: neither its log nor one of its files has been taken away."""
         try:
-            wanted = {file.path for file in self.files(version=version)}
+            wanted = {file.path for file in Table(self.uri, self.name, version).files()}
         except StorageError as error:
             if error.__cause__ is None or is_transient(error.__cause__):
                 raise
             return False
         return wanted <= self._paths_there()
 
-    def partitions(self, *, version: int | None = None) -> list[Any]:
+    def partitions(self) -> list[Any]:
         """The values of the partition column that have rows, sorted."""
-        found = {row[self.layout.partition] for row in self._at(version).partitions()}
+        found = {row[self.layout.partition] for row in self._refreshed().partitions()}
         kind = self.layout.schema.field(self.layout.partition).type
         return sorted(int(v) for v in found) if pa.types.is_integer(kind) else sorted(found)
 
-    def scan(self, columns: Sequence[str] | None, where: str | None = None, *, version: int | None = None) -> pa.Table:
-        """The rows for which the SQL predicate `where` holds, as of a version (default: the newest), in no order.
+    def scan(self, columns: Sequence[str] | None, where: str | None = None) -> pa.Table:
+        """The rows for which the SQL predicate `where` holds, in no order.
 
         Files, row groups and pages that cannot hold such rows are not read. `vector` comes as `large_binary`:
         a bucket of them may be larger than the 2 GiB that `binary` can address.
@@ -145,7 +148,7 @@ class Table:
         names = self.layout.schema.names if columns is None else list(columns)
         fields = [self.layout.schema.field(name) for name in names]
         schema = pa.schema([f.with_type(pa.large_binary()) if f.name == "vector" else f for f in fields])
-        table = self._at(version)
+        table = self._refreshed()
 
         def read() -> pa.Table:
             reader = pa.RecordBatchReader.from_stream(table.scan(columns=names, predicate=where))
@@ -158,9 +161,9 @@ class Table:
         file = self.write_file(rows)
         self._put([self._added(file, same_rows=False)], {}, lambda: file.path in {one.path for one in self.files()})
 
-    def files(self, partitions: Sequence[Any] | None = None, *, version: int | None = None) -> list[DataFile]:
+    def files(self, partitions: Sequence[Any] | None = None) -> list[DataFile]:
         """The files of some partitions, or of all, with what the log says of them."""
-        return self._files(self._at(version), partitions)
+        return self._files(self._refreshed(), partitions)
 
     def _files(self, table: DeltaTable, partitions: Sequence[Any] | None = None) -> list[DataFile]:
         found = pa.table(table.get_add_actions(flatten=True))
@@ -230,7 +233,7 @@ class Table:
 
     def lease(self) -> int:
         """The number of the lease that rules; 0 before the first."""
-        return self._at(None).transaction_version(_LEASE) or 0
+        return self._refreshed().transaction_version(_LEASE) or 0
 
     def fence(self, number: int, *, job: str) -> None:
         """Note in the log that the lease of this number rules, for this job; older holders cannot commit any more."""
@@ -325,7 +328,7 @@ class Table:
         if not self.layout.key:
             keep_hours = max(keep_hours, 1)  # `append` needs no lease: what it is about to commit is younger than that
         listed = self._paths_there() if not keep_hours else set()
-        latest = self._at(None)
+        latest = self._refreshed()
         look = partial(latest.vacuum, keep_hours, dry_run=True, enforce_retention_duration=False, full=True)
         unused = set(_asked(look, f"cannot list what is unused of the table {self.uri}"))
         used = {file.path for file in self._files(self._held(lease))}
@@ -354,7 +357,6 @@ class Table:
         ]
         for uri in old:
             storage.delete(uri)
-        self._pinned = None
         return old
 
     def _added(self, file: DataFile, same_rows: bool) -> AddAction:
@@ -389,20 +391,17 @@ class Table:
             self._opened = self._open()
         return self._opened
 
-    def _open(self, version: int | None = None) -> DeltaTable:
+    def _open(self) -> DeltaTable:
         options = delta_options(self.uri)
-        table = partial(DeltaTable, self.uri, version=version, storage_options=options)
-        of_version = "" if version is None else f" as of version {version}"
+        table = partial(DeltaTable, self.uri, version=self._shown, storage_options=options)
+        of_version = "" if self._shown is None else f" as of version {self._shown}"
         return _asked(table, f"cannot open the table {self.uri}{of_version}")
 
-    def _at(self, version: int | None) -> DeltaTable:
-        if version is None:
-            if self._opened is not None:
-                _asked(self._opened.update_incremental, f"cannot read the log of the table {self.uri}")
-            return self._log
-        if self._pinned is None or self._pinned[0] != version:
-            self._pinned = version, self._open(version)
-        return self._pinned[1]
+    def _refreshed(self) -> DeltaTable:
+        """The log, read again; that of a version which is shown does not change."""
+        if self._opened is not None and self._shown is None:
+            _asked(self._opened.update_incremental, f"cannot read the log of the table {self.uri}")
+        return self._log
 
 
 def one_of(column: str, values: Sequence[str] | Sequence[int]) -> str:

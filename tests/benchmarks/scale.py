@@ -86,7 +86,7 @@ def _requests(n_users: int) -> pa.Table:
 
 def _join(folder: Path) -> int:
     """The requests of `generate` with all their vectors, thrown away as they come; returns how many came."""
-    store = Store.open(str(folder / "store"))
+    store = Store.open(str(folder / "store")).snapshot("behaviors")
     joined = flow.requests_with_histories(
         inputs.plan_splits(str(folder / "requests.parquet"), flag="--requests"),
         store,
@@ -95,7 +95,6 @@ def _join(folder: Path) -> int:
         personas=["own"],
         max_behaviors=512,
         needs_target=False,
-        versions={"behaviors": store.version("behaviors")},
     )
     return sum(table.num_rows for table in joined.iter_batches(batch_size=None, batch_format="pyarrow"))
 

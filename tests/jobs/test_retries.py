@@ -30,12 +30,12 @@ _missing, _join_bucket, _make = embed._missing, flow.join_bucket, personas._make
 _compared: defaultdict[str, list[int]] = defaultdict(list)  # buckets, by task
 
 
-def die_once(store: Store, is_committed: Callable[[], bool]) -> None:
+def die_once(store: Store, is_committed: Callable[[Store], bool]) -> None:
     """Ends this process as soon as that is committed; a second attempt lives on."""
-    died = Path(store.uri).parent / "died"
+    died, newest = Path(store.uri).parent / "died", Store.open(store.uri)
     give_up = time.monotonic() + COMMITTED_WITHIN_S
     while not died.exists():
-        if is_committed():
+        if is_committed(newest):
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         assert time.monotonic() < give_up, "what went on first was not committed"
@@ -45,7 +45,7 @@ def die_once(store: Store, is_committed: Callable[[], bool]) -> None:
 def dying_missing(rows: pa.Table, *, store: Store, **settings: Any) -> pa.Table:
     compared = _compared[ray.get_runtime_context().get_task_id() or ""]
     if len(compared) == 4:
-        die_once(store, lambda: compared[0] in store.buckets())
+        die_once(store, lambda now: compared[0] in now.buckets())
     compared.append(rows["bucket"][0].as_py())
     return _missing(rows, store=store, **settings)
 
@@ -55,7 +55,7 @@ def dying_join(rows: pa.Table, *, store: Store, **settings: Any) -> Iterator[pa.
     with mock.patch.object(flow, "_JOINED_ROWS", TOGETHER):  # no longer than here: others use this process later
         for part in _join_bucket(rows, store=store, **settings):
             if len(given) > TOGETHER:
-                die_once(store, lambda first=given[0]: first in store.read_generations()["request_id"].to_pylist())
+                die_once(store, lambda now, one=given[0]: one in now.read_generations()["request_id"].to_pylist())
             given += part["request_id"].to_pylist()
             yield part
 
@@ -65,7 +65,7 @@ def dying_make(batch: pa.Table, *, store: Store, **settings: Any) -> Iterator[pa
     with mock.patch.object(personas, "_USERS_TOGETHER", TOGETHER):
         for part in _make(batch, store=store, **settings):
             if len(given) > 1:
-                die_once(store, lambda first=given[0]: first in {file.path for file in store.table("personas").files()})
+                die_once(store, lambda now, one=given[0]: one in {file.path for file in now.table("personas").files()})
             given += [file.path for file in files_of(part, "new")]
             yield part
 

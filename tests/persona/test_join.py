@@ -155,13 +155,13 @@ def test_the_hash_changes_with_what_is_seen_and_with_nothing_else(tmp_path: Path
     assert before[2] == before[3] and len(set(before)) == 3
 
 
-def test_a_pinned_version_is_joined_as_it_was(tmp_path: Path) -> None:
+def test_a_snapshot_is_joined_as_it_was(tmp_path: Path) -> None:
     store = make_store(tmp_path, [{"user_id": "a", "behavior_id": "1", "timestamp": START, "n": 1}], 1)
-    versions = {"behaviors": store.version("behaviors")}
+    then = store.snapshot("behaviors")
     write(store, [{"user_id": "a", "behavior_id": "2", "timestamp": START, "n": 2}])
     asked = ask(("a", None), n_buckets=1)
-    for pinned, expected in ((versions, [[1]]), (None, [[1, 2]])):
-        assert seen(join_histories(asked, store, 0, persona="own", max_behaviors=9, versions=pinned)) == expected
+    for one, expected in ((then, [[1]]), (store, [[1, 2]])):
+        assert seen(join_histories(asked, one, 0, persona="own", max_behaviors=9)) == expected
 
 
 def test_the_only_user_of_a_store_has_no_other(tmp_path: Path) -> None:

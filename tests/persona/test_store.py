@@ -124,13 +124,26 @@ def test_histories_are_read_by_user_and_in_order(store: Store) -> None:
     assert store.read_histories(0, []).num_rows == store.read_histories(0, ["zz' OR 1=1 --"]).num_rows == 0
 
 
-def test_a_pinned_version_stays_as_it_was(store: Store) -> None:
+def test_a_snapshot_stays_as_it_was_in_any_process(store: Store) -> None:
     refresh(store, behaviors(("a", "1", "x", 1)))
-    version, bucket = store.version("behaviors"), int(bucket_of(["a"], 4)[0])
+    bucket = int(bucket_of(["a"], 4)[0])
+    then = store.snapshot("behaviors")
+    assert then.versions == {"behaviors": store.version("behaviors")} and store.versions == {}
     refresh(store, behaviors(("a", "1", "xx", 1), ("a", "2", "x", 2)))
-    assert store.read_histories(bucket, version=version)["text_hash"].to_pylist() == text_hash(["x"]).to_pylist()
+    for one in (then, pickle.loads(pickle.dumps(then))):
+        assert one.read_histories(bucket)["text_hash"].to_pylist() == text_hash(["x"]).to_pylist()
+        assert one.version("behaviors") == then.versions["behaviors"] < store.version("behaviors")
     assert store.read_histories(bucket).num_rows == 2
-    assert store.users(bucket, version=0) == [] and store.buckets(version=0) == []
+    empty = then.at(behaviors=0)
+    assert empty.users(bucket) == [] and empty.buckets() == []
+
+
+def test_a_snapshot_of_one_table_follows_the_others(store: Store) -> None:
+    then = store.snapshot("behaviors")
+    refresh(store, behaviors(("a", "1", "x", 1)))
+    store.write("generations", answers("r"))
+    assert then.buckets() == [] and then.variants() == ["own"]
+    assert then.snapshot("generations").versions == {"behaviors": 0, "generations": store.version("generations")}
 
 
 def test_a_version_is_there_until_it_is_vacuumed_or_forgotten(store: Store) -> None:

@@ -61,7 +61,7 @@ def test_only_touched_files_are_written_again_and_all_in_one_version(store: Stor
     assert {path: new[path] for path in set(old) & set(new)} == {path: old[path] for path in set(old) - touched}
     assert store.version("behaviors") == version + 2  # the lease, and all the rest
     expected = Counter((u, b, 1) for u in users for b in "12")
-    assert rows_of(store, version) == rows_of(store, version + 1) == expected
+    assert rows_of(store.at(behaviors=version)) == rows_of(store.at(behaviors=version + 1)) == expected
     assert rows_of(store) == expected - Counter([("u05", "2", 1)]) + Counter([("u05", "2", 3)])
 
 

@@ -79,7 +79,7 @@ def test_at_whatever_look_at_the_log_a_holder_is_replaced_its_successor_rules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The successor comes right after the k-th time that the first holder reads the log, for every k there is."""
-    look = Table._at
+    look = Table._refreshed
     for k in range(1, 30):
         store = Store.create(str(tmp_path / str(k)), IDENTITY, 4)
         fill(store)
@@ -88,17 +88,15 @@ def test_at_whatever_look_at_the_log_a_holder_is_replaced_its_successor_rules(
         with store.writer("behaviors", job="first") as writer:
             looks, version = [0], [0]
 
-            def counted(
-                table: Table, at: int | None, looks=looks, version=version, k=k, writer=writer, store=store
-            ) -> Any:
-                found = look(table, at)
+            def counted(table: Table, looks=looks, version=version, k=k, writer=writer, store=store) -> Any:
+                found = look(table)
                 looks[0] += table is writer.table
                 if table is writer.table and looks[0] == k:
                     version[0] = take_over(store).version()
                 return found
 
             with monkeypatch.context() as patched:
-                patched.setattr(Table, "_at", counted)
+                patched.setattr(Table, "_refreshed", counted)
                 lost = False
                 try:
                     ACTS[name](writer, store)
