@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -276,16 +275,6 @@ def stored(store: Path | str, table: str, without: Sequence[str] = ()) -> Rows:
     by_key = {tuple(row[name] for name in names): {k: v for k, v in row.items() if k not in without} for row in rows}
     assert len(by_key) == len(rows), "a key is there twice"
     return by_key
-
-
-def check_same(rows: Rows, expected: Rows) -> None:
-    """The same rows; of a vector the last bits depend on how many threads its model had, and that on who else ran."""
-    assert rows.keys() == expected.keys()
-    for key, row in rows.items():
-        mine, theirs = dict(row), dict(expected[key])
-        vectors = [np.frombuffer(one.pop("vector", b""), "<f2").astype(np.float32) for one in (mine, theirs)]
-        assert mine == theirs
-        np.testing.assert_allclose(*vectors, rtol=2e-3, atol=1e-4, err_msg=str(key))
 
 
 def changed(before: Rows, after: Rows) -> set[tuple[str, ...]]:
