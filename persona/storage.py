@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import boto3
 import pyarrow.fs as pafs
@@ -26,12 +26,13 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from persona import s3
 from persona.errors import StorageError, UsageError
-from persona.retries import in_one_line, is_transient, persistently
+from persona.retries import in_one_line, persistently
 
 T = TypeVar("T")
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_ANSWER_S = 5.0  # how long the one question of `check_reachable` may take
+_ANSWER_S = 5.0  # how long a store may be silent when `check_reachable` asks it
+_ATTEMPTS = 4  # of that question, before a store that is not heard counts as one that is not there
 _LISTINGS = 100  # of a folder that others make at this moment, before its absence is believed
 # What may stand in the path of an S3 URI. Ray and pyarrow send a URI with other characters silently to the
 # local disk, or read them as a query; both would be found out much later.
@@ -84,10 +85,11 @@ def check_uri(uri: str, *, flag: str) -> str:
 
 
 def check_reachable(uri: str, *, flag: str, write: bool = False) -> None:
-    """Ask once, with short time-outs, whether `uri` can be read (or, with `write`, be written below).
+    """Ask, with short time-outs, whether `uri` can be read (or, with `write`, be written below).
 
     Raises `UsageError` for what the caller can put right (nothing there, no credentials, no such bucket) and
-    `StorageError` for a store that refuses or does not answer.
+    `StorageError` for a store that refuses, does not answer (within seconds: its address may be wrong), or answers
+    with errors for as long as `persona.retries` lets it.
     """
     if is_s3(uri):
         _check_s3(uri, flag, write)
@@ -104,28 +106,32 @@ def check_reachable(uri: str, *, flag: str, write: bool = False) -> None:
 
 def _check_s3(uri: str, flag: str, write: bool) -> None:
     bucket, key = s3.split(uri)
+
+    def ask() -> dict[str, Any]:
+        try:
+            if boto3.Session().get_credentials() is None:
+                raise UsageError(
+                    f"{flag}: {uri} needs credentials and there are none; set AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a store other than AWS), or run under a role"
+                )
+            with s3.client(bucket, attempts=_ATTEMPTS, silent_s=_ANSWER_S) as client:
+                return dict(client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1))
+        except BotoCoreError as error:
+            raise StorageError(
+                f"{flag}: {s3.where()} does not answer ({type(error).__name__}); check AWS_ENDPOINT_URL and the network"
+            ) from None
+
     try:
-        if boto3.Session().get_credentials() is None:
-            raise UsageError(
-                f"{flag}: {uri} needs credentials and there are none; set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a store other than AWS), or run under a role"
-            )
-        with s3.client(bucket, attempts=3, silent_s=_ANSWER_S) as client:
-            found = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+        # A store that answers "not now" is there, and is asked again for as long as by any other work.
+        found = persistently(ask, f"{flag}: {s3.where()} cannot list {uri}")
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "unknown")
         if code == "NoSuchBucket":
             raise UsageError(
                 f"{flag}: there is no bucket {bucket!r} at {s3.where()}; create it or correct the name"
             ) from None
-        if is_transient(error):
-            raise StorageError(f"{flag}: {s3.where()} cannot list {uri} now ({code}); try again later") from None
         raise StorageError(
             f"{flag}: {s3.where()} refused to list {uri} ({code}); check the key and its rights"
-        ) from None
-    except BotoCoreError as error:
-        raise StorageError(
-            f"{flag}: {s3.where()} does not answer ({type(error).__name__}); check AWS_ENDPOINT_URL and the network"
         ) from None
     if not write and not found.get("KeyCount"):
         raise UsageError(f"{flag}: there is nothing at {uri}")

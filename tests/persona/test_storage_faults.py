@@ -71,6 +71,19 @@ def test_work_ends_well_where_some_requests_fail(
     assert bad.faults > 0.5 * share * bad.done.total(), bad.done  # of what it may be by chance, as the seed has it
 
 
+def test_a_store_that_answers_with_errors_is_reachable_once_it_answers_well(
+    each_s3: str, bad: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad.share, bad.kinds, bad.most = 1.0, ("error", "slow_down"), 6  # more than the client itself tries again
+    storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
+    assert bad.done.total() == 7
+
+    bad.most = float("inf")
+    bound(monkeypatch, 1.0)
+    with pytest.raises(StorageError, match=r"--store: .* cannot list .*/x: tried for "):
+        storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
+
+
 def everything(s3: str, folder: Path) -> dict[str, Callable[[], object]]:
     """Every way to ask an object store, by the words with which it says that it failed."""
     uri = f"{s3}/x/file"
