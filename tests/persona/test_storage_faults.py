@@ -14,7 +14,9 @@ from persona import s3 as objects
 from persona import storage
 from persona.errors import StorageError, UsageError
 from persona.retries import give_up_s, is_transient, persistently
+from persona.store import Store
 from tests.faulty_s3 import TRANSIENT, FaultyS3
+from tests.stores import IDENTITY, answers
 
 # boto3 leaves the connection of a download that was cut to the garbage collector.
 pytestmark = [
@@ -195,6 +197,20 @@ def test_a_conflict_is_not_taken_for_a_file_that_is_there(each_s3: str, bad: Fau
     bad.most = 2
     assert not storage.create_bytes(f"{each_s3}/lease", b"of another writer")
     assert bad.done["conflict"] == 4 and storage.read_bytes(f"{each_s3}/lease") == b"mine"
+
+
+def test_a_conflict_is_not_taken_for_a_commit_of_another_run(each_s3: str, bad: FaultyS3) -> None:
+    bad.share, bad.kinds, bad.only = 1.0, ("conflict",), r"PUT .*/generations/_delta_log/"
+    bad.most = 2
+    store = Store.create(f"{each_s3}/store", IDENTITY, 4)  # its tables
+    assert bad.done["conflict"] == 2
+    bad.most = 2
+    with store.writer("generations", job="jobs.generate") as writer:  # a commit that says who writes
+        assert bad.done["conflict"] == 4
+        bad.most = 2
+        writer.commit(store.stage("generations", answers("r-1", "r-2")))
+    assert bad.done["conflict"] == 6
+    assert sorted(store.read_generations()["request_id"].to_pylist()) == ["r-1", "r-2"]
 
 
 def test_a_large_file_is_there_in_whole_or_not_at_all(
