@@ -33,7 +33,7 @@ _PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
 _PASSING_CODES = {"RequestTimeout", "RequestTimeoutException", "NoSuchUpload", "SlowDown", "Throttling"}
 # How Arrow and delta-rs say it; they raise OSError, DeltaError or ArrowInvalid, whose text alone tells what happened.
 # Of a commit that failed, a number in the place of a reason says that the log's next entry was there already, or that
-# the answer was a 409: object_store takes either for the same. Of a table's first entry, delta-rs then misses that one.
+# the answer was a 409: object_store takes either for the same.
 _PASSING_TEXT = re.compile(
     r"AWS Error (INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|NETWORK_CONNECTION|REQUEST_TIMEOUT)"
     r"|AWS Error NO_SUCH_UPLOAD"
@@ -42,7 +42,7 @@ _PASSING_TEXT = re.compile(
     r"|HTTP error:? (error sending request|request or response body error|operation timed out)"
     r"|client error \((Connect|SendRequest)\)"
     r"|<Code>(InternalError|SlowDown|RequestTimeout)</Code>"
-    r"|Failed to commit transaction: \d+$|Invalid table version: 0$"
+    r"|Failed to commit transaction: \d+$"
 )
 
 

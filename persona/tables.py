@@ -76,7 +76,7 @@ class Table:
         layout = LAYOUTS[name]
         # Only these columns are worth statistics in the log, which every reader reads.
         spans = {"delta.dataSkippingStatsColumns": ",".join(layout.spans or layout.order)}
-        create = partial(
+        new = partial(
             DeltaTable.create,
             uri,
             layout.schema,
@@ -87,6 +87,16 @@ class Table:
             raise_if_key_not_exists=False,
             storage_options=delta_options(uri),
         )
+
+        def create() -> None:
+            try:
+                new()
+            except DeltaError as error:
+                if "Invalid table version: 0" not in str(error):
+                    raise
+                # The answer was a 409, which delta-rs takes for a first version that is there, and then misses it.
+                raise ConnectionError(str(error)) from error
+
         with suppress(CommitFailedError):  # another process has created it meanwhile
             _asked(create, f"cannot create the table {uri}")
 
