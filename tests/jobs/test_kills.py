@@ -373,10 +373,14 @@ def test_the_same_command_again_ends_as_if_nothing_had_happened(
 def check_plug(work: Work, same: Work, n_kills: int) -> None:
     """The same weights, and no step done twice but one a kill: each step has a checkpoint."""
     expected = load_file(same.folder / "plug" / "plug.safetensors")
-    for name, value in load_file(work.folder / "plug" / "plug.safetensors").items():
+    found = load_file(work.folder / "plug" / "plug.safetensors")
+    assert found.keys() == expected.keys()
+    # The bias of the keys moves all scores of a query alike, which no softmax sees: its gradient is rounding and no
+    # more, and AdamW makes whole steps of it. In another order of the sums it ends 5e-4 apart, all else 6e-7.
+    for name in (name for name in expected if not name.endswith(".key.bias")):
         # To the last bit while the driver lives. A new one counts the nodes that are left, and with another number of
         # threads sums have another order; a step that was lost or done twice would be some 1e-3.
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-6, err_msg=name)
     curve = json.loads((work.folder / "plug" / "plug.json").read_text())["training"]["training_curve"]
     assert [step for step, _ in curve] == list(range(1, STEPS + 1))
     print(f"{n_reports(work.folder / 'runs')} checkpoints of {STEPS} steps")
