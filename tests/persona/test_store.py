@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,9 @@ def test_a_version_is_there_until_it_is_vacuumed_or_forgotten(store: Store) -> N
         assert table.has(second) and not table.has(first)
         writer.erase_history()
     assert table.has(store.version("behaviors")) and not table.has(second)
+    asked = time.monotonic()
+    assert not table.has(0)
+    assert time.monotonic() - asked < 5  # what is gone is not asked for again and again
 
 
 def test_answers_are_found_and_replaced(store: Store) -> None:
