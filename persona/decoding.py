@@ -45,22 +45,24 @@ class NextToken(Protocol):
 class SeededSampling:
     """Sampling by the Gumbel-max trick: the arg max of log p + Gumbel noise is a draw from p.
 
-    Each request has a random stream of its own, so that its draws do not depend on its neighbours.
+    Each request has a random stream of its own, so that its draws do not depend on its neighbours. The streams are the
+    device's, which draws other numbers than another kind of device: drawn on a CPU, a GPU would wait for them.
     """
 
-    def __init__(self, decoding: Decoding, seeds: Sequence[int]) -> None:
+    def __init__(self, decoding: Decoding, seeds: Sequence[int], device: torch.device) -> None:
         self.temperature = decoding.sampling_temperature
         self.warper = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
-        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, scores_RV: Tensor, requests: Sequence[int]) -> Tensor:
         """Scores of rows that belong to these requests, to noisy ones whose arg max is the draw."""
         scores_RV = scores_RV.float() / self.temperature
         if self.warper is not None:
             scores_RV = self.warper(torch.empty(0), scores_RV)
-        n_words = scores_RV.shape[-1]
-        noise = [-torch.empty(n_words).exponential_(generator=self.streams[i]).log() for i in requests]
-        return scores_RV + torch.stack(noise).to(scores_RV.device)
+        drawn_RV = torch.empty_like(scores_RV)
+        for row_V, request in zip(drawn_RV, requests, strict=True):
+            row_V.exponential_(generator=self.streams[request])
+        return scores_RV - drawn_RV.log_()
 
 
 def follow(

@@ -202,7 +202,8 @@ class FrozenLLM(nn.Module):
         if decoding.beams > 1:
             said = search(steps, beams=decoding.beams, **limits)
         else:
-            said = follow(steps, sampling=SeededSampling(decoding, seeds) if decoding.sample else None, **limits)
+            sampling = SeededSampling(decoding, seeds, self.device) if decoding.sample else None
+            said = follow(steps, sampling=sampling, **limits)
         return [self._answer(tokens) for tokens in said]
 
     def _answer(self, said: list[int]) -> Answer:

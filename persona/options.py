@@ -147,7 +147,7 @@ class Decoding:
     top_p: float = 1.0
     """Share of the probability that --sample draws from."""
     seed: int = 0
-    """Of --sample; the same request gets the same answer in any batch."""
+    """Of --sample; the same request gets the same answer in any batch on the same kind of device."""
 
     def check_decoding(self) -> None:
         """Raises UsageError for values that cannot work."""

@@ -9,11 +9,12 @@ from persona.options import Decoding
 
 N_DRAWS = 20_000
 SAMPLE = Decoding(beams=1, sample=True)
+CPU = torch.device("cpu")
 
 
 def draws(scores_V: torch.Tensor, decoding: Decoding) -> torch.Tensor:
     """How often each word is drawn (V,) from these scores, each draw by a request with a seed of its own."""
-    processor = SeededSampling(decoding, range(N_DRAWS))
+    processor = SeededSampling(decoding, range(N_DRAWS), CPU)
     found = processor(scores_V.expand(N_DRAWS, -1), range(N_DRAWS)).argmax(-1)
     return torch.bincount(found, minlength=len(scores_V)).double()
 
@@ -59,7 +60,7 @@ def test_top_p_keeps_the_likeliest_words_that_together_reach_it():
 
 def test_a_rows_draws_do_not_depend_on_its_neighbours():
     def sequence(seeds: list[int], row: int) -> list[int]:
-        processor = SeededSampling(SAMPLE, seeds)
+        processor = SeededSampling(SAMPLE, seeds, CPU)
         scores = SCORES.expand(len(seeds), -1)
         return [int(processor(scores, range(len(seeds))).argmax(-1)[row]) for _ in range(20)]
 
@@ -71,6 +72,6 @@ def test_a_rows_draws_do_not_depend_on_its_neighbours():
 
 def test_one_step_does_not_decide_the_next():
     """Twenty draws in a row from one stream are as spread as twenty streams' first draws."""
-    processor = SeededSampling(SAMPLE, [0])
+    processor = SeededSampling(SAMPLE, [0], CPU)
     found = [int(processor(torch.zeros(1, 1000), [0]).argmax()) for _ in range(20)]
     assert len(set(found)) > 15
