@@ -140,8 +140,8 @@ def _staged(
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
     pool = machines.pool(config.actors, config.cpus_per_actor)
-    threads_alone = machines.threads_alone(config.cpus_per_actor)
-    of_actors = {"config": config, "identity": store.identity, "tally": tally, "threads_alone": threads_alone}
+    threads = machines.threads(config.cpus_per_actor)
+    of_actors = {"config": config, "identity": store.identity, "tally": tally, "threads": threads}
     encoded = flow.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
     return flow.staged(encoded, store=store, table="behaviors", tally=tally)
 
@@ -185,13 +185,14 @@ def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) ->
 class Encode:
     """A frozen encoder in an actor: loaded once, then behaviors in, vectors out."""
 
-    def __init__(self, config: Config, identity: "Identity", tally: Any, threads_alone: int) -> None:
+    def __init__(self, config: Config, identity: "Identity", tally: Any, threads: session.Threads) -> None:
         import ray
 
         from persona import models
         from persona.encoder import TextEncoder
 
-        session.quiet_models(config.cpus_per_actor)
+        session.quiet_models(threads.model)
+        session.tokenize_with(threads.tokenizing)
         folder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
         if folder.fingerprint != identity.fingerprint:
             raise InputError(
@@ -207,8 +208,8 @@ class Encode:
             precision=config.precision,
         )
         self.tally = tally
-        self.threads, self.threads_alone = config.cpus_per_actor, threads_alone
-        self.may_be_alone = threads_alone > config.cpus_per_actor
+        self.threads = threads
+        self.may_be_alone = threads.alone > threads.model
         flow.note(tally, "encoders", ray.get_runtime_context().get_actor_id() or "", {})
         self.idle_since = time.perf_counter()
 
@@ -224,7 +225,7 @@ class Encode:
 
             # A small refresh brings no second model, which would take longer to load than the first one to do it all.
             self.may_be_alone = len(flow.units(self.tally, "encoders")) == 1
-            torch.set_num_threads(self.threads_alone if self.may_be_alone else self.threads)
+            torch.set_num_threads(self.threads.alone if self.may_be_alone else self.threads.model)
         is_there = pc.not_equal(behaviors["change"], "gone")
         texts = behaviors["text"].filter(is_there).to_pylist()
         encoded = self.encoder.encode(texts)

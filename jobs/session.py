@@ -31,6 +31,18 @@ _RAY_ENVIRONMENT = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Threads:
+    """How many threads an encoder's process takes."""
+
+    model: int
+    """Of the model on CPUs, beside others."""
+    alone: int
+    """Of the model on CPUs, while it is alone in its pool: on a machine of our own all cores are free."""
+    tokenizing: int
+    """Of the tokenizer. For one thread a GPU would wait most of the time; on CPUs other models have the other cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machines:
     """What the cluster has; `cores` are real ones where that can be known."""
 
@@ -58,9 +70,12 @@ class Machines:
         least = actors or (size + 1) // 2
         return {"compute": ActorPoolStrategy(min_size=least, max_size=size), "num_cpus": cpus_per_actor}
 
-    def threads_alone(self, cpus_per_actor: int) -> int:
-        """Threads of a model on CPUs while it is alone in its pool: on a machine of our own all cores are free."""
-        return max(self.cores, cpus_per_actor) if self.is_ours and not self.gpus else cpus_per_actor
+    def threads(self, cpus_per_actor: int) -> Threads:
+        """Threads of each encoder of a pool."""
+        if self.gpus:
+            return Threads(model=cpus_per_actor, alone=cpus_per_actor, tokenizing=max(1, self.cores // self.gpus))
+        alone = max(self.cores, cpus_per_actor) if self.is_ours else cpus_per_actor
+        return Threads(model=cpus_per_actor, alone=alone, tokenizing=1)
 
 
 def connect() -> Machines:
@@ -148,6 +163,12 @@ def _settle_ray_data() -> None:
     # Nothing to encode or to answer is how a refresh often ends, and no reason for advice.
     warnings.filterwarnings("ignore", "The minimum number of concurrent actors for", UserWarning)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def tokenize_with(n_threads: int) -> None:
+    """Lets the tokenizers of this process take so many threads; it must not have tokenized yet, nor fork later."""
+    if n_threads > 1:
+        os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(min(n_threads, usable_cores()))}
 
 
 def quiet_models(n_threads: int | None = None) -> None:

@@ -4,7 +4,7 @@ Shapes: N texts, T tokens, d encoder width.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -22,8 +22,10 @@ from persona.options import Pooling, Precision
 
 # A CPU has nothing to gain from large batches, and small ones hold rows of about one length: less padding.
 _TOKEN_BUDGETS = {True: 16_384, False: 2_048}
-# Tokenized at once: enough for batches of rows of one length, so few that a GPU waits but a moment for the first.
-_TOKENS_A_PART = 131_072
+# Tokenized at first: so few that a GPU waits but a moment for them; and how many times as many in each part after it,
+# which then has more rows of one length.
+_FIRST_TOKENS = 32_768
+_TIMES_AS_MANY = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,26 @@ def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
         batch.append(row)
     if batch:
         yield batch
+
+
+def full_batches(
+    parts: Iterable[list[tuple[int, list[int]]]], token_budget: int
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Batches, as those of `token_batches`, of numbered rows that come in parts, each of shorter ones than the last.
+
+    Rows that do not fill a batch wait for the next part, which begins with some of about their length.
+    """
+    waiting: list[tuple[int, list[int]]] = []
+    for part in parts:
+        waiting += part
+        batches = [
+            [waiting[place] for place in batch]
+            for batch in token_batches([len(row) for _, row in waiting], token_budget)
+        ]
+        waiting = batches.pop() if batches else []
+        yield from batches
+    if waiting:
+        yield waiting
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -152,21 +174,22 @@ class TextEncoder:
         """
         vectors = np.empty((len(texts), self.width), dtype=np.float16)
         n_tokens = n_padded = 0
-        tokenize_s = 0.0
-        parts = list(_parts(texts, _TOKENS_A_PART))
+        done = []
+        parts = list(_parts(texts, max(_FIRST_TOKENS, 2 * self.token_budget)))
         with ThreadPoolExecutor(1) as beside:
-            waiting = [beside.submit(self._timed_tokenize, [texts[i] for i in part]) for part in parts]
-            for part, tokenized in zip(parts, waiting, strict=True):
-                rows, seconds = tokenized.result()
-                tokenize_s += seconds
-                done = []
-                for batch in token_batches([len(row) for row in rows], self.token_budget):
-                    pooled_Nd, n = self._forward([rows[row] for row in batch])
-                    done.append((part[batch], pooled_Nd))
-                    n_padded += n
-                for numbers, pooled_Nd in done:  # the device has all of them to do before the first is asked for
-                    vectors[numbers] = pooled_Nd.cpu().numpy()
-                n_tokens += sum(map(len, rows))
+            coming = [beside.submit(self._timed_tokenize, [texts[i] for i in part]) for part in parts]
+            tokenized = (
+                list(zip(part.tolist(), part_of.result()[0], strict=True))
+                for part, part_of in zip(parts, coming, strict=True)
+            )
+            for batch in full_batches(tokenized, self.token_budget):
+                pooled_Nd, n = self._forward([row for _, row in batch])
+                done.append(([number for number, _ in batch], pooled_Nd))
+                n_tokens += sum(len(row) for _, row in batch)
+                n_padded += n
+        for numbers, pooled_Nd in done:  # the device has all of them to do before the first is asked for
+            vectors[numbers] = pooled_Nd.cpu().numpy()
+        tokenize_s = sum(part_of.result()[1] for part_of in coming)
         return Encoded(vectors=vectors, n_tokens=n_tokens, n_padded=n_padded, tokenize_s=tokenize_s)
 
     def _timed_tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], float]:
@@ -181,10 +204,11 @@ class TextEncoder:
         return pool(hidden_NTd, mask_NT, self.pooling).half(), ids_NT.numel()
 
 
-def _parts(texts: Sequence[str], n_tokens: int) -> Iterator[NDArray[np.int64]]:
-    """Row numbers, texts of about one length together, in parts of about so many tokens."""
+def _parts(texts: Sequence[str], n_first: int) -> Iterator[NDArray[np.int64]]:
+    """Row numbers, longest texts first: a part of about `n_first` tokens, then larger ones."""
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     order = np.argsort(-lengths, kind="stable")
     # Four characters a token, more or less: only the size of a part depends on it.
-    ends = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // (4 * n_tokens))) + 1
+    tokens = np.cumsum(lengths[order]) // 4
+    ends = np.flatnonzero(np.diff((tokens - n_first) // (_TIMES_AS_MANY * n_first))) + 1
     yield from (part for part in np.split(order, ends) if len(part))

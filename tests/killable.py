@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import command, commits, embed, generate
+from jobs.session import Threads
 
 LOG = "work.log"
 BLOCK_S = 0.6  # what a block takes at least: a real model is slower than ours, and there has to be a middle to kill in
@@ -30,8 +31,8 @@ def note(store: str, n_rows: int) -> None:
 class CountingEncode(embed.Encode):
     """The encoder's actor; rows that are gone need no work."""
 
-    def __init__(self, config: embed.Config, identity: Any, tally: Any, threads_alone: int) -> None:
-        super().__init__(config, identity, tally, threads_alone)
+    def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: Threads) -> None:
+        super().__init__(config, identity, tally, threads)
         self.store = config.store
 
     def __call__(self, behaviors: Any) -> Any:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs import embed
+from jobs.session import Threads
 from persona.encoder import Encoded
 
 WIDTH = 384
@@ -39,8 +40,8 @@ class CheapEncoder:
 class CheapEncode(embed.Encode):
     """The actor of `embed` with that encoder."""
 
-    def __init__(self, config: embed.Config, identity: Any, tally: Any, threads_alone: int) -> None:
-        del config, identity, threads_alone
+    def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: Threads) -> None:
+        del config, identity, threads
         self.may_be_alone = False
         self.encoder = CheapEncoder()  # type: ignore[assignment]
         self.tally = tally

@@ -13,6 +13,7 @@ import torch
 from deltalake import DeltaTable
 
 from jobs import embed, flow
+from jobs.session import Threads
 from persona import models as persona_models
 from persona.encoder import TextEncoder
 from persona.storage import delta_options, exists, join, read_bytes, write_bytes
@@ -178,7 +179,8 @@ def test_a_model_that_is_alone_takes_the_cores_of_those_that_may_still_come(
     tally, n_before = flow.new_tally(), torch.get_num_threads()
     rows = pa.table({"user_id": ["u"], "behavior_id": ["b"], "text": ["a title of it"], "change": ["new"]})
     try:
-        encode = embed.Encode(config, Store.open(str(filled_store)).identity, tally, threads_alone=2)
+        threads = Threads(model=1, alone=2, tokenizing=1)
+        encode = embed.Encode(config, Store.open(str(filled_store)).identity, tally, threads)
         alone, n_alone = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
         flow.note(tally, "encoders", "another", {})
         beside, n_beside = encode(rows)["vector"][0].as_py(), torch.get_num_threads()

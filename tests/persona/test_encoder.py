@@ -1,6 +1,6 @@
 """The frozen encoder: pooling against a plain loop, batches by tokens, and vectors that do not depend on the batch."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona.encoder import TextEncoder, choose_precision, pad, pool, token_batches
+from persona.encoder import TextEncoder, choose_precision, full_batches, pad, pool, token_batches
 from persona.errors import UsageError
 
 TEXTS = [
@@ -128,6 +128,28 @@ def test_batches_hold_each_row_once_within_the_budget(lengths, budget):
     for batch, after in pairwise(batches):
         # No batch is smaller than it must be: the next row would not have fitted in.
         assert (len(batch) + 1) * max(lengths[batch[0]], 1) > budget or lengths[after[0]] > lengths[batch[0]]
+
+
+@given(st.lists(st.integers(0, 60)), st.lists(st.integers(0, 30)), st.integers(1, 200))
+def test_batches_of_parts_are_those_of_all_rows_at_once(lengths, sizes, budget):
+    rows = [(number, [0] * length) for number, length in enumerate(sorted(lengths, reverse=True))]
+    ends = [0, *accumulate(sizes), len(rows)]
+    parts = [rows[start:end] for start, end in pairwise(ends)]
+    batches = [[number for number, _ in batch] for batch in full_batches(parts, budget)]
+    assert batches == list(token_batches([len(row) for _, row in rows], budget))
+
+
+def test_a_part_that_comes_is_encoded_before_the_next_is_asked_for():
+    asked = []
+
+    def parts():
+        for number, length in enumerate((9, 5, 4)):
+            asked.append(length)
+            yield [(2 * number, [0] * length), (2 * number + 1, [0] * length)]
+
+    found = full_batches(parts(), 10)
+    assert [number for number, _ in next(found)] == [0] and asked == [9]
+    assert [[number for number, _ in batch] for batch in found] == [[1], [2, 3], [4, 5]]
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5))
