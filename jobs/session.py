@@ -24,8 +24,6 @@ _RAY_ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     # A Ray of our own is the program that a person waits for; by default its workers give way to all others.
     "RAY_worker_niceness": "0",
-    # As many as there are tickets; by default Ray warns when more processes start than there are cores.
-    "RAY_worker_maximum_startup_concurrency": str(_LEAST_LOCAL_CPUS),
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -83,15 +81,18 @@ def connect() -> Machines:
     import ray
 
     attach = "RAY_ADDRESS" in os.environ
+    tickets = max(usable_cores(), _LEAST_LOCAL_CPUS)
     if not ray.is_initialized():
         # What `ray job submit` or the caller has set stays: Ray refuses two values for one name.
         of_workers = {name: value for name, value in _WORKER_ENVIRONMENT.items() if name not in os.environ}
-        for name, value in (_RAY_ENVIRONMENT if attach else {**_RAY_ENVIRONMENT, **of_workers}).items():
+        # By default Ray warns when more processes start than there are cores.
+        of_ours = {} if attach else {**of_workers, "RAY_worker_maximum_startup_concurrency": str(tickets)}
+        for name, value in {**_RAY_ENVIRONMENT, **of_ours}.items():
             os.environ.setdefault(name, value)
         try:
             ray.init(
                 address=None if attach else "local",
-                num_cpus=None if attach else max(usable_cores(), _LEAST_LOCAL_CPUS),
+                num_cpus=None if attach else tickets,
                 include_dashboard=None if attach else False,
                 # A Ray of our own inherits them; its first workers are already there, and fit no other environment.
                 runtime_env={"env_vars": of_workers} if attach else None,
@@ -106,9 +107,9 @@ def connect() -> Machines:
     _settle_ray_data()
     _wait_for_gpus()
     resources = ray.cluster_resources()
-    tickets = int(resources.get("CPU", 1))
-    alone = len(ray.nodes()) == 1 and tickets <= max(usable_cores(), _LEAST_LOCAL_CPUS)
-    cores = min(tickets, usable_cores()) if alone else max(1, tickets - 2)
+    n_cpus = int(resources.get("CPU", 1))
+    alone = len(ray.nodes()) == 1 and n_cpus <= tickets
+    cores = min(n_cpus, usable_cores()) if alone else max(1, n_cpus - 2)
     return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=alone and not attach)
 
 
