@@ -65,29 +65,28 @@ class Sizes:
     turns: int
 
 
+def _t5(**shape: int) -> T5Config:
+    """FlanT5's kind."""
+    kind: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    return T5Config(**shape, **kind, decoder_start_token_id=0)
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+    )
+
+
 _REAL = Sizes(
     encoder=BertConfig(),  # 768 wide, 12 layers, 12 heads: BGE-base-en-v1.5
     llms={
-        "FlanT5-XXL": T5Config(
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            vocab_size=32128,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            decoder_start_token_id=0,
-        ),
-        "Llama-3-8B": LlamaConfig(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=8192,
-        ),
+        "FlanT5-XXL": _t5(d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64),
+        "Llama-3-8B": _llama(4096, 14_336, layers=32, heads=32, key_heads=8, vocabulary=128_256),
     },
     texts=16_384,
     square=8192,
@@ -99,19 +98,8 @@ _REAL = Sizes(
 _SMALL = Sizes(
     encoder=BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64),
     llms={
-        "T5": T5Config(
-            d_model=48,
-            d_kv=12,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            decoder_start_token_id=0,
-        ),
-        "Llama": LlamaConfig(
-            hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-        ),
+        "T5": _t5(d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4),
+        "Llama": _llama(48, 64, layers=2, heads=4, key_heads=2, vocabulary=32_000),
     },
     texts=200,
     square=512,
