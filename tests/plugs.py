@@ -17,11 +17,16 @@ from persona.plug_record import PlugRecord
 from tests.models import ENCODER_WIDTH
 
 
+def random_history(draw: np.random.Generator, n_behaviors: int, width: int) -> bytes:
+    """So many unit vectors as a row has them."""
+    vectors = draw.normal(size=(n_behaviors, width))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype("<f2").tobytes()
+
+
 def row(number: int, n_behaviors: int) -> dict[str, Any]:
     """A request with a random history of that many behaviors."""
-    draw = np.random.default_rng(number)
-    vectors = draw.normal(size=(n_behaviors, ENCODER_WIDTH))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    history = random_history(np.random.default_rng(number), n_behaviors, ENCODER_WIDTH)
     text = f"the title of paper {number} " * (1 + number % 3)
     made = {
         "request_id": f"r{number}",
@@ -30,7 +35,7 @@ def row(number: int, n_behaviors: int) -> dict[str, Any]:
         "query": f"query {number}",
         "target": "good " * (1 + number % 4),
     }
-    return {**made, "history": vectors.astype("<f2").tobytes()}
+    return {**made, "history": history}
 
 
 ROWS = [row(number, n) for number, n in enumerate([3, 0, 1, 40, 0, 7])]

@@ -26,7 +26,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
-    GenerationConfig,
     LlamaConfig,
     PretrainedConfig,
     T5Config,
@@ -43,6 +42,7 @@ from persona.training import deepspeed_settings, new_optimizer, train_step
 from tests import models, plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
+from tests.benchmarks.llm_work import generate_plainly
 
 _IS_GPU = torch.cuda.is_available()
 _DEVICE = torch.device("cuda" if _IS_GPU else "cpu")
@@ -228,16 +228,7 @@ def generate(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: Froze
     prefill_s = cost.llm_flops(config, n_requests=n, inputs=_INPUT_TOKENS, outputs=0) / gpu.flops
     for beams in (1, 4):
         decoding = Decoding(beams=beams, max_new_tokens=_OUTPUT_TOKENS)
-        settings = GenerationConfig(
-            max_new_tokens=_OUTPUT_TOKENS,
-            num_beams=beams,
-            do_sample=False,
-            eos_token_id=llm.eos_ids,
-            pad_token_id=llm.pad_id,
-        )
-        plainly = partial(
-            llm.model.generate, input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-        )
+        plainly = partial(generate_plainly, llm, decoding, input_ids=ids, attention_mask=torch.ones_like(ids))
         said = [answer.n_tokens for answer in model.answer(some, decoding)]
         rate = n / median_s(partial(model.answer, some, decoding), sizes.turns)
         plain = n / median_s(plainly, 1)
@@ -313,8 +304,7 @@ def rows(n: int, width: int) -> list[dict[str, Any]]:
     inputs, targets = corpus.texts("abstracts", n, seed=1), corpus.texts("titles", n)
     made = []
     for number, (text, target) in enumerate(zip(inputs, targets, strict=True)):
-        history = draw.normal(size=(round(5 * 100 ** draw.random()), width))
-        history /= np.linalg.norm(history, axis=1, keepdims=True)
+        history = plugs.random_history(draw, round(5 * 100 ** draw.random()), width)
         made.append(
             {
                 "request_id": f"r{number}",
@@ -323,7 +313,7 @@ def rows(n: int, width: int) -> list[dict[str, Any]]:
                 "input": text[:600],  # letters, most of them, and a letter is a token here
                 "query": f"{text} {text}",
                 "target": " ".join(target.split()[:4]),
-                "history": history.astype("<f2").tobytes(),
+                "history": history,
             }
         )
     return made

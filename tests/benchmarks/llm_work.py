@@ -38,8 +38,7 @@ def rows(n: int) -> list[Row]:
     found = []
     for number, (text, target) in enumerate(zip(inputs, targets, strict=True)):
         n_behaviors = round(5 * 40 ** draw.random())
-        history = draw.normal(size=(n_behaviors, _WIDTH))
-        history /= np.linalg.norm(history, axis=1, keepdims=True)
+        history = plugs.random_history(draw, n_behaviors, _WIDTH)
         words = " ".join(text.split()[: draw.integers(10, 60)])
         found.append(
             {
@@ -48,7 +47,7 @@ def rows(n: int) -> list[Row]:
                 "input": words,
                 "query": words,
                 "target": " ".join(target.split()[:12]),
-                "history": history.astype("<f2").tobytes(),
+                "history": history,
             }
         )
     return found[:n]
@@ -255,7 +254,7 @@ class ReferenceAnswers(PlainAttention):
             embeds_BLD = torch.cat([padding_BLD, soft_BSD, llm.embed(torch.tensor([ids]))], dim=1)
             mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long)
             mask_BL[:, :n_padded] = 0
-            [output] = _generate(llm, self.decoding, inputs_embeds=embeds_BLD, attention_mask=mask_BL)
+            [output] = generate_plainly(llm, self.decoding, inputs_embeds=embeds_BLD, attention_mask=mask_BL)
             said.append(str(llm.tokenizer.decode(output, skip_special_tokens=True)).strip())
         return said
 
@@ -275,11 +274,12 @@ class PlainAnswers(PlainAttention):
         length = max(map(len, ids))
         ids_BL = torch.tensor([[llm.pad_id] * (length - len(row)) + row for row in ids])
         mask_BL = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
-        output = _generate(llm, self.decoding, input_ids=ids_BL, attention_mask=mask_BL)[:, length:]
+        output = generate_plainly(llm, self.decoding, input_ids=ids_BL, attention_mask=mask_BL)[:, length:]
         return [str(text) for text in llm.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
-def _generate(llm: FrozenLLM, decoding: Decoding, **inputs: Tensor) -> Tensor:
+def generate_plainly(llm: FrozenLLM, decoding: Decoding, **inputs: Tensor) -> Tensor:
+    """What `transformers.generate` makes of the same settings."""
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.beams,
