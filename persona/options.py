@@ -23,6 +23,8 @@ class PlugOptions:
     """How behaviors are weighed: by the request (eq. 3), or without it, all alike (the paper's own ablation)."""
     persona_tokens: int = 1
     """Soft tokens that carry the persona."""
+    persona_gain: float = 1.0
+    """Factor on what sets a history apart from the typical one, inside the projector: above 1 it is learned faster."""
     instruction: Literal["vector", "projected", "none"] = "vector"
     """The instruction token of eq. 5: a trained vector, one behind a projector of its own (the reference), or none."""
     temperature: float = 1.0
@@ -41,6 +43,8 @@ class PlugOptions:
         """Raises UsageError for values that cannot work."""
         if self.persona_tokens < 1:
             raise UsageError(f"--persona-tokens {self.persona_tokens}: must be 1 or more")
+        if not 0 < self.persona_gain < math.inf:
+            raise UsageError(f"--persona-gain {self.persona_gain}: must be above 0 (1 is the paper's plug)")
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"--temperature {self.temperature}: must be above 0")
         if self.weights == "mean" and self.learn_temperature:

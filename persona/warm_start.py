@@ -52,7 +52,7 @@ def fit(
     arguments and the plug's (seeded) first layer, so every worker gets the same.
 
     Args:
-        plug: new, on any device.
+        plug: new, on any device; one with a `persona_gain` already knows what is typical.
         encoder: the one that made the behaviors' vectors.
         llm: the plug's LLM, not yet sharded by ZeRO-3.
         behaviors_Nd: vectors (N, d) of behaviors like those to come, as in the store; some hundreds are plenty.
@@ -73,13 +73,14 @@ def fit(
     token_D = tokens_WD.mean(0)
     spread_WD = tokens_WD - token_D
 
-    features_WF = plug.projector.activate(words_Wd).double()
+    features_WF = plug.set_apart(plug.projector.activate(words_Wd)).double()
     features_WF = features_WF - features_WF.mean(0)
     held_W = torch.arange(len(words), device=device) % _HELD_OUT_OF == 0
     map_FD = _ridge(features_WF[~held_W], spread_WD[~held_W])
     rank = _median_rank(features_WF[held_W] @ map_FD, held_W.nonzero().squeeze(1), spread_WD)
 
-    behaviors_NF = plug.projector.activate(torch.from_numpy(behaviors_Nd.astype(np.float32)).to(device)).double()
+    behaviors = torch.from_numpy(behaviors_Nd.astype(np.float32)).to(device)
+    behaviors_NF = plug.set_apart(plug.projector.activate(behaviors)).double()
     centre_F = behaviors_NF.mean(0)
     size = ((behaviors_NF - centre_F) @ map_FD).norm(dim=-1).mean()
     # Ridge shrinks, so behaviors would all look like the mean token: the gain takes them as far from it as words are.

@@ -63,7 +63,7 @@ def test_the_paper_is_the_papers(task: str) -> None:
         "none",
     )
     assert (config.temperature, config.learn_temperature, config.recency) == (1.0, False, False)
-    assert (config.alignment, config.contrast) == (0.0, 0.0)
+    assert (config.persona_gain, config.alignment, config.contrast) == (1.0, 0.0, 0.0)
     # Epochs over data written eleven times; one of them for LaMP-3, two for the others.
     assert config.epochs == 11 * (1 if task == "LaMP_3" else 2)
     assert (config.history_dropout, config.empty_history) == (0.5, 0.0)

@@ -20,6 +20,8 @@ def test_the_defaults_are_the_papers_and_can_work():
     ("changes", "flag"),
     [
         ({"persona_tokens": 0}, "--persona-tokens 0"),
+        ({"persona_gain": 0.0}, "--persona-gain 0.0: must be above 0"),
+        ({"persona_gain": float("inf")}, "--persona-gain inf: must be above 0"),
         ({"temperature": 0.0}, "--temperature 0.0"),
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"temperature": float("inf")}, "--temperature inf"),

@@ -31,7 +31,7 @@ def made(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("recency", [False, True])
-@pytest.mark.parametrize("options", [{"weights": "mean"}, {"learn_temperature": True}], ids=str)
+@pytest.mark.parametrize("options", [{"weights": "mean"}, {"learn_temperature": True, "persona_gain": 4.0}], ids=str)
 def test_a_persona_is_what_the_plug_makes_of_a_history_without_a_request(
     encoder_folder: ModelFolder,
     llm_folder: ModelFolder,

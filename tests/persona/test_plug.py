@@ -76,6 +76,9 @@ def paper_soft_tokens(plug: Plug, x: list[float] | None, history: list[list[floa
     weights = paper_weights(x, history, temperature, slope)
     projected = [proj(plug.projector, h) for h in history]
     P = [sum(w * p[i] for w, p in zip(weights, projected, strict=True)) for i in range(len(projected[0]))]
+    # Ours: what sets P apart from the persona of the typical behavior, so much larger.
+    typical = proj(plug.projector, plug.typical_behavior.tolist())
+    P = [at + options.persona_gain * (p - at) for p, at in zip(P, typical, strict=True)]
     personas = [P[k * D_LLM : (k + 1) * D_LLM] for k in range(plug.options.persona_tokens)]
     instruction = []
     if plug.options.instruction == "vector":
@@ -124,6 +127,8 @@ VARIANTS = [
     {"recency": True},
     {"weights": "mean"},
     {"weights": "mean", "recency": True},
+    {"persona_gain": 4.0},
+    {"persona_gain": 0.5, "weights": "mean"},
     {"instruction": "none", "persona_tokens": 1},
     {"instruction": "projected"},
 ]
@@ -253,6 +258,14 @@ def test_what_is_typical_changes_nothing_for_who_has_a_history():
     after = soft_tokens(plug, HISTORY, LENGTHS, QUERIES)
     assert torch.equal(before[LENGTHS > 0], after[LENGTHS > 0])
     assert not torch.isclose(before[LENGTHS == 0][:, 1:], after[LENGTHS == 0][:, 1:]).all(-1).any()
+
+
+def test_a_gain_sets_a_history_apart_from_the_typical_one_and_leaves_who_has_none():
+    plain, plug = new_plug(), new_plug(persona_gain=4.0)
+    without, with_gain = (soft_tokens(one, HISTORY, LENGTHS, QUERIES)[:, 1:] for one in (plain, plug))
+    typical_KD = without[LENGTHS == 0][0]
+    assert torch.equal(with_gain[LENGTHS == 0], without[LENGTHS == 0])
+    torch.testing.assert_close(with_gain - typical_KD, 4 * (without - typical_KD), **EXACT)
 
 
 def test_without_any_behavior_what_is_typical_stays():

@@ -22,6 +22,7 @@ VARIANTS = [
     {"recency": True},
     {"weights": "mean"},
     {"weights": "mean", "recency": True},
+    {"persona_gain": 4.0},
     {"learn_temperature": True, "instruction": "projected"},
     {"instruction": "none"},
 ]

@@ -57,10 +57,10 @@ def llm_that_knows(words: list[str], encoder: TextEncoder, *, related: bool = Tr
     return FrozenLLM(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="</s>"))
 
 
-def new_plug(llm: FrozenLLM, persona_tokens: int = 2) -> Plug:
+def new_plug(llm: FrozenLLM, **options) -> Plug:
     torch.manual_seed(2)
     return Plug(
-        PlugOptions(weights="mean", persona_tokens=persona_tokens),
+        PlugOptions(**{"weights": "mean", "persona_tokens": 2, **options}),
         query_encoder=None,
         pooling="mean",
         width=ENCODER_WIDTH,
@@ -119,6 +119,21 @@ def test_soft_tokens_lie_as_far_from_the_mean_token_as_words_do_and_centre_on_it
         # GELU of a mean is not the mean of GELU, but near it.
         assert (nobody[0, k] - tokens.mean(0)).norm() < spread / 4
     torch.testing.assert_close(nobody[0, 0], llm.embed(torch.tensor(llm.separator))[0])
+
+
+def test_a_plug_with_a_gain_starts_where_one_without_does(encoder):
+    llm = llm_that_knows(WORDS, encoder)
+    behaviors = encoder.encode([f"about {a} and {b} like it" for a, b in itertools.pairwise(WORDS)]).vectors
+    history_Md = torch.from_numpy(behaviors.astype(np.float32))
+    soft = []
+    for gain in (1.0, 4.0):
+        plug = new_plug(llm, persona_gain=gain)
+        plug.set_typical_behavior(history_Md)
+        result = warm_start.fit(plug, encoder, llm, behaviors)
+        with torch.no_grad():
+            soft.append((result.median_rank, plug(history_Md, torch.full((len(behaviors) // 2,), 2), None)))
+    assert soft[0][0] == soft[1][0]
+    torch.testing.assert_close(soft[1][1], soft[0][1], rtol=0, atol=1e-3 * float(soft[0][1].abs().max()))
 
 
 def test_the_same_arguments_give_the_same_plug_and_leave_the_llm_alone(encoder):
