@@ -137,8 +137,8 @@ class Plug(nn.Module):
     def set_apart(self, hidden_NF: Tensor) -> Tensor:
         """Moves hidden activations (N, F) away from the typical behavior's, by the option `persona_gain`.
 
-        What W2 can say it says as well without; but AdamW moves all weights alike, and histories differ little from one
-        another beside what they have in common, so without it a plug learns the task long before it learns the user.
+        W2 can say the same without it. But AdamW moves all weights by steps of one size, and histories differ little
+        beside what they have in common: with a gain a step of W2 says more of the one user.
         """
         if self.options.persona_gain == 1:
             return hidden_NF
