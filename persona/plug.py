@@ -130,19 +130,18 @@ class Plug(nn.Module):
         active_MF = self.projector.activate(history_Md) * weights_M.unsqueeze(-1)
         mixed_BF = active_MF.new_zeros(len(lengths_B), active_MF.shape[-1]).index_add(0, rows_M, active_MF)
         typical_F = self.projector.activate(self.typical_behavior)
-        mixed_BF = torch.where((lengths_B == 0).unsqueeze(-1), typical_F, self.set_apart(mixed_BF))
+        mixed_BF = torch.where((lengths_B == 0).unsqueeze(-1), typical_F, self.set_apart(mixed_BF, typical_F))
         personas_BKD: Tensor = self.projector.outer(mixed_BF).unflatten(-1, (-1, self.llm_width))
         return self.scale * personas_BKD
 
-    def set_apart(self, hidden_NF: Tensor) -> Tensor:
-        """Moves hidden activations (N, F) away from the typical behavior's, by the option `persona_gain`.
+    def set_apart(self, hidden_NF: Tensor, typical_F: Tensor) -> Tensor:
+        """Moves hidden activations (N, F) away from those of the typical behavior, by the option `persona_gain`.
 
         W2 can say the same without it. But AdamW moves all weights by steps of one size, and histories differ little
         beside what they have in common: with a gain a step of W2 says more of the one user.
         """
         if self.options.persona_gain == 1:
             return hidden_NF
-        typical_F = self.projector.activate(self.typical_behavior)
         return typical_F + self.options.persona_gain * (hidden_NF - typical_F)
 
     def forward(

@@ -73,17 +73,18 @@ def fit(
     token_D = tokens_WD.mean(0)
     spread_WD = tokens_WD - token_D
 
-    features_WF = plug.set_apart(plug.projector.activate(words_Wd)).double()
+    typical_F = plug.projector.activate(plug.typical_behavior)
+    features_WF = plug.set_apart(plug.projector.activate(words_Wd), typical_F).double()
     features_WF = features_WF - features_WF.mean(0)
     held_W = torch.arange(len(words), device=device) % _HELD_OUT_OF == 0
     map_FD = _ridge(features_WF[~held_W], spread_WD[~held_W])
     rank = _median_rank(features_WF[held_W] @ map_FD, held_W.nonzero().squeeze(1), spread_WD)
 
-    behaviors = torch.from_numpy(behaviors_Nd.astype(np.float32)).to(device)
-    behaviors_NF = plug.set_apart(plug.projector.activate(behaviors)).double()
+    vectors_Nd = torch.from_numpy(behaviors_Nd.astype(np.float32)).to(device)
+    behaviors_NF = plug.set_apart(plug.projector.activate(vectors_Nd), typical_F).double()
     centre_F = behaviors_NF.mean(0)
     size = ((behaviors_NF - centre_F) @ map_FD).norm(dim=-1).mean()
-    # Ridge shrinks, so behaviors would all look like the mean token: the gain takes them as far from it as words are.
+    # Ridge shrinks, so behaviors would all look like the mean token: the factor takes them as far from it as words are.
     map_FD = map_FD * (spread_WD.norm(dim=-1).mean() / size.clamp(min=1e-6))
 
     n_tokens = plug.options.persona_tokens

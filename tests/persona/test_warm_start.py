@@ -69,6 +69,10 @@ def new_plug(llm: FrozenLLM, **options) -> Plug:
     )
 
 
+def some_behaviors(encoder: TextEncoder) -> np.ndarray:
+    return encoder.encode([f"about {a} and {b} like it" for a, b in itertools.pairwise(WORDS)]).vectors
+
+
 def ranks(plug: Plug, llm: FrozenLLM, vectors: np.ndarray) -> list[float]:
     """For each persona token: the mean place of a word's own token, by angle about the mean word, 1 is the nearest."""
     with torch.no_grad():
@@ -104,7 +108,7 @@ def test_an_llm_whose_words_have_no_places_is_found_out(encoder):
 
 def test_soft_tokens_lie_as_far_from_the_mean_token_as_words_do_and_centre_on_it(encoder):
     llm = llm_that_knows(WORDS, encoder)
-    behaviors = encoder.encode([f"about {a} and {b} like it" for a, b in itertools.pairwise(WORDS)]).vectors
+    behaviors = some_behaviors(encoder)
     plug = new_plug(llm)
     plug.set_typical_behavior(torch.from_numpy(behaviors.astype(np.float32)))
     warm_start.fit(plug, encoder, llm, behaviors)
@@ -123,7 +127,7 @@ def test_soft_tokens_lie_as_far_from_the_mean_token_as_words_do_and_centre_on_it
 
 def test_a_plug_with_a_gain_starts_where_one_without_does(encoder):
     llm = llm_that_knows(WORDS, encoder)
-    behaviors = encoder.encode([f"about {a} and {b} like it" for a, b in itertools.pairwise(WORDS)]).vectors
+    behaviors = some_behaviors(encoder)
     history_Md = torch.from_numpy(behaviors.astype(np.float32))
     soft = []
     for gain in (1.0, 4.0):
