@@ -23,10 +23,11 @@ from typing import Any, TypeVar
 import boto3
 import pyarrow.fs as pafs
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from persona import s3
 from persona.errors import StorageError, UsageError
-from persona.retries import in_one_line, persistently
+from persona.retries import in_one_line, is_transient, persistently
 
 T = TypeVar("T")
 
@@ -87,9 +88,9 @@ def check_uri(uri: str, *, flag: str) -> str:
 def check_reachable(uri: str, *, flag: str, write: bool = False) -> None:
     """Ask, with short time-outs, whether `uri` can be read (or, with `write`, be written below).
 
-    Raises `UsageError` for what the caller can put right (nothing there, no credentials, no such bucket) and
-    `StorageError` for a store that refuses, does not answer (within seconds: its address may be wrong), or answers
-    with errors for as long as `persona.retries` lets it.
+    Raises `UsageError` for what the caller can put right (nothing there, no credentials or none that can be found, no
+    such bucket) and `StorageError` for a store that refuses, does not answer (within seconds: its address may be
+    wrong), or answers with errors for as long as `persona.retries` lets it.
     """
     if is_s3(uri):
         _check_s3(uri, flag, write)
@@ -117,6 +118,12 @@ def _check_s3(uri: str, flag: str, write: bool) -> None:
             with s3.client(bucket, attempts=_ATTEMPTS, silent_s=_ANSWER_S) as client:
                 return dict(client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1))
         except BotoCoreError as error:
+            if not (is_transient(error) or isinstance(error, BotoConnectionError)):
+                # Nobody was asked yet: a profile that is not in the files, half a key, credentials that do not come.
+                raise UsageError(
+                    f"{flag}: {uri} cannot be asked for: {error}; check the AWS_ variables (AWS_PROFILE, for one) and "
+                    "the files in ~/.aws"
+                ) from None
             raise StorageError(
                 f"{flag}: {s3.where()} does not answer ({type(error).__name__}); check AWS_ENDPOINT_URL and the network"
             ) from None

@@ -189,6 +189,17 @@ def test_s3_without_credentials_says_which_variables_to_set(each_s3: str, monkey
         storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
 
 
+def test_a_profile_that_is_not_there_is_named_and_not_the_network(
+    each_s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UsageError, match=r"--store: .*profile \(nobody\) could not be found; check the AWS_ variables"):
+        storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
+
+
 def test_an_endpoint_that_is_down_is_named_without_the_secret(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
