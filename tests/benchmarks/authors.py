@@ -92,6 +92,9 @@ _LABELS: dict[str, Any] = {
 _TUNING = ("--empty-history", "1", "--alignment", "0")
 # 1e-4, the paper's rate, is meant for 22 epochs, so it has that of `best`; the prefix is BGE's.
 _PAPER = (*_rate("1e-2"), "--query-prefix", "")
+# With which some rows were measured: the recipe before it had a gain.
+_NO_GAIN = ("--persona-gain", "1")
+_BEFORE = (*_NO_GAIN, "--alignment", "0.3")
 _LATEST = _texts(2, "recency", 64)
 _OWN_AND_OTHER = ("own", "other")
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
@@ -105,13 +108,15 @@ EXPERIMENTS = {
             "bare-bm25": _bare(_texts(4, "bm25", 128)),
             "bare-dense": _bare(_texts(4, "dense", 128)),
             "best": Row("best"),
+            "no-gain": Row("best", _BEFORE),
+            "no-gain-tuning": Row("best", (*_NO_GAIN, *_TUNING), ("none",)),
             "paper": Row("paper", _PAPER),
             # Its own control: one token, too, and all else alike. Without a history nothing is weighed.
             "paper-tuning": Row("paper", (*_PAPER, *_TUNING, "--weights", "mean"), ("none",)),
-            "attention": Row("best", _ATTENTION, ("own", "none", "other", "mean")),
+            "attention": Row("best", (*_BEFORE, *_ATTENTION), ("own", "none", "other", "mean")),
             # A plug that starts with the vectors of its targets does not learn to read the texts as well (dev).
-            "retrieval": Row("best", ("--alignment", "0"), retrieval=_LATEST),
-            "retrieval-tuning": Row("best", _TUNING, ("none",), retrieval=_LATEST),
+            "retrieval": Row("best", (*_NO_GAIN, "--alignment", "0"), retrieval=_LATEST),
+            "retrieval-tuning": Row("best", (*_NO_GAIN, *_TUNING), ("none",), retrieval=_LATEST),
         },
         generate=("--beams", "1", "--max-new-tokens", "32"),
         evaluate=("--metric", "text", *_REJECTED),
@@ -126,7 +131,9 @@ EXPERIMENTS = {
             **{f"tokens-{n}": Row("best", _tokens(n), _OWN_AND_OTHER) for n in (1, 4, 8, 32)},
             **{f"rate-{rate}": Row("best", _rate(rate), _OWN_AND_OTHER) for rate in ("5e-3", "2e-2")},
             "random-start": Row("best", ("--warm-start", "none"), _OWN_AND_OTHER),
+            "no-gain": Row("best", _NO_GAIN, _OWN_AND_OTHER),
             "no-alignment": Row("best", ("--alignment", "0"), _OWN_AND_OTHER),
+            "more-alignment": Row("best", ("--alignment", "0.3"), _OWN_AND_OTHER),
             "attention": Row("best", _ATTENTION, _OWN_AND_OTHER),
             "contrast": Row("best", ("--contrast", "0.5"), _OWN_AND_OTHER),
             # More tokens and a higher rate help a plug without persona, too: what do they help one that has it?
