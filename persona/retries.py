@@ -20,6 +20,7 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
 )
+from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from persona.errors import PersonaError, StorageError, UsageError
 
@@ -107,7 +108,7 @@ def is_transient(error: BaseException) -> bool:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return code in _PASSING_CODES or (status in _PASSING_STATUS and not code.startswith("Bucket"))
     if isinstance(error, BotoCoreError):
-        return isinstance(error, HTTPClientError | IncompleteReadError | FlexibleChecksumError)
+        return isinstance(error, HTTPClientError | BotoConnectionError | IncompleteReadError | FlexibleChecksumError)
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     return not isinstance(error, PersonaError) and _PASSING_TEXT.search(_plain(error)) is not None

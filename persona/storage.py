@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import boto3
 import pyarrow.fs as pafs
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from persona import s3
 from persona.errors import StorageError, UsageError
@@ -118,7 +117,7 @@ def _check_s3(uri: str, flag: str, write: bool) -> None:
             with s3.client(bucket, attempts=_ATTEMPTS, silent_s=_ANSWER_S) as client:
                 return dict(client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1))
         except BotoCoreError as error:
-            if not (is_transient(error) or isinstance(error, BotoConnectionError)):
+            if not is_transient(error):
                 # Nobody was asked yet: a profile that is not in the files, half a key, credentials that do not come.
                 raise UsageError(
                     f"{flag}: {uri} cannot be asked for: {error}; check the AWS_ variables (AWS_PROFILE, for one) and "

@@ -1,8 +1,9 @@
 """Storage on bad days: behind a proxy that fails, delays or cuts requests, work ends well or says in time why not."""
 
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -120,18 +121,31 @@ def test_a_store_that_only_fails_ends_all_work_within_the_bound(
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"], seed=7, share=1.0, kinds=(kind,)) as bad:
         monkeypatch.setenv("AWS_ENDPOINT_URL", bad.url)
         bad.delay_s = 60.0
-
-        def fail(said: str) -> float:
-            began = time.monotonic()
-            with pytest.raises(StorageError) as caught:
-                works[said]()
-            assert str(caught.value).startswith(f"{said}: tried for "), caught.value
-            assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
-            return time.monotonic() - began
-
-        with ThreadPoolExecutor(len(works)) as pool:
-            took_s = list(pool.map(fail, works))
+        assert_all_give_up_within_the_bound(works)
         assert bad.done.total() >= 2 * len(works)
+
+
+def test_a_store_where_nobody_listens_is_asked_again_within_the_bound(
+    s3: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    bound(monkeypatch, 3.0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        assert_all_give_up_within_the_bound(everything(s3, folder))
+
+
+def assert_all_give_up_within_the_bound(works: Mapping[str, Callable[[], object]]) -> None:
+    def fail(said: str) -> float:
+        began = time.monotonic()
+        with pytest.raises(StorageError) as caught:
+            works[said]()
+        assert str(caught.value).startswith(f"{said}: tried for "), caught.value
+        assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        took_s = list(pool.map(fail, works))
     # Two seconds for the threads, which share the processor with whatever else this machine does.
     assert max(took_s) < give_up_s() + 2.0, dict(zip(works, took_s, strict=True))
 
