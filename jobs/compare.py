@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs import command, log
-from jobs.command import Summary
+from jobs.runtime import cli, log
+from jobs.runtime.cli import Summary
 from persona.errors import UsageError
 
 
@@ -47,8 +47,9 @@ def main(config: Config) -> Summary:
     """Runs the job."""
     import json
 
-    from persona import comparison_page, storage
-    from persona.evaluations import LOSSES, METRICS, Evaluation, compare
+    from persona import storage
+    from persona.evaluation.many_runs import LOSSES, METRICS, Evaluation, compare
+    from persona.report import comparison_page
 
     out = storage.check_uri(config.out, flag="--out")
     storage.check_reachable(out, flag="--out", write=True)
@@ -65,7 +66,7 @@ def main(config: Config) -> Summary:
     ]
     found = compare(evaluations, against=config.against, seed=config.seed)
     files = {
-        "comparison.json": (json.dumps(command.plain(found), indent=2, allow_nan=False) + "\n").encode(),
+        "comparison.json": (json.dumps(cli.plain(found), indent=2, allow_nan=False) + "\n").encode(),
         "comparison.html": comparison_page.page(found),
     }
     if not config.dry_run:
@@ -110,4 +111,4 @@ def _interval(found: Mapping[str, float], form: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main))
+    sys.exit(cli.run(Config, main))

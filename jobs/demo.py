@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs import command, embed, evaluate, generate, import_lamp, train
-from jobs.command import Summary
+from jobs import embed, evaluate, generate, import_lamp, train
+from jobs.runtime import cli
+from jobs.runtime.cli import Summary
 from persona.errors import UsageError
 
 _MARK = ".persona-plug-demo"
@@ -49,7 +50,7 @@ def main(config: Config) -> Summary:
     out.mkdir(parents=True)
     (out / _MARK).touch()
     _say("the models (unpacked once)")
-    from persona import packaged
+    from persona.models import packaged
 
     encoder, llm = str(packaged.minilm()), str(packaged.smollm2())
     _say("people who write notes, and what they ask")
@@ -108,7 +109,7 @@ def main(config: Config) -> Summary:
 def _make_people(out: Path, seed: int) -> None:
     import pyarrow.parquet as pq
 
-    from persona import demo
+    from persona.demo import people as demo
 
     pq.write_table(demo.histories(seed=seed), out / "histories.parquet")
     for part in ("train", "validation", "test"):
@@ -187,7 +188,7 @@ def _show(examples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _table(judged: Mapping[str, Any], seconds: float) -> list[tuple[str, str]]:
-    from persona.demo import guessed_right
+    from persona.demo.people import guessed_right
 
     said = {"own": "their own persona", "none": "no persona", "other": "someone else's persona"}
     print()
@@ -202,4 +203,4 @@ def _table(judged: Mapping[str, Any], seconds: float) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main))
+    sys.exit(cli.run(Config, main))

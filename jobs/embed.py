@@ -12,20 +12,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jobs import command, cost, flow, personas, profile, session
-from jobs.command import Summary
-from jobs.commits import Committer
+from jobs.runtime import cli, cost, exchange, personas, pools, profile, reading, session, staging
+from jobs.runtime.cli import Summary
+from jobs.runtime.commits import Committer
+from jobs.runtime.progress import progress
+from jobs.runtime.tally import Counts, new_tally, note, totals, units
 from persona.errors import InputError, UsageError
 from persona.options import CostOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.histories import Columns
-    from persona.inputs import Split
-    from persona.models import ModelFolder
+    from persona.inputs.files import Split
+    from persona.inputs.histories import Columns
+    from persona.models.resolve import ModelFolder
     from persona.options import Pooling
-    from persona.store import Identity, Store
+    from persona.store.store import Identity, Store
 
 _TEXT_RULE = "text as given, cut to max_tokens"
 
@@ -77,7 +79,7 @@ class Config(CostOptions):
         """Refuses what can be refused without looking at any data."""
         self.check_cost()
         for name in ("max_tokens", "token_budget", "block_rows", "cpus_per_actor", "buckets", "actors"):
-            command.at_least(self, name, 1)
+            cli.at_least(self, name, 1)
         if self.sync and self.limit is not None:
             raise UsageError("--sync with --limit would take out all that the limit leaves unread; give one of them")
         if not 0 <= self.max_reject_fraction <= 1:
@@ -86,8 +88,10 @@ class Config(CostOptions):
 
 def main(config: Config) -> Summary:
     """Runs the job."""
-    from persona import histories, inputs, models, storage
-    from persona.store import Store
+    from persona import storage
+    from persona.inputs import files as inputs, histories
+    from persona.models import resolve as models
+    from persona.store.store import Store
 
     started = time.perf_counter()
     source = storage.check_uri(config.histories, flag="--histories")
@@ -109,18 +113,18 @@ def main(config: Config) -> Summary:
         writer = leases.enter_context(store.writer("behaviors", job="jobs.embed"))
         of_personas = leases.enter_context(store.writer("personas", job="jobs.embed")) if plug else None
         machines = session.connect()
-        tally = flow.new_tally()
-        with flow.progress(tally, _progress_line):
+        tally = new_tally()
+        with progress(tally, _progress_line):
             with Committer(writer, tally) as committer:
                 for staged in _staged(config, splits, columns, store, machines, tally):
                     committer.take(staged)
-            if config.sync and not _doubt(config, flow.totals(tally)):
-                seen = set(flow.units(tally, "compare"))
+            if config.sync and not _doubt(config, totals(tally)):
+                seen = set(units(tally, "compare"))
                 for bucket in sorted({str(bucket) for bucket in store.buckets()} - seen):
-                    flow.note(tally, "compare", bucket, {"gone": writer.remove_partition(bucket)})
+                    note(tally, "compare", bucket, {"gone": writer.remove_partition(bucket)})
             if plug is not None and of_personas is not None:
                 personas.update(store, of_personas, plug, tally)
-    counts, seconds = flow.totals(tally), time.perf_counter() - started
+    counts, seconds = totals(tally), time.perf_counter() - started
     summary = _with_cost(_summary(config, store, counts, seconds), config, folder, counts, machines, seconds)
     return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
 
@@ -134,51 +138,51 @@ def _staged(
     tally: Any,
 ) -> Iterator[Any]:
     """The job as one chain: read, find what is missing, encode, stage."""
-    rows = flow.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
+    rows = reading.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
     comparing = {"store": store.snapshot("behaviors"), "tally": tally, "config": config}
-    missing = flow.by_bucket(rows, splits, store.n_buckets, _missing, **comparing)
+    missing = exchange.by_bucket(rows, splits, store.n_buckets, _missing, **comparing)
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
     pool = machines.pool(config.actors, config.cpus_per_actor)
     threads = machines.threads(config.cpus_per_actor)
     of_actors = {"config": config, "identity": store.identity, "tally": tally, "threads": threads}
-    encoded = flow.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
-    return flow.staged(encoded, store=store, table="behaviors", tally=tally)
+    encoded = pools.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
+    return staging.staged(encoded, store=store, table="behaviors", tally=tally)
 
 
-def _unread(counts: flow.Counts) -> int:
+def _unread(counts: Counts) -> int:
     """Files and lines of the histories of which nobody knows what they hold."""
     return int(counts.get("read", {}).get("unreadable", 0))
 
 
-def _doubt(config: Config, counts: flow.Counts) -> str:
+def _doubt(config: Config, counts: Counts) -> str:
     """Why what seems to be gone may be there after all; empty where there is no doubt."""
     if unread := _unread(counts):
         return f"{unread:,} files or lines could not be read and may hold what seems gone"
-    if flow.exit_code(counts, config.max_reject_fraction):
+    if reading.exit_code(counts, config.max_reject_fraction):
         return "more rows than --max-reject-fraction allows were rejected, among them perhaps what seems gone"
     return ""
 
 
 def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> Iterator["pa.Table"]:
     """Valid behaviors of a split; the others go to the table of rejects."""
-    from persona import histories
-    from persona.inputs import read_split
+    from persona.inputs import histories
+    from persona.inputs.files import read_split
 
     def validate(records: Any) -> Any:
         return histories.validate(records, columns, store.n_buckets, job="embed")
 
-    yield from flow.keep_good(read_split(split, job="embed"), validate, split=split, store=store, tally=tally)
+    yield from reading.keep_good(read_split(split, job="embed"), validate, split=split, store=store, tally=tally)
 
 
 def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) -> "pa.Table":
     """Of one bucket's behaviors, those that the store lacks or holds with another text, and those that are gone."""
     bucket = rows["bucket"][0].as_py()
     # All input has been read before the first bucket comes here.
-    sync = config.sync and not _doubt(config, flow.totals(tally))
+    sync = config.sync and not _doubt(config, totals(tally))
     started = time.perf_counter()
     missing, counts = store.missing(bucket, rows, sync=sync)
-    flow.note(tally, "compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
+    note(tally, "compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
     return missing
 
 
@@ -188,8 +192,8 @@ class Encode:
     def __init__(self, config: Config, identity: "Identity", tally: Any, threads: session.Threads) -> None:
         import ray
 
-        from persona import models
-        from persona.encoder import TextEncoder
+        from persona.models import resolve as models
+        from persona.models.encoder import TextEncoder
 
         session.quiet_models(threads.model)
         session.tokenize_with(threads.tokenizing)
@@ -210,7 +214,7 @@ class Encode:
         self.tally = tally
         self.threads = threads
         self.may_be_alone = threads.alone > threads.model
-        flow.note(tally, "encoders", ray.get_runtime_context().get_actor_id() or "", {})
+        note(tally, "encoders", ray.get_runtime_context().get_actor_id() or "", {})
         self.idle_since = time.perf_counter()
 
     def __call__(self, behaviors: "pa.Table") -> "pa.Table":
@@ -224,7 +228,7 @@ class Encode:
             import torch
 
             # A small refresh brings no second model, which would take longer to load than the first one to do it all.
-            self.may_be_alone = len(flow.units(self.tally, "encoders")) == 1
+            self.may_be_alone = len(units(self.tally, "encoders")) == 1
             torch.set_num_threads(self.threads.alone if self.may_be_alone else self.threads.model)
         is_there = pc.not_equal(behaviors["change"], "gone")
         texts = behaviors["text"].filter(is_there).to_pylist()
@@ -240,15 +244,15 @@ class Encode:
             unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
             counts = {"rows": len(texts), "tokens": encoded.n_tokens, "padded": encoded.n_padded}
             times = {"seconds": time.perf_counter() - started, "tokenizing": encoded.tokenize_s, "waiting": waited_s}
-            flow.note(self.tally, "encode", unit, {**counts, **times})
+            note(self.tally, "encode", unit, {**counts, **times})
         self.idle_since = time.perf_counter()
         return behaviors.drop_columns(["text"]).append_column("vector", vectors)
 
 
 def _identity(config: Config, folder: "ModelFolder") -> "Identity":
     """What the store will remember of the encoder."""
-    from persona.models import sentence_pooling
-    from persona.store import Identity
+    from persona.models.resolve import sentence_pooling
+    from persona.store.store import Identity
 
     return Identity(
         encoder=folder.name,
@@ -261,7 +265,7 @@ def _identity(config: Config, folder: "ModelFolder") -> "Identity":
     )
 
 
-def _progress_line(counts: flow.Counts, seconds: float) -> str:
+def _progress_line(counts: Counts, seconds: float) -> str:
     todo = counts.get("compare", {})
     total = int(todo.get("new", 0) + todo.get("edited", 0))
     done = int(counts.get("commit", {}).get("rows", 0))
@@ -272,7 +276,7 @@ def _progress_line(counts: flow.Counts, seconds: float) -> str:
 
 def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identity", folder: "ModelFolder") -> Summary:
     from persona.cost import encoder_flops, tokens_of_text
-    from persona.store import Store
+    from persona.store.store import Store
 
     n_bytes = sum(split.end - split.start for split in splits)
     would = "make the store"
@@ -291,7 +295,7 @@ def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identit
     return cost.planned(plan, config, flops=flops, if_all="if the store had none of it")
 
 
-def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float) -> Summary:
+def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> Summary:
     compare, encode = counts.get("compare", {}), counts.get("encode", {})
     committed = int(counts.get("commit", {}).get("rows", 0))
     result = {
@@ -320,16 +324,16 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         ("tokens", f"{result['tokens']:,} and {padding:.1%} padding"),
         ("seconds", f"{seconds:,.1f} ({result['behaviors_per_s']:,} behaviors/s)"),
         ("store", f"{store.uri}, version {result['version']}"),
-        *flow.reject_rows(counts),
+        *reading.reject_rows(counts),
     ]
-    return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.max_reject_fraction))
 
 
 def _with_cost(
     summary: Summary,
     config: Config,
     folder: "ModelFolder",
-    counts: flow.Counts,
+    counts: Counts,
     machines: session.Machines,
     seconds: float,
 ) -> Summary:
@@ -345,7 +349,7 @@ def _with_cost(
 
 
 def _with_profile(
-    summary: Summary, config: Config, counts: flow.Counts, machines: session.Machines, seconds: float
+    summary: Summary, config: Config, counts: Counts, machines: session.Machines, seconds: float
 ) -> Summary:
     n_actors = machines.n_models(config.actors, config.cpus_per_actor)
     cores = "more CPUs for Ray, on this machine or on others"
@@ -371,4 +375,4 @@ def _sync_rows(config: Config, result: dict[str, Any], doubt: str) -> list[tuple
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main))
+    sys.exit(cli.run(Config, main))

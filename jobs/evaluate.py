@@ -12,17 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from jobs import command, cost, flow, look, retrieve, session
-from jobs.command import Summary
 from jobs.generate import load_personalized, plug_sources
+from jobs.runtime import cli, cost, inspection as look, joining, pools, reading, retrieval as retrieve, session
+from jobs.runtime.cli import Summary
+from jobs.runtime.progress import progress
+from jobs.runtime.tally import Counts, new_tally, note, totals
 from persona.errors import InputError, UsageError
 from persona.options import CostOptions, Retrieval
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.metrics import Metric
-    from persona.store import Store
+    from persona.evaluation.scores import Metric
+    from persona.store.store import Store
 
 Persona = Literal["own", "none", "other", "mean", "bare"]
 # What is kept of each request and kind of persona: numbers, and no texts.
@@ -86,7 +88,7 @@ class Config(Retrieval, CostOptions):
     def check(self) -> None:
         """Refuses what can be refused without looking at any data."""
         for name in ("batch_size", "actors", "cpus_per_actor"):
-            command.at_least(self, name, 1)
+            cli.at_least(self, name, 1)
         if not self.personas:
             raise UsageError("--personas: give one at least, of own, none, other, mean, bare")
         if self.losses_only and self.variants:
@@ -95,14 +97,17 @@ class Config(Retrieval, CostOptions):
         self.check_cost()
 
 
-def main(config: Config) -> Summary:
+def main(config: Config) -> Summary:  # noqa: PLR0915
     """Runs the job."""
     import json
     from urllib.parse import quote
 
-    from persona import comparison, inputs, pictures, report, requests, storage
-    from persona.lamp import TASKS, outputs_json
-    from persona.store import Store
+    from persona import storage
+    from persona.evaluation import one_run as comparison
+    from persona.inputs import files as inputs, requests
+    from persona.inputs.lamp import TASKS, outputs_json
+    from persona.report import evaluation_page as report, pictures
+    from persona.store.store import Store
 
     started = time.perf_counter()
     source = storage.check_uri(config.requests, flag="--requests")
@@ -124,7 +129,7 @@ def main(config: Config) -> Summary:
     store = store.snapshot("behaviors", "generations")
     answered = [variant for variant in config.scored if variant in store.variants()]
     machines = session.connect()
-    tally = flow.new_tally()
+    tally = new_tally()
     losses = _losses(config, splits, store, where, histories, answered, machines, tally)
     if not losses["request_id"]:
         raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
@@ -134,7 +139,7 @@ def main(config: Config) -> Summary:
     metrics |= {"limited": config.limit is not None}
     metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
     metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
-    counts = flow.totals(tally)
+    counts = totals(tally)
     metrics["training"] = where["record"].training
     metrics["settings"] = {**asdict(config), "variants": config.scored, **_origin(store, where)}
     metrics["versions"] = report.versions()
@@ -142,7 +147,7 @@ def main(config: Config) -> Summary:
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     files = {
         "losses.parquet": _as_parquet(losses),
-        "metrics.json": (json.dumps(command.plain(metrics), indent=2, allow_nan=False) + "\n").encode(),
+        "metrics.json": (json.dumps(cli.plain(metrics), indent=2, allow_nan=False) + "\n").encode(),
         "report.html": report.page(metrics),
     }
     files |= pictures.draw(metrics)
@@ -150,8 +155,7 @@ def main(config: Config) -> Summary:
         task = TASKS[config.task]
         files |= {f"lamp/{quote(name, safe='')}.json": outputs_json(task, answers[name]) for name in answered}
         files["lamp/golds.json"] = outputs_json(task, golds)
-    for name, data in files.items():
-        storage.write_bytes(storage.join(out, name), data)
+    _write(out, files)
     # What is printed ends in logs, where nobody's id and nobody's words belong.
     of_persons = {"examples", "largest_gains", "largest_losses", "map"}
     brief = {name: metrics[name] for name in metrics if name not in {*of_persons, "training"}}
@@ -161,13 +165,20 @@ def main(config: Config) -> Summary:
             *retrieve.summary_rows(counts),
             ("metrics", storage.join(out, "metrics.json")),
             ("report", storage.join(out, "report.html")),
-            *flow.reject_rows(counts),
+            *reading.reject_rows(counts),
         ],
         result={"job": "evaluate", "out": out, **brief},
-        exit_code=flow.exit_code(counts, config.max_reject_fraction),
+        exit_code=reading.exit_code(counts, config.max_reject_fraction),
     )
     n_models = machines.n_models(config.actors, config.cpus_per_actor)
     return cost.spent(summary, config, machines, n_models=n_models, seconds=metrics["seconds"])
+
+
+def _write(out: str, files: Mapping[str, bytes]) -> None:
+    from persona import storage
+
+    for name, data in files.items():
+        storage.write_bytes(storage.join(out, name), data)
 
 
 def _would_do(config: Config) -> str:
@@ -188,7 +199,7 @@ def _looked_at(
     """What the report shows of single requests and users."""
     import numpy as np
 
-    from persona import comparison
+    from persona.evaluation import one_run as comparison
 
     shown = comparison.shown(losses, config.personas)
     examples = [*shown["even"], *shown["largest_gains"], *shown["largest_losses"]]
@@ -235,7 +246,7 @@ def _losses(
     tally: Any,
 ) -> dict[str, list[Any]]:
     """Loss of each request under each kind of persona: a few numbers a request, gathered here."""
-    joined = flow.requests_with_histories(
+    joined = joining.requests_with_histories(
         splits,
         store,
         tally,
@@ -250,10 +261,10 @@ def _losses(
     )
     pool = machines.pool(config.actors, config.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
-    rows = flow.by_models(joined, Losses, block_rows=8 * config.batch_size, pool=pool, **of_actors)
+    rows = pools.by_models(joined, Losses, block_rows=8 * config.batch_size, pool=pool, **of_actors)
     names = [*_KEPT, "target", *(_KEPT_OF_REJECTED if config.rejected is not None else ())]
     gathered: dict[str, list[Any]] = {name: [] for name in names}
-    with flow.progress(tally, _progress_line):
+    with progress(tally, _progress_line):
         for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in cast("pa.Table", table).to_pylist():
                 for name in names:
@@ -316,7 +327,7 @@ class Losses:
 
     def __call__(self, requests: "pa.Table") -> "pa.Table":
         """Adds `nats` and `tokens` of the target, and perhaps those of the rejected text."""
-        from persona.generation import loss_of_all
+        from persona.plug.request_tables import loss_of_all
 
         losses = loss_of_all(self.model, requests, batch_size=self.batch_size)
         rows = requests.select(["request_id", "user_id", "persona", "target", "n_behaviors"])
@@ -330,7 +341,7 @@ class Losses:
                 rows = rows.append_column(f"rejected_{name}", losses[name])
         if rows.num_rows:
             unit = f"{rows['request_id'][0]}/{rows['persona'][0]}"
-            flow.note(self.tally, "loss", unit, {"rows": rows.num_rows})
+            note(self.tally, "loss", unit, {"rows": rows.num_rows})
         return rows
 
 
@@ -340,7 +351,7 @@ def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from persona.histories import bucket_of
+    from persona.inputs.histories import bucket_of
 
     asked = pa.array(sorted(set(losses["request_id"])), pa.string())
     buckets = np.unique(bucket_of(pa.array(losses["user_id"], pa.string()), store.n_buckets)).tolist()
@@ -355,10 +366,10 @@ def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[
 
 
 def _metric(config: Config, golds: Mapping[str, str]) -> "Metric":
-    from persona.metrics import Metric
+    from persona.evaluation.scores import Metric
 
     if config.task is not None:
-        from persona.lamp import TASKS
+        from persona.inputs.lamp import TASKS
 
         return TASKS[config.task].metric
     if config.metric == "label":
@@ -389,11 +400,11 @@ def _percent(interval: Mapping[str, float]) -> str:
     return f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
 
 
-def _progress_line(counts: flow.Counts, seconds: float) -> str:
+def _progress_line(counts: Counts, seconds: float) -> str:
     joined = counts.get("join", {})
     done = int(counts.get("loss", {}).get("rows", 0))
     return f"evaluate: loss of {done:,} of {int(joined['kept']):,} rows, {done / seconds:,.1f}/s" if joined else ""
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main))
+    sys.exit(cli.run(Config, main))

@@ -12,15 +12,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs import command, flow, session
-from jobs.command import Summary
+from jobs.runtime import cli, exchange, session
+from jobs.runtime.cli import Summary
 from persona.errors import InputError, PersonaError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.store import Store
-    from persona.writer import Rewritten
+    from persona.store.store import Store
+    from persona.store.writer import Rewritten
 
 _TABLES = ("behaviors", "personas", "generations")
 
@@ -49,7 +49,7 @@ class Config:
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona import storage
-    from persona.store import Store
+    from persona.store.store import Store
 
     started = time.perf_counter()
     target = storage.check_uri(config.store, flag="--store")
@@ -68,7 +68,8 @@ def main(config: Config) -> Summary:
             )
         rewritten, deleted = {}, {}
         for name, writer in writers.items():
-            pairs = [_pair(row) for row in flow.each_row(_work(store, name, users), _rewrite, store=store, users=users)]
+            work = _work(store, name, users)
+            pairs = [_pair(row) for row in exchange.each_row(work, _rewrite, store=store, users=users)]
             rewritten[name] = writer.exchange(pairs)
             deleted[name] = writer.erase_history()
         after = _count(store, users)
@@ -96,8 +97,9 @@ def main(config: Config) -> Summary:
 
 
 def _users(config: Config) -> list[str]:
-    from persona import cells, inputs, storage
-    from persona.inputs import column
+    from persona import storage
+    from persona.inputs import cells, files as inputs
+    from persona.inputs.files import column
 
     found = set(config.user)
     if config.users is not None:
@@ -126,13 +128,13 @@ def _count(store: "Store", users: list[str]) -> dict[str, int]:
     counts = dict.fromkeys(_TABLES, 0)
     for name in _TABLES:
         work = _work(store, name, users)
-        counts[name] = sum(row["n"] for row in flow.each_row(work, _found, store=store, users=users))
+        counts[name] = sum(row["n"] for row in exchange.each_row(work, _found, store=store, users=users))
     return counts
 
 
 def _work(store: "Store", name: str, users: list[str]) -> list[dict[str, str]]:
     """An item for each file that may hold rows of these users."""
-    from persona import housekeeping
+    from persona.store import maintenance as housekeeping
 
     return [{"table": name, "file": file.to_json()} for file in housekeeping.files_of_users(store, name, users)]
 
@@ -140,8 +142,8 @@ def _work(store: "Store", name: str, users: list[str]) -> list[dict[str, str]]:
 def _found(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator["pa.Table"]:
     import pyarrow as pa
 
-    from persona import housekeeping
-    from persona.layouts import DataFile
+    from persona.store import maintenance as housekeeping
+    from persona.store.schema import DataFile
 
     for row in batch.to_pylist():
         n = housekeeping.rows_of_users(store.table(row["table"]), DataFile.from_json(row["file"]), users)
@@ -151,8 +153,8 @@ def _found(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator["
 def _rewrite(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator["pa.Table"]:
     import pyarrow as pa
 
-    from persona import housekeeping
-    from persona.layouts import DataFile
+    from persona.store import maintenance as housekeeping
+    from persona.store.schema import DataFile
 
     kinds = pa.schema([("old", pa.string()), ("new", pa.string())])
     for row in batch.to_pylist():
@@ -164,7 +166,7 @@ def _rewrite(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator
 
 
 def _pair(row: dict[str, Any]) -> "Rewritten":
-    from persona.layouts import DataFile
+    from persona.store.schema import DataFile
 
     return DataFile.from_json(row["old"]), DataFile.from_json(row["new"]) if row["new"] else None
 
@@ -174,4 +176,4 @@ def _said(counts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main))
+    sys.exit(cli.run(Config, main))

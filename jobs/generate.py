@@ -11,18 +11,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, cost, flow, profile, retrieve, session
-from jobs.command import Summary
-from jobs.commits import Committer
+from jobs.runtime import cli, cost, joining, pools, profile, reading, retrieval as retrieve, session, staging
+from jobs.runtime.cli import Summary
+from jobs.runtime.commits import Committer
+from jobs.runtime.progress import progress
+from jobs.runtime.tally import Counts, new_tally, note, totals
 from persona.errors import UsageError
 from persona.options import CostOptions, Decoding, Retrieval
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs import Split
-    from persona.plug_record import PlugRecord
-    from persona.store import Store
+    from persona.inputs.files import Split
+    from persona.plug.record import PlugRecord
+    from persona.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class Config(Decoding, Retrieval, CostOptions):
         self.check_texts_are_used()
         self.check_retrieval()
         for name in ("batch_size", "block_rows", "actors", "cpus_per_actor"):
-            command.at_least(self, name, 1)
+            cli.at_least(self, name, 1)
         if not self.persona or len(set(self.persona)) < len(self.persona):
             given = " ".join(self.persona)
             raise UsageError(f"--persona {given}: give one or more of own, none, other, mean, bare, each at most once")
@@ -81,8 +83,9 @@ class Config(Decoding, Retrieval, CostOptions):
 
 def main(config: Config) -> Summary:
     """Runs the job."""
-    from persona import inputs, requests, storage
-    from persona.store import Store
+    from persona import storage
+    from persona.inputs import files as inputs, requests
+    from persona.store.store import Store
 
     started = time.perf_counter()
     source = storage.check_uri(config.requests, flag="--requests")
@@ -99,11 +102,11 @@ def main(config: Config) -> Summary:
 
     with store.writer("generations", job="jobs.generate") as writer:
         machines = session.connect()
-        tally = flow.new_tally()
-        with flow.progress(tally, _progress_line), Committer(writer, tally) as committer:
+        tally = new_tally()
+        with progress(tally, _progress_line), Committer(writer, tally) as committer:
             for staged in _staged(config, splits, store, where, histories, machines, tally):
                 committer.take(staged)
-    counts, seconds = flow.totals(tally), time.perf_counter() - started
+    counts, seconds = totals(tally), time.perf_counter() - started
     n_models = machines.n_models(config.actors, config.cpus_per_actor)
     summary = _summary(config, store, counts, seconds)
     summary = cost.spent(summary, config, machines, n_models=n_models, seconds=seconds)
@@ -127,7 +130,7 @@ def _staged(
     tally: Any,
 ) -> Iterator[Any]:
     """The job as one chain: read, join with what each request may see, answer, stage."""
-    unanswered = flow.requests_with_histories(
+    unanswered = joining.requests_with_histories(
         splits,
         store.snapshot("behaviors", "generations"),
         tally,
@@ -141,8 +144,8 @@ def _staged(
     )
     pool = machines.pool(config.actors, config.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
-    answered = flow.by_models(unanswered, Generate, block_rows=config.block_rows, pool=pool, **of_actors)
-    return flow.staged(answered, store=store, table="generations", tally=tally)
+    answered = pools.by_models(unanswered, Generate, block_rows=config.block_rows, pool=pool, **of_actors)
+    return staging.staged(answered, store=store, table="generations", tally=tally)
 
 
 def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | None) -> dict[str, Any]:
@@ -150,8 +153,10 @@ def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | N
 
     Keys: `plug` (URI), `record` (PlugRecord), `fingerprint` (of the plug), `llm` and `encoder` (names of models).
     """
-    from persona import models, plug_record, storage
+    from persona import storage
     from persona.errors import PlugMismatch
+    from persona.models import resolve as models
+    from persona.plug import record as plug_record
 
     uri = storage.check_uri(plug, flag="--plug")
     storage.check_reachable(uri, flag="--plug")
@@ -177,8 +182,9 @@ def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
 
     Raises PlugMismatch when another plug lies there now than `where` says.
     """
-    from persona import models, plug_folder, plug_record
-    from persona.llm import FrozenLLM
+    from persona.models import resolve as models
+    from persona.models.frozen_llm import FrozenLLM
+    from persona.plug import folder as plug_folder, record as plug_record
 
     record: PlugRecord = where["record"]
     encoder = models.resolve(where["encoder"], revision=record.encoder["revision"], flag="--encoder")
@@ -262,7 +268,7 @@ class Generate:
 
     def __call__(self, requests: "pa.Table") -> "pa.Table":
         """Rows of the generations table, in the order of the requests."""
-        from persona.generation import answer_all
+        from persona.plug.request_tables import answer_all
 
         started = time.perf_counter()
         answers = answer_all(self.model, requests, self.decoding, batch_size=self.batch_size)
@@ -270,7 +276,7 @@ class Generate:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}
             counts["waiting"] = started - self.idle_since
-            flow.note(self.tally, "generate", unit, {**counts, "seconds": time.perf_counter() - started})
+            note(self.tally, "generate", unit, {**counts, "seconds": time.perf_counter() - started})
         kept = ["request_id", "user_id", "variant", "n_behaviors", "fingerprint", "bucket", "change"]
         rows = requests.select(kept)
         for name in ("output", "n_tokens", "finish_reason"):
@@ -288,7 +294,7 @@ def _with_models(rows: "pa.Table", where: Mapping[str, Any]) -> "pa.Table":
     return rows
 
 
-def _progress_line(counts: flow.Counts, seconds: float) -> str:
+def _progress_line(counts: Counts, seconds: float) -> str:
     joined = counts.get("join", {})
     if not joined:
         return ""
@@ -296,7 +302,7 @@ def _progress_line(counts: flow.Counts, seconds: float) -> str:
     return f"generate: {done:,} of {int(joined['kept']):,} answers committed, {done / seconds:,.1f}/s"
 
 
-def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float) -> Summary:
+def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> Summary:
     joined, generated = counts.get("join", {}), counts.get("generate", {})
     n_asked = int(joined.get("asked", 0)) * len(config.persona)
     n_answers = int(counts.get("commit", {}).get("rows", 0))
@@ -326,13 +332,13 @@ def _summary(config: Config, store: "Store", counts: flow.Counts, seconds: float
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
         ("seconds", f"{seconds:,.1f}"),
         ("store", f"{store.uri}, generations version {result['version']}"),
-        *flow.reject_rows(counts),
+        *reading.reject_rows(counts),
     ]
-    return Summary(table=table, result=result, exit_code=flow.exit_code(counts, config.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.max_reject_fraction))
 
 
 def _with_profile(
-    summary: Summary, config: Config, counts: flow.Counts, machines: session.Machines, seconds: float
+    summary: Summary, config: Config, counts: Counts, machines: session.Machines, seconds: float
 ) -> Summary:
     n_actors = machines.n_models(config.actors, config.cpus_per_actor)
     cores = "more CPUs for Ray, on this machine or on others"
@@ -355,4 +361,4 @@ def _stale(config: Config, n: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main))
+    sys.exit(cli.run(Config, main))

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
-from jobs.command import Summary, run
+from jobs.runtime.cli import Summary, run
 from persona.errors import InputError, StorageError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.lamp import Rows, Task
+    from persona.inputs.lamp import Rows, Task
 
 TOO_MANY_REJECTS = 3  # exit code
 BEHAVIOR_COLUMNS = ("user_id", "behavior_id", "text", "timestamp")
@@ -64,8 +64,8 @@ def main(config: Config) -> Summary:
     """Import one questions file; if it cannot be used as a whole, nothing is written."""
     from tqdm import tqdm
 
-    from persona import histories, inputs, requests
-    from persona.lamp import TASKS, read_golds, read_questions
+    from persona.inputs import files as inputs, histories, requests
+    from persona.inputs.lamp import TASKS, read_golds, read_questions
     from persona.storage import check_reachable, check_uri, join
 
     started_s = time.monotonic()
@@ -138,7 +138,7 @@ def convert(
 
     Raises `InputError` at the end of all questions if there are golds for others.
     """
-    from persona.lamp import question_id, question_to_rows
+    from persona.inputs.lamp import question_id, question_to_rows
 
     seen: set[str] = set()
     n_questions = 0

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, flow, session
-from jobs.command import Summary
+from jobs.runtime import cli, exchange, session
+from jobs.runtime.cli import Summary
 from persona.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.store import Store
-    from persona.writer import Merged
+    from persona.store.store import Store
+    from persona.store.writer import Merged
 
 _GROUPS_A_COMMIT = 256
 
@@ -44,8 +44,8 @@ class Config:
 
     def check(self) -> None:
         """Refuses what can be refused without looking at any data."""
-        command.at_least(self, "target_mb", 1)
-        command.at_least(self, "keep_hours", 0)
+        cli.at_least(self, "target_mb", 1)
+        cli.at_least(self, "keep_hours", 0)
         for name, action in (("encoder", "verify"), ("target_mb", "compact"), ("keep_hours", "vacuum")):
             if getattr(self, name) != getattr(Config, name) and self.action != action:
                 raise UsageError(f"--{name.replace('_', '-')} goes with {action}, not with {self.action}")
@@ -54,7 +54,7 @@ class Config:
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona import storage
-    from persona.store import Store
+    from persona.store.store import Store
 
     writes = config.action in ("compact", "vacuum")
     target = storage.check_uri(config.store, flag="--store")
@@ -79,12 +79,12 @@ _Found = tuple[list[tuple[str, str]], dict[str, Any]]
 
 
 def _show(_config: Config, store: "Store") -> _Found:
-    from persona import housekeeping
+    from persona.store import maintenance as housekeeping
 
     session.connect()
     facts = {name: housekeeping.facts(store, name) for name in housekeeping.TABLES}
     work = [{"bucket": bucket} for bucket in store.buckets()]
-    n_users = sum(row["users"] for row in flow.each_row(work, _n_users, store=store))
+    n_users = sum(row["users"] for row in exchange.each_row(work, _n_users, store=store))
     rows = facts["behaviors"]["rows_by_partition"]
     uneven = max(rows.values(), default=0) * store.n_buckets / max(sum(rows.values()), 1)
     runs = [run for name in housekeeping.TABLES for run in store.table(name).runs()]
@@ -111,7 +111,8 @@ def _n_users(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
 
 
 def _verify(config: Config, store: "Store") -> _Found:
-    from persona import housekeeping, models
+    from persona.models import resolve as models
+    from persona.store import maintenance as housekeeping
 
     problems: list[str] = []
     if config.encoder is not None:
@@ -123,7 +124,7 @@ def _verify(config: Config, store: "Store") -> _Found:
     partitions = {name: housekeeping.facts(store, name)["rows_by_partition"] for name in housekeeping.OF_USERS}
     work = [{"table": name, "partition": value} for name, values in partitions.items() for value in values]
     checked = dict.fromkeys(housekeeping.OF_USERS, 0)
-    for row in flow.each_row(work, _verify_one, store=store):
+    for row in exchange.each_row(work, _verify_one, store=store):
         checked[row["table"]] += row["rows"]
         problems += row["problems"]
     table = [(name, f"{n:,} rows checked") for name, n in checked.items()]
@@ -134,7 +135,7 @@ def _verify(config: Config, store: "Store") -> _Found:
 def _verify_one(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
     import pyarrow as pa
 
-    from persona import housekeeping
+    from persona.store import maintenance as housekeeping
 
     for row in batch.to_pylist():
         n, problems = housekeeping.verify(store, row["table"], row["partition"])
@@ -144,7 +145,7 @@ def _verify_one(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
 
 # Both hold the lease: files that a run has staged and not yet committed would look like rubbish.
 def _compact(config: Config, store: "Store") -> _Found:
-    from persona import housekeeping
+    from persona.store import maintenance as housekeeping
 
     session.connect()
     table, result = [], {}
@@ -157,7 +158,7 @@ def _compact(config: Config, store: "Store") -> _Found:
                     {"table": name, "files": [file.to_json() for file in group]}
                     for group in groups[start : start + _GROUPS_A_COMMIT]
                 ]
-                writer.exchange_merged([_merged(row) for row in flow.each_row(work, _merge, store=store)])
+                writer.exchange_merged([_merged(row) for row in exchange.each_row(work, _merge, store=store)])
             after = len(writer.table.files())
         table.append((name, f"{before:,} files became {after:,}"))
         result[name] = {"files_before": before, "files_after": after}
@@ -167,8 +168,8 @@ def _compact(config: Config, store: "Store") -> _Found:
 def _merge(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
     import pyarrow as pa
 
-    from persona import writer
-    from persona.layouts import DataFile
+    from persona.store import writer
+    from persona.store.schema import DataFile
 
     kinds = pa.schema([("old", pa.list_(pa.string())), ("new", pa.string())])
     for row in batch.to_pylist():
@@ -177,13 +178,13 @@ def _merge(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
 
 
 def _merged(row: dict[str, Any]) -> "Merged":
-    from persona.layouts import DataFile
+    from persona.store.schema import DataFile
 
     return [DataFile.from_json(file) for file in row["old"]], DataFile.from_json(row["new"])
 
 
 def _vacuum(config: Config, store: "Store") -> _Found:
-    from persona import housekeeping
+    from persona.store import maintenance as housekeeping
 
     table, result = [], {}
     for name in housekeeping.TABLES:
@@ -200,4 +201,4 @@ def _action_first(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main, _action_first(sys.argv[1:])))
+    sys.exit(cli.run(Config, main, _action_first(sys.argv[1:])))

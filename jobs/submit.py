@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jobs import command, log
-from jobs.command import Summary
+from jobs.runtime import cli, log
+from jobs.runtime.cli import Summary
 from persona.errors import PersonaError, UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Config:
 
     def check(self) -> None:
         """Refuses what can be refused without a cluster."""
-        command.at_least(self, "patience_s", 0)
+        cli.at_least(self, "patience_s", 0)
         if not self.entrypoint.strip():
             raise UsageError("--entrypoint '': must be a command")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", self.id):
@@ -59,12 +59,12 @@ def main(config: Config) -> Summary:
         would = f"submit {config.entrypoint!r} as {config.id}, unless it is there"
         return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
     started = time.perf_counter()
-    client = _persistently(lambda: _client(config), config.patience_s)
+    client = _retry_while_away(lambda: _client(config), config.patience_s)
     is_new = _submit(client, config)
     said = "submitted" if is_new else "is there already and is not started again; waiting for it"
     log.say(f"submit: {config.id} {said}")
     details = _wait(client, config)
-    lines = _persistently(lambda: client.get_job_logs(config.id), config.patience_s).splitlines()
+    lines = _retry_while_away(lambda: client.get_job_logs(config.id), config.patience_s).splitlines()
     print("\n".join(lines[-_LAST_LINES:]), file=sys.stderr, flush=True)
     status, code = str(details.status.value), _exit_code(details)
     result = {
@@ -102,19 +102,19 @@ def _submit(client: "JobSubmissionClient", config: Config) -> bool:
             raise
         return True
 
-    return _persistently(submit, config.patience_s)
+    return _retry_while_away(submit, config.patience_s)
 
 
 def _wait(client: "JobSubmissionClient", config: Config) -> Any:
     """What the cluster knows of the job once it is over."""
     while True:
-        details = _persistently(lambda: client.get_job_info(config.id), config.patience_s)
+        details = _retry_while_away(lambda: client.get_job_info(config.id), config.patience_s)
         if details.status.is_terminal():
             return details
         time.sleep(_POLL_S)
 
 
-def _persistently(ask: Callable[[], AnswerT], patience_s: float) -> AnswerT:
+def _retry_while_away(ask: Callable[[], AnswerT], patience_s: float) -> AnswerT:
     """What the cluster answers, asked again while it is away. A refusal is final."""
     from ray.exceptions import AuthenticationError
 
@@ -157,4 +157,4 @@ def _last_json(lines: list[str]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main))
+    sys.exit(cli.run(Config, main))

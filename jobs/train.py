@@ -10,16 +10,19 @@ import time
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs import command, cost, flow, profile, retrieve, session, train_data
-from jobs.command import Summary
+from jobs.runtime import cli, cost, profile, retrieval as retrieve, session
+from jobs.runtime.cli import Summary
+from jobs.runtime.progress import progress
+from jobs.runtime.tally import Counts, new_tally, totals
+from jobs.runtime.training import inputs as train_data
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.options import CostOptions, PlugOptions, Retrieval, TrainingOptions
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from persona.models import ModelFolder
-    from persona.store import Identity, Store
+    from persona.models.resolve import ModelFolder
+    from persona.store.store import Identity, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +86,8 @@ class Config(TrainingOptions, PlugOptions, Retrieval, CostOptions):
         self.check_retrieval()
         self.check_training(self.workers or 1)
         for name in ("validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"):
-            command.at_least(self, name, 1)
-        command.at_least(self, "max_failures", 0)
+            cli.at_least(self, name, 1)
+        cli.at_least(self, "max_failures", 0)
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction {self.validation_fraction}: must be above 0 and below 1")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run):
@@ -111,7 +114,7 @@ class Inputs:
 
 def main(config: Config) -> Summary:
     """Runs the job."""
-    from jobs.train_run import Run, publish
+    from jobs.runtime.training.run import Run, publish
 
     started = time.perf_counter()
     inputs = _inputs(config)
@@ -121,7 +124,7 @@ def main(config: Config) -> Summary:
     machines = session.connect()
     workers = config.workers or machines.gpus or 1
     config.check_training(workers)
-    tally = flow.new_tally()
+    tally = new_tally()
     train_rows, validation_rows = train_data.split(config, inputs, run.behaviors_version, tally)
     n_requests, n_validation = train_rows.count(), validation_rows.count()
     if n_requests < config.global_batch:
@@ -135,7 +138,7 @@ def main(config: Config) -> Summary:
         )
     run.begin(n_requests)
     result = _fit(config, inputs, tally, train_rows, validation_rows, n_requests, workers, machines)
-    counts, seconds = flow.totals(tally), time.perf_counter() - started
+    counts, seconds = totals(tally), time.perf_counter() - started
     summary = publish(config, inputs, result, counts, n_requests, seconds)
     summary = cost.spent(summary, config, machines, n_models=workers, seconds=seconds)
     return _with_profile(summary, counts, workers, machines, seconds) if config.profile else summary
@@ -165,8 +168,10 @@ def _plan(config: Config, inputs: Inputs, *, resumes: bool) -> Summary:
 
 
 def _inputs(config: Config) -> Inputs:
-    from persona import inputs, models, requests, storage
-    from persona.store import Store
+    from persona import storage
+    from persona.inputs import files as inputs, requests
+    from persona.models import resolve as models
+    from persona.store.store import Store
 
     uris = {
         name: storage.check_uri(getattr(config, name), flag=f"--{name}")
@@ -200,7 +205,7 @@ def _inputs(config: Config) -> Inputs:
 
 def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
     """The encoder that made a store. Raises PlugMismatch when another model lies where it should."""
-    from persona import models
+    from persona.models import resolve as models
 
     name = given or identity.encoder
     folder = models.resolve(name, revision=identity.revision, flag="--encoder")
@@ -228,7 +233,7 @@ def _fit(
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from jobs.train_worker import train_worker
+    from jobs.runtime.training.worker import train_worker
 
     n_steps_epoch = n_requests // config.global_batch
     names = [f"epoch-{epoch}" for epoch in range(config.epochs)]
@@ -267,12 +272,12 @@ def _fit(
             enable_shard_locality=False,
         ),
     )
-    with flow.progress(tally, _progress_line):
+    with progress(tally, _progress_line):
         return trainer.fit()
 
 
 def _with_profile(
-    summary: Summary, counts: flow.Counts, workers: int, machines: session.Machines, seconds: float
+    summary: Summary, counts: Counts, workers: int, machines: session.Machines, seconds: float
 ) -> Summary:
     # The first worker's seconds; the others keep step with it.
     noted = {"time": {name: workers * spent for name, spent in counts.get("time", {}).items()}}
@@ -288,7 +293,7 @@ def _with_profile(
     return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving="more CPUs for Ray would feed it")
 
 
-def _progress_line(counts: flow.Counts, _seconds: float) -> str:
+def _progress_line(counts: Counts, _seconds: float) -> str:
     now = counts.get("train")
     if not now:
         return ""
@@ -298,4 +303,4 @@ def _progress_line(counts: flow.Counts, _seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(Config, main))
+    sys.exit(cli.run(Config, main))

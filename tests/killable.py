@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs import command, commits, embed, generate
-from jobs.session import Threads
+from jobs import embed, generate
+from jobs.runtime import cli, commits
+from jobs.runtime.session import Threads
 
 LOG = "work.log"
 BLOCK_S = 0.6  # what a block takes at least: a real model is slower than ours, and there has to be a middle to kill in
@@ -56,7 +57,7 @@ class CountingGenerate(generate.Generate):
 
 def kill_at(kill: str) -> None:
     """From now on this process ends, without another word, at that commit."""
-    from persona.tables import Table
+    from persona.store.table import Table
 
     when, _, number = kill.partition(":")
     original, seen = Table.commit, [0]
@@ -85,7 +86,7 @@ def main() -> int:
     if kill != "never":
         kill_at(kill)
     module = importlib.import_module(f"jobs.{name}")
-    return command.run(module.Config, module.main, flags)
+    return cli.run(module.Config, module.main, flags)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from persona import plug_folder, plug_record
-from persona.llm import FrozenLLM
-from persona.models import ModelFolder
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import ModelFolder
 from persona.options import PlugOptions, Pooling
-from persona.personalized import PersonalizedLLM
-from persona.plug import Plug
-from persona.plug_record import PlugRecord
+from persona.plug import folder as plug_folder, record as plug_record
+from persona.plug.module import Plug
+from persona.plug.personalized import PersonalizedLLM
+from persona.plug.record import PlugRecord
 from tests.models import ENCODER_WIDTH
 
 

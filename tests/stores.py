@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from persona import histories
-from persona.histories import bucket_of, text_hash
-from persona.store import Identity, Store
+from persona.inputs import histories
+from persona.inputs.histories import bucket_of, text_hash
+from persona.store.store import Identity, Store
 
 IDENTITY = Identity(
     encoder="tiny", revision="abc", fingerprint="f00d", width=4, pooling="mean", max_tokens=16, text_rule="text"

@@ -18,16 +18,16 @@ JOBS = [path.stem for path in sorted(ROOT.glob("jobs/*.py")) if 'if __name__ == 
 DRAWS_HELP = "import cyclopts.help, rich.console, rich.markdown, rich.table"
 # What tasks of Ray Data import where no model is at work.
 WITHOUT_A_MODEL = (
-    "asking",
-    "histories",
-    "inputs",
-    "join",
-    "order",
-    "plug_record",
-    "requests",
-    "retrieval",
-    "store",
-    "writer",
+    "inputs.derived_requests",
+    "inputs.files",
+    "inputs.histories",
+    "inputs.requests",
+    "plug.record",
+    "retrieval.ranking",
+    "store.join",
+    "store.store",
+    "store.writer",
+    "training.order",
 )
 HEAVY = ("boto3", "deepspeed", "deltalake", "numpy", "pandas", "pyarrow", "ray", "torch", "transformers")
 

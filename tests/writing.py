@@ -10,11 +10,11 @@ import pytest
 
 from persona import storage
 from persona.errors import StorageError
-from persona.histories import bucket_of
+from persona.inputs.histories import bucket_of
 from persona.storage import join
-from persona.store import Store
-from persona.tables import Table
-from persona.writer import Writer, merge
+from persona.store.store import Store
+from persona.store.table import Table
+from persona.store.writer import Writer, merge
 from tests.stores import behaviors, encode
 
 Row = tuple[str, str, str, int | None]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from persona.llm import FrozenLLM
-from persona.models import resolve
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import resolve
 from persona.options import TrainingOptions
-from persona.personalized import PersonalizedLLM
+from persona.plug.personalized import PersonalizedLLM
 from tests.plugs import new_model, row
 
 N_STEPS, STOP, GLOBAL_BATCH, MICRO_BATCH = 6, 3, 8, 2
@@ -71,8 +71,8 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     """
     import deepspeed
 
-    from persona import checkpoint
-    from persona.training import deepspeed_settings, new_optimizer, train_step, validation_loss
+    from persona.training import checkpoint
+    from persona.training.step import deepspeed_settings, new_optimizer, train_step, validation_loss
 
     options = new_options(case["stage"], case.get("contrast", 0.0))
     model = new_case_model(case)
@@ -109,7 +109,7 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
 
 def plain_run(case: dict[str, Any]) -> list[float]:
     """The same steps without DeepSpeed: one process, the whole global batch in one sum, AdamW, a clipped norm."""
-    from persona.training import learning_rate_factor, new_optimizer, trainable
+    from persona.training.step import learning_rate_factor, new_optimizer, trainable
 
     options, model, losses = new_options(1, case.get("contrast", 0.0)), new_case_model(case), []
     optimizer = new_optimizer(model, options)

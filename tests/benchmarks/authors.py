@@ -24,13 +24,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persona import models, packaged
-from persona.encoder import TextEncoder
-from persona.histories import bucket_of
-from persona.join import seen_rows
-from persona.metrics import bootstrap
+from persona.evaluation.scores import bootstrap
+from persona.inputs.histories import bucket_of
+from persona.models import packaged, resolve as models
+from persona.models.encoder import TextEncoder
 from persona.options import Retrieval, Retriever
-from persona.store import Store
+from persona.store.join import seen_rows
+from persona.store.store import Store
 
 _TITLES = re.compile(r'\[1\]: "(.*)" \[2\]: "(.*)"$', re.DOTALL)
 

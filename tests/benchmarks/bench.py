@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import session
+from jobs.runtime import session
 from tests.benchmarks import corpus, data_path, encoding, llm_work
 from tests.benchmarks.contest import Contender, compete, ratio, spread
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
-from persona import packaged
+from persona.models import packaged
 
 # Words a text: mean, spread, least and most; two more tokens are special ones.
 _LENGTHS = {"titles": (14, 5, 3, 38), "abstracts": (203, 55, 40, 254)}

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persona import packaged
-from persona.encoder import Encoded
+from persona.models import packaged
+from persona.models.encoder import Encoded
 from tests.benchmarks import corpus, many_users
 from tests.benchmarks.contest import timed
 from tests.benchmarks.encoding import stamped, stamps
@@ -38,7 +38,7 @@ class DataPath:
     """
 
     def __init__(self, n: int) -> None:
-        from jobs import session
+        from jobs.runtime import session
 
         session.connect()
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -97,7 +97,7 @@ class Refresh:
     """A store built once; each turn is a refresh that finds 1 % new."""
 
     def __init__(self, n: int) -> None:
-        from jobs import session
+        from jobs.runtime import session
 
         session.connect()
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -130,7 +130,7 @@ class SleepingEncoder:
     """Takes as long as a GPU that encodes 5,000 texts a second, and no CPU."""
 
     def encode(self, texts: list[str]) -> Encoded:
-        """As `persona.encoder.TextEncoder.encode`; all vectors are alike."""
+        """As `persona.models.encoder.TextEncoder.encode`; all vectors are alike."""
         time.sleep(len(texts) / _GPU_TEXTS_PER_S)
         vectors = np.full((len(texts), many_users.WIDTH), many_users.WIDTH**-0.5, np.float16)
         return Encoded(vectors=vectors, n_tokens=len(texts), n_padded=len(texts), tokenize_s=0.0)
@@ -140,7 +140,8 @@ def gpus(n_gpus: int, seconds: float = 4.0) -> dict[str, Any]:
     """Share of the time that GPUs were busy, each from its first text to its last; a Ray that believes in so many."""
     import ray
 
-    from jobs import embed, session
+    from jobs import embed
+    from jobs.runtime import session
 
     ray.init(num_cpus=6, num_gpus=n_gpus, include_dashboard=False, log_to_driver=False, logging_level="error")
 
@@ -185,14 +186,14 @@ def start_alone() -> dict[str, Any]:
     """Ray's start, one actor with the model, one text: what no job can do without."""
     import ray
 
-    from jobs import session
+    from jobs.runtime import session
 
     machines = session.connect()
 
     class Model:
         def __init__(self) -> None:
-            from persona.encoder import TextEncoder
-            from persona.models import resolve
+            from persona.models.encoder import TextEncoder
+            from persona.models.resolve import resolve
 
             folder = resolve(str(packaged.minilm()), flag="--encoder")
             self.encoder = TextEncoder(folder, pooling="mean", max_tokens=64)
@@ -207,7 +208,8 @@ def start_alone() -> dict[str, Any]:
 
 def start_of_embed(folder: str) -> dict[str, Any]:
     """`jobs.embed` as a command; its first encoded batch."""
-    from jobs import embed, session
+    from jobs import embed
+    from jobs.runtime import session
 
     calls = Path(folder) / "calls"
     embed.Encode = stamped(embed.Encode, calls)  # type: ignore[misc]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import embed
-from persona import packaged
+from persona.models import packaged
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
 
@@ -31,7 +31,7 @@ class OnRay:
     """What a pattern of file names finds in the output when all is written."""
 
     def __init__(self, texts: list[str]) -> None:
-        from jobs import session
+        from jobs.runtime import session
 
         session.connect()
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -187,8 +187,8 @@ _linear_batches: list[Any] = []
 def _load_linear(texts: list[str]) -> None:
     import torch
 
-    from persona.encoder import TextEncoder, pad, token_batches
-    from persona.models import resolve
+    from persona.models.encoder import TextEncoder, pad, token_batches
+    from persona.models.resolve import resolve
 
     torch.set_num_threads(1)
     encoder = TextEncoder(resolve(str(packaged.minilm()), flag="--encoder"), pooling="mean", max_tokens=_MAX_TOKENS)

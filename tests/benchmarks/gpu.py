@@ -31,14 +31,15 @@ from transformers import (
     T5Config,
 )
 
-from jobs import session
-from persona import attention, cost, packaged
-from persona.encoder import TextEncoder, choose_precision
-from persona.llm import FrozenLLM
-from persona.models import ModelFolder, resolve
+from jobs.runtime import session
+from persona import cost
+from persona.models import attention, packaged
+from persona.models.encoder import TextEncoder, choose_precision
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import ModelFolder, resolve
 from persona.options import Decoding, TrainingOptions
-from persona.personalized import PersonalizedLLM
-from persona.training import deepspeed_settings, new_optimizer, train_step
+from persona.plug.personalized import PersonalizedLLM
+from persona.training.step import deepspeed_settings, new_optimizer, train_step
 from tests import models, plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
@@ -255,7 +256,7 @@ def new_llms(sizes: Sizes, folder: Path) -> Iterator[tuple[str, FrozenLLM]]:
         auto = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
         tiny = (models.tiny_t5 if is_t5 else models.tiny_llama)(folder / name)
         dtype = choose_precision("auto", _DEVICE)
-        how = attention.name_for(config.model_type, dtype=dtype, device=_DEVICE)
+        how = attention.register_attention(config.model_type, dtype=dtype, device=_DEVICE)
         with _DEVICE:
             model = auto.from_config(config, dtype=dtype, attn_implementation=how)
         yield name, FrozenLLM(model, AutoTokenizer.from_pretrained(tiny), max_input_tokens=_INPUT_TOKENS)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from persona import packaged
-from persona.encoder import pool
-from persona.llm import FrozenLLM
-from persona.models import resolve
+from persona.models import packaged
+from persona.models.encoder import pool
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import resolve
 from persona.options import Decoding, Precision, Retrieval, TrainingOptions
-from persona.personalized import PersonalizedLLM
-from persona.training import new_optimizer, trainable
+from persona.plug.personalized import PersonalizedLLM
+from persona.training.step import new_optimizer, trainable
 from tests import plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
@@ -222,7 +222,7 @@ class Answers:
         """What the LLM said, in order."""
         import pyarrow as pa
 
-        from persona.generation import answer_all
+        from persona.plug.request_tables import answer_all
 
         found = answer_all(self.model, pa.Table.from_pylist(self.rows), self.decoding, batch_size=32)
         return [str(text) for text in found["output"].to_pylist()]

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs import embed
-from jobs.session import Threads
-from persona.encoder import Encoded
+from jobs.runtime.session import Threads
+from persona.models.encoder import Encoded
 
 WIDTH = 384
 _START_S = 1_700_000_000
@@ -26,8 +26,8 @@ class CheapEncoder:
         self.throw = np.random.default_rng(0).standard_normal((16, WIDTH), dtype=np.float32)
 
     def encode(self, texts: list[str]) -> Encoded:
-        """As `persona.encoder.TextEncoder.encode`; a token is a character."""
-        from persona.histories import text_hash
+        """As `persona.models.encoder.TextEncoder.encode`; a token is a character."""
+        from persona.inputs.histories import text_hash
 
         digests = text_hash(texts).to_pylist()
         raw = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 16)

@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import embed, session
-from persona import packaged
+from jobs import embed
+from jobs.runtime import session
+from persona.models import packaged
 from persona.storage import list_files
-from persona.store import Store
+from persona.store.store import Store
 from tests.benchmarks import many_users
 from tests.conftest import s3_process
 from tests.faulty_s3 import FaultyS3

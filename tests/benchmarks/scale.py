@@ -20,9 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs import embed, flow, session
-from persona import inputs, packaged
-from persona.store import Store
+from jobs import embed
+from jobs.runtime import joining, session
+from jobs.runtime.tally import new_tally
+from persona.inputs import files as inputs
+from persona.models import packaged
+from persona.store.store import Store
 from tests.benchmarks import many_users
 from tests.benchmarks.contest import Memory
 
@@ -87,10 +90,10 @@ def _requests(n_users: int) -> pa.Table:
 def _join(folder: Path) -> int:
     """The requests of `generate` with all their vectors, thrown away as they come; returns how many came."""
     store = Store.open(str(folder / "store")).snapshot("behaviors")
-    joined = flow.requests_with_histories(
+    joined = joining.requests_with_histories(
         inputs.plan_splits(str(folder / "requests.parquet"), flag="--requests"),
         store,
-        flow.new_tally(),
+        new_tally(),
         job="generate",
         personas=["own"],
         max_behaviors=512,

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from jobs.command import read_config
+from jobs.runtime.cli import read_config
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

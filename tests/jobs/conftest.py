@@ -19,14 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from jobs.command import run
-from persona import histories, plug_folder
-from persona.encoder import TextEncoder
-from persona.inputs import Records, rejects
-from persona.llm import FrozenLLM
-from persona.models import resolve
+from jobs.runtime.cli import run
+from persona.inputs import histories
+from persona.inputs.files import Records, rejects
+from persona.models.encoder import TextEncoder
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import resolve
+from persona.plug import folder as plug_folder
 from persona.storage import delta_options, join, write_bytes
-from persona.store import Identity, Store
+from persona.store.store import Identity, Store
 from tests.models import ENCODER_WIDTH, tiny_encoder, tiny_llama, tiny_t5
 from tests.plugs import new_model, record_of
 from tests.warm_workers import warm_workers
@@ -75,7 +76,7 @@ def local_ray(s3_server: str) -> Iterator[None]:
     """A Ray of our own on this machine, in which jobs find the S3 server; they leave it running."""
     import ray
 
-    from jobs import session
+    from jobs.runtime import session
 
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
@@ -122,7 +123,7 @@ def do(local_ray: None, refuse: Job) -> Job:
 @pytest.fixture
 def while_it_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
     """Has something happen while a job waits for its machines."""
-    from jobs import session
+    from jobs.runtime import session
 
     connect = session.connect
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.session import usable_cores
-from persona import housekeeping
+from jobs.runtime.session import usable_cores
 from persona.storage import join, list_files
-from persona.store import Store
+from persona.store import maintenance as housekeeping
+from persona.store.store import Store
 from tests.faulty_s3 import FaultyS3
 from tests.jobs.conftest import Row, Rows, arguments, behaviors, fill_store, requests, stored, write
 

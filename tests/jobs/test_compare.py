@@ -11,7 +11,7 @@ import pytest
 from jobs import compare
 from persona.storage import join, read_bytes, write_bytes
 from tests.jobs.conftest import Job, arguments
-from tests.persona.test_evaluations import NONE, OWN, files
+from tests.persona.evaluation.test_many_runs import NONE, OWN, files
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +59,8 @@ def test_names_are_given_and_a_row_is_chosen(refuse: Job, tmp_path: Path) -> Non
 def test_it_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
     flags = arguments(evaluations=(lay(tmp_path, "a"),), out=str(tmp_path / "out"))
     code = (
-        "import sys\nfrom jobs import command, compare\n"
-        f"assert command.run(compare.Config, compare.main, {flags}) == 0\n"
+        "import sys\nfrom jobs import compare\nfrom jobs.runtime import cli\n"
+        f"assert cli.run(compare.Config, compare.main, {flags}) == 0\n"
         "print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from jobs import evaluate
-from persona import models, plug_folder, plug_record
-from persona.histories import bucket_of
-from persona.insight import PlugAlone
-from persona.llm import FrozenLLM
+from persona.inputs.histories import bucket_of
+from persona.models import resolve as models
+from persona.models.frozen_llm import FrozenLLM
+from persona.plug import folder as plug_folder, record as plug_record
+from persona.plug.inspection import PlugAlone
 from persona.storage import read_bytes
-from persona.store import Store
+from persona.store.store import Store
 from tests import lamp_form
 from tests.jobs.conftest import BUCKETS, Job, Row, behaviors, requests, seen, write
 

@@ -13,10 +13,10 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import forget
-from persona.inputs import rejects
-from persona.personas import UserPersonas
+from persona.inputs.files import rejects
+from persona.plug.user_personas import UserPersonas
 from persona.storage import write_bytes
-from persona.store import Store
+from persona.store.store import Store
 from tests.jobs.conftest import Job, Row, behaviors, encoded, fill_store, write
 from tests.stores import answers
 

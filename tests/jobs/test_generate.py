@@ -10,17 +10,17 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import generate
-from persona import histories as persona_histories
-from persona import models as persona_models
-from persona import plug_folder, plug_record
-from persona.encoder import TextEncoder
-from persona.generation import answer_all
-from persona.join import join_histories
-from persona.llm import FrozenLLM
+from persona.inputs import histories as persona_histories
+from persona.inputs.requests import SCHEMA
+from persona.models import resolve as persona_models
+from persona.models.encoder import TextEncoder
+from persona.models.frozen_llm import FrozenLLM
 from persona.options import Decoding
-from persona.requests import SCHEMA
-from persona.retrieval import best_texts
-from persona.store import Store
+from persona.plug import folder as plug_folder, record as plug_record
+from persona.plug.request_tables import answer_all
+from persona.retrieval.ranking import best_texts
+from persona.store.join import join_histories
+from persona.store.store import Store
 from tests.jobs.conftest import BUCKETS, START, Job, Row, Rows, behaviors, new_plug, requests, stored, write
 
 

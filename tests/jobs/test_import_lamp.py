@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import import_lamp
-from jobs.command import run
 from jobs.import_lamp import Config, main
+from jobs.runtime.cli import run
 from persona.errors import InputError, UsageError
-from persona.lamp import TASKS
+from persona.inputs.lamp import TASKS
 from persona.storage import join, list_files, open_filesystem, write_bytes
 
 NAMES = ["histories.parquet", "rejects.parquet", "requests.parquet"]
@@ -96,7 +96,7 @@ def test_without_outputs_there_are_no_targets(tmp_path: Path) -> None:
 
 
 def test_the_files_are_what_embed_and_train_read(tmp_path: Path) -> None:
-    from persona import histories, inputs, requests
+    from persona.inputs import files as inputs, histories, requests
 
     config = files(str(tmp_path), [question(1, user_id="ann", date=2012), question(2)], {"1": "One", "2": "Two"})
     main(config)

@@ -25,8 +25,9 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from persona import housekeeping, storage
-from persona.store import Store
+from persona import storage
+from persona.store import maintenance as housekeeping
+from persona.store.store import Store
 from tests.jobs.conftest import TRAINING, arguments, behaviors, fill_store, n_reports, new_plug, requests, stored, write
 from tests.killable import LOG
 from tests.stores import answers

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from jobs import embed, evaluate, generate, import_lamp, train
-from jobs.command import JOBS, read_config
+from jobs.runtime.cli import JOBS, read_config
 from persona.errors import UsageError
-from persona.lamp import TASKS
+from persona.inputs.lamp import TASKS
 
 FOLDER = Path(train.__file__).parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))

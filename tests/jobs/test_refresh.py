@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 
-from jobs import embed, session
-from persona.lease import Lease
-from persona.personas import UserPersonas
+from jobs import embed
+from jobs.runtime import session
+from persona.plug.user_personas import UserPersonas
 from persona.storage import write_bytes
-from persona.store import Store
+from persona.store.lease import Lease
+from persona.store.store import Store
 from tests.jobs.conftest import START, Job, Row, behaviors, changed, fill_store, stored, write
 
 ALONE = "user-5"  # in a bucket of their own

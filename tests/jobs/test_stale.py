@@ -11,8 +11,8 @@ import pytest
 
 from jobs import generate
 from persona.storage import copy_folder, join
-from persona.store import Store
-from persona.writer import merge
+from persona.store.store import Store
+from persona.store.writer import merge
 from tests.jobs.conftest import Job, Row, behaviors, changed, encoded, new_plug, requests, stored, write
 from tests.stores import IDENTITY, answers
 

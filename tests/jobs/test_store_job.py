@@ -10,9 +10,9 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from jobs import store as job
-from jobs.command import run
+from jobs.runtime.cli import run
 from jobs.store import _action_first
-from persona.store import Store
+from persona.store.store import Store
 from tests.jobs.conftest import Job, behaviors, encoded
 from tests.models import tiny_encoder
 from tests.stores import answers

@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from jobs import train, train_data
-from persona import plug_folder, plug_record
-from persona.llm import FrozenLLM
-from persona.models import resolve
+from jobs import train
+from jobs.runtime.training import inputs as train_data
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import resolve
+from persona.plug import folder as plug_folder, record as plug_record
 from persona.storage import join, list_files, local_folder
-from persona.store import Store
+from persona.store.store import Store
 from tests.jobs.conftest import START, TRAINING, Job, behaviors, fill_store, n_reports, requests, seen, write
 
 # 24 requests in batches of 4 are 6 steps an epoch.

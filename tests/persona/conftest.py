@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona import tables
-from persona.llm import FrozenLLM
-from persona.models import ModelFolder, resolve
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import ModelFolder, resolve
 from persona.storage import join
-from persona.store import Store
+from persona.store import table as tables
+from persona.store.store import Store
 from tests.models import tiny_encoder, tiny_llama, tiny_t5
 from tests.stores import IDENTITY
 

@@ -1,0 +1,104 @@
+"""A trained plug as a folder: weights as safetensors, what it belongs to as JSON, and a card for people.
+
+`plug.json` is written last, so that a folder with it is complete: a reader never sees a plug without its card.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from persona.errors import PlugMismatch
+from persona.models.encoder import check_positions
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import ModelFolder
+from persona.options import PlugOptions
+from persona.plug import record as plug_record
+from persona.plug.module import Plug
+from persona.plug.personalized import PersonalizedLLM, QueryText
+from persona.plug.record import RECORD, WEIGHTS, PlugRecord
+
+CARD = "README.md"
+
+
+def new_query_encoder(folder: ModelFolder, options: PlugOptions, *, pretrained: bool) -> nn.Module | None:
+    """Enc_input of eq. 2 in float32, starting as the frozen encoder, or with empty weights to be loaded.
+
+    BERT's own pooler is left out: no gradient ever reaches it.
+    """
+    if options.weights == "mean":
+        return None
+    config = AutoConfig.from_pretrained(folder.path)
+    # Dropout in the query encoder would make the loss of a step depend on how its batch is split over workers.
+    for name in [name for name, value in vars(config).items() if "dropout" in name and isinstance(value, float)]:
+        setattr(config, name, 0.0)
+    encoder: Any
+    if pretrained:
+        encoder = AutoModel.from_pretrained(folder.path, config=config, dtype=torch.float32, use_safetensors=True)
+    else:
+        encoder = AutoModel.from_config(config, dtype=torch.float32)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    without_pooler: nn.Module = encoder
+    return without_pooler
+
+
+def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, card: str) -> None:
+    """Writes a complete plug folder; `weights` are those of `Plug.state_dict()`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    (folder / CARD).write_text(card)
+    partial = folder / f".{RECORD}"
+    partial.write_text(plug_record.with_digest(record, folder).to_json())
+    partial.replace(folder / RECORD)
+
+
+def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, front_tokens: int = 0) -> PersonalizedLLM:
+    """The plug of a folder in front of `llm`, ready to answer; `front_tokens` is that of `PersonalizedLLM`.
+
+    Raises:
+        InputError: the folder holds no complete plug.
+        PlugMismatch: its soft tokens or weights do not fit this LLM or encoder.
+    """
+    record = plug_record.read(folder)
+    if llm.width != record.llm_width:
+        raise PlugMismatch(
+            f"the plug makes soft tokens of width {record.llm_width}, the LLM's tokens have width {llm.width}"
+        )
+    query_text = new_query_text(encoder, record.query_prefix, record.max_query_tokens)
+    plug = load_plug(folder, encoder=encoder).to(llm.device)
+    return PersonalizedLLM(plug, llm, query_text, front_tokens=front_tokens).only_answering()
+
+
+def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:
+    """The plug of a folder without its LLM. Raises as `load` does."""
+    record = plug_record.read(folder)
+    plug = Plug(
+        record.options,
+        query_encoder=new_query_encoder(encoder, record.options, pretrained=False),
+        pooling=record.pooling,
+        width=record.encoder_width,
+        llm_width=record.llm_width,
+        token_norm=record.token_norm,
+        scale=record.scale,
+    )
+    try:
+        plug.load_state_dict(load_file(folder / WEIGHTS))
+    except (RuntimeError, SafetensorError) as error:
+        raise PlugMismatch(
+            f"{folder}: {WEIGHTS} does not hold the weights that {RECORD} and the encoder {encoder.name!r} ask for "
+            f"({str(error).splitlines()[-1].strip()}); copy the whole folder anew, or train another plug"
+        ) from error
+    return plug.eval()
+
+
+def new_query_text(encoder: ModelFolder, prefix: str, max_tokens: int) -> QueryText:
+    """How queries are tokenized for the query encoder of this folder. Raises UsageError when it cannot read so many."""
+    check_positions(AutoConfig.from_pretrained(encoder.path), max_tokens)
+    return QueryText(tokenizer=AutoTokenizer.from_pretrained(encoder.path), prefix=prefix, max_tokens=max_tokens)

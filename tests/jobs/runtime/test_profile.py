@@ -1,0 +1,62 @@
+"""`--profile`: which stage is named, by numbers that leave no doubt; and that the jobs fill in real ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import embed, generate
+from jobs.runtime import profile
+from jobs.runtime.cli import Summary
+from tests.jobs.conftest import Job, behaviors, requests, write
+
+
+def found(stages: dict[str, tuple[float, int]], *, wall_s: float, waited_s: float) -> tuple[str, str]:
+    """The bottleneck's name and the line about it; the first stage is the model's."""
+    made = [
+        profile.Stage(name=name, seconds=seconds, side_by_side=n, helps=f"help {name}")
+        for name, (seconds, n) in stages.items()
+    ]
+    before = Summary(table=[("rows", "7")], result={"rows": 7})
+    after = profile.added(before, made, wall_s=wall_s, waited_s=waited_s, starving="feed it")
+    assert before == Summary(table=[("rows", "7")], result={"rows": 7})
+    assert after.result["rows"] == 7
+    assert [row[0] for row in after.table] == ["rows", "time spent", "bottleneck"]
+    return after.result["profile"]["bottleneck"], after.table[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("stages", "wall_s", "waited_s", "name", "text"),
+    [
+        ({"encode": (180.0, 2), "read": (40.0, 4)}, 100.0, 10.0, "encode", "encode, busy 95% of the time: help encode"),
+        ({"encode": (40.0, 2), "read": (300.0, 4)}, 100.0, 140.0, "read", "read: the model waited 78% of"),
+        ({"encode": (40.0, 2), "read": (100.0, 4)}, 100.0, 140.0, "waiting", "the model waited 78% of the"),
+        ({"encode": (8.0, 2), "read": (1.0, 4)}, 10.0, 0.5, "start", "the start and the end of the run"),
+        ({"encode": (0.0, 2), "read": (1.0, 4)}, 10.0, 0.0, "start", "the start and the end of the run"),
+    ],
+)  # fmt: skip
+def test_what_held_the_run_up_is_named_with_what_helps(stages, wall_s, waited_s, name, text):
+    got = found(stages, wall_s=wall_s, waited_s=waited_s)
+    assert got[0] == name
+    assert got[1].startswith(text)
+    assert got[1].endswith(("help encode", "help read", "feed it", "makes less of them"))
+
+
+def test_jobs_tell_where_their_time_went(
+    do: Job, store: Path, plug: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    histories, new = write(str(tmp_path / "histories.parquet"), behaviors()), str(tmp_path / "new-store")
+    flags: dict[str, Any] = {"histories": histories, "store": new, "encoder": models["encoder"], "max_tokens": 32}
+    done = do(embed, profile=True, actors=1, **flags)
+    spent = done.result["profile"]["seconds"]
+    assert set(spent) == {"encode", "read", "compare", "tokenize", "write", "commit", "waiting"}
+    assert all(seconds > 0 for seconds in spent.values())
+    assert spent["encode"] + spent["waiting"] < done.result["seconds"]
+
+    asked = write(str(tmp_path / "requests.parquet"), requests(3, 2))
+    answering = {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "actors": 1, "profile": True}
+    done = do(generate, requests=asked, store=str(store), plug=plug, **answering)
+    spent = done.result["profile"]["seconds"]
+    assert set(spent) == {"generate", "read", "join", "write", "commit", "waiting"}
+    assert all(seconds > 0 for seconds in spent.values())
+    assert done.result["profile"]["bottleneck"] in {*spent, "start"}

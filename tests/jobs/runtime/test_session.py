@@ -1,0 +1,57 @@
+"""What a Ray of our own takes the machine for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jobs.runtime import session
+
+PINNED = """
+import os
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+from jobs.session import usable_cores
+print(usable_cores())
+"""
+
+# Threads that rayon has started, beside those that were there.
+TOKENIZING = """
+import os, sys
+import psutil
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+from tokenizers import Tokenizer, models
+from jobs import session
+session.usable_cores = lambda: 4
+session.tokenize_with(int(sys.argv[1]))
+before = psutil.Process().num_threads()
+Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode_batch(["a"] * 1000)
+print(max(1, psutil.Process().num_threads() - before))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
+def test_a_process_that_is_pinned_to_one_core_counts_one() -> None:
+    done = subprocess.run([sys.executable, "-c", PINNED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
+
+
+def test_where_no_process_can_be_pinned_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert session.usable_cores() == os.cpu_count()
+
+
+def test_a_gpu_has_its_share_of_the_cores_to_tokenize_for_it_and_a_core_has_none_to_spare() -> None:
+    on_gpus, on_cores = (
+        session.Machines(cores=16, gpus=2, is_ours=True),
+        session.Machines(cores=16, gpus=0, is_ours=True),
+    )
+    assert on_gpus.threads(1) == session.Threads(model=1, alone=1, tokenizing=8)
+    assert on_cores.threads(1) == session.Threads(model=1, alone=16, tokenizing=1)
+    assert session.Machines(cores=2, gpus=8).threads(1).tokenizing == 1
+
+
+@pytest.mark.parametrize(("asked", "found"), [(1, 1), (2, 2)])
+def test_a_process_tokenizes_with_as_many_threads_as_it_was_given(asked: int, found: int) -> None:
+    done = subprocess.run([sys.executable, "-c", TOKENIZING, str(asked)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == found

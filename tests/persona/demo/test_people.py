@@ -1,0 +1,106 @@
+"""The demo's people: nothing gives an answer away except the notes, and these do for those who understand them."""
+
+import re
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from persona.demo import people as demo
+from persona.inputs import histories, requests
+from persona.inputs.files import Records, plan_splits, read_split
+
+SMALL = demo.Sizes(train=40, validation=5, test=10)
+
+
+def every_note() -> list[str]:
+    return [note for facet in demo.FACETS for notes in facet.notes.values() for note in notes]
+
+
+def through_a_file(table: pa.Table, path: Path) -> Records:
+    """The table as a job reads it."""
+    pq.write_table(table, path)
+    (split,) = plan_splits(str(path), flag="--in")
+    (records,) = read_split(split)
+    return records
+
+
+def test_the_same_seed_gives_the_same_people_and_another_seed_others():
+    assert demo.histories(seed=3, sizes=SMALL).equals(demo.histories(seed=3, sizes=SMALL))
+    assert demo.requests("test", seed=3, sizes=SMALL).equals(demo.requests("test", seed=3, sizes=SMALL))
+    assert not demo.histories(seed=3, sizes=SMALL).equals(demo.histories(seed=4, sizes=SMALL))
+    assert not demo.requests("test", seed=3, sizes=SMALL).equals(demo.requests("test", seed=4, sizes=SMALL))
+
+
+def test_rows_are_in_the_input_form_and_none_is_rejected(tmp_path):
+    written, asked = demo.histories(sizes=SMALL), demo.requests("train", sizes=SMALL)
+    good, rejects = histories.validate(through_a_file(written, tmp_path / "notes.parquet"), histories.Columns(), 4)
+    assert (good.num_rows, rejects.num_rows) == (written.num_rows, 0)
+    good, rejects = requests.validate(through_a_file(asked, tmp_path / "asked.parquet"), 4, needs_target=True)
+    assert (good.num_rows, rejects.num_rows) == (asked.num_rows, 0)
+
+
+def test_no_user_is_in_two_parts_and_everyone_has_a_history_and_a_request_for_each_facet():
+    users = {part: Counter(demo.requests(part, sizes=SMALL)["user_id"].to_pylist()) for part in get_args(demo.Part)}
+    assert [len(counts) for counts in users.values()] == [SMALL.train, SMALL.validation, SMALL.test]
+    assert len(set(chain(*users.values()))) == SMALL.train + SMALL.validation + SMALL.test
+    assert set(chain(*(counts.values() for counts in users.values()))) == {len(demo.FACETS)}
+    notes = Counter(demo.histories(sizes=SMALL)["user_id"].to_pylist())
+    assert notes.keys() == set(chain(*users.values()))
+    assert set(notes.values()) == {len(demo.FACETS) * SMALL.notes_a_facet + SMALL.small_talk}
+
+
+def test_keys_are_unique_and_notes_are_in_order_of_time():
+    written = demo.histories(sizes=SMALL)
+    assert pc.count_distinct(written["behavior_id"]).as_py() == written.num_rows
+    times = {}
+    for row in written.to_pylist():
+        times.setdefault(row["user_id"], []).append(row["timestamp"])
+    assert all(moments == sorted(set(moments)) for moments in times.values())
+    asked = pa.concat_tables(demo.requests(part, sizes=SMALL) for part in get_args(demo.Part))
+    assert pc.count_distinct(asked["request_id"]).as_py() == asked.num_rows
+
+
+@pytest.mark.parametrize("answer", [answer for facet in demo.FACETS for answer in facet.notes])
+def test_no_note_and_no_request_names_an_answer(answer):
+    noun = answer.split()[-1]
+    texts = [*every_note(), *(request for facet in demo.FACETS for request in facet.requests)]
+    assert not [text for text in texts if re.search(rf"\b{noun}\b", text.lower())]
+
+
+def test_answers_to_a_facet_are_as_likely_as_each_other_and_independent_of_other_facets():
+    everyone = demo.people(sizes=demo.Sizes(train=3000, validation=0, test=0))
+    for facet in demo.FACETS:
+        counts = Counter(person.answers[facet.name] for person in everyone)
+        expected = len(everyone) / len(facet.notes)
+        deviation = (expected * (1 - 1 / len(facet.notes))) ** 0.5  # of a binomial
+        assert all(abs(counts[answer] - expected) < 4 * deviation for answer in facet.notes)
+    first, second = demo.FACETS[0], demo.FACETS[-1]
+    pairs = Counter((person.answers[first.name], person.answers[second.name]) for person in everyone)
+    expected = len(everyone) / (len(first.notes) * len(second.notes))
+    assert all(abs(pairs[a, b] - expected) < 5 * expected**0.5 for a in first.notes for b in second.notes)
+
+
+def test_a_wording_of_each_answer_is_kept_for_people_outside_train():
+    train = set(demo.requests("train")["user_id"].to_pylist())
+    written = demo.histories().to_pylist()
+    ours = " ".join(row["text"] for row in written if row["user_id"] in train)
+    others = " ".join(row["text"] for row in written if row["user_id"] not in train)
+    # A friend's name stands where a wording has {friend}: what stands around it tells the wording.
+    kept = [max(notes[0].split("{friend}"), key=len) for facet in demo.FACETS for notes in facet.notes.values()]
+    assert not [wording for wording in kept if wording in ours]
+    assert len([wording for wording in kept if wording in others]) > len(kept) / 2
+
+
+def test_wordings_are_all_different():
+    assert len(set(every_note())) == len(every_note())
+
+
+def test_notes_read_well():
+    for text in demo.histories(sizes=SMALL)["text"].to_pylist():
+        assert text[-1] in ".?!" and text[0].isupper() and "{" not in text and "  " not in text

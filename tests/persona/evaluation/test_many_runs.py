@@ -1,0 +1,218 @@
+"""Evaluations side by side, on a few requests whose numbers can be worked out by hand."""
+
+import io
+import json
+import re
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from persona.errors import InputError, UsageError
+from persona.evaluation.many_runs import Evaluation, compare
+from persona.options import PlugOptions, TrainingOptions
+from persona.report import charts, comparison_page
+from tests.persona.report.test_pages import EVIL, read
+
+# Requests a and b are of user u, c and d of v; they have 4, 5, 1 and 2 tokens.
+USERS, TOKENS = {"a": "u", "b": "u", "c": "v", "d": "v"}, {"a": 4, "b": 5, "c": 1, "d": 2}
+OWN, NONE = [8.0, 10.0, 1.0, 4.0], [8.0, 15.0, 5.0, 6.0]
+
+
+def files(
+    nats: dict[str, list[float]],
+    *,
+    seed: int = 0,
+    rejected: dict[str, list[float]] | None = None,
+    tokens: dict[str, int] = TOKENS,
+    training: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    **metrics: Any,
+) -> tuple[bytes, bytes]:
+    """What `evaluate` would have written: metrics.json and losses.parquet, the requests in no order."""
+    ids = list(tokens)[::-1]
+    rows = [
+        {"request_id": one, "user_id": USERS[one], "persona": persona, "n_behaviors": 1}
+        | {"nats": values[list(tokens).index(one)], "tokens": tokens[one]}
+        | ({} if rejected is None else {"rejected_nats": rejected[persona][list(tokens).index(one)]})
+        for persona, values in nats.items()
+        for one in ids
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    found = {
+        "training": {**asdict(TrainingOptions(seed=seed)), "requests": 100, **(training or {})},
+        "settings": {
+            "personas": list(nats),
+            "plug": "p",
+            "plug_fingerprint": f"f{seed}",
+            "plug_options": asdict(PlugOptions()),
+            "llm": {"fingerprint": "l"},
+            "encoder": {"fingerprint": "e"},
+            "requests": "r",
+            "retrieve": 0,
+            "retriever": "recency",
+            "retrieve_tokens": 256,
+            **(settings or {}),
+        },
+        "limited": False,
+        "scores": {},
+        "score_intervals": {},
+        **metrics,
+    }
+    return json.dumps(found).encode(), sink.getvalue()
+
+
+def evaluation(name: str, nats: dict[str, list[float]] | None = None, **changes: Any) -> Evaluation:
+    return Evaluation.read(name, *files(nats or {"own": OWN, "none": NONE}, **changes), source=name)
+
+
+def rows_of(*evaluations: Evaluation, against: str | None = None) -> dict[str, dict[str, Any]]:
+    rows = compare(evaluations, against=against, seed=0)["rows"]
+    return {f"{row['name']}/{row['persona']}": row for row in rows}
+
+
+def interval(mean: float, low: float, high: float) -> Any:
+    return pytest.approx({"mean": mean, "low": low, "high": high})
+
+
+def test_plugs_that_differ_in_their_seed_alone_are_one_row_and_their_spread() -> None:
+    found = rows_of(evaluation("s0"), evaluation("s1", {"own": [10.0, 10.0, 1.0, 4.0], "none": NONE}, seed=1))
+    assert list(found) == ["s0/own", "s0/none"]
+    own, none = found.values()
+    assert (own["seeds"], own["evaluations"], own["above_reference"]) == ([0, 1], ["s0", "s1"], None)
+    # 23 and 25 nats of 12 tokens; of u 19 nats of 9 tokens on average, of v 5 of 3: either may be drawn twice.
+    assert own["loss"] == interval(2.0, 5 / 3, 19 / 9)
+    assert own["loss_of_seeds"] == {
+        "low": pytest.approx(23 / 12),
+        "high": pytest.approx(25 / 12),
+        "deviation": pytest.approx(1 / 12 * 2**0.5),
+        "values": pytest.approx([23 / 12, 25 / 12]),
+    }
+    # Paired: none costs u 4 nats more than the mean own does, and v 6.
+    assert none["above_reference"] == interval(10 / 12, 4 / 9, 2.0)
+    assert none["loss_of_seeds"]["deviation"] == 0
+
+
+def test_whatever_else_differs_makes_another_row_and_is_named() -> None:
+    plain, slower = evaluation("plain"), evaluation("slower", training={"learning_rate": 1e-3})
+    retrieving = evaluation("bm25", settings={"retrieve": 4, "retriever": "bm25"})
+    found = compare([plain, slower, retrieving, evaluation("other data", seed=0)], against=None, seed=0)
+    assert {(row["name"], tuple(row["seeds"])) for row in found["rows"]} == {
+        (name, (0,)) for name in ("plain", "slower", "bm25", "other data")
+    }
+    assert found["differing"]["slower"] == {
+        "learning_rate": 1e-3,
+        "retrieve": 0,
+        "retriever": None,
+        "retrieve_tokens": None,
+    }
+    assert found["differing"]["bm25"]["retriever"] == "bm25"
+
+
+def test_a_plug_from_before_an_option_is_one_that_has_it_off() -> None:
+    old = evaluation("old")
+    for options in (old.metrics["training"], old.metrics["settings"]["plug_options"]):
+        for name in ("alignment", "contrast", "recency"):
+            options.pop(name, None)
+    assert list(rows_of(old, evaluation("new", seed=1))) == ["old/own", "old/none"]
+    assert "new/own" in rows_of(old, evaluation("new", seed=1, training={"alignment": 0.3}))
+
+
+def test_the_reference_is_a_row_by_its_name() -> None:
+    first, second = evaluation("a"), evaluation("b", {"none": NONE}, training={"empty_history": 1.0})
+    # own saves u 5 nats of 9 tokens, and v 6 of 3.
+    below = interval(-11 / 12, -2.0, -5 / 9)
+    for against in ("b", "b/none"):
+        found = rows_of(first, second, against=against)
+        assert found["b/none"]["above_reference"] is None
+        assert found["a/own"]["above_reference"] == below
+        assert found["a/none"]["above_reference"] == interval(0, 0, 0)
+    assert rows_of(second, first, against="a")["a/own"]["above_reference"] is None
+    for against, evaluations in (("c", (first, second)), (None, (second, first))):
+        with pytest.raises(UsageError, match=r"there is no such row; there are .*b/none"):
+            compare(evaluations, against=against, seed=0)
+
+
+def test_requests_that_are_not_the_same_are_refused_and_counted() -> None:
+    whole = evaluation("whole")
+    fewer = {"a": 4, "b": 5, "c": 1}
+    part = evaluation("part", {"own": OWN[:3]}, tokens=fewer, limited=True)
+    with pytest.raises(InputError, match="1 of 4 are only in whole, 0 of 3 only in part; .* without --limit"):
+        compare([whole, part], against=None, seed=0)
+    with pytest.raises(InputError, match="do not agree on the tokens of 1 requests, the first is 'b'"):
+        compare([whole, evaluation("another", tokens={**TOKENS, "b": 6}, seed=1)], against=None, seed=0)
+
+
+def test_a_limit_is_a_warning_and_one_name_for_two_plugs_is_refused() -> None:
+    found = compare([evaluation("x"), evaluation("y", limited=True, seed=1)], against=None, seed=0)
+    assert found["warnings"] == ["y was evaluated with --limit: not the numbers of the whole set"]
+    with pytest.raises(UsageError, match="both called 'x'; give --names"):
+        compare([evaluation("x"), evaluation("x", training={"epochs": 9})], against=None, seed=0)
+
+
+def test_rankings_are_means_over_the_seeds() -> None:
+    right, wrong = [9.0, 11.0, 2.0, 5.0], [7.0, 9.0, 0.0, 3.0]
+    nats = {"own": OWN, "none": NONE}
+    one = evaluation("a", nats, rejected={"own": right, "none": NONE})
+    two = evaluation("b", nats, rejected={"own": [9.0, 9.0, 0.0, 4.0], "none": NONE}, seed=1)
+    own = rows_of(one, two)["a/own"]["ranking"]
+    # All four right with one seed; with the other right, wrong, wrong, a tie.
+    assert own["likelier"] == interval((1 + 0.375) / 2, 0.625, 0.75)
+    # Calibrated by `none`, under which each pair is a tie: the same as by nats.
+    assert own["calibrated"] == own["likelier"]
+    assert rows_of(one, evaluation("b", nats, seed=1))["a/own"]["ranking"] == {}
+    assert rows_of(evaluation("a", nats, rejected={"own": wrong, "none": NONE}))["a/own"]["ranking"]["likelier"][
+        "mean"
+    ] == pytest.approx(0)
+
+
+def test_scores_are_those_of_the_variant_that_was_evaluated() -> None:
+    scored = {"scores": {"own": {"rouge1": 0.2}, "own-bm25-4": {"rouge1": 0.4}}}
+    scored["score_intervals"] = {"own": {"rouge1": {"mean": 0.2, "low": 0.1, "high": 0.3}}}
+    alone = rows_of(evaluation("a", **scored))
+    assert alone["a/own"]["scores"]["rouge1"]["interval"]["high"] == 0.3
+    assert alone["a/none"]["scores"] == {}
+    retrieving = {"retrieve": 4, "retriever": "bm25"}
+    assert rows_of(evaluation("a", **scored, settings=retrieving))["a/own"]["scores"]["rouge1"]["value"] == 0.4
+    seeds = rows_of(evaluation("a", **scored), evaluation("b", seed=1, scores={"own": {"rouge1": 0.3}}))
+    found = seeds["a/own"]["scores"]["rouge1"]
+    assert (found["value"], found["interval"], found["of_seeds"]["high"]) == (pytest.approx(0.25), None, 0.3)
+
+
+def test_files_that_are_something_else_are_refused() -> None:
+    metrics, losses = files({"own": OWN})
+    for broken in ((b"{", losses), (metrics, b"PAR1"), (b"{}", losses)):
+        with pytest.raises(InputError, match="^there: metrics.json"):
+            Evaluation.read("x", *broken, source="there")
+    rows = pq.read_table(pa.BufferReader(losses))
+    sink = io.BytesIO()
+    pq.write_table(pa.concat_tables([rows, rows.slice(0, 1)]), sink)
+    with pytest.raises(InputError, match="does not have each request once for each persona"):
+        Evaluation.read("x", metrics, sink.getvalue(), source="there")
+
+
+def test_the_page_says_what_was_found_and_fetches_and_runs_nothing() -> None:
+    nats = {"own": OWN, "none": NONE}
+    scored = {"scores": {"own": {"rouge1": 0.2}}, "score_intervals": {}, "rejected": {"own": NONE, "none": OWN}}
+    evaluations = [evaluation(EVIL, nats, **scored), evaluation("y", nats, limited=True, training={"epochs": 7})]
+    found = compare(evaluations, against=None, seed=0)
+    tags, words = read(comparison_page.page(found))
+    assert not tags & {"script", "img", "link", "iframe", "object", "form"}
+    above = found["rows"][1]["above_reference"]
+    for part in (EVIL, "y was evaluated with --limit", "epochs", f"{above['mean']:+.4f}", "the reference", "Ranking"):
+        assert part in words
+    lonely = compare([evaluation("x", {"own": OWN})], against=None, seed=0)
+    assert "Nothing to draw here." in read(comparison_page.page(lonely))[1]
+
+
+def test_a_forest_has_a_row_each_with_its_dot_where_the_value_is() -> None:
+
+    chart = charts.forest([("a/none", "none", (1.0, 0.5, 2.0)), ("b/own", "own", (-1.0, -2.0, -0.5))], x="nats")
+    first, second = (float(x) for x in re.findall(r'<circle class="dot \w+" cx="([^"]+)"', chart))
+    zero = float(re.findall(r'class="zero" x1="([^"]+)"', chart)[0])
+    assert first - zero == pytest.approx(zero - second, abs=0.2)
+    assert chart.count("whisker") == 2
+    assert charts.forest([], x="nats") == ""

@@ -1,0 +1,206 @@
+"""The plug as a folder: what is saved is what answers, and what does not fit is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from persona.errors import InputError, PlugMismatch, UsageError
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import resolve
+from persona.options import Decoding
+from persona.plug import folder as plug_folder, record as plug_record
+from tests.models import tiny_encoder
+from tests.plugs import ROWS, losses, new_model, record_of, save
+
+VARIANTS = [
+    {},
+    {"recency": True},
+    {"weights": "mean"},
+    {"weights": "mean", "recency": True},
+    {"persona_gain": 4.0},
+    {"learn_temperature": True, "instruction": "projected"},
+    {"instruction": "none"},
+]
+GREEDY = Decoding(max_new_tokens=6, beams=1)
+
+
+@pytest.fixture
+def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
+    """A plug that a step of training has moved away from where a fresh one starts."""
+    model = new_model(encoder_folder, llm, prefix="Represent: ", learn_temperature=True)
+    with torch.no_grad():
+        for parameter in model.plug.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return save(tmp_path / "plug", model, encoder_folder, llm_folder)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm, tmp_path):
+    model = new_model(encoder_folder, llm, prefix="Represent: ", **options)
+    save(tmp_path / "plug", model, encoder_folder, llm_folder)
+    torch.manual_seed(99)  # a fresh plug would be another
+    again = plug_folder.load(tmp_path / "plug", encoder=encoder_folder, llm=llm)
+    assert torch.equal(losses(again, ROWS), losses(model, ROWS))
+    assert again.answer(ROWS, GREEDY) == model.answer(ROWS, GREEDY)
+    assert not again.plug.training
+
+
+def test_the_query_encoder_reads_in_the_precision_of_the_llm_and_sees_the_same(saved, encoder_folder, llm_folder):
+    vectors_Bd = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        llm = FrozenLLM.load(llm_folder, precision=precision)
+        model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+        assert model.plug.query_encoder.dtype is dtype
+        assert model.plug.projector.outer.weight.dtype is torch.float32
+        with torch.inference_mode():
+            vectors_Bd[precision] = model.plug.encode_query(*model.collate(ROWS, with_targets=False).query)
+    assert vectors_Bd["bf16"].dtype is torch.float32
+    assert torch.cosine_similarity(vectors_Bd["fp32"], vectors_Bd["bf16"]).min() > 0.999
+
+
+def test_the_record_comes_back_as_it_was_saved(saved, encoder_folder, llm_folder, llm):
+    model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+    record = plug_record.with_digest(record_of(model, encoder_folder, llm_folder), saved)
+    assert plug_record.read(saved) == record
+
+
+def test_the_folder_holds_the_plugs_weights_and_nothing_of_the_llm(saved, encoder_folder, llm):
+    assert sorted(file.name for file in saved.iterdir()) == ["README.md", "plug.json", "plug.safetensors"]
+    weights = load_file(saved / "plug.safetensors")
+    assert set(weights) == set(new_model(encoder_folder, llm, learn_temperature=True).plug.state_dict())
+    assert {name.split(".")[0] for name in weights} == {
+        "query_encoder", "projector", "typical_behavior", "instruction", "log_temperature",
+    }  # fmt: skip
+
+
+def test_the_query_encoder_starts_as_the_frozen_one_without_its_pooler_and_dropout(encoder_folder, llm):
+    weights = load_file(encoder_folder.path / "model.safetensors")
+    encoder = new_model(encoder_folder, llm).plug.query_encoder
+    mine = encoder.state_dict()
+    assert set(weights) - set(mine) == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert all(torch.equal(mine[name], weights[name]) for name in mine)
+    assert all(part.p == 0 for part in encoder.modules() if isinstance(part, torch.nn.Dropout))
+
+
+def test_the_card_says_what_the_plug_belongs_to_and_how_it_did(saved, encoder_folder, llm_folder):
+    card = (saved / "README.md").read_text()
+    for expected in (llm_folder.fingerprint, encoder_folder.fingerprint, "| 1,200 | 3.5000 |", "| seed | 3 |"):
+        assert expected in card
+
+
+def test_the_fingerprint_is_of_what_the_answers_depend_on(saved, tmp_path):
+    found = plug_record.fingerprint(saved)
+    moved = Path(shutil.copytree(saved, tmp_path / "moved"))
+    assert plug_record.fingerprint(moved) == found
+    record = plug_record.read(moved)
+    (moved / "plug.json").write_text(replace(record, training={"another": "run"}).to_json())
+    assert plug_record.fingerprint(moved) == found
+    (moved / "plug.json").write_text(replace(record, query_prefix="").to_json())
+    assert plug_record.fingerprint(moved) != found
+    shutil.copy(saved / "plug.json", moved)
+    weights = bytearray((moved / "plug.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (moved / "plug.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match=r"are of two plugs.*cut off"):
+        plug_record.fingerprint(moved)
+    (moved / "plug.json").write_text(plug_record.with_digest(record, moved).to_json())
+    assert plug_record.fingerprint(moved) != found
+    # A plug of before the digest was kept.
+    (moved / "plug.json").write_text(replace(record, weights_digest="").to_json())
+    shutil.copy(saved / "plug.safetensors", moved)
+    assert plug_record.fingerprint(moved) == found
+
+
+@pytest.mark.parametrize("name", ["plug.json", "plug.safetensors"])
+def test_an_incomplete_folder_is_refused(saved, encoder_folder, llm, name):
+    (saved / name).unlink()
+    with pytest.raises(InputError, match=r"no complete plug here .*train one with jobs\.train"):
+        plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+
+
+def test_a_folder_that_is_written_anew_is_incomplete_until_it_is_done(saved, encoder_folder, llm_folder, llm):
+    model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+    with pytest.raises(TypeError):
+        plug_folder.save(saved, model.plug.state_dict(), record_of(model, encoder_folder, llm_folder), card=None)
+    with pytest.raises(InputError, match="no complete plug here"):
+        plug_record.read(saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("not JSON", "Expecting value"),
+        ("[]", "not a plug's plug.json"),
+        ('{"format": 1}', "format 1, this version reads format 2; train another"),
+        ('{"format": 2, "options": {}}', "missing"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(saved, text, reason):
+    (saved / "plug.json").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        plug_record.read(saved)
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("unheard_of", 1)])
+def test_options_that_cannot_be_are_refused(saved, name, value):
+    fields = json.loads((saved / "plug.json").read_text())
+    fields["options"][name] = value
+    (saved / "plug.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"not a plug's plug\.json"):
+        plug_record.read(saved)
+
+
+def test_another_encoder_or_llm_is_refused(saved, encoder_folder, llm_folder, tmp_path):
+    record = plug_record.read(saved)
+    plug_record.check_models(record, encoder=encoder_folder, llm=llm_folder)
+    other = resolve(str(tiny_encoder(tmp_path / "other", seed=1)), flag="--encoder")
+    with pytest.raises(
+        PlugMismatch, match=f"trained for the encoder .*{record.encoder['fingerprint'][:12]}.*{other.name}"
+    ):
+        plug_record.check_models(record, encoder=other, llm=llm_folder)
+    with pytest.raises(PlugMismatch, match=r"trained for the LLM .* or train another plug"):
+        plug_record.check_models(record, encoder=encoder_folder, llm=other)
+
+
+def test_an_llm_of_another_width_is_refused(saved, encoder_folder, llm):
+    record = plug_record.read(saved)
+    (saved / "plug.json").write_text(replace(record, llm_width=4096).to_json())
+    with pytest.raises(PlugMismatch, match="soft tokens of width 4096, the LLM's tokens have width 48"):
+        plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+
+
+def test_weights_that_do_not_fit_the_record_are_refused(saved, encoder_folder, llm):
+    record = plug_record.read(saved)
+    (saved / "plug.json").write_text(replace(record, options=replace(record.options, persona_tokens=3)).to_json())
+    with pytest.raises(PlugMismatch, match=r"plug\.safetensors does not hold the weights that plug\.json .* ask for"):
+        plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+
+
+def test_a_weights_file_that_is_cut_short_is_refused(saved, encoder_folder, llm):
+    weights = (saved / "plug.safetensors").read_bytes()
+    (saved / "plug.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(PlugMismatch, match="copy the whole folder anew"):
+        plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+
+
+def test_a_pickled_file_is_never_read(saved, encoder_folder, llm):
+    torch.save({}, saved / "plug.pt")
+    (saved / "plug.safetensors").unlink()
+    with pytest.raises(InputError, match="no complete plug here"):
+        plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+
+
+def test_queries_longer_than_the_encoder_reads_are_refused(encoder_folder):
+    with pytest.raises(UsageError, match="at most 512 tokens of a text, not 600"):
+        plug_folder.new_query_text(encoder_folder, "", 600)
+
+
+def test_an_llm_loaded_twice_takes_the_same_plug(saved, encoder_folder, llm_folder):
+    first, second = (FrozenLLM.load(llm_folder, precision="fp32", device="cpu") for _ in range(2))
+    a, b = (plug_folder.load(saved, encoder=encoder_folder, llm=one) for one in (first, second))
+    assert torch.equal(losses(a, ROWS), losses(b, ROWS))
