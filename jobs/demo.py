@@ -12,15 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jobs import embed, evaluate, generate, import_lamp, train
 from jobs.runtime import cli
 from jobs.runtime.cli import Summary
 from persona.errors import UsageError
+from persona.options import PersonaKind
 
 _MARK = ".persona-plug-demo"
-_KINDS: tuple[Literal["own", "none", "other"], ...] = ("own", "none", "other")
+_KINDS = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,6 +222,8 @@ class Encode:
         import pyarrow as pa
         import pyarrow.compute as pc
 
+        from persona.store import vectors
+
         started = time.perf_counter()
         waited_s = started - self.idle_since
         if self.may_be_alone:
@@ -233,20 +235,17 @@ class Encode:
         is_there = pc.not_equal(behaviors["change"], "gone")
         texts = behaviors["text"].filter(is_there).to_pylist()
         encoded = self.encoder.encode(texts)
-        width = encoded.vectors.shape[1]
-        vectors = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(2 * width), len(texts), [None, pa.py_buffer(encoded.vectors.astype("<f2").tobytes())]
-        ).cast(pa.binary())
+        column = vectors.to_column(encoded.vectors)
         if len(texts) < behaviors.num_rows:
             place = pc.cumulative_sum(is_there.cast(pa.int64()))
-            vectors = vectors.take(pc.if_else(is_there, pc.subtract(place, 1), None).combine_chunks())
+            column = column.take(pc.if_else(is_there, pc.subtract(place, 1), None).combine_chunks())
         if behaviors.num_rows:
             unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
             counts = {"rows": len(texts), "tokens": encoded.n_tokens, "padded": encoded.n_padded}
             times = {"seconds": time.perf_counter() - started, "tokenizing": encoded.tokenize_s, "waiting": waited_s}
             note(self.tally, "encode", unit, {**counts, **times})
         self.idle_since = time.perf_counter()
-        return behaviors.drop_columns(["text"]).append_column("vector", vectors)
+        return behaviors.drop_columns(["text"]).append_column("vector", column)
 
 
 def _identity(config: Config, folder: "ModelFolder") -> "Identity":

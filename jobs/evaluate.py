@@ -18,7 +18,7 @@ from jobs.runtime.cli import Summary
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, new_tally, note, totals
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions, Retrieval
+from persona.options import CostOptions, PersonaKind, Retrieval
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from persona.evaluation.scores import Metric
     from persona.store.store import Store
 
-Persona = Literal["own", "none", "other", "mean", "bare"]
 # What is kept of each request and kind of persona: numbers, and no texts.
 _KEPT = ("request_id", "user_id", "persona", "n_behaviors", "nats", "tokens")
 _KEPT_OF_REJECTED = ("rejected_nats", "rejected_tokens")
@@ -49,7 +48,7 @@ class Config(Retrieval, CostOptions):
     """Answers to be scored, by their names in the table; default those that jobs.generate writes for --personas."""
     losses_only: bool = False
     """Score no answers, whichever there are."""
-    personas: tuple[Persona, ...] = ("own", "none", "other")
+    personas: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
     """Kinds of persona whose loss is measured."""
     metric: Literal["label", "rating", "text"] = "text"
     """How answers are scored: exact match and F1, MAE and RMSE, or ROUGE."""

@@ -17,7 +17,7 @@ from jobs.runtime.commits import Committer
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, new_tally, note, totals
 from persona.errors import UsageError
-from persona.options import CostOptions, Decoding, Retrieval
+from persona.options import CostOptions, Decoding, PersonaKind, Retrieval
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +37,7 @@ class Config(Decoding, Retrieval, CostOptions):
     """Folder of the tables that jobs.embed made; answers go there, too."""
     plug: str
     """Folder of the plug that jobs.train made, local or s3://."""
-    persona: tuple[Literal["own", "none", "other", "mean", "bare"], ...] = ("own",)
+    persona: tuple[PersonaKind, ...] = (PersonaKind.OWN,)
     """Whose history the plug is told of: the user's, nobody's, another's, the user's weighed equally, or no plug."""
     variant: str | None = None
     """Name of the answers in the table; default the persona's, with --retrieve like own-bm25-4."""

@@ -6,6 +6,7 @@ Light to import, so that `--help` needs no torch. Each field's text is its line 
 import hashlib
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
 from persona.errors import UsageError
@@ -13,6 +14,31 @@ from persona.errors import UsageError
 Pooling = Literal["cls", "mean"]
 Precision = Literal["auto", "bf16", "fp32"]
 Retriever = Literal["recency", "bm25", "dense"]
+
+
+class PersonaKind(StrEnum):
+    """Whose history a request is answered with, and whether the plug is used at all."""
+
+    OWN = "own"
+    """The user's own history, weighed as the plug learned to."""
+    NONE = "none"
+    """No history: the persona of a typical behavior."""
+    OTHER = "other"
+    """Another user's history."""
+    MEAN = "mean"
+    """The user's own history, all behaviors weighed equally."""
+    BARE = "bare"
+    """The LLM without the plug."""
+
+    @property
+    def sees_own_history(self) -> bool:
+        """Whether the request sees its own user's behaviors."""
+        return self in (PersonaKind.OWN, PersonaKind.MEAN)
+
+    @property
+    def sees_no_history(self) -> bool:
+        """Whether the request sees no behavior at all."""
+        return self in (PersonaKind.NONE, PersonaKind.BARE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Pooling
+from persona.options import PersonaKind, PlugOptions, Pooling
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.module import Plug
 from persona.plug.personalized import PersonalizedLLM
@@ -102,7 +102,7 @@ def save(folder: Path, model: PersonalizedLLM, encoder: ModelFolder, llm: ModelF
     return folder
 
 
-def losses(model: PersonalizedLLM, rows: Sequence[Mapping[str, Any]], **settings: bool) -> torch.Tensor:
+def losses(model: PersonalizedLLM, rows: Sequence[Mapping[str, Any]], **settings: PersonaKind) -> torch.Tensor:
     """The summed negative log-likelihood (B,) of each row's target."""
     with torch.no_grad():
         return model(model.collate(rows, with_targets=True, **settings))

@@ -17,6 +17,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import EnumType
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -329,8 +330,8 @@ def _rule(hint: Any) -> str:
     """What a field of this type accepts, in words."""
     if get_origin(hint) is Annotated:
         return _rule(get_args(hint)[0])
-    if get_origin(hint) is Literal:
-        *most, last = (str(value) for value in get_args(hint))
+    if get_origin(hint) is Literal or isinstance(hint, EnumType):
+        *most, last = map(str, hint if isinstance(hint, EnumType) else get_args(hint))
         return f"{', '.join(most)} or {last}" if most else last
     if get_origin(hint) in (list, tuple):
         return f"a list, each {_rule(get_args(hint)[0])}"

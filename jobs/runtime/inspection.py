@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import exchange, joining, reading, session
 from jobs.runtime.texts import Texts
+from persona.options import PersonaKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,7 +47,7 @@ def look(
         store=store,
         tally=tally,
         stage="look",
-        personas=["own"],
+        personas=[PersonaKind.OWN],
         max_behaviors=max_behaviors,
         keep=_Seen(max_behaviors),
         texts=texts,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.runtime.exchange import by_bucket
 from jobs.runtime.reading import read, read_requests
 from jobs.runtime.tally import note
+from persona.options import PersonaKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from jobs.runtime.texts import Texts
     from persona.inputs.files import Split
-    from persona.store.join import Persona
     from persona.store.store import Store
 
 _JOINED_ROWS = 512
@@ -26,7 +26,7 @@ def requests_with_histories(
     tally: Any,
     *,
     job: str,
-    personas: Sequence["Persona"],
+    personas: Sequence[PersonaKind],
     max_behaviors: int,
     needs_target: bool,
     stage: str = "join",
@@ -57,7 +57,7 @@ def join_bucket(
     store: "Store",
     tally: Any,
     stage: str,
-    personas: Sequence["Persona"],
+    personas: Sequence[PersonaKind],
     max_behaviors: int,
     keep: Any,
     texts: "Texts | None" = None,
@@ -76,11 +76,11 @@ def join_bucket(
     counts: dict[str, float] = {"asked": len(first), "repeated": requests.num_rows - len(first)}
     counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}
     requests = requests.take(pa.array(np.sort(first)))
-    sees_own = next((persona for persona in personas if persona in {"own", "mean"}), None)
+    sees_own = next((persona for persona in personas if persona.sees_own_history), None)
     for persona in personas:
         for start in range(0, requests.num_rows, _JOINED_ROWS):
             part = requests.slice(start, _JOINED_ROWS)
-            part = part.append_column("persona", pa.repeat(persona, part.num_rows))
+            part = part.append_column("persona", pa.repeat(persona.value, part.num_rows))
             how: dict[str, Any] = {"persona": persona, "max_behaviors": max_behaviors}
             joined = join_histories(part, store, bucket, with_vectors=keep is None, **how)
             if persona == sees_own:

@@ -66,6 +66,7 @@ class _Retrieve:
         import pyarrow as pa
 
         from persona.retrieval.ranking import TextLookup, best_texts
+        from persona.store import vectors
         from persona.store.join import seen_rows
 
         dense = self.retriever == "dense"
@@ -81,8 +82,7 @@ class _Retrieve:
             counts["known"] += len(known) - known.count(None)
             vectors_Nd = None
             if dense:
-                stored = b"".join(behaviors["vector"].to_pylist())
-                vectors_Nd = np.frombuffer(stored, "<f2").reshape(len(known), store.identity.width).astype(np.float32)
+                vectors_Nd = vectors.from_column(behaviors["vector"], store.identity.width).astype(np.float32)
             rows.append(best_texts(known, self.n, self.retriever, query=query, query_d=query_d, vectors_Nd=vectors_Nd))
         note(self.tally, self.stage, str(bucket), counts)
         return requests.append_column("retrieved", pa.array(rows, pa.list_(pa.large_string())))

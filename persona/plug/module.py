@@ -92,14 +92,16 @@ class Plug(nn.Module):
         hidden_BTd = self.query_encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         return pool(hidden_BTd, mask_BT, self.pooling)
 
-    def weigh(self, history_Md: Tensor, lengths_B: Tensor, query_Bd: Tensor | None, *, alike: bool = False) -> Tensor:
+    def weigh(
+        self, history_Md: Tensor, lengths_B: Tensor, query_Bd: Tensor | None, *, uniform_weights: bool = False
+    ) -> Tensor:
         """Eq. 3: the weight (M,) of each behavior within its request's history; `query_Bd` None leaves x·h out.
 
         With the option `recency`, w_i ∝ exp(t·x·h_i) / (1 + k_i)^slope, where k_i behaviors of the history are newer:
-        people forget by a power law, too (Wixted & Ebbesen 1991). `alike` makes all equal, whatever was learned.
+        people forget by a power law, too (Wixted & Ebbesen 1991). `uniform_weights` makes all weights equal.
         """
         rows_M = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
-        if alike or (query_Bd is None and not self.options.recency):
+        if uniform_weights or (query_Bd is None and not self.options.recency):
             return 1.0 / lengths_B[rows_M].to(history_Md.dtype)
         if query_Bd is None:
             scores_M = history_Md.new_zeros(len(rows_M))
@@ -145,7 +147,12 @@ class Plug(nn.Module):
         return typical_F + self.options.persona_gain * (hidden_NF - typical_F)
 
     def forward(
-        self, history_Md: Tensor, lengths_B: Tensor, query: tuple[Tensor, Tensor] | None, *, alike: bool = False
+        self,
+        history_Md: Tensor,
+        lengths_B: Tensor,
+        query: tuple[Tensor, Tensor] | None,
+        *,
+        uniform_weights: bool = False,
     ) -> Tensor:
         """The soft tokens [I; P] (B, S, D) of eq. 5.
 
@@ -153,14 +160,14 @@ class Plug(nn.Module):
             history_Md: the unit vectors of all requests' behaviors, request after request, oldest first, no padding.
             lengths_B: behaviors of each request; 0 is allowed.
             query: token ids and mask, both (B, T), for eq. 2; None leaves the request out of the weights.
-            alike: weigh all behaviors of a history equally, whatever was learned.
+            uniform_weights: weigh all behaviors of a history equally, whatever was learned.
         """
         if history_Md.shape != (int(lengths_B.sum()), self.width):
             raise ValueError(
                 f"history: expected shape ({int(lengths_B.sum())}, {self.width}), got {tuple(history_Md.shape)}"
             )
         query_Bd = None if query is None else self.encode_query(*query)
-        weights_M = self.weigh(history_Md, lengths_B, query_Bd, alike=alike)
+        weights_M = self.weigh(history_Md, lengths_B, query_Bd, uniform_weights=uniform_weights)
         personas_BKD = self.persona(history_Md, lengths_B, weights_M)
         if self.options.instruction == "none":
             return personas_BKD

@@ -17,8 +17,9 @@ from persona.engines.decoding import Answer
 from persona.models import attention
 from persona.models.encoder import pad
 from persona.models.frozen_llm import FrozenLLM
-from persona.options import Decoding
+from persona.options import Decoding, PersonaKind
 from persona.plug.module import Plug
+from persona.store import vectors
 
 Row = Mapping[str, Any]
 
@@ -48,8 +49,7 @@ class Batch:
     inputs: list[list[int]]
     targets: list[list[int]]
     fronts: list[list[int]]
-    alike: bool
-    bare: bool
+    persona: PersonaKind
 
     @property
     def n_target_tokens(self) -> int:
@@ -59,8 +59,8 @@ class Batch:
 
 def packed(histories: Sequence[bytes], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Histories as the store's bytes to float32 vectors (M, d), one after the other, and their lengths (B,)."""
-    parts = [np.frombuffer(history, dtype="<f2").reshape(-1, width) for history in histories]
-    packed_Md = np.concatenate(parts) if parts else np.empty((0, width), "<f2")
+    parts = [vectors.from_bytes(history, width) for history in histories]
+    packed_Md = np.concatenate([vectors.from_bytes(b"", width), *parts])
     lengths_B = torch.tensor([len(part) for part in parts], device=device)
     return torch.from_numpy(packed_Md.astype(np.float32)).to(device), lengths_B
 
@@ -78,15 +78,12 @@ class PersonalizedLLM(nn.Module):
         self.query_text = query_text
         self.front_tokens = front_tokens
 
-    def collate(self, rows: Sequence[Row], *, with_targets: bool, mean: bool = False, bare: bool = False) -> Batch:
-        """Rows to a batch on the LLM's device.
-
-        `mean` weighs all behaviors equally, whatever the plug does; `bare` leaves the soft tokens out.
-        """
+    def collate(self, rows: Sequence[Row], *, with_targets: bool, persona: PersonaKind = PersonaKind.OWN) -> Batch:
+        """Rows of one kind of persona to a batch on the LLM's device."""
         device = self.llm.device
         history_Md, lengths_B = packed([row["history"] for row in rows], self.plug.width, device)
         query = None
-        if self.query_text is not None and self.plug.query_encoder is not None and not mean:
+        if self.query_text is not None and self.plug.query_encoder is not None and persona is not PersonaKind.MEAN:
             query = self.query_text.tokens([row["query"] for row in rows], device)
         return Batch(
             history_Md=history_Md,
@@ -95,8 +92,7 @@ class PersonalizedLLM(nn.Module):
             inputs=self.llm.tokenize_inputs([row["input"] for row in rows]),
             targets=self.llm.tokenize_targets([row["target"] for row in rows]) if with_targets else [],
             fronts=self._fronts(rows),
-            alike=mean,
-            bare=bare,
+            persona=persona,
         )
 
     def _fronts(self, rows: Sequence[Row]) -> list[list[int]]:
@@ -110,9 +106,10 @@ class PersonalizedLLM(nn.Module):
 
     def soft_tokens(self, batch: Batch) -> Tensor:
         """[I; P] of each request, (B, S, D); S is 0 for a bare LLM."""
-        if batch.bare:
+        if batch.persona is PersonaKind.BARE:
             return torch.empty(len(batch.inputs), 0, self.llm.width, device=self.llm.device)
-        soft_BSD: Tensor = self.plug(batch.history_Md, batch.lengths_B, batch.query, alike=batch.alike)
+        uniform = batch.persona is PersonaKind.MEAN
+        soft_BSD: Tensor = self.plug(batch.history_Md, batch.lengths_B, batch.query, uniform_weights=uniform)
         return soft_BSD
 
     def only_answering(self) -> Self:
@@ -130,9 +127,9 @@ class PersonalizedLLM(nn.Module):
 
     @torch.inference_mode()
     def answer(
-        self, rows: Sequence[Row], decoding: Decoding, *, mean: bool = False, bare: bool = False
+        self, rows: Sequence[Row], decoding: Decoding, *, persona: PersonaKind = PersonaKind.OWN
     ) -> list[Answer]:
-        """Answers to a batch of requests, in their order; the flags are those of `collate`."""
-        batch = self.collate(rows, with_targets=False, mean=mean, bare=bare)
+        """Answers to a batch of requests of one kind of persona, in their order."""
+        batch = self.collate(rows, with_targets=False, persona=persona)
         seeds = [decoding.row_seed(row["request_id"]) for row in rows]
         return self.llm.generate(self.soft_tokens(batch), batch.inputs, decoding, seeds, batch.fronts)

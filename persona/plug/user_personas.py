@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from persona.errors import InputError
 from persona.plug import record as plug_record
 from persona.plug.module import Plug
+from persona.store import vectors
 
 
 class UserPersonas:
@@ -59,7 +60,7 @@ class UserPersonas:
             histories: their behaviors with vectors, as `Store.read_histories` sorts them.
         """
         names, counts = np.unique(histories["user_id"].to_numpy(), return_counts=True)
-        vectors_Nd = np.frombuffer(b"".join(histories["vector"].to_pylist()), "<f2").reshape(-1, self.plug.width)
+        vectors_Nd = vectors.from_column(histories["vector"], self.plug.width)
         ends = np.cumsum(counts)
         latest = [slice(max(end - n, end - self.max_behaviors), end) for n, end in zip(counts, ends, strict=True)]
         place = {name: i for i, name in enumerate(names)}

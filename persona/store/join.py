@@ -8,15 +8,14 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from persona.options import PersonaKind
 from persona.store.store import Store
 
-Persona = Literal["own", "none", "other", "mean", "bare"]
 _NEVER = np.iinfo(np.int64).max  # stands for a missing timestamp, behind all others
 _OTHER_BUCKETS = 16  # how many buckets are searched for another user before a request goes without
 _EMPTY = memoryview(b"")
@@ -28,7 +27,7 @@ def join_histories(
     store: Store,
     bucket: int,
     *,
-    persona: Persona,
+    persona: PersonaKind,
     max_behaviors: int,
     with_vectors: bool = True,
 ) -> pa.Table:
@@ -47,10 +46,10 @@ def join_histories(
     users = requests["user_id"].to_pylist()
     as_of = requests["as_of"].cast(pa.int64()).to_pylist()
     places: list[_Place | None]
-    if persona == "other":
+    if persona is PersonaKind.OTHER:
         places = _others(store, bucket, users, as_of)
     else:
-        places = [None if persona in {"none", "bare"} else (bucket, user) for user in users]
+        places = [None if persona.sees_no_history else (bucket, user) for user in users]
 
     seen = [_Seen() for _ in users]
     for source in sorted({place[0] for place in places if place is not None}):

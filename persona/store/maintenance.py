@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from persona.errors import StorageError
 from persona.inputs.histories import bucket_of
+from persona.store import vectors
 from persona.store.schema import LAYOUTS, DataFile
 from persona.store.store import Store
 from persona.store.table import Table
@@ -75,13 +76,13 @@ def _wrong(store: Store, table: Table, rows: pa.Table) -> list[str]:
     if not rows["user_id"].null_count and (astray := int((buckets != rows["bucket"].to_numpy()).sum())):
         found.append(f"{astray:,} rows are not in their user's bucket")
     if "vector" in rows.column_names:
-        size = 2 * store.identity.width
+        size = vectors.n_bytes(store.identity.width)
         fits = pc.fill_null(pc.equal(pc.binary_length(rows["vector"]), size), False)
         if not pc.all(fits).as_py():
             found.append(f"{rows.num_rows - pc.sum(fits).as_py():,} vectors are not {size} bytes long")
         for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
             good = rows["vector"].filter(fits).slice(start, _ROWS_AT_ONCE).to_pylist()
-            vectors_Nd = np.frombuffer(b"".join(good), "<f2").reshape(-1, store.identity.width).astype(np.float32)
+            vectors_Nd = vectors.from_column(good, store.identity.width).astype(np.float32)
             norms_N = np.linalg.norm(vectors_Nd, axis=1)
             # A text of which the encoder makes nothing has the vector 0.
             if off := int(((np.abs(norms_N - 1) > _NORM_TOLERANCE) & (norms_N != 0) | np.isnan(norms_N)).sum()):

@@ -22,6 +22,7 @@ from persona.errors import InputError, StoreMismatch
 from persona.inputs.cells import TIME
 from persona.inputs.histories import KEY, in_order, latest
 from persona.storage import join
+from persona.store import vectors
 from persona.store.lease import Lease
 from persona.store.schema import LAYOUTS
 from persona.store.table import Table, one_of
@@ -169,16 +170,16 @@ class Store:
         return staged_files(staged)
 
     def _checked(self, rows: pa.Table) -> pa.Table:
-        size = 2 * self.identity.width
-        vectors = rows["vector"].cast(pa.large_binary())
-        encoded = vectors.filter(pc.not_equal(rows["change"], "gone"))
+        size = vectors.n_bytes(self.identity.width)
+        stored = rows["vector"].cast(pa.large_binary())
+        encoded = stored.filter(pc.not_equal(rows["change"], "gone"))
         other = next((n for n in pc.unique(pc.binary_length(encoded).fill_null(0)).to_pylist() if n != size), None)
         if other is not None:
             raise StoreMismatch(
                 f"a vector has {other} bytes; the store at {self.uri} holds float16 vectors of width "
                 f"{self.identity.width}, {size} bytes each"
             )
-        return rows.set_column(rows.column_names.index("vector"), "vector", vectors)
+        return rows.set_column(rows.column_names.index("vector"), "vector", stored)
 
     def write(self, table: str, rows: pa.Table) -> None:
         """`stage` and commit, in this process alone: what a job does with many."""

@@ -15,6 +15,7 @@ from torch import nn
 from persona.models.encoder import TextEncoder
 from persona.options import TrainingOptions
 from persona.plug.personalized import PersonalizedLLM, Row
+from persona.store import vectors
 from persona.training.order import hash64
 
 _WHOLE_PASSES = 1 / 11
@@ -64,7 +65,7 @@ def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions
     out; so here one pass in eleven is whole. At least one behavior stays, unless the row is one of the `empty_history`
     share.
     """
-    history = np.frombuffer(row["history"], dtype="<f2").reshape(-1, width)
+    history = vectors.from_bytes(row["history"], width)
     draw = np.random.default_rng(hash64("dropout", options.seed, epoch, row["request_id"]))
     if draw.random() < options.empty_history:
         return {**row, "history": b""}
@@ -75,7 +76,7 @@ def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions
     if n_dropped < 1:
         return row
     kept = np.sort(draw.permutation(n)[n_dropped:])
-    return {**row, "history": history[kept].tobytes()}
+    return {**row, "history": vectors.to_bytes(history[kept])}
 
 
 def step_rows(
@@ -112,10 +113,10 @@ def align(rows: Sequence[Row], encoder: TextEncoder) -> list[Row]:
     row without a history stays without: what stands in for it learns meanwhile.
     """
     places = [place for place, row in enumerate(rows) if row["history"]]
-    vectors = encoder.encode([rows[place]["target"] for place in places]).vectors.astype("<f2")
+    targets_Nd = encoder.encode([rows[place]["target"] for place in places]).vectors
     found = list(rows)
-    for place, vector in zip(places, vectors, strict=True):
-        found[place] = {**rows[place], "history": vector.tobytes()}
+    for place, target_d in zip(places, targets_Nd, strict=True):
+        found[place] = {**rows[place], "history": vectors.to_bytes(target_d)}
     return found
 
 

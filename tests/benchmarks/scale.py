@@ -25,6 +25,7 @@ from jobs.runtime import joining, session
 from jobs.runtime.tally import new_tally
 from persona.inputs import files as inputs
 from persona.models import packaged
+from persona.options import PersonaKind
 from persona.store.store import Store
 from tests.benchmarks import many_users
 from tests.benchmarks.contest import Memory
@@ -95,7 +96,7 @@ def _join(folder: Path) -> int:
         store,
         new_tally(),
         job="generate",
-        personas=["own"],
+        personas=[PersonaKind.OWN],
         max_behaviors=512,
         needs_target=False,
     )

@@ -16,6 +16,7 @@ from jobs import evaluate
 from persona.inputs.histories import bucket_of
 from persona.models import resolve as models
 from persona.models.frozen_llm import FrozenLLM
+from persona.options import PersonaKind
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.inspection import PlugAlone
 from persona.storage import read_bytes
@@ -274,7 +275,7 @@ def test_losses_with_retrieved_texts_are_those_of_the_plug_with_them_in_front(
             vectors = seen(flags["store"], row, record.max_behaviors)
             latest = [one["text"] for one in written if one["user_id"] == row["user_id"]][len(vectors) - 1]
             one = {**row, "query": row["input"], "history": b"".join(vectors), "retrieved": [latest]}
-            batch = model.collate([one], with_targets=True, bare=persona == "bare")
+            batch = model.collate([one], with_targets=True, persona=PersonaKind(persona))
             with torch.inference_mode():
                 nats += model(batch).item()
             tokens += batch.n_target_tokens

@@ -15,7 +15,7 @@ from persona.inputs.requests import SCHEMA
 from persona.models import resolve as persona_models
 from persona.models.encoder import TextEncoder
 from persona.models.frozen_llm import FrozenLLM
-from persona.options import Decoding
+from persona.options import Decoding, PersonaKind
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.request_tables import answer_all
 from persona.retrieval.ranking import best_texts
@@ -48,7 +48,7 @@ def expected(uri: str, plug: str, asked: list[Row], persona: Any, decoding: Deco
     for row in asked:
         bucket = int(persona_histories.bucket_of([row["user_id"]], BUCKETS)[0])
         table = pa.Table.from_pylist([{**row, "query": row["input"], "bucket": bucket}], schema=SCHEMA)
-        joined = join_histories(table, store, bucket, persona=persona, max_behaviors=record.max_behaviors)
+        joined = join_histories(table, store, bucket, persona=PersonaKind(persona), max_behaviors=record.max_behaviors)
         joined = joined.append_column("persona", pa.array([persona]))
         found[row["request_id"]] = answer_all(model, joined, decoding, batch_size=1)["output"][0].as_py()
     return found
@@ -187,9 +187,9 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
         later = best_texts(known_later, 2, retriever, query=row["input"], query_d=query_d, vectors_Nd=vectors_Nd)
         n_stale += len(names) * (later != found)
         history = vectors_Nd.astype("<f2").tobytes()
-        for name, bare in zip(names, (True, False), strict=True):
+        for name, kind in zip(names, (PersonaKind.BARE, PersonaKind.OWN), strict=True):
             rows = [{**row, "query": row["input"], "history": history, "retrieved": found}]
-            said = model.answer(rows, Decoding(beams=1, max_new_tokens=8), bare=bare)[0]
+            said = model.answer(rows, Decoding(beams=1, max_new_tokens=8), persona=kind)[0]
             assert answers[row["request_id"], name]["output"] == said.text
 
     again = do(generate, **given, texts=histories)

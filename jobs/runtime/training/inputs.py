@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import joining, retrieval as retrieve
+from persona.options import PersonaKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,7 +19,7 @@ def split(config: "Config", inputs: "Inputs", version: int, tally: Any) -> "tupl
     """Training and held-out requests with their histories, joined once and kept in Ray's object store."""
     settings: dict[str, Any] = {
         "job": "train",
-        "personas": ["own"],
+        "personas": [PersonaKind.OWN],
         "max_behaviors": config.max_behaviors,
         "needs_target": True,
     }
@@ -88,14 +89,16 @@ def _some_vectors(rows: "pa.Table", *, share: float, width: int, at_most: int = 
     import numpy as np
     import pyarrow as pa
 
+    from persona.store import vectors
+
     drawn = _drawn(rows)
     drawn = drawn.filter(pa.array(drawn["draw"].to_numpy() < share * _DRAWS))
-    vectors = []
+    drawn_vectors = []
     for history in drawn["history"].to_pylist():
-        seen_Nd = np.frombuffer(history, "<f2").reshape(-1, width)
+        seen_Nd = vectors.from_bytes(history, width)
         places = np.linspace(0, len(seen_Nd) - 1, min(len(seen_Nd), at_most)).astype(int)
-        vectors.append(seen_Nd[places].tobytes())
-    return drawn.select(["request_id"]).append_column("vectors", pa.array(vectors, pa.binary()))
+        drawn_vectors.append(vectors.to_bytes(seen_Nd[places]))
+    return drawn.select(["request_id"]).append_column("vectors", pa.array(drawn_vectors, pa.binary()))
 
 
 def _with_order(rows: "pa.Table", *, epoch: int, seed: int, n_requests: int, global_batch: int) -> "pa.Table":

@@ -177,8 +177,9 @@ def _start(plug: "Plug", encoder: "ModelFolder", llm: "FrozenLLM", settings: Map
     import torch
 
     from persona.plug import warm_start
+    from persona.store import vectors
 
-    behaviors_Nd = np.frombuffer(settings["behaviors"], dtype="<f2").reshape(-1, settings["identity"]["width"])
+    behaviors_Nd = vectors.from_bytes(settings["behaviors"], settings["identity"]["width"])
     plug.set_typical_behavior(torch.from_numpy(behaviors_Nd.astype(np.float32)).to(llm.device))
     if warm:
         warm_start.fit(plug, _frozen_encoder(encoder, settings, llm.device), llm, behaviors_Nd)

@@ -179,7 +179,7 @@ def test_recency_starts_without_effect_and_then_prefers_what_is_newer():
 def test_weighed_alike_is_weighed_alike_whatever_was_learned():
     plain, plug = new_plug(), new_plug(recency=True)
     for query_Bd in (QUERIES, None):
-        weights_M = plug.weigh(HISTORY, LENGTHS, query_Bd, alike=True)
+        weights_M = plug.weigh(HISTORY, LENGTHS, query_Bd, uniform_weights=True)
         assert torch.equal(weights_M, plain.weigh(HISTORY, LENGTHS, None))
 
 

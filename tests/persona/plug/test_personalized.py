@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from persona.options import Decoding
+from persona.options import Decoding, PersonaKind
 from persona.plug.personalized import PersonalizedLLM
 from tests.models import ENCODER_WIDTH
 from tests.plugs import ROWS, losses, new_model
@@ -74,7 +74,9 @@ def test_the_query_decides_under_attention_and_not_under_mean(encoder_folder, ll
     differs = (losses(attention, ROWS) != losses(attention, asked_otherwise)).tolist()
     # With no behavior, or one, there is nothing to weigh.
     assert differs == [True, False, False, True, False, True]
-    assert torch.equal(losses(attention, ROWS, mean=True), losses(attention, asked_otherwise, mean=True))
+    assert torch.equal(
+        losses(attention, ROWS, persona=PersonaKind.MEAN), losses(attention, asked_otherwise, persona=PersonaKind.MEAN)
+    )
     mean = new_model(encoder_folder, llm, weights="mean")
     assert mean.collate(ROWS, with_targets=False).query is None
     assert torch.equal(losses(mean, ROWS), losses(mean, asked_otherwise))
@@ -84,8 +86,8 @@ def test_the_query_decides_under_attention_and_not_under_mean(encoder_folder, ll
 def test_the_mean_of_any_plug_is_what_equal_weights_give(encoder_folder, llm, options):
     model = new_model(encoder_folder, llm, **options)
     if options:
-        assert not torch.equal(losses(model, ROWS), losses(model, ROWS, mean=True))
-    batch = model.collate(ROWS, with_targets=True, mean=True)
+        assert not torch.equal(losses(model, ROWS), losses(model, ROWS, persona=PersonaKind.MEAN))
+    batch = model.collate(ROWS, with_targets=True, persona=PersonaKind.MEAN)
     assert batch.query is None
     personas = []
     for part_nd in batch.history_Md.split(batch.lengths_B.tolist()):

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from persona.options import Decoding
+from persona.options import Decoding, PersonaKind
 from persona.plug import request_tables as generation
 from persona.plug.personalized import PersonalizedLLM
 from tests.plugs import ROWS, losses, new_model
@@ -26,7 +26,7 @@ def requests() -> pa.Table:
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_answers_are_in_order_and_each_its_requests_own(model, requests, batch_size):
     answers = generation.answer_all(model, requests, GREEDY, batch_size=batch_size)
-    expected = [model.answer([row], GREEDY, mean=row["persona"] == "mean")[0] for row in requests.to_pylist()]
+    expected = [model.answer([row], GREEDY, persona=PersonaKind(row["persona"]))[0] for row in requests.to_pylist()]
     assert answers["output"].to_pylist() == [answer.text for answer in expected]
     assert answers["n_tokens"].to_pylist() == [answer.n_tokens for answer in expected]
     assert answers["finish_reason"].to_pylist() == [answer.finish_reason for answer in expected]
@@ -37,7 +37,7 @@ def test_answers_are_in_order_and_each_its_requests_own(model, requests, batch_s
 def test_losses_are_in_order_with_the_tokens_they_are_sums_over(model, requests, batch_size):
     found = generation.loss_of_all(model, requests, batch_size=batch_size)
     rows = requests.to_pylist()
-    expected = [losses(model, [row], mean=row["persona"] == "mean").item() for row in rows]
+    expected = [losses(model, [row], persona=PersonaKind(row["persona"])).item() for row in rows]
     assert found["nats"].to_pylist() == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
     assert found["tokens"].to_pylist() == [len(ids) for ids in model.llm.tokenize_targets([r["target"] for r in rows])]
 
@@ -77,7 +77,7 @@ def test_retrieved_texts_and_bare_rows_count_in_any_batch(model, requests, monke
     empty = asked.set_column(asked.column_names.index("history"), "history", pa.array([b""] * len(personas)))
     unseen = generation.loss_of_all(model, empty, batch_size=3)["nats"].to_pylist()
     assert (unseen[0], unseen[5]) == pytest.approx((without[0], without[5]), rel=1e-5)
-    bare = model.collate([asked.to_pylist()[0]], with_targets=True, bare=True)
+    bare = model.collate([asked.to_pylist()[0]], with_targets=True, persona=PersonaKind.BARE)
     assert without[0] == pytest.approx(
         model.llm.nll(model.soft_tokens(bare)[:, :0], bare.inputs, bare.targets).item(), rel=1e-5
     )

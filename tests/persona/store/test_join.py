@@ -10,7 +10,8 @@ import pytest
 
 from persona.inputs import requests
 from persona.inputs.histories import bucket_of, text_hash
-from persona.store.join import Persona, join_histories
+from persona.options import PersonaKind
+from persona.store.join import join_histories
 from persona.store.store import Identity, Store
 
 WIDTH, N_BUCKETS = 4, 3
@@ -98,9 +99,9 @@ def plain_other(rows: list[Row], bucket: int, user: str, as_of: datetime | None)
     return None
 
 
-@pytest.mark.parametrize("persona", ["own", "mean", "none", "other"])
+@pytest.mark.parametrize("persona", [kind for kind in PersonaKind if kind is not PersonaKind.BARE])
 @pytest.mark.parametrize("most", [3, 100])
-def test_what_is_seen_is_what_a_plain_loop_sees(tmp_path: Path, persona: Persona, most: int) -> None:
+def test_what_is_seen_is_what_a_plain_loop_sees(tmp_path: Path, persona: PersonaKind, most: int) -> None:
     rows = make_rows(most)
     store = make_store(tmp_path, rows)
     times = [None, *(START + timedelta(days=day) for day in range(-1, 8))]
@@ -128,7 +129,7 @@ def test_a_behavior_of_the_very_moment_is_not_seen(tmp_path: Path) -> None:
     ]
     store = make_store(tmp_path, rows, 1)
     joined = join_histories(
-        ask(("a", START + timedelta(microseconds=1)), n_buckets=1), store, 0, persona="own", max_behaviors=9
+        ask(("a", START + timedelta(microseconds=1)), n_buckets=1), store, 0, persona=PersonaKind.OWN, max_behaviors=9
     )
     assert seen(joined) == [[0]]
 
@@ -140,7 +141,7 @@ def test_untimed_behaviors_are_counted_where_a_moment_is_asked_for(tmp_path: Pat
     ]
     store = make_store(tmp_path, rows, 1)
     asked = ask(("a", START + timedelta(days=1)), ("a", None), ("nobody", START), n_buckets=1)
-    joined = join_histories(asked, store, 0, persona="own", max_behaviors=9)
+    joined = join_histories(asked, store, 0, persona=PersonaKind.OWN, max_behaviors=9)
     assert joined["n_untimed"].to_pylist() == [1, 0, 0] and seen(joined) == [[2], [2, 1], []]
 
 
@@ -148,9 +149,9 @@ def test_the_hash_changes_with_what_is_seen_and_with_nothing_else(tmp_path: Path
     rows = [{"user_id": u, "behavior_id": "1", "timestamp": START, "n": n} for n, u in enumerate(["a", "b", "c"])]
     store = make_store(tmp_path, rows, 1)
     asked = ask(("a", None), ("b", None), ("b", START), ("zz", None), n_buckets=1)
-    before = join_histories(asked, store, 0, persona="own", max_behaviors=9)["history_hash"].to_pylist()
+    before = join_histories(asked, store, 0, persona=PersonaKind.OWN, max_behaviors=9)["history_hash"].to_pylist()
     write(store, [{"user_id": "b", "behavior_id": "2", "timestamp": START + timedelta(days=1), "n": 7}])
-    after = join_histories(asked, store, 0, persona="own", max_behaviors=9)["history_hash"].to_pylist()
+    after = join_histories(asked, store, 0, persona=PersonaKind.OWN, max_behaviors=9)["history_hash"].to_pylist()
     assert [x == y for x, y in zip(before, after, strict=True)] == [True, False, True, True]
     assert before[2] == before[3] and len(set(before)) == 3
 
@@ -161,17 +162,17 @@ def test_a_snapshot_is_joined_as_it_was(tmp_path: Path) -> None:
     write(store, [{"user_id": "a", "behavior_id": "2", "timestamp": START, "n": 2}])
     asked = ask(("a", None), n_buckets=1)
     for one, expected in ((then, [[1]]), (store, [[1, 2]])):
-        assert seen(join_histories(asked, one, 0, persona="own", max_behaviors=9)) == expected
+        assert seen(join_histories(asked, one, 0, persona=PersonaKind.OWN, max_behaviors=9)) == expected
 
 
 def test_the_only_user_of_a_store_has_no_other(tmp_path: Path) -> None:
     store = make_store(tmp_path, [{"user_id": "a", "behavior_id": "1", "timestamp": START, "n": 1}])
     (bucket,) = store.buckets()
-    assert seen(join_histories(ask(("a", None)), store, bucket, persona="other", max_behaviors=9)) == [[]]
+    assert seen(join_histories(ask(("a", None)), store, bucket, persona=PersonaKind.OTHER, max_behaviors=9)) == [[]]
 
 
-@pytest.mark.parametrize("persona", ["own", "other", "none"])
-def test_no_requests_join_to_no_rows_of_the_same_columns(tmp_path: Path, persona: Persona) -> None:
+@pytest.mark.parametrize("persona", [PersonaKind.OWN, PersonaKind.OTHER, PersonaKind.NONE])
+def test_no_requests_join_to_no_rows_of_the_same_columns(tmp_path: Path, persona: PersonaKind) -> None:
     store = make_store(tmp_path, make_rows(0))
     joined = join_histories(ask(("a", None)), store, 0, persona=persona, max_behaviors=9)
     empty = join_histories(ask(("a", None)).slice(0, 0), store, 0, persona=persona, max_behaviors=9)
