@@ -32,7 +32,7 @@ class Config:
     dry_run: bool = False
     """Say what would be done, and write nothing."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuses what can be refused without looking at any data."""
         if not self.evaluations:
             raise UsageError("--evaluations: give one folder at least")

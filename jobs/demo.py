@@ -17,8 +17,9 @@ from typing import Any
 from jobs import embed, evaluate, generate, import_lamp, train
 from jobs.runtime import cli
 from jobs.runtime.cli import Summary
+from jobs.runtime.job_options import InputRows, PastTexts, check_limit
 from persona.errors import UsageError
-from persona.options import PersonaKind
+from persona.options import Decoding, PersonaKind, PlugOptions, TrainingOptions
 
 _MARK = ".persona-plug-demo"
 _KINDS = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
@@ -36,6 +37,10 @@ class Config:
     """Train on only this many requests (the demo then shows the way, not the effect)."""
     dry_run: bool = False
     """Say what would be done, and start nothing."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_limit(self.limit)
 
 
 def main(config: Config) -> Summary:
@@ -77,7 +82,12 @@ def main(config: Config) -> Summary:
         "generate: answers with the own persona, none, and another's",
         generate.main,
         generate.Config(
-            requests=asked, store=store, plug=plug, persona=_KINDS, beams=1, max_new_tokens=8, batch_size=48
+            requests=asked,
+            store=store,
+            plug=plug,
+            persona=_KINDS,
+            decoding=Decoding(beams=1, max_new_tokens=8),
+            batch_size=48,
         ),
     )
     judged = _run(
@@ -88,7 +98,7 @@ def main(config: Config) -> Summary:
             store=store,
             plug=plug,
             out=str(out),
-            texts=str(out / "histories.parquet"),
+            past_texts=PastTexts(texts=str(out / "histories.parquet")),
             metric="label",
             batch_size=32,
         ),
@@ -131,7 +141,7 @@ def _lamp(out: Path) -> import_lamp.Config:
         questions=str(out / "lamp_questions.json"),
         outputs=str(out / "lamp_outputs.json"),
         out=str(out / "lamp"),
-        max_reject_fraction=0.5,
+        rows=InputRows(max_reject_fraction=0.5),
     )
 
 
@@ -144,20 +154,20 @@ def _training(config: Config, out: Path, store: str, plug: str, llm: str) -> tra
         run="demo",
         runs=str(out / "runs"),
         llm=llm,
-        persona_tokens=4,
-        temperature=30.0,
-        learn_temperature=True,
-        warm_start="vocabulary",
-        epochs=2,
-        global_batch=16,
-        micro_batch=16,
-        learning_rate=4e-3,
-        query_learning_rate=3e-4,
-        warmup=0.1,
-        history_dropout=0.25,
         validate_every=60,
-        seed=config.seed,
-        limit=config.limit,
+        plug_options=PlugOptions(persona_tokens=4, temperature=30.0, learn_temperature=True),
+        training=TrainingOptions(
+            epochs=2,
+            global_batch=16,
+            micro_batch=16,
+            learning_rate=4e-3,
+            query_learning_rate=3e-4,
+            warmup=0.1,
+            history_dropout=0.25,
+            warm_start="vocabulary",
+            seed=config.seed,
+        ),
+        rows=InputRows(limit=config.limit),
     )
 
 

@@ -9,16 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from jobs.runtime import cli, cost, exchange, personas, pools, profile, reading, session, staging
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
+from jobs.runtime.job_options import FLAT, ActorPool, InputRows
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, new_tally, note, totals, units
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions
+from persona.options import CostOptions, Precision, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,57 +34,48 @@ _TEXT_RULE = "text as given, cut to max_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CostOptions):
-    """What `jobs.embed` can be told."""
+class Config:
+    """Configuration of jobs.embed."""
 
     histories: str
-    """Parquet or JSONL, a file or a folder, local or s3://: a row a behavior, or a row a user with a list of them."""
+    """Histories, Parquet or JSONL, a file or folder, local or s3://: one row per behavior, or per user with a list."""
     store: str
-    """Folder of the tables, local or s3://; made when it is not there."""
+    """Folder of the tables, local or s3://; created if it does not exist."""
     columns: str = ""
     """Names of your columns where they differ: text=body,user_id=author."""
     encoder: str = "BAAI/bge-base-en-v1.5"
-    """Hub id or folder (local, s3://) of a BERT-like encoder with safetensors."""
+    """Hub id or folder (local, s3://) of a BERT-like encoder with safetensors weights."""
     revision: str = "main"
     """Revision of the encoder on the hub."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
-    """How token vectors become one; auto is what the model's own sentence-transformers file says, else cls."""
+    """How token vectors become one; auto follows the model's sentence-transformers file, or else takes cls."""
     max_tokens: int = 512
-    """Tokens of a text that are read."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the encoder's arithmetic; auto is bf16 where the hardware multiplies it natively."""
+    """Cut each text after this many tokens."""
+    precision: Precision = "auto"
+    """Precision of the encoder; auto is bf16 where the hardware supports it."""
     token_budget: int | None = None
-    """Padded tokens of one forward pass, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
+    """Padded tokens per forward pass, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
     buckets: int | None = None
-    """Buckets of a new store, fixed for its life; about one for each 100,000 behaviors to come (default 64)."""
+    """Buckets of a new store, fixed for its life (default 64); take one per 100,000 behaviors you expect."""
     block_rows: int | None = None
-    """Behaviors that are encoded and staged together, and lost with an actor; default 4096 on GPUs, 1024 on CPUs."""
+    """Behaviors per block, which are lost if an actor dies; default 4,096 on GPUs and 1,024 on CPUs."""
     sync: bool = False
-    """Take out what the histories no longer have; nothing goes while lines are unreadable or rejects are many."""
+    """Delete behaviors that --histories no longer has, unless lines are unreadable or too many rows are bad."""
     plug: str | None = None
-    """Folder of a plug: the personas of all users whose behaviors have changed are made with it, without a request."""
-    actors: int | None = None
-    """Encoder actors; default one a GPU, or one a core."""
-    cpus_per_actor: int = 1
-    """Cores of an actor where there is no GPU."""
-    max_reject_fraction: float = 0.01
-    """More bad rows than this end the job with exit code 3, after all good ones are in."""
-    limit: int | None = None
-    """Take only this many behaviors of the input."""
+    """Folder of a plug; the personas of users whose behaviors changed are recomputed with it."""
+    pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     profile: bool = False
-    """Say at the end where the time went, what held the run up, and which flag would help."""
+    """Show at the end where the time went, what the bottleneck was, and which flag would help."""
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Show what would be done and change nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        self.check_cost()
-        for name in ("max_tokens", "token_budget", "block_rows", "cpus_per_actor", "buckets", "actors"):
-            cli.at_least(self, name, 1)
-        if self.sync and self.limit is not None:
-            raise UsageError("--sync with --limit would take out all that the limit leaves unread; give one of them")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError(f"--max-reject-fraction {self.max_reject_fraction}: must be between 0 and 1")
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "max_tokens", "token_budget", "block_rows", "buckets")
+        if self.sync and self.rows.limit is not None:
+            raise UsageError("--sync with --limit would delete every behavior beyond the limit; remove one of them")
 
 
 def main(config: Config) -> Summary:
@@ -138,13 +130,13 @@ def _staged(
     tally: Any,
 ) -> Iterator[Any]:
     """The job as one chain: read, find what is missing, encode, stage."""
-    rows = reading.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
+    rows = reading.read(splits, _read, limit=config.rows.limit, columns=columns, store=store, tally=tally)
     comparing = {"store": store.snapshot("behaviors"), "tally": tally, "config": config}
     missing = exchange.by_bucket(rows, splits, store.n_buckets, _missing, **comparing)
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
-    pool = machines.pool(config.actors, config.cpus_per_actor)
-    threads = machines.threads(config.cpus_per_actor)
+    pool = machines.pool(config.pool.actors, config.pool.cpus_per_actor)
+    threads = machines.threads(config.pool.cpus_per_actor)
     of_actors = {"config": config, "identity": store.identity, "tally": tally, "threads": threads}
     encoded = pools.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
     return staging.staged(encoded, store=store, table="behaviors", tally=tally)
@@ -159,7 +151,7 @@ def _doubt(config: Config, counts: Counts) -> str:
     """Why what seems to be gone may be there after all; empty where there is no doubt."""
     if unread := _unread(counts):
         return f"{unread:,} files or lines could not be read and may hold what seems gone"
-    if reading.exit_code(counts, config.max_reject_fraction):
+    if reading.exit_code(counts, config.rows.max_reject_fraction):
         return "more rows than --max-reject-fraction allows were rejected, among them perhaps what seems gone"
     return ""
 
@@ -291,7 +283,7 @@ def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identit
     plan = Summary(table=table, result={"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes})
     n_texts = tokens_of_text(n_bytes) / config.max_tokens
     flops = cost.known(lambda: encoder_flops(folder.config, n_texts=n_texts, tokens=config.max_tokens))
-    return cost.planned(plan, config, flops=flops, if_all="if the store had none of it")
+    return cost.planned(plan, config.cost, flops=flops, if_all="if the store had none of it")
 
 
 def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> Summary:
@@ -325,7 +317,7 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         ("store", f"{store.uri}, version {result['version']}"),
         *reading.reject_rows(counts),
     ]
-    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))
 
 
 def _with_cost(
@@ -342,15 +334,15 @@ def _with_cost(
     n_texts = encoded.get("rows", 0)
     mean_tokens = round(encoded["tokens"] / n_texts) if n_texts else 0
     flops = cost.known(lambda: encoder_flops(folder.config, n_texts=n_texts, tokens=mean_tokens))
-    n_models = machines.n_models(config.actors, config.cpus_per_actor)
+    n_models = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     model_s = encoded.get("seconds", 0.0)
-    return cost.spent(summary, config, machines, n_models=n_models, seconds=seconds, flops=flops, model_s=model_s)
+    return cost.spent(summary, config.cost, machines, n_models=n_models, seconds=seconds, flops=flops, model_s=model_s)
 
 
 def _with_profile(
     summary: Summary, config: Config, counts: Counts, machines: session.Machines, seconds: float
 ) -> Summary:
-    n_actors = machines.n_models(config.actors, config.cpus_per_actor)
+    n_actors = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     cores = "more CPUs for Ray, on this machine or on others"
     stages = [
         profile.stage(counts, "encode", n_actors, "more GPUs or cores (--actors), or a smaller --encoder"),

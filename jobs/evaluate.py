@@ -9,16 +9,17 @@ golds and answers in the form that LaMP's own evaluation reads.
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from jobs.generate import load_personalized, plug_sources
 from jobs.runtime import cli, cost, inspection as look, joining, pools, reading, retrieval as retrieve, session
 from jobs.runtime.cli import Summary
+from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, flat_settings
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, new_tally, note, totals
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions, PersonaKind, Retrieval
+from persona.options import CostOptions, PersonaKind, RetrievalOptions, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,67 +34,57 @@ _BUCKETS_TOGETHER = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Retrieval, CostOptions):
-    """What `jobs.evaluate` can be told."""
+class Config:
+    """Configuration of jobs.evaluate."""
 
     requests: str
     """Requests with targets, Parquet or JSONL, local or s3://."""
     store: str
     """Folder of the tables with the answers of jobs.generate."""
     plug: str
-    """Folder of the plug that jobs.train made, local or s3://."""
+    """Folder of the plug made by jobs.train, local or s3://."""
     out: str
     """Folder for metrics.json and report.html, local or s3://."""
     variants: tuple[str, ...] = ()
-    """Answers to be scored, by their names in the table; default those that jobs.generate writes for --personas."""
+    """Names of the answers to score; default those that jobs.generate writes for --personas."""
     losses_only: bool = False
-    """Score no answers, whichever there are."""
+    """Measure losses only and score no answers."""
     personas: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
-    """Kinds of persona whose loss is measured."""
+    """Kinds of persona whose loss is measured: own, none, other, mean or bare."""
     metric: Literal["label", "rating", "text"] = "text"
-    """How answers are scored: exact match and F1, MAE and RMSE, or ROUGE."""
+    """How answers are scored: accuracy and F1, MAE and RMSE, or ROUGE."""
     task: Literal["LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"] | None = None
-    """A LaMP task, whose official metric is taken instead."""
+    """Score by the official metric of this LaMP task instead of --metric."""
     rejected: str | None = None
-    """Column of --requests with a text that was not the right answer: how often is the target likelier than that?"""
-    llm: str | None = None
-    """Where the plug's LLM lies, when not where the plug says."""
-    encoder: str | None = None
-    """Where the plug's encoder lies, when not where the plug says."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
+    """Column of --requests with a worse answer; reports how often the target is likelier than that."""
+    retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
+    past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
+    models: Annotated[PlugModels, FLAT] = field(default_factory=PlugModels)
     batch_size: int = 16
-    """Requests of one forward pass."""
-    actors: int | None = None
-    """LLM actors; default one a GPU, or one a core."""
-    cpus_per_actor: int = 1
-    """Cores of an actor where there is no GPU."""
+    """Requests per forward pass; lower it when a GPU runs out of memory."""
     seed: int = 0
-    """Of the bootstrap."""
-    max_reject_fraction: float = 0.01
-    """More bad rows than this end the job with exit code 3."""
-    limit: int | None = None
-    """Take only this many requests (the scores are then not those of the whole set)."""
+    """Seed of the bootstrap behind the intervals."""
+    pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Show what would be done and change nothing."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "batch_size")
+        self.past_texts.check_enough_for(self.retrieval)
+        if not self.personas:
+            raise UsageError("--personas: give at least one of own, none, other, mean, bare")
+        if self.losses_only and self.variants:
+            raise UsageError("--variants names answers to score, and --losses-only scores none; remove one of them")
 
     @property
     def scored(self) -> tuple[str, ...]:
         """Names of the answers to be scored."""
         if self.losses_only:
             return ()
-        return self.variants or tuple(self.answers_of(persona) for persona in self.personas)
-
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        for name in ("batch_size", "actors", "cpus_per_actor"):
-            cli.at_least(self, name, 1)
-        if not self.personas:
-            raise UsageError("--personas: give one at least, of own, none, other, mean, bare")
-        if self.losses_only and self.variants:
-            raise UsageError("--variants names answers to score, and --losses-only scores none; give one of both")
-        self.check_retrieval()
-        self.check_cost()
+        return self.variants or tuple(self.retrieval.answers_of(persona) for persona in self.personas)
 
 
 def main(config: Config) -> Summary:  # noqa: PLR0915
@@ -118,11 +109,11 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     splits = inputs.plan_splits(source, flag="--requests")
     requests.check_columns(splits, needs_target=True, rejected=config.rejected)
     store = Store.open(target)
-    where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
-    histories = retrieve.plan(config)
+    where = plug_sources(store, config.plug, llm=config.models.llm, encoder=config.models.encoder)
+    histories = retrieve.plan(config.past_texts)
     if config.dry_run:
         size: dict[str, Any] = {"times": len(config.personas), "if_all": "with inputs of full length"}
-        return cost.planned_requests(_would_do(config), config, splits, where, **size)
+        return cost.planned_requests(_would_do(config), config.cost, splits, where, **size)
 
     # The whole report is of one state of the tables, whoever writes to them meanwhile.
     store = store.snapshot("behaviors", "generations")
@@ -135,12 +126,12 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     answers = _answers(store, answered, losses)
     golds = dict(zip(losses["request_id"], losses["target"], strict=True))
     metrics = comparison.compare(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
-    metrics |= {"limited": config.limit is not None}
+    metrics |= {"limited": config.rows.limit is not None}
     metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
     metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
     counts = totals(tally)
     metrics["training"] = where["record"].training
-    metrics["settings"] = {**asdict(config), "variants": config.scored, **_origin(store, where)}
+    metrics["settings"] = {**flat_settings(config), "variants": config.scored, **_origin(store, where)}
     metrics["versions"] = report.versions()
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
     metrics["seconds"] = round(time.perf_counter() - started, 1)
@@ -167,10 +158,10 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
             *reading.reject_rows(counts),
         ],
         result={"job": "evaluate", "out": out, **brief},
-        exit_code=reading.exit_code(counts, config.max_reject_fraction),
+        exit_code=reading.exit_code(counts, config.rows.max_reject_fraction),
     )
-    n_models = machines.n_models(config.actors, config.cpus_per_actor)
-    return cost.spent(summary, config, machines, n_models=n_models, seconds=metrics["seconds"])
+    n_models = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
+    return cost.spent(summary, config.cost, machines, n_models=n_models, seconds=metrics["seconds"])
 
 
 def _write(out: str, files: Mapping[str, bytes]) -> None:
@@ -253,12 +244,12 @@ def _losses(
         personas=config.personas,
         max_behaviors=where["record"].max_behaviors,
         needs_target=True,
-        limit=config.limit,
+        limit=config.rows.limit,
         keep=_Answered(answered, where["fingerprint"]),
-        texts=retrieve.best_of(histories, config, where, tally),
+        texts=retrieve.best_of(histories, config.retrieval, where, tally),
         rejected=config.rejected,
     )
-    pool = machines.pool(config.actors, config.cpus_per_actor)
+    pool = machines.pool(config.pool.actors, config.pool.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
     rows = pools.by_models(joined, Losses, block_rows=8 * config.batch_size, pool=pool, **of_actors)
     names = [*_KEPT, "target", *(_KEPT_OF_REJECTED if config.rejected is not None else ())]
@@ -318,7 +309,7 @@ class Losses:
     """Plug and LLM in an actor: requests with histories and targets in, losses out."""
 
     def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
-        session.quiet_models(config.cpus_per_actor)
+        session.quiet_models(config.pool.cpus_per_actor)
         self.model = load_personalized(where, config)
         self.batch_size = config.batch_size
         self.with_rejected = config.rejected is not None

@@ -38,7 +38,7 @@ class Config:
     dry_run: bool = False
     """Say how many rows of whom would go, and change nothing."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuses what can be refused without looking at any data."""
         if not self.user and self.users is None:
             raise UsageError("--user or --users must say whom to forget")

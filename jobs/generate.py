@@ -8,16 +8,17 @@ is replaced.
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jobs.runtime import cli, cost, joining, pools, profile, reading, retrieval as retrieve, session, staging
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
+from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, new_tally, note, totals
 from persona.errors import UsageError
-from persona.options import CostOptions, Decoding, PersonaKind, Retrieval
+from persona.options import CostOptions, Decoding, PersonaKind, RetrievalOptions, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,52 +29,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Decoding, Retrieval, CostOptions):
-    """What `jobs.generate` can be told."""
+class Config:
+    """Configuration of jobs.generate."""
 
     requests: str
     """Requests, Parquet or JSONL, local or s3://."""
     store: str
-    """Folder of the tables that jobs.embed made; answers go there, too."""
+    """Folder of the tables made by jobs.embed; answers are written there too."""
     plug: str
-    """Folder of the plug that jobs.train made, local or s3://."""
+    """Folder of the plug made by jobs.train, local or s3://."""
     persona: tuple[PersonaKind, ...] = (PersonaKind.OWN,)
-    """Whose history the plug is told of: the user's, nobody's, another's, the user's weighed equally, or no plug."""
+    """Histories to answer with: the own, none, another user's, the own weighted equally (mean); bare has no plug."""
     variant: str | None = None
-    """Name of the answers in the table; default the persona's, with --retrieve like own-bm25-4."""
-    llm: str | None = None
-    """Where the plug's LLM lies, when not where the plug says."""
-    encoder: str | None = None
-    """Where the plug's encoder lies, when not where the plug says."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
+    """Name of the answers in the table; default the persona, with --retrieve a name like own-bm25-4."""
+    decoding: Annotated[Decoding, FLAT] = field(default_factory=Decoding)
+    retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
+    past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
+    models: Annotated[PlugModels, FLAT] = field(default_factory=PlugModels)
     batch_size: int = 32
-    """Requests that are answered together; lower it when a GPU runs out of memory."""
+    """Requests answered together; lower it when a GPU runs out of memory."""
     keep_stale: bool = False
-    """Make only answers that are missing; leave those whose history, request, plug, LLM or decoding has changed."""
+    """Write only missing answers; keep those whose history, request, plug, LLM or decoding has changed."""
     block_rows: int = 512
-    """Answers that are made and committed together; a killed run loses at most two such blocks of each actor."""
-    actors: int | None = None
-    """LLM actors; default one a GPU, or one a core."""
-    cpus_per_actor: int = 1
-    """Cores of an actor where there is no GPU."""
-    max_reject_fraction: float = 0.01
-    """More bad rows than this end the job with exit code 3, after all good ones are answered."""
-    limit: int | None = None
-    """Take only this many requests."""
+    """Answers committed together; a killed run loses at most two such blocks per actor."""
+    pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     profile: bool = False
-    """Say at the end where the time went, what held the run up, and which flag would help."""
+    """Show at the end where the time went, what the bottleneck was, and which flag would help."""
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Show what would be done and change nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        self.check_decoding()
-        self.check_cost()
-        self.check_texts_are_used()
-        self.check_retrieval()
-        for name in ("batch_size", "block_rows", "actors", "cpus_per_actor"):
-            cli.at_least(self, name, 1)
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "batch_size", "block_rows")
+        self.past_texts.check_enough_for(self.retrieval)
+        self.past_texts.check_used_by(self.retrieval)
         if not self.persona or len(set(self.persona)) < len(self.persona):
             given = " ".join(self.persona)
             raise UsageError(f"--persona {given}: give one or more of own, none, other, mean, bare, each at most once")
@@ -95,8 +86,8 @@ def main(config: Config) -> Summary:
     splits = inputs.plan_splits(source, flag="--requests")
     requests.check_columns(splits, needs_target=False)
     store = Store.open(target)
-    where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
-    histories = retrieve.plan(config)
+    where = plug_sources(store, config.plug, llm=config.models.llm, encoder=config.models.encoder)
+    histories = retrieve.plan(config.past_texts)
     if config.dry_run:
         return _plan(config, splits, where)
 
@@ -107,17 +98,17 @@ def main(config: Config) -> Summary:
             for staged in _staged(config, splits, store, where, histories, machines, tally):
                 committer.take(staged)
     counts, seconds = totals(tally), time.perf_counter() - started
-    n_models = machines.n_models(config.actors, config.cpus_per_actor)
+    n_models = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     summary = _summary(config, store, counts, seconds)
-    summary = cost.spent(summary, config, machines, n_models=n_models, seconds=seconds)
+    summary = cost.spent(summary, config.cost, machines, n_models=n_models, seconds=seconds)
     return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
 
 
 def _plan(config: Config, splits: "list[Split]", where: Mapping[str, Any]) -> Summary:
     would = f"answer the requests of {len({split.uri for split in splits})} files for {', '.join(config.persona)}"
     if_all = "if none had an answer, inputs and answers of full length"
-    sizes = {"times": len(config.persona), "outputs": config.max_new_tokens, "beams": config.beams}
-    return cost.planned_requests(would, config, splits, where, if_all=if_all, **sizes)
+    sizes = {"times": len(config.persona), "outputs": config.decoding.max_new_tokens, "beams": config.decoding.beams}
+    return cost.planned_requests(would, config.cost, splits, where, if_all=if_all, **sizes)
 
 
 def _staged(
@@ -138,11 +129,11 @@ def _staged(
         personas=config.persona,
         max_behaviors=where["record"].max_behaviors,
         needs_target=False,
-        limit=config.limit,
+        limit=config.rows.limit,
         keep=_Unanswered(config, where),
-        texts=retrieve.best_of(histories, config, where, tally),
+        texts=retrieve.best_of(histories, config.retrieval, where, tally),
     )
-    pool = machines.pool(config.actors, config.cpus_per_actor)
+    pool = machines.pool(config.pool.actors, config.pool.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
     answered = pools.by_models(unanswered, Generate, block_rows=config.block_rows, pool=pool, **of_actors)
     return staging.staged(answered, store=store, table="generations", tally=tally)
@@ -190,14 +181,14 @@ def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
     encoder = models.resolve(where["encoder"], revision=record.encoder["revision"], flag="--encoder")
     llm_folder = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
     plug_record.check_models(record, encoder=encoder, llm=llm_folder)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.precision)
+    llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.models.precision)
     with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
-        return plug_folder.load(folder, encoder=encoder, llm=llm, front_tokens=config.front_tokens)
+        return plug_folder.load(folder, encoder=encoder, llm=llm, front_tokens=config.retrieval.front_tokens)
 
 
 def variant_of(config: Config, persona: str) -> str:
     """The name of a persona's answers in the table."""
-    return config.variant or config.answers_of(persona)
+    return config.variant or config.retrieval.answers_of(persona)
 
 
 def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[str, Any]) -> str:
@@ -208,18 +199,14 @@ def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[st
     import hashlib
     import json
 
-    decoding = {field.name: getattr(config, field.name) for field in fields(Decoding)}
-    if not config.sample:
-        # What only sampling looks at must not make greedy answers stale.
-        decoding = {name: decoding[name] for name in ("max_new_tokens", "beams")}
     content = {
         **{name: row[name] for name in ("input", "query", "history_hash", "persona")},
         "plug": where["fingerprint"],
         "llm": where["record"].llm["fingerprint"],
-        "decoding": decoding,
+        "decoding": config.decoding.facts(),
     }
-    if config.retrieve:
-        content |= {"retrieved": row["retrieved"], "retrieve_tokens": config.retrieve_tokens}
+    if config.retrieval.retrieve:
+        content |= {"retrieved": row["retrieved"], "retrieve_tokens": config.retrieval.retrieve_tokens}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -236,7 +223,13 @@ class _Unanswered:
         """Rows of one persona; adds the columns of `adds`, and counts what is `stale`."""
         import pyarrow as pa
 
-        columns = ["input", "query", "history_hash", "persona", *(["retrieved"] if self.config.retrieve else [])]
+        columns = [
+            "input",
+            "query",
+            "history_hash",
+            "persona",
+            *(["retrieved"] if self.config.retrieval.retrieve else []),
+        ]
         prints = [answer_fingerprint(row, self.config, self.where) for row in joined.select(columns).to_pylist()]
         variant = variant_of(self.config, joined["persona"][0].as_py())
         answered = store.answers(variant, bucket)
@@ -258,9 +251,9 @@ class Generate:
     """Plug and LLM in an actor: loaded once, then requests with histories in, answers out."""
 
     def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
-        session.quiet_models(config.cpus_per_actor)
+        session.quiet_models(config.pool.cpus_per_actor)
         self.model = load_personalized(where, config)
-        self.decoding = Decoding(**{field.name: getattr(config, field.name) for field in fields(Decoding)})
+        self.decoding = config.decoding
         self.batch_size = config.batch_size
         self.where = where
         self.tally = tally
@@ -323,7 +316,7 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         "seconds": round(seconds, 1),
         "answers_per_s": round(n_answers / seconds, 2),
         "version": store.version("generations"),
-        "decoding": {name: asdict(config)[name] for name in ("beams", "sample", "max_new_tokens")},
+        "decoding": {name: getattr(config.decoding, name) for name in ("beams", "sample", "max_new_tokens")},
     }
     table = [
         ("requests", f"{result['requests']:,} for {', '.join(config.persona)}"),
@@ -334,13 +327,13 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         ("store", f"{store.uri}, generations version {result['version']}"),
         *reading.reject_rows(counts),
     ]
-    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))
 
 
 def _with_profile(
     summary: Summary, config: Config, counts: Counts, machines: session.Machines, seconds: float
 ) -> Summary:
-    n_actors = machines.n_models(config.actors, config.cpus_per_actor)
+    n_actors = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     cores = "more CPUs for Ray, on this machine or on others"
     faster = "more GPUs or cores (--actors), a larger --batch-size, fewer --beams, or a smaller --max-new-tokens"
     stages = [

@@ -14,12 +14,13 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Self
 
 from jobs.runtime.cli import Summary, run
-from persona.errors import InputError, StorageError, UsageError
+from jobs.runtime.job_options import FLAT, InputRows
+from persona.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,17 +48,9 @@ class Config:
     """The folder to write into, local or s3://."""
     labels: bool = False
     """Put the tag (LaMP_2) or the score (LaMP_3) of a past behavior into its text; the paper leaves them out."""
-    max_reject_fraction: float = 0.01
-    """Exit code 3 if more than this part of the questions, or of the profile items, had to be left out."""
-    limit: int | None = None
-    """Import only the first questions."""
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     dry_run: bool = False
     """Read and check everything, write nothing."""
-
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot work."""
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError(f"--max-reject-fraction {self.max_reject_fraction}: must be from 0 to 1")
 
 
 def main(config: Config) -> Summary:
@@ -89,7 +82,7 @@ def main(config: Config) -> Summary:
         Draft(join(out_uri, "rejects.parquet"), inputs.REJECTS) as rejects,
     ):
         questions = tqdm(read_questions(stream, name=questions_uri), unit=" questions", disable=None)
-        for row, rows, reasons in convert(task, questions, golds, config.limit):
+        for row, rows, reasons in convert(task, questions, golds, config.rows.limit):
             counts.add(rows, reasons)
             if config.dry_run:
                 continue
@@ -103,7 +96,7 @@ def main(config: Config) -> Summary:
                 draft.publish()
 
     fraction = counts.reject_fraction()
-    too_many = fraction > config.max_reject_fraction
+    too_many = fraction > config.rows.max_reject_fraction
     verdict = ", more than allowed" if too_many else ""
     return Summary(
         table=[

@@ -14,6 +14,7 @@ from jobs.runtime.cli import Summary
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, new_tally, note, totals
 from persona.errors import UsageError
+from persona.options import check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,12 +45,10 @@ class Config:
     dry_run: bool = False
     """Say what would be done, and start nothing."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuses what can be refused without looking at any data."""
-        for name in ("max_a_user", "buckets"):
-            cli.at_least(self, name, 1)
-        for name in ("min_history", "opening_words"):
-            cli.at_least(self, name, 0)
+        check_at_least(self, 1, "max_a_user", "buckets")
+        check_at_least(self, 0, "min_history", "opening_words")
         if not self.ask.strip():
             raise UsageError("--ask: must say what is asked of the LLM")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jobs.runtime import cli, exchange, session
 from jobs.runtime.cli import Summary
 from persona.errors import UsageError
+from persona.options import check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,10 +43,10 @@ class Config:
     dry_run: bool = False
     """Say what would be done, and start nothing."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuses what can be refused without looking at any data."""
-        cli.at_least(self, "target_mb", 1)
-        cli.at_least(self, "keep_hours", 0)
+        check_at_least(self, 1, "target_mb")
+        check_at_least(self, 0, "keep_hours")
         for name, action in (("encoder", "verify"), ("target_mb", "compact"), ("keep_hours", "vacuum")):
             if getattr(self, name) != getattr(Config, name) and self.action != action:
                 raise UsageError(f"--{name.replace('_', '-')} goes with {action}, not with {self.action}")

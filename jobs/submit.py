@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jobs.runtime import cli, log
 from jobs.runtime.cli import Summary
 from persona.errors import PersonaError, UsageError
+from persona.options import check_at_least
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -44,9 +45,9 @@ class Config:
     dry_run: bool = False
     """Say what would be submitted, and submit nothing."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuses what can be refused without a cluster."""
-        cli.at_least(self, "patience_s", 0)
+        check_at_least(self, 0, "patience_s")
         if not self.entrypoint.strip():
             raise UsageError("--entrypoint '': must be a command")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", self.id):

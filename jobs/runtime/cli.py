@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import EnumType
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jobs.runtime import log
 from persona import errors
@@ -61,7 +61,7 @@ class Summary:
 def run(config_type: type[ConfigT], main: Callable[[ConfigT], Summary], argv: Sequence[str] | None = None) -> int:
     """Read flags and file into a `config_type`, give it to `main`, print the summary, return the exit code.
 
-    `config_type` may have a method `check()` that raises `UsageError` for values that do not go together. A
+    `config_type` raises `UsageError` when it is made of values that do not go together. A
     `PersonaError`, also one that Ray brings back from a worker, ends as one message on stderr; `--verbose`
     (or PERSONA_VERBOSE=1) adds the traceback. Any other exception is a bug and passes through, traceback and
     all. A Ray that `main` has started is stopped.
@@ -152,14 +152,7 @@ def read_config(config_type: type[ConfigT], argv: Sequence[str]) -> ConfigT | No
         app(argv, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         raise UsageError(_explain(error, config_type)) from error
-    config = read[0]
-    limit = getattr(config, "limit", None)
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: must be 1 or more; leave it out for everything")
-    check = getattr(config, "check", None)
-    if check is not None:
-        check()
-    return config
+    return read[0]
 
 
 def _parser(config_type: type[ConfigT]) -> tuple["App", list[ConfigT]]:
@@ -243,7 +236,7 @@ def _read_file(uri: str, config_type: type) -> dict[str, Any]:
                 raise UsageError(f"{place}: the section {name} must be a mapping of keys to values")
         node = next(section for key, section in node.value if key.value == job)
         values, place = values[job], f"{place}: {job}"
-    _check_keys(node, [field.name for field in dataclasses.fields(config_type)], place, what="key")
+    _check_keys(node, field_names(config_type), place, what="key")
     return values
 
 
@@ -290,7 +283,7 @@ def _explain(error: Any, config_type: type) -> str:
         key = (error.token.keyword or error.token.value).split("]")[0].lstrip("[")
         return f"--config {error.token.source}: {key}: a mapping does not fit here; see --help"
     # A flag that nobody knows explains more than the one that is therefore missing.
-    flags = ["--config", "--verbose", "--help", *map(_flag, dataclasses.fields(config_type))]
+    flags = ["--config", "--verbose", "--help", *(f"--{name.replace('_', '-')}" for name in field_names(config_type))]
     given = [one.split("=")[0].replace("_", "-") for one in error.unused_tokens or () if one.startswith("--")]
     unknown = [one for one in given if one not in flags and one.replace("--no-", "--", 1) not in flags]
     if isinstance(error, exceptions.UnknownOptionError):
@@ -313,8 +306,15 @@ def _explain(error: Any, config_type: type) -> str:
     return str(error)
 
 
-def _flag(field: "dataclasses.Field[Any]") -> str:
-    return f"--{field.name.replace('_', '-')}"
+def field_names(config_type: type) -> list[str]:
+    """The fields of a config and of the groups in it: its keys in a file, and its flags with - for _."""
+    hints = get_type_hints(config_type)
+    names = []
+    for field in dataclasses.fields(config_type):
+        group = hints[field.name]
+        is_group = isinstance(group, type) and dataclasses.is_dataclass(group)
+        names += field_names(group) if is_group else [field.name]
+    return names
 
 
 def _misfit(token: Any, argument: Any) -> str:
@@ -373,10 +373,3 @@ def plain(value: Any) -> Any:
 def _ray_is_running() -> bool:
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
-
-
-def at_least(config: object, name: str, least: int) -> None:
-    """Refuse a field below `least`; none passes. Raises `UsageError`."""
-    value = getattr(config, name)
-    if value is not None and value < least:
-        raise UsageError(f"--{name.replace('_', '-')} {value}: must be {least} or more")

@@ -10,23 +10,29 @@ from jobs.runtime.tally import Counts, note
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from jobs.runtime.job_options import PastTexts
     from persona.inputs.files import Split
     from persona.inputs.histories import Columns
     from persona.models.encoder import TextEncoder
-    from persona.options import Retrieval
+    from persona.options import RetrievalOptions
     from persona.store.store import Identity, Store
 
 
 Histories = tuple["list[Split]", "Columns"]
 
 
-def plan(options: "Retrieval") -> Histories | None:
+def plan(past: "PastTexts") -> Histories | None:
     """The histories of --texts, checked; None when there are none."""
-    return None if options.texts is None else texts.plan(options.texts, options.columns, flag="--texts")
+    return None if past.texts is None else texts.plan(past.texts, past.columns, flag="--texts")
 
 
 def best_of(
-    histories: Histories | None, options: "Retrieval", where: Mapping[str, Any], tally: Any, *, stage: str = "texts"
+    histories: Histories | None,
+    options: "RetrievalOptions",
+    where: Mapping[str, Any],
+    tally: Any,
+    *,
+    stage: str = "texts",
 ) -> texts.Texts | None:
     """What `joining.requests_with_histories` needs to add the column `retrieved`; None when nothing is to be retrieved.
 
@@ -52,7 +58,7 @@ def summary_rows(counts: Counts) -> list[tuple[str, str]]:
 class _Retrieve:
     """Adds `retrieved`: the texts for each request, the best first."""
 
-    def __init__(self, options: "Retrieval", where: Mapping[str, Any], tally: Any, stage: str) -> None:
+    def __init__(self, options: "RetrievalOptions", where: Mapping[str, Any], tally: Any, stage: str) -> None:
         self.n = options.retrieve
         self.retriever = options.retriever
         self.encoder = where["encoder"]

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from persona.errors import InputError, UsageError
 from persona.evaluation.one_run import outcomes
 from persona.evaluation.scores import Floats, bootstrap, paired_bootstrap
-from persona.options import PlugOptions, Retrieval, TrainingOptions
+from persona.options import PlugOptions, RetrievalOptions, TrainingOptions
 
 METRICS, LOSSES = "metrics.json", "losses.parquet"
 _NEEDED = ("request_id", "user_id", "persona", "nats", "tokens")
@@ -78,10 +78,10 @@ class Evaluation:
         """The name of that persona's answers, as `jobs.generate` names them."""
         return self._retrieval().answers_of(persona)
 
-    def _retrieval(self) -> Retrieval:
+    def _retrieval(self) -> RetrievalOptions:
         """How it retrieved; nothing, where it is older than that."""
         settings = self.metrics["settings"]
-        return Retrieval(**{name: settings[name] for name in _RETRIEVAL if name in settings})
+        return RetrievalOptions(**{name: settings[name] for name in _RETRIEVAL if name in settings})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,6 @@ class Plug(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        options.check()
         if (query_encoder is None) != (options.weights == "mean"):
             raise UsageError(
                 f"weights {options.weights!r} and a query encoder that is {query_encoder!r} do not go together"

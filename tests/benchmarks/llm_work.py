@@ -16,7 +16,7 @@ from persona.models import packaged
 from persona.models.encoder import pool
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
-from persona.options import Decoding, Precision, Retrieval, TrainingOptions
+from persona.options import Decoding, Precision, RetrievalOptions, TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
 from persona.training.step import new_optimizer, trainable
 from tests import plugs
@@ -25,7 +25,7 @@ from tests.benchmarks.contest import timed
 
 _ROWS, _COMPARED = 32, 2
 _ROW_TOKENS = 266
-_FRONT_TEXTS, _FRONT_TOKENS = 4, Retrieval().retrieve_tokens
+_FRONT_TEXTS, _FRONT_TOKENS = 4, RetrievalOptions().retrieve_tokens
 _BEHAVIORS = 512
 _WIDTH = 384
 Row = Mapping[str, Any]

@@ -99,7 +99,7 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
     record = plug_record.read(Path(plug))
     where = {"fingerprint": plug_record.fingerprint(Path(plug)), "record": record}
     other = Path(new_plug(tmp_path / "other", models["encoder"], models["llama"], seed=1))
-    config = generate.Config(requests="r", store="s", plug="p", beams=1)
+    config = generate.Config(requests="r", store="s", plug="p", decoding=Decoding(beams=1))
     row = {"input": "a", "query": "b", "history_hash": "c", "persona": "own", "as_of": None}
 
     def fingerprint(row: Row = row, config: generate.Config = config, **changed: Any) -> str:
@@ -107,16 +107,19 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
 
     same = [
         fingerprint({**row, "as_of": START}),
-        fingerprint(config=replace(config, batch_size=1, seed=7, top_p=0.5, requests="elsewhere")),
+        fingerprint(config=replace(config, batch_size=1, requests="elsewhere")),
     ]
     assert set(same) == {fingerprint()}
-    sampling = replace(config, sample=True)
+
+    def decoding(**changed: Any) -> generate.Config:
+        return replace(config, decoding=replace(config.decoding, **changed))
+
     different = [
         *(fingerprint({**row, name: "else"}) for name in ("input", "query", "history_hash", "persona")),
-        fingerprint(config=replace(config, max_new_tokens=9)),
-        fingerprint(config=replace(config, beams=2)),
-        fingerprint(config=sampling),
-        fingerprint(config=replace(sampling, seed=7)),
+        fingerprint(config=decoding(max_new_tokens=9)),
+        fingerprint(config=decoding(beams=2)),
+        fingerprint(config=decoding(sample=True)),
+        fingerprint(config=decoding(sample=True, seed=7)),
         fingerprint(fingerprint=plug_record.fingerprint(other)),
         fingerprint(record=replace(record, llm={**record.llm, "fingerprint": "else"})),
     ]
@@ -207,10 +210,13 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     [
         ({"retrieve": 2}, "--retrieve 2 needs --texts"),
         ({"retrieve": -1}, "--retrieve -1: must be 0"),
-        ({"texts": "h.parquet"}, "--texts does nothing without --retrieve"),
-        ({"retriever": "bm25"}, "--retriever bm25 does nothing without --retrieve"),
+        ({"texts": "h.parquet"}, "--texts has no effect without --retrieve"),
+        ({"retriever": "bm25"}, "--retriever bm25 has no effect without --retrieve"),
         ({"columns": "text=body"}, "--columns names the columns of --texts"),
-        ({"retrieve": 9, "retrieve_tokens": 8, "texts": "h.parquet"}, "--retrieve-tokens 8: must be one a text"),
+        (
+            {"retrieve": 9, "retrieve_tokens": 8, "texts": "h.parquet"},
+            "--retrieve-tokens 8: must be at least one a text",
+        ),
     ],
 )
 def test_retrieval_that_cannot_work_is_refused(

@@ -13,6 +13,7 @@ import pytest
 from jobs import import_lamp
 from jobs.import_lamp import Config, main
 from jobs.runtime.cli import run
+from jobs.runtime.job_options import InputRows
 from persona.errors import InputError, UsageError
 from persona.inputs.lamp import TASKS
 from persona.storage import join, list_files, open_filesystem, write_bytes
@@ -115,7 +116,7 @@ def test_a_bad_question_is_a_reject_and_nothing_else_is_lost(tmp_path: Path) -> 
     bad = [["not a question"], question(1, profile="none"), question(9), {"input": "no id"}, question(2)]
     questions = [question(1), *bad, question(2), question(3, profile=[item, *question(3)["profile"]])]
     config = files(str(tmp_path), questions, {"1": "One", "2": "Two", "3": "Three", "lost with its id": "?"})
-    summary = main(replace(config, max_reject_fraction=1.0))
+    summary = main(replace(config, rows=InputRows(max_reject_fraction=1.0)))
     assert summary.exit_code == 0
     assert [one["request_id"] for one in rows(config, "requests.parquet")] == ["1", "2", "3"]
     assert len(rows(config, "histories.parquet")) == 9
@@ -142,7 +143,7 @@ def test_too_many_rejected_questions_end_with_exit_3_and_the_good_ones_written(
     tmp_path: Path, allowed: float, exit_code: int
 ) -> None:
     config = files(str(tmp_path), [*map(question, range(3)), question(3, input="of another task")])
-    summary = main(replace(config, max_reject_fraction=allowed))
+    summary = main(replace(config, rows=InputRows(max_reject_fraction=allowed)))
     assert (summary.exit_code, summary.result["reject_fraction"]) == (exit_code, 0.25)
     assert len(rows(config, "requests.parquet")) == 3
 
@@ -156,7 +157,7 @@ def test_too_many_rejected_profile_items_end_with_exit_3(tmp_path: Path) -> None
 
 def test_limit_takes_the_first_questions_and_leaves_the_other_golds_alone(tmp_path: Path) -> None:
     config = files(str(tmp_path), [question(n) for n in range(5)], {str(n): "Gold" for n in range(5)})
-    summary = main(replace(config, limit=2))
+    summary = main(replace(config, rows=InputRows(limit=2)))
     assert summary.result["questions"] == 2
     assert [one["request_id"] for one in rows(config, "requests.parquet")] == ["0", "1"]
 

@@ -9,6 +9,7 @@ import yaml
 
 from jobs import embed, evaluate, generate, import_lamp, train
 from jobs.runtime.cli import JOBS, read_config
+from jobs.runtime.job_options import flat_settings
 from persona.errors import UsageError
 from persona.inputs.lamp import TASKS
 
@@ -46,9 +47,9 @@ def test_every_job_accepts_its_section_of_every_recipe(job: ModuleType, recipe: 
     if section not in written:
         assert (section, recipe.parent.name[:3]) == ("import_lamp", "acl")
         return
-    config = read(job, recipe)
+    settings = flat_settings(read(job, recipe))
     for key, value in written[section].items():
-        assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value)
+        assert settings[key] == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -56,25 +57,26 @@ def test_the_paper_is_the_papers(task: str) -> None:
     recipe = FOLDER / f"lamp_{task.removeprefix('LaMP_')}" / "paper.yaml"
     config = read(train, recipe)
     assert config.llm == "google/flan-t5-xxl"
-    assert (config.weights, config.persona_tokens, config.instruction, config.warm_start) == (
+    plug, training = config.plug_options, config.training
+    assert (plug.weights, plug.persona_tokens, plug.instruction, training.warm_start) == (
         "attention",
         1,
         "projected",
         "none",
     )
-    assert (config.temperature, config.learn_temperature, config.recency) == (1.0, False, False)
-    assert (config.persona_gain, config.alignment, config.contrast) == (1.0, 0.0, 0.0)
+    assert (plug.temperature, plug.learn_temperature, plug.recency) == (1.0, False, False)
+    assert (plug.persona_gain, training.alignment, training.contrast) == (1.0, 0.0, 0.0)
     # Epochs over data written eleven times; one of them for LaMP-3, two for the others.
-    assert config.epochs == 11 * (1 if task == "LaMP_3" else 2)
-    assert (config.history_dropout, config.empty_history) == (0.5, 0.0)
-    assert (config.global_batch, config.zero_stage, config.precision) == (64, 1, "bf16")
-    assert (config.learning_rate, config.query_learning_rate, config.weight_decay) == (1e-4, 1e-4, 1e-4)
-    assert (config.warmup, config.max_behaviors) == (0.05, 512)
+    assert training.epochs == 11 * (1 if task == "LaMP_3" else 2)
+    assert (training.history_dropout, training.empty_history) == (0.5, 0.0)
+    assert (training.global_batch, training.zero_stage, config.precision) == (64, 1, "bf16")
+    assert (training.learning_rate, training.query_learning_rate, training.weight_decay) == (1e-4, 1e-4, 1e-4)
+    assert (training.warmup, config.max_behaviors) == (0.05, 512)
     assert (config.max_input_tokens, config.max_query_tokens) == (256, 276)
     assert config.query_prefix == "Represent this sentence for searching relevant passages: "
     encoder = read(embed, recipe)
     assert (encoder.encoder, encoder.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
-    answers = read(generate, recipe)
+    answers = read(generate, recipe).decoding
     assert (answers.beams, answers.sample, answers.max_new_tokens) == (4, False, TASKS[task].max_new_tokens)
 
 
@@ -89,7 +91,7 @@ def test_a_recipe_names_one_task_and_scores_what_it_generates(recipe: Path) -> N
 
 def test_a_flag_wins_over_the_recipe() -> None:
     config = read(train, FOLDER / "lamp_4" / "paper.yaml", "--llm", "google/flan-t5-xl", "--no-learn-temperature")
-    assert (config.llm, config.global_batch) == ("google/flan-t5-xl", 64)
+    assert (config.llm, config.training.global_batch) == ("google/flan-t5-xl", 64)
 
 
 def test_the_sections_of_a_recipe_are_the_jobs() -> None:

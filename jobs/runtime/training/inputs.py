@@ -27,11 +27,11 @@ def split(config: "Config", inputs: "Inputs", version: int, tally: Any) -> "tupl
     where = {"encoder": inputs.encoder.name, "record": config}
 
     def joined(splits: list[Any], held_out: str = "", limit: int | None = None) -> "Dataset":
-        texts = retrieve.best_of(inputs.histories, config, where, tally, stage=f"texts{held_out}")
+        texts = retrieve.best_of(inputs.histories, config.retrieval, where, tally, stage=f"texts{held_out}")
         how: dict[str, Any] = {**settings, "limit": limit, "texts": texts, "stage": f"join{held_out}"}
         return joining.requests_with_histories(splits, store, tally, **how)
 
-    train = joined(inputs.requests, limit=config.limit).materialize()
+    train = joined(inputs.requests, limit=config.rows.limit).materialize()
     if inputs.validation is not None:
         held_out = joined(inputs.validation, " held out")
     else:
@@ -44,13 +44,13 @@ def split(config: "Config", inputs: "Inputs", version: int, tally: Any) -> "tupl
 
 def epoch_of(train: "Dataset", epoch: int, config: "Config", *, n_requests: int, workers: int) -> "Dataset":
     """The requests of one epoch in its own order; a block is what one worker gets of one global batch."""
-    order = {"seed": config.seed, "n_requests": n_requests, "global_batch": config.global_batch}
+    order = {"seed": config.training.seed, "n_requests": n_requests, "global_batch": config.training.global_batch}
     return (
         _only(train, _with_order, epoch=epoch, **order)
         .sort("order")
-        .limit(n_requests - n_requests % config.global_batch)
+        .limit(n_requests - n_requests % config.training.global_batch)
         # In order and of equal size, blocks go round the workers.
-        .repartition(target_num_rows_per_block=config.global_batch // workers, strict=True)
+        .repartition(target_num_rows_per_block=config.training.global_batch // workers, strict=True)
     )
 
 

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import reading, retrieval as retrieve
 from jobs.runtime.cli import Summary
+from jobs.runtime.job_options import PastTexts, flat_settings
 from jobs.runtime.tally import Counts
 from persona import storage
 from persona.errors import UsageError
-from persona.options import PlugOptions, Retrieval, TrainingOptions
+from persona.options import PlugOptions, RetrievalOptions, TrainingOptions
 
 if TYPE_CHECKING:
     from jobs.train import Config, Inputs
     from persona.options import Pooling
 
-_OPTIONS = (PlugOptions, TrainingOptions, Retrieval)
+_OPTIONS = (PlugOptions, TrainingOptions, RetrievalOptions, PastTexts)
 # What a run cannot be resumed without, besides these options.
 _FIXED = (
     "requests",
@@ -47,9 +48,9 @@ class Run:
     def find(cls, config: "Config", inputs: "Inputs") -> "Run":
         """The run of that name. Raises UsageError when it was started with other settings."""
         uri = storage.join(inputs.runs, config.run, "settings.json")
+        given = flat_settings(config)
         settings = {
-            **{name: value for kind in _OPTIONS for name, value in asdict(config.options(kind)).items()},
-            **{name: getattr(config, name) for name in _FIXED},
+            **{name: given[name] for name in (*_FIXED, *(option.name for kind in _OPTIONS for option in fields(kind)))},
             "llm": inputs.llm.fingerprint,
             "encoder": inputs.encoder.fingerprint,
         }
@@ -121,11 +122,14 @@ def publish(
         "rejects": int(counts.get("read", {}).get("rejects", 0)),
         "seconds": round(seconds, 1),
         "step_seconds": round(curves["seconds"], 1),
-        "requests_per_s": round(curves["step"] * config.global_batch / max(curves["seconds"], 1e-9), 2),
+        "requests_per_s": round(curves["step"] * config.training.global_batch / max(curves["seconds"], 1e-9), 2),
     }
     table = [
         ("requests", f"{n_requests:,}, {answer['without_history']:,} without any visible history"),
-        ("steps", f"{curves['step']:,} of {config.global_batch} requests, {answer['requests_per_s']} requests/s"),
+        (
+            "steps",
+            f"{answer['steps']:,} of {config.training.global_batch} requests, {answer['requests_per_s']} requests/s",
+        ),
         ("trained", f"{answer['trained_parameters']:,} parameters"),
         ("held-out loss", f"{answer['validation_loss']:.4f} nats a token at step {answer['best_step']:,} (the best)"),
         ("plug", f"{inputs.plug} ({fingerprint[:12]})"),
@@ -133,7 +137,7 @@ def publish(
         *retrieve.summary_rows(counts),
         *reading.reject_rows(counts),
     ]
-    return Summary(table=table, result=answer, exit_code=reading.exit_code(counts, config.max_reject_fraction))
+    return Summary(table=table, result=answer, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))
 
 
 def _record(
@@ -143,7 +147,7 @@ def _record(
 
     identity = inputs.store.identity
     return PlugRecord(
-        options=config.options(PlugOptions),
+        options=config.plug_options,
         encoder={"name": identity.encoder, "revision": identity.revision, "fingerprint": identity.fingerprint},
         encoder_width=identity.width,
         pooling=cast("Pooling", identity.pooling),
@@ -157,8 +161,8 @@ def _record(
         max_input_tokens=config.max_input_tokens,
         max_behaviors=config.max_behaviors,
         training={
-            **asdict(config.options(TrainingOptions)),
-            **{name: getattr(config, name) for name in ("retrieve", "retriever", "retrieve_tokens")},
+            **asdict(config.training),
+            **asdict(config.retrieval),
             "run": config.run,
             "requests": n_requests,
             "best_step": state["step"],

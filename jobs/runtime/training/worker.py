@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.runtime import session
 from jobs.runtime.tally import note
 from persona.errors import PlugMismatch
-from persona.options import PlugOptions, TrainingOptions
+from persona.options import TrainingOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,11 +37,11 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     from persona.training.step import aligned_steps, step_rows, train_step, validation_loss
 
     config: Config = settings["config"]
-    options: TrainingOptions = config.options(TrainingOptions)
+    options = config.training
     context = train.get_context()
     rank, first = context.get_world_rank(), context.get_world_rank() == 0
-    n_epoch, n_steps = settings["n_steps_epoch"], settings["n_steps_epoch"] * config.epochs
-    share = config.global_batch // settings["workers"]
+    n_epoch, n_steps = settings["n_steps_epoch"], settings["n_steps_epoch"] * options.epochs
+    share = options.global_batch // settings["workers"]
     encoder = _encoder_folder(settings)
     with _last_checkpoint() as folder:
         engine, state = _engine(settings, config, options, encoder, folder)
@@ -56,7 +56,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     seeing: dict[str, Any] = {"n_steps": n_steps, "width": width, "options": options, "encoder": frozen}
 
     def batches(epoch: int, blocks: "Iterator[pa.Table]") -> "Iterator[tuple[int, list[Row]]]":
-        for index, block in enumerate(shuffle_windows(blocks, epoch=epoch, seed=config.seed)):
+        for index, block in enumerate(shuffle_windows(blocks, epoch=epoch, seed=options.seed)):
             if (step := epoch * n_epoch + index) < begun:
                 continue
             if block.num_rows != share:
@@ -64,7 +64,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
             yield step, step_rows(block.to_pylist(), step=step, epoch=epoch, **seeing)
 
     stopwatch = _Stopwatch()
-    for epoch in range(begun // n_epoch, config.epochs):
+    for epoch in range(begun // n_epoch, options.epochs):
         blocks = train.get_dataset_shard(f"epoch-{epoch}").iter_batches(batch_size=None, batch_format="pyarrow")
         for step, rows in one_ahead(batches(epoch, blocks)):
             stopwatch.lap("waiting")
@@ -77,9 +77,9 @@ def train_worker(settings: Mapping[str, Any]) -> None:
             if first:
                 held_out_loss = state.get("validation_loss", 0.0)
                 now = {"step": step + 1, "of": n_steps, "loss": loss, "validation": held_out_loss}
-                settings["tally"].add.remote("train", "now", {**now, "requests_per_s": config.global_batch / seconds})
+                settings["tally"].add.remote("train", "now", {**now, "requests_per_s": options.global_batch / seconds})
             if (step + 1) % config.validate_every == 0 or step + 1 == n_steps:
-                state["validation_loss"] = validation_loss(engine, held_out, micro_batch=config.micro_batch)
+                state["validation_loss"] = validation_loss(engine, held_out, micro_batch=options.micro_batch)
                 state["validation_curve"].append([step + 1, round(state["validation_loss"], 5)])
                 stopwatch.lap("validate")
                 _report(engine, state, first)
@@ -140,11 +140,11 @@ def _engine(
     identity = settings["identity"]
     llm_folder = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
     _check_same(llm_folder, settings["llm"])
-    torch.manual_seed(config.seed)
+    torch.manual_seed(options.seed)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=config.max_input_tokens, precision=config.precision)
     if config.activation_checkpointing:
         llm.checkpoint_activations()
-    plug_options: PlugOptions = config.options(PlugOptions)
+    plug_options = config.plug_options
     plug = Plug(
         plug_options,
         query_encoder=plug_folder.new_query_encoder(encoder, plug_options, pretrained=True),
@@ -154,7 +154,7 @@ def _engine(
         token_norm=llm.token_norm(),
     )
     query_text = plug_folder.new_query_text(encoder, config.query_prefix, config.max_query_tokens)
-    model = PersonalizedLLM(plug.to(llm.device), llm, query_text, front_tokens=config.front_tokens)
+    model = PersonalizedLLM(plug.to(llm.device), llm, query_text, front_tokens=config.retrieval.front_tokens)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "training_curve": [], "validation_curve": []}
     if folder is None:
         _start(plug, encoder, llm, settings, warm=options.warm_start == "vocabulary")

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
 
 from jobs.runtime.cli import Summary, find_persona_error, run
+from jobs.runtime.job_options import FLAT, InputRows, flat_settings
 from persona.errors import InputError, StorageError, UsageError
 
 REQUIRED = ["--histories", "h", "--store", "s"]
@@ -35,18 +36,17 @@ class Config:
     """Encoders side by side."""
     learning_rate: float = 1e-3
     """Step size."""
-    limit: int | None = None
-    """Only so many rows."""
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     dry_run: bool = False
     """Say it, do not do it."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise UsageError(f"--learning-rate {self.learning_rate}: must be above 0")
 
 
 def echo(config: Config) -> Summary:
-    return Summary(table=[("store", config.store)], result=asdict(config))
+    return Summary(table=[("store", config.store)], result=flat_settings(config))
 
 
 @pytest.fixture
@@ -82,6 +82,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(answer, file):
         "personas": ["none", "other"],
         "actors": "auto",
         "learning_rate": 1e-4,
+        "max_reject_fraction": 0.01,
         "limit": 7,
         "dry_run": True,
     }
@@ -313,7 +314,7 @@ RAY_JOB = '''
 """Let workers fail in every way that Ray knows, and say what is found in the errors that arrive here."""
 import sys
 from dataclasses import dataclass
-from jobs.command import Summary, find_persona_error, run
+from jobs.runtime.cli import Summary, find_persona_error, run
 from persona.errors import InputError, StorageError
 
 @dataclass(frozen=True, kw_only=True)
