@@ -10,8 +10,8 @@ from jobs.runtime.tally import Counts, note
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.files import Split
     from persona.inputs.histories import Columns
+    from persona.inputs.splits import Split
     from persona.models.encoder import TextEncoder
     from persona.options import Retrieval
     from persona.store.store import Identity, Store
