@@ -24,8 +24,8 @@ from persona.options import CostOptions, Precision, check_at_least
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.files import Split
     from persona.inputs.histories import Columns
+    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.options import Pooling
     from persona.store.store import Identity, Store
@@ -81,7 +81,8 @@ class Config:
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona import storage
-    from persona.inputs import files as inputs, histories
+    from persona.inputs import histories
+    from persona.inputs.splits import plan_splits
     from persona.models import resolve as models
     from persona.store.store import Store
 
@@ -91,7 +92,7 @@ def main(config: Config) -> Summary:
     columns = histories.Columns.parse(config.columns, "--columns")
     storage.check_reachable(source, flag="--histories")
     storage.check_reachable(target, flag="--store", write=True)
-    splits = inputs.plan_splits(source, flag="--histories")
+    splits = plan_splits(source, flag="--histories")
     histories.check_columns(splits, columns)
     folder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
     identity = _identity(config, folder)
@@ -159,7 +160,7 @@ def _doubt(config: Config, counts: Counts) -> str:
 def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> Iterator["pa.Table"]:
     """Valid behaviors of a split; the others go to the table of rejects."""
     from persona.inputs import histories
-    from persona.inputs.files import read_split
+    from persona.inputs.reader import read_split
 
     def validate(records: Any) -> Any:
         return histories.validate(records, columns, store.n_buckets, job="embed")

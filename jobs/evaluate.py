@@ -94,8 +94,9 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
 
     from persona import storage
     from persona.evaluation import one_run as comparison
-    from persona.inputs import files as inputs, requests
+    from persona.inputs import requests
     from persona.inputs.lamp import TASKS, outputs_json
+    from persona.inputs.splits import plan_splits
     from persona.report import evaluation_page as report, pictures
     from persona.store.store import Store
 
@@ -106,7 +107,7 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     storage.check_reachable(source, flag="--requests")
     storage.check_reachable(target, flag="--store")
     storage.check_reachable(out, flag="--out", write=True)
-    splits = inputs.plan_splits(source, flag="--requests")
+    splits = plan_splits(source, flag="--requests")
     requests.check_columns(splits, needs_target=True, rejected=config.rejected)
     store = Store.open(target)
     where = plug_sources(store, config.plug, llm=config.models.llm, encoder=config.models.encoder)

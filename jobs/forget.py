@@ -98,19 +98,21 @@ def main(config: Config) -> Summary:
 
 def _users(config: Config) -> list[str]:
     from persona import storage
-    from persona.inputs import cells, files as inputs
-    from persona.inputs.files import column
+    from persona.inputs import cells
+    from persona.inputs.reader import first_rows, read_split
+    from persona.inputs.records import column, describe
+    from persona.inputs.splits import plan_splits
 
     found = set(config.user)
     if config.users is not None:
         uri = storage.check_uri(config.users, flag="--users")
         storage.check_reachable(uri, flag="--users")
-        splits = inputs.plan_splits(uri, flag="--users")
-        there = inputs.first_rows(splits).schema
+        splits = plan_splits(uri, flag="--users")
+        there = first_rows(splits).schema
         if "user_id" not in there.names:
-            raise InputError(f"--users {config.users}: has no column 'user_id'. It has: {inputs.describe(there)}")
+            raise InputError(f"--users {config.users}: has no column 'user_id'. It has: {describe(there)}")
         for split in splits:
-            for records in inputs.read_split(split, columns=["user_id"]):
+            for records in read_split(split, columns=["user_id"]):
                 names, reasons = cells.ids(column(records.table, "user_id"), "user_id")
                 bad = records.rejects.num_rows + len(reasons) - reasons.null_count
                 if bad:

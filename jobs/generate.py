@@ -23,7 +23,7 @@ from persona.options import CostOptions, Decoding, PersonaKind, RetrievalOptions
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
     from persona.plug.record import PlugRecord
     from persona.store.store import Store
 
@@ -75,7 +75,8 @@ class Config:
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona import storage
-    from persona.inputs import files as inputs, requests
+    from persona.inputs import requests
+    from persona.inputs.splits import plan_splits
     from persona.store.store import Store
 
     started = time.perf_counter()
@@ -83,7 +84,7 @@ def main(config: Config) -> Summary:
     target = storage.check_uri(config.store, flag="--store")
     storage.check_reachable(source, flag="--requests")
     storage.check_reachable(target, flag="--store", write=True)
-    splits = inputs.plan_splits(source, flag="--requests")
+    splits = plan_splits(source, flag="--requests")
     requests.check_columns(splits, needs_target=False)
     store = Store.open(target)
     where = plug_sources(store, config.plug, llm=config.models.llm, encoder=config.models.encoder)

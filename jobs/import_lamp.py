@@ -57,8 +57,9 @@ def main(config: Config) -> Summary:
     """Import one questions file; if it cannot be used as a whole, nothing is written."""
     from tqdm import tqdm
 
-    from persona.inputs import files as inputs, histories, requests
+    from persona.inputs import histories, requests
     from persona.inputs.lamp import TASKS, read_golds, read_questions
+    from persona.inputs.records import REJECTS
     from persona.storage import check_reachable, check_uri, join
 
     started_s = time.monotonic()
@@ -79,7 +80,7 @@ def main(config: Config) -> Summary:
         _open(questions_uri) as stream,
         Draft(join(out_uri, "histories.parquet"), _part(histories.SCHEMA, BEHAVIOR_COLUMNS)) as behaviors,
         Draft(join(out_uri, "requests.parquet"), _part(requests.SCHEMA, REQUEST_COLUMNS)) as request_rows,
-        Draft(join(out_uri, "rejects.parquet"), inputs.REJECTS) as rejects,
+        Draft(join(out_uri, "rejects.parquet"), REJECTS) as rejects,
     ):
         questions = tqdm(read_questions(stream, name=questions_uri), unit=" questions", disable=None)
         for row, rows, reasons in convert(task, questions, golds, config.rows.limit):
@@ -142,7 +143,7 @@ def convert(
             request_id = question_id(question)
             name = f"question {request_id!r}"
             if request_id in seen:
-                raise InputError("its id stands there before")
+                raise InputError("duplicate id")
             seen.add(request_id)
             if golds is not None and request_id not in golds:
                 raise InputError("the outputs file has no gold for it")

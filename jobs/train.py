@@ -176,7 +176,8 @@ def _plan(config: Config, inputs: Inputs, *, resumes: bool) -> Summary:
 
 def _inputs(config: Config) -> Inputs:
     from persona import storage
-    from persona.inputs import files as inputs, requests
+    from persona.inputs import requests
+    from persona.inputs.splits import plan_splits
     from persona.models import resolve as models
     from persona.store.store import Store
 
@@ -188,12 +189,12 @@ def _inputs(config: Config) -> Inputs:
     storage.check_reachable(uris["store"], flag="--store")
     for name in ("runs", "plug"):
         storage.check_reachable(uris[name], flag=f"--{name}", write=True)
-    splits = inputs.plan_splits(uris["requests"], flag="--requests")
+    splits = plan_splits(uris["requests"], flag="--requests")
     requests.check_columns(splits, needs_target=True)
     held_out = None
     if config.validation is not None:
         uri = storage.check_uri(config.validation, flag="--validation")
-        held_out = inputs.plan_splits(uri, flag="--validation")
+        held_out = plan_splits(uri, flag="--validation")
         requests.check_columns(held_out, needs_target=True)
     store = Store.open(uris["store"])
     encoder = store_encoder(store.identity, config.encoder)

@@ -19,8 +19,8 @@ DRAWS_HELP = "import cyclopts.help, rich.console, rich.markdown, rich.table"
 # What tasks of Ray Data import where no model is at work.
 WITHOUT_A_MODEL = (
     "inputs.derived_requests",
-    "inputs.files",
     "inputs.histories",
+    "inputs.reader",
     "inputs.requests",
     "plug.record",
     "retrieval.ranking",

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
 
 # Of input, packed: some ten thousand rows, which a worker holds in memory all at once.
 _PARTITION_BYTES = 2**19

@@ -14,7 +14,7 @@ from persona.options import PersonaKind
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
     from persona.store.store import Store
 
 
@@ -68,7 +68,7 @@ def _chosen(split: "Split", *, ids: frozenset[str], n_buckets: int) -> Iterator[
     import pyarrow as pa
 
     from persona.inputs import requests
-    from persona.inputs.files import read_split
+    from persona.inputs.reader import read_split
 
     for records in read_split(split, job="evaluate"):
         good, _ = requests.validate(records, n_buckets, needs_target=True)

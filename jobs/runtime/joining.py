@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from jobs.runtime.texts import Texts
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
     from persona.store.store import Store
 
 _JOINED_ROWS = 512

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from persona.inputs.files import Split
     from persona.inputs.histories import Columns
+    from persona.inputs.splits import Split
     from persona.store.store import Store
 
 
@@ -35,7 +35,7 @@ def read(splits: Sequence["Split"], reader: Callable[..., Any], *, limit: int | 
 
 
 def _read_one(batch: "pa.Table", *, reader: Callable[..., Any], settings: dict[str, Any]) -> Iterator["pa.Table"]:
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
 
     for fields in batch.to_pylist():
         yield from reader(Split(**fields), **settings)
@@ -46,7 +46,7 @@ def read_requests(
 ) -> Iterator["pa.Table"]:
     """Valid requests of a split; the others go to the table of rejects."""
     from persona.inputs import requests
-    from persona.inputs.files import read_split
+    from persona.inputs.reader import read_split
 
     def validate(records: Any) -> Any:
         return requests.validate(records, store.n_buckets, needs_target, job=job, rejected=rejected)
@@ -57,7 +57,7 @@ def read_requests(
 def read_histories(split: "Split", *, columns: "Columns", n_buckets: int) -> Iterator["pa.Table"]:
     """The good behaviors of a split; `embed` tells of the others."""
     from persona.inputs import histories
-    from persona.inputs.files import read_split
+    from persona.inputs.reader import read_split
 
     for records in read_split(split, job="texts"):
         yield histories.validate(records, columns, n_buckets)[0]

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from jobs.runtime.job_options import PastTexts
-    from persona.inputs.files import Split
     from persona.inputs.histories import Columns
+    from persona.inputs.splits import Split
     from persona.models.encoder import TextEncoder
     from persona.options import RetrievalOptions
     from persona.store.store import Identity, Store

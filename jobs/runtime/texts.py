@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from persona.inputs.files import Split
     from persona.inputs.histories import Columns
+    from persona.inputs.splits import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,13 @@ class Texts:
 def plan(uri: str, columns: str, *, flag: str) -> "tuple[list[Split], Columns]":
     """The splits of histories and their columns' names, checked."""
     from persona import storage
-    from persona.inputs import files as inputs, histories
+    from persona.inputs import histories
+    from persona.inputs.splits import plan_splits
 
     source = storage.check_uri(uri, flag=flag)
     storage.check_reachable(source, flag=flag)
     named = histories.Columns.parse(columns, "--columns")
-    splits = inputs.plan_splits(source, flag=flag)
+    splits = plan_splits(source, flag=flag)
     histories.check_columns(splits, named)
     return splits, named
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from persona.inputs.cells import TIME
-from persona.inputs.files import REJECTS
+from persona.inputs.records import REJECTS
 
 
 @dataclass(frozen=True, kw_only=True)

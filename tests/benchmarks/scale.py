@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from jobs import embed
 from jobs.runtime import joining, session
 from jobs.runtime.tally import new_tally
-from persona.inputs import files as inputs
+from persona.inputs.splits import plan_splits
 from persona.models import packaged
 from persona.options import PersonaKind
 from persona.store.store import Store
@@ -92,7 +92,7 @@ def _join(folder: Path) -> int:
     """The requests of `generate` with all their vectors, thrown away as they come; returns how many came."""
     store = Store.open(str(folder / "store")).snapshot("behaviors")
     joined = joining.requests_with_histories(
-        inputs.plan_splits(str(folder / "requests.parquet"), flag="--requests"),
+        plan_splits(str(folder / "requests.parquet"), flag="--requests"),
         store,
         new_tally(),
         job="generate",

@@ -21,7 +21,7 @@ from deltalake import DeltaTable
 
 from jobs.runtime.cli import run
 from persona.inputs import histories
-from persona.inputs.files import Records, rejects
+from persona.inputs.records import Records, rejects
 from persona.models.encoder import TextEncoder
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve

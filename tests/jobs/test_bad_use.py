@@ -127,13 +127,13 @@ def test_s3_without_credentials_or_bucket(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     said = refused(embed, **{**embedding, "store": f"{s3}/store"})
-    assert "needs credentials and there are none" in said
+    assert "needs credentials and none were found" in said
     assert "AWS_ACCESS_KEY_ID" in said
 
 
 def test_a_uri_with_a_space(refused: Any, embedding: dict[str, str]) -> None:
     said = refused(embed, **{**embedding, "store": "s3://bucket/my store"})
-    assert "--store: 's3://bucket/my store' holds a space" in said
+    assert "--store: 's3://bucket/my store' contains a space" in said
 
 
 def test_an_input_without_any_row(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_an_input_without_any_row(refused: Any, embedding: dict[str, str], tmp_p
     assert "does not exist" in refused(embed, **{**embedding, "histories": str(tmp_path / "nowhere")})
     (tmp_path / "empty").mkdir()
     said = refused(embed, **{**embedding, "histories": str(tmp_path / "empty")})
-    assert "holds no file to read; files must end in one of" in said
+    assert "has no file to read; file names must end in one of" in said
 
 
 def test_batch_sizes_that_do_not_multiply_out(refused: Any, training: dict[str, str]) -> None:

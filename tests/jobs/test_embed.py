@@ -170,7 +170,7 @@ def test_sync_takes_nothing_out_when_a_file_is_replaced_between_listing_and_read
     done = do(embed, sync=True, **flags)
     assert (done.result["gone"], done.result["new"]) == (0, len(rows) - len(behaviors()))
     assert set(stored(store, "behaviors")) == {(row["user_id"], row["behavior_id"]) for row in rows}
-    assert "file was changed meanwhile" in done.table and "taken out" in done.table
+    assert "file changed during the run" in done.table and "taken out" in done.table
 
 
 def test_a_model_that_is_alone_takes_the_cores_of_those_that_may_still_come(

@@ -13,7 +13,7 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import forget
-from persona.inputs.files import rejects
+from persona.inputs.records import rejects
 from persona.plug.user_personas import UserPersonas
 from persona.storage import write_bytes
 from persona.store.store import Store

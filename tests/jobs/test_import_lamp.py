@@ -97,17 +97,19 @@ def test_without_outputs_there_are_no_targets(tmp_path: Path) -> None:
 
 
 def test_the_files_are_what_embed_and_train_read(tmp_path: Path) -> None:
-    from persona.inputs import files as inputs, histories, requests
+    from persona.inputs import histories, requests
+    from persona.inputs.reader import read_split
+    from persona.inputs.splits import plan_splits
 
     config = files(str(tmp_path), [question(1, user_id="ann", date=2012), question(2)], {"1": "One", "2": "Two"})
     main(config)
-    splits = inputs.plan_splits(join(config.out, "histories.parquet"), flag="--histories")
+    splits = plan_splits(join(config.out, "histories.parquet"), flag="--histories")
     histories.check_columns(splits, histories.Columns())
-    good, bad = histories.validate(next(inputs.read_split(splits[0])), histories.Columns(), 4)
+    good, bad = histories.validate(next(read_split(splits[0])), histories.Columns(), 4)
     assert (good.num_rows, bad.num_rows) == (6, 0)
-    splits = inputs.plan_splits(join(config.out, "requests.parquet"), flag="--requests")
+    splits = plan_splits(join(config.out, "requests.parquet"), flag="--requests")
     requests.check_columns(splits, needs_target=True)
-    good, bad = requests.validate(next(inputs.read_split(splits[0])), 4, needs_target=True)
+    good, bad = requests.validate(next(read_split(splits[0])), 4, needs_target=True)
     assert (good.num_rows, bad.num_rows) == (2, 0)
 
 
@@ -127,10 +129,10 @@ def test_a_bad_question_is_a_reject_and_nothing_else_is_lost(tmp_path: Path) -> 
         rejects,
         [
             "must be an object",
-            "stands there before",
+            "duplicate id",
             "no gold",
             "'id'",
-            "stands there before",
+            "duplicate id",
             "profile item 0",
         ],
         strict=True,
@@ -180,12 +182,12 @@ def test_importing_again_replaces_what_was_there(root: str) -> None:
 @pytest.mark.parametrize(
     ("questions", "golds", "message"),
     [
-        (b'{"task": "LaMP_5", "golds": []}', None, "no LaMP questions file"),
+        (b'{"task": "LaMP_5", "golds": []}', None, "not a LaMP questions file"),
         (b"[]", None, "empty list"),
         (
             json.dumps([question(1), question(2)]).encode()[:-9],
             None,
-            "breaks off after 1 questions; is it whole",
+            "cannot be read after 1 questions; is it complete",
         ),
         (
             [question(1, input="Generate a headline for the following article: x")],
@@ -212,13 +214,13 @@ def test_a_truncated_gz_is_an_error(tmp_path: Path) -> None:
     config = files(str(tmp_path), [question(n, n_items=50) for n in range(50)], gz=True)
     whole = Path(config.questions).read_bytes()
     Path(config.questions).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="is it whole"):
+    with pytest.raises(InputError, match="is it complete"):
         main(config)
 
 
 def test_outputs_of_another_task_are_refused(tmp_path: Path) -> None:
     config = replace(files(str(tmp_path), [question(1)], {"1": "One"}), task="LaMP_4")
-    with pytest.raises(InputError, match="is of task 'LaMP_5', not 'LaMP_4'"):
+    with pytest.raises(InputError, match="has the task 'LaMP_5', not 'LaMP_4'"):
         main(config)
 
 

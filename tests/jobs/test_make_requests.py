@@ -7,17 +7,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import make_requests as ask
-from persona.inputs import files as inputs, requests
+from persona.inputs import requests
+from persona.inputs.reader import read_split
+from persona.inputs.splits import plan_splits
 from persona.storage import list_files
 from tests.jobs.conftest import START, Job, behaviors, write
 
 
 def read(out: str) -> list[dict[str, Any]]:
-    splits = inputs.plan_splits(out, flag="--requests")
+    splits = plan_splits(out, flag="--requests")
     requests.check_columns(splits, needs_target=True)
-    tables = [
-        requests.validate(records, 4, True)[0] for split in splits for records in inputs.read_split(split, job="")
-    ]
+    tables = [requests.validate(records, 4, True)[0] for split in splits for records in read_split(split, job="")]
     return [row for table in tables for row in table.to_pylist()]
 
 

@@ -19,8 +19,8 @@ import pytest
 from deltalake import DeltaTable
 
 from persona.errors import InputError, StorageError, StoreMismatch
-from persona.inputs.files import rejects
 from persona.inputs.histories import bucket_of, text_hash
+from persona.inputs.records import rejects
 from persona.storage import delta_options, join
 from persona.store.store import DEFAULT_BUCKETS, Store
 from tests.stores import IDENTITY, NASTY, answers, behaviors, encode, everything, refresh

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from persona import storage
 from persona.errors import LeaseLost, StorageError
-from persona.inputs.files import rejects
 from persona.inputs.histories import bucket_of
+from persona.inputs.records import rejects
 from persona.storage import join
 from persona.store.schema import DataFile
 from persona.store.store import Store
