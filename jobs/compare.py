@@ -38,8 +38,8 @@ class Config:
             raise UsageError("--evaluations: give at least one folder")
         if self.names and len(self.names) != len(self.evaluations):
             raise UsageError(
-                f"--names: give as many as --evaluations, {len(self.evaluations)}, not {len(self.names)}; several seeds "
-                "of one plug get the first name"
+                f"--names: give as many as --evaluations, {len(self.evaluations)}, not {len(self.names)}; of several "
+                "seeds of one plug the first name counts"
             )
 
 

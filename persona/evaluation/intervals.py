@@ -84,7 +84,7 @@ def paired_bootstrap(
 def interval_of(
     statistic: Callable[[NDArray[np.intp]], float], n_users: int, *, n: int = SAMPLES, seed: int = 0
 ) -> Interval:
-    """The interval of any `statistic` of user indices: its value for all users, and for `n` samples with replacement."""
+    """A `statistic` of user indices: its value for all users, with the interval over `n` samples with replacement."""
     mean = statistic(np.arange(n_users))
     if n_users == 1:
         return Interval(mean=mean, low=float("nan"), high=float("nan"))

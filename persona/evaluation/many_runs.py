@@ -1,6 +1,8 @@
 """Several evaluations side by side, paired by request: of plugs, seeds, controls or ways to retrieve.
 
-Plugs that differ only in the seed of their training share a row. Shapes: R requests, in the order of their ids; K seeds.
+Plugs that differ only in the seed of their training share a row.
+
+Shapes: R requests, in the order of their ids; K seeds.
 """
 
 import statistics
@@ -58,7 +60,7 @@ class _Intervals:
 
 
 def compare(evaluations: Sequence[Evaluation], *, against: str | None, seed: int) -> dict[str, Any]:
-    """One row for each plug (all its seeds) and kind of persona, compared with the row `against`: plain values for JSON.
+    """A row for each plug (all its seeds) and kind of persona, compared with the row `against`: plain values for JSON.
 
     Differences are paired, row − reference in nats a token, of the mean over the seeds of each request: below 0 is
     better than the reference.
@@ -116,7 +118,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _scores(row: _Row) -> dict[str, Any]:
-    """The mean over the seeds of each score; nothing unless all seeds have answers. Only a single seed has intervals."""
+    """The mean over the seeds of each score, if all seeds have answers. Only a single seed has intervals."""
     found = [one.metrics["scores"].get(one.variant(row.persona)) for one in row.evaluations]
     if not all(found):
         return {}
@@ -134,7 +136,7 @@ def _scores(row: _Row) -> dict[str, Any]:
 
 
 def _ranking(row: _Row, intervals: _Intervals) -> dict[str, Any]:
-    """Shares of the requests whose target is ranked above the rejected text, the mean over the seeds of each request."""
+    """Shares of the requests whose target is ranked above the rejected text, with the mean over the seeds of each."""
     if not all("rejected_nats" in one.losses[row.persona].column_names for one in row.evaluations):
         return {}
     found = [_outcomes(one)[row.persona] for one in row.evaluations]
@@ -160,9 +162,9 @@ def _check_same_requests(evaluations: Sequence[Evaluation]) -> None:
         here, there = set(expected["request_id"]), set(found["request_id"])
         if here != there:
             raise InputError(
-                f"{first.name} and {other.name} have different requests: {len(here - there):,} of {len(here):,} are only "
-                f"in {first.name}, {len(there - here):,} of {len(there):,} only in {other.name}; evaluate both on the "
-                "same --requests, without --limit"
+                f"{first.name} and {other.name} have different requests: {len(here - there):,} of {len(here):,} are "
+                f"only in {first.name}, {len(there - here):,} of {len(there):,} only in {other.name}; evaluate both on "
+                "the same --requests, without --limit"
             )
         for column in ("user_id", "tokens"):
             pairs = zip(expected["request_id"], expected[column], found[column], strict=True)

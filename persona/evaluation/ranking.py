@@ -1,4 +1,4 @@
-"""Ranking: is the target of a request likelier than a rejected text?
+"""Ranking: whether the target of a request is likelier than a rejected text.
 
 Shapes: R requests.
 """

@@ -19,7 +19,7 @@ _RETRIEVAL = ("retrieve", "retriever", "retrieve_tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One evaluation: its `metrics.json`, and a table of losses for each kind of persona, in the order of request ids."""
+    """One evaluation: its `metrics.json`, and for each kind of persona its losses in the order of request ids."""
 
     name: str
     metrics: Mapping[str, Any]

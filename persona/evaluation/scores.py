@@ -127,7 +127,7 @@ def _macro_f1_interval(
 
 
 def _label_counts(metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]) -> tuple[Floats, Floats]:
-    """Two arrays (R, C) in the order of sorted ids: are both answer and gold the label (0, 1), how many are (0 to 2)."""
+    """Two arrays (R, C), by sorted id: whether both answer and gold are the label, and how many of them are."""
     labels_C = np.array(metric.labels)
     answers_R1 = np.array([[predictions[request_id].strip()] for request_id in sorted(golds)])
     golds_R1 = np.array([[golds[request_id].strip()] for request_id in sorted(golds)])

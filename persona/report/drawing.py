@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element, SubElement, fromstring, tostring
 
 from markupsafe import Markup
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _PNG_DPI = 240
 _LEGEND_COLUMNS = 3
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "path.simplify": False,
@@ -124,7 +124,7 @@ def _add(
     kept = {name: _short(found[name]) for name in ("x", "y", "transform", "d") if name in found}
     one = SubElement(target, tag, {**kept, **more, "style": _restyled(found.get("style", ""))})
     if gid:
-        one.set("class", gid.split("#")[0])
+        one.set("class", gid.split("#", maxsplit=1)[0])
     if gid in titles:
         SubElement(one, "title").text = titles[gid]
     return one

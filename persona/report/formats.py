@@ -29,13 +29,6 @@ def verdict(interval: Interval, *, lower_is_better: bool = False, chance: float 
     return "noise"
 
 
-def negated(interval: Interval) -> Interval:
-    """The interval of the opposite difference."""
-    if not has_bounds(interval):
-        return {**interval, "mean": -interval["mean"]}
-    return {"mean": -interval["mean"], "low": -interval["high"], "high": -interval["low"]}
-
-
 def bounds(interval: Interval) -> str:
     """The two ends in brackets."""
     return f"[{interval['low']:.4f}, {interval['high']:.4f}]" if has_bounds(interval) else "–"

@@ -41,5 +41,5 @@ _SERIES = ("own", "other", "mean", "none", "bare")
 
 def series(kind: str) -> str:
     """The color of a kind of persona, or of a variant like own-bm25-4; unknown ones have that of `none`."""
-    first = kind.split("-")[0]
+    first = kind.split("-", maxsplit=1)[0]
     return first if first in _SERIES else "none"

@@ -20,9 +20,9 @@ KINDS = {
 RANKINGS = {"likelier": "by loss", "calibrated": "by gain over none"}
 
 RANKING = (
-    "Share of the requests whose target is ranked above the rejected text; chance is 50 %. By loss: the text with fewer "
-    "nats wins. By gain over none: the text wins whose nats the persona lowers more, compared with no history. In "
-    "brackets 95 % intervals over users."
+    "Share of the requests whose target is ranked above the rejected text; chance is 50 %. By loss: the text with "
+    "fewer nats wins. By gain over none: the text wins whose nats the persona lowers more, compared with no history. "
+    "In brackets 95 % intervals over users."
 )
 _CONTROL = "a plug trained without any history (prompt tuning, jobs.train --empty-history 1)"
 _MOST_NAMES = 6
@@ -58,7 +58,7 @@ def short_name(kind: str) -> str:
 
 
 def _own_against_others(saved: Mapping[str, Interval], own: str) -> list[str]:
-    """What the own persona, called `own` here, saves against another user's, and against no history."""
+    """What the own persona saves against another user's and against no history; `own` is how sentences call it."""
     sentences = []
     if "other" in saved:
         sentences.append(_own_against("other", saved["other"], own))
@@ -94,8 +94,8 @@ def _task_caveat(saved: Mapping[str, Interval]) -> str:
 def _control_of_one(metrics: Mapping[str, Any]) -> str:
     if metrics["training"].get("empty_history") == 1:
         return (
-            "This plug was trained without any history (prompt tuning): it is the control that shows what the task alone "
-            "is worth."
+            "This plug was trained without any history (prompt tuning): it is the control that shows what the task "
+            "alone is worth."
         )
     return (
         f"The control, {_CONTROL}, is not part of this page; evaluate it on the same requests and put both on one page "
@@ -129,11 +129,11 @@ def loss_text(metrics: Mapping[str, Any]) -> str:
     if not saved:
         return text
     text += (
-        " “Saved by own” is paired: the same requests on both sides. Against none it may come from any history; against "
-        "other it comes from the user's own."
+        " “Saved by own” is paired: the same requests on both sides. Against none it may come from any history; "
+        "against other it comes from the user's own."
     )
     if "mean" in saved and not any(saved["mean"].values()):
-        text += " The row mean equals own: this plug weighs all behaviors the same."
+        text += " The row mean equals own: this plug weighs all behaviors the same, or nearly so."
     return text
 
 
@@ -143,8 +143,8 @@ def score_text(metrics: Mapping[str, Any]) -> str:
     text = "Lower is better." if "mae" in names else "Higher is better."
     if "rouge1" in names:
         text += (
-            " rouge1 and rougeL are the median of a seeded bootstrap, as LaMP reports them; intervals and gains are those "
-            "of the plain means."
+            " rouge1 and rougeL are the median of a seeded bootstrap, as LaMP reports them; intervals and gains are "
+            "those of the plain means."
         )
     return f"{text} {metrics['requests']:,} requests of {metrics['users']:,} users."
 
@@ -176,7 +176,7 @@ def gain_by_user_text(metrics: Mapping[str, Any]) -> str:
 
 def comparison_reading(found: Mapping[str, Any]) -> list[str]:
     """The result of a comparison in sentences."""
-    return [*_against_reference(found), *_own_of_one_plug(found["rows"]), *_control_of_many(found)]
+    return [*_against_reference(found), *_own_of_one_plug(found["rows"]), _control_of_many(found)]
 
 
 def _against_reference(found: Mapping[str, Any]) -> list[str]:
@@ -184,16 +184,16 @@ def _against_reference(found: Mapping[str, Any]) -> list[str]:
     reference = next(row for row in found["rows"] if not row["above_reference"])
     others = [row for row in found["rows"] if row["name"] != reference["name"]]
     others = [row for row in others if row["persona"] == reference["persona"]] or others
-    names = {verdict: [] for verdict in ("gain", "loss", "noise", "unknown")}  # type: dict[str, list[str]]
-    for row in others:
-        names[formats.verdict(row["above_reference"], lower_is_better=True)].append(_label(row))
-    sentences = {
+    beginnings = {
         "gain": f"Better than {found['against']}",
         "loss": f"Worse than {found['against']}",
         "noise": f"Not distinguishable from {found['against']} (the interval of the difference includes zero)",
         "unknown": f"Perhaps not distinguishable from {found['against']} (one user gives no interval)",
     }
-    return [f"{sentences[verdict]}: {_listed(labels)}." for verdict, labels in names.items() if labels]
+    labels: dict[str, list[str]] = {verdict: [] for verdict in beginnings}
+    for row in others:
+        labels[formats.verdict(row["above_reference"], lower_is_better=True)].append(_label(row))
+    return [f"{beginnings[verdict]}: {_listed(some)}." for verdict, some in labels.items() if some]
 
 
 def _own_of_one_plug(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -216,19 +216,19 @@ def saved_by_own(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Inter
     return found
 
 
-def _control_of_many(found: Mapping[str, Any]) -> list[str]:
+def _control_of_many(found: Mapping[str, Any]) -> str:
     rows = [row for row in found["rows"] if row["trained_without_history"]]
     if not rows:
-        return [
+        return (
             f"The control, {_CONTROL}, is not part of this page; without it, a gain against no history or the LLM "
             "without the plug may be just the task."
-        ]
+        )
     control = next((row for row in rows if row["persona"] == "none"), rows[0])
     if any(row["above_reference"] is None for row in rows):
-        return [
+        return (
             f"The reference {found['against']} was trained without any history (prompt tuning): it is the control, and "
             "what is better than it is worth more than the task alone."
-        ]
+        )
     above = control["above_reference"]
     number = f"{above['mean']:+.4f} nats a token {formats.bounds(above)}".removesuffix(" –")
     meaning = {
@@ -237,10 +237,10 @@ def _control_of_many(found: Mapping[str, Any]) -> list[str]:
         "noise": "noise, so the reference may be worth no more than the task alone",
         "unknown": _VERDICTS["unknown"],
     }[formats.verdict(above, lower_is_better=True)]
-    return [
+    return (
         f"{_label(control)} is the control, trained without any history (prompt tuning). Its difference to the "
         f"reference is {number}: {meaning}."
-    ]
+    )
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -198,7 +198,5 @@ def test_other_files_are_refused() -> None:
 
 def test_a_plug_that_was_trained_without_history_is_marked_as_the_control() -> None:
     found = rows_of(evaluation("a"), evaluation("b", training={"empty_history": 1.0}))
-    assert {label: row["trained_without_history"] for label, row in found.items()} == {
-        **{"a/own": False, "a/none": False},
-        **{"b/own": True, "b/none": True},
-    }
+    controls = [label for label, row in found.items() if row["trained_without_history"]]
+    assert controls == ["b/own", "b/none"]

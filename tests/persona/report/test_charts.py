@@ -88,7 +88,11 @@ def test_a_long_curve_is_thinned_to_means() -> None:
 
 
 def test_a_dot_whose_interval_includes_zero_is_hollow() -> None:
-    rows = [group(1, 1, other=interval(1.0, 0.5, 2.0)), group(2, 2, other=interval(0.1, -0.5, 0.7)), group(3, 3, other=ONE_USER)]
+    rows = [
+        group(1, 1, other=interval(1.0, 0.5, 2.0)),
+        group(2, 2, other=interval(0.1, -0.5, 0.7)),
+        group(3, 3, other=ONE_USER),
+    ]
     chart = charts.gain_by_history_length(rows)
     assert chart is not None and chart.has_noise
     filled, *hollow = (dot.get("style", "") for dot in marks(drawn(chart), "dot other"))
@@ -102,13 +106,18 @@ def test_bare_is_left_out_of_a_chart_that_has_other_kinds() -> None:
     near, far = interval(0.01, 0.005, 0.02), interval(3.0, 2.9, 3.1)
     chart = charts.gain_by_history_length([group(1, 1, other=near, bare=far)])
     assert chart is not None and list(chart.legend) == ["other"]
-    rows = [charts.ForestRow(label=f"a/{kind}", persona=kind, interval=one) for kind, one in (("none", near), ("bare", far))]
+    rows = [
+        charts.ForestRow(label=f"a/{kind}", persona=kind, interval=one) for kind, one in (("none", near), ("bare", far))
+    ]
     assert not marks(drawn(charts.forest(rows, x="nats")), "dot bare")
     assert marks(drawn(charts.forest(rows[1:], x="nats")), "dot bare")
 
 
 def test_the_strongest_colors_of_the_map_are_the_largest_gains() -> None:
-    users = [{"user_id": f"u{i}", "x": i, "y": i, "saved": saved, "n_behaviors": 1} for i, saved in enumerate((0.1, 2.0, -1.0))]
+    users = [
+        {"user_id": f"u{i}", "x": i, "y": i, "saved": saved, "n_behaviors": 1}
+        for i, saved in enumerate((0.1, 2.0, -1.0))
+    ]
     chart = drawn(charts.persona_map(users))
     opacity = {
         dot.findtext("title", "")[:2]: float(re.findall(r"fill-opacity: ([\d.]+)", dot.get("style", ""))[0])

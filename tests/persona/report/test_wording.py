@@ -83,9 +83,13 @@ def test_a_comparison_is_read_against_its_reference() -> None:
     [(GAIN, "worth more than the task"), (LOSS, "worth less than the task"), (NOISE, "worth no more than the task")],
 )
 def test_the_control_is_compared_with_the_reference(above: dict[str, float], meaning: str) -> None:
-    rows = [row("a", "own", None), row("tuning", "own", NOISE, control=True), row("tuning", "none", above, control=True)]
+    rows = [
+        row("a", "own", None),
+        row("tuning", "own", NOISE, control=True),
+        row("tuning", "none", above, control=True),
+    ]
     text = " ".join(wording.comparison_reading({"against": "a/own", "rows": rows}))
-    assert f"tuning/none is the control" in text and meaning in text
+    assert "tuning/none is the control" in text and meaning in text
     rows[0]["trained_without_history"] = True
     assert "it is the control" in " ".join(wording.comparison_reading({"against": "a/own", "rows": rows}))
 
