@@ -93,12 +93,13 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     from urllib.parse import quote
 
     from persona import storage
-    from persona.evaluation import one_run as comparison
+    from persona.evaluation.one_run import summarize
     from persona.inputs import requests
     from persona.inputs.lamp import TASKS, outputs_json
     from persona.inputs.splits import plan_splits
-    from persona.report import evaluation_page as report, pictures
+    from persona.report.pages import chart_files, evaluation_page
     from persona.store.store import Store
+    from persona.versions import installed_versions
 
     started = time.perf_counter()
     source = storage.check_uri(config.requests, flag="--requests")
@@ -126,22 +127,22 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
         raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
     answers = _answers(store, answered, losses)
     golds = dict(zip(losses["request_id"], losses["target"], strict=True))
-    metrics = comparison.compare(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
+    metrics = summarize(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
     metrics |= {"limited": config.rows.limit is not None}
     metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
     metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
     counts = totals(tally)
     metrics["training"] = where["record"].training
     metrics["settings"] = {**flat_settings(config), "variants": config.scored, **_origin(store, where)}
-    metrics["versions"] = report.versions()
+    metrics["versions"] = installed_versions()
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     files = {
         "losses.parquet": _as_parquet(losses),
         "metrics.json": (json.dumps(cli.plain(metrics), indent=2, allow_nan=False) + "\n").encode(),
-        "report.html": report.page(metrics),
+        "report.html": evaluation_page(metrics),
     }
-    files |= pictures.draw(metrics)
+    files |= chart_files(metrics)
     if config.task is not None:
         task = TASKS[config.task]
         files |= {f"lamp/{quote(name, safe='')}.json": outputs_json(task, answers[name]) for name in answered}
@@ -190,28 +191,27 @@ def _looked_at(
     """What the report shows of single requests and users."""
     import numpy as np
 
-    from persona.evaluation import one_run as comparison
+    from persona.evaluation import examples
 
-    shown = comparison.shown(losses, config.personas)
-    examples = [*shown["even"], *shown["largest_gains"], *shown["largest_losses"]]
+    chosen = examples.choose(losses, config.personas)
     user_of = dict(zip(losses["request_id"], losses["user_id"], strict=True))
-    ids = sorted({*examples, *shown["map"]})
+    ids = sorted({*chosen.examples, *chosen.mapped})
     found = look.look(splits, ids, frozenset(user_of[one] for one in ids), store, where, tally, histories)
 
     def example(request_id: str) -> dict[str, Any]:
         seen = found[request_id]
-        one = comparison.example(losses, config.personas, answers, request_id, seen["input"])
-        return {**one, "listened_to": comparison.listened_to(seen)}
+        one = examples.example(losses, config.personas, answers, request_id, seen["input"])
+        return {**one, "listened_to": examples.heaviest_behaviors(seen)}
 
     # Who has no behavior has no place on a map of personas.
-    mapped = [request_id for request_id in shown["map"] if found[request_id]["n_behaviors"]]
+    mapped = [request_id for request_id in chosen.mapped if found[request_id]["n_behaviors"]]
     vectors_UF = np.array([np.frombuffer(found[one]["persona_vector"], "<f4") for one in mapped])
     users = [user_of[request_id] for request_id in mapped]
     return {
-        "examples": [example(one) for one in shown["even"]],
-        "largest_gains": [example(one) for one in shown["largest_gains"]],
-        "largest_losses": [example(one) for one in shown["largest_losses"]],
-        "map": comparison.persona_map(vectors_UF, users, losses, config.personas),
+        "examples": [example(one) for one in chosen.even],
+        "largest_gains": [example(one) for one in chosen.largest_gains],
+        "largest_losses": [example(one) for one in chosen.largest_losses],
+        "map": examples.persona_map(vectors_UF, users, losses, config.personas),
     }
 
 
@@ -369,6 +369,8 @@ def _metric(config: Config, golds: Mapping[str, str]) -> "Metric":
 
 
 def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    from persona.report.wording import RANKINGS
+
     rows = [("requests", f"{metrics['requests']:,} of {metrics['users']:,} users")]
     if metrics["limited"]:
         rows.append(("warning", "--limit was given: these are not the numbers of the whole set"))
@@ -380,7 +382,7 @@ def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     rows += [(f"scores, {variant}", "no answers in the store") for variant in metrics["unanswered_variants"]]
     for persona, found in metrics.get("ranking", {}).items():
-        shares = [f"{name} {100 * one['mean']:.1f} % {_percent(one)}" for name, one in found.items()]
+        shares = [f"{RANKINGS[way]} {100 * one['mean']:.1f} % {_percent(one)}" for way, one in found.items()]
         rows.append((f"ranking, {persona}", f"target before rejected: {', '.join(shares)}"))
     for variant, scores in metrics["scores"].items():
         rows.append((f"scores, {variant}", ", ".join(f"{name} {value:.4f}" for name, value in scores.items())))

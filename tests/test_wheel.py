@@ -34,8 +34,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command of the installed package, in a folder that is not the repository."""
+    command = [sys.executable, "-m", "jobs", *words]
     environment = os.environ | {"PYTHONPATH": str(installed)}
-    return subprocess.run([sys.executable, "-m", "jobs", *words], cwd=installed, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=installed, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("package", ["jobs", "persona"])

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persona.evaluation.scores import bootstrap
+from persona.evaluation.intervals import bootstrap
 from persona.inputs.histories import bucket_of
 from persona.models import packaged, resolve as models
 from persona.models.encoder import TextEncoder
