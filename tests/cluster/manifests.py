@@ -109,7 +109,7 @@ def calls_job(words: list[str]) -> tuple[int, str, list[str]] | None:
 
 
 def parse_job(text: str) -> Any:
-    """The config that a job's own parser makes of a command's flags; for `jobs.submit` its entrypoint is parsed, too."""
+    """The config that the job's own parser makes of a command; the entrypoint of `jobs.submit` is parsed, too."""
     call = calls_job(shlex.split(text))
     assert call is not None, text
     _, module, flags = call
