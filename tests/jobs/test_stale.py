@@ -1,6 +1,5 @@
 """Answers that are out of date, on a real Ray: exactly those are made again, and a reader can tell which they were."""
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from jobs import generate
 from persona.storage import copy_folder, join
 from persona.store.store import Store
 from persona.store.writer import merge
+from tests import pages
 from tests.jobs.conftest import Job, Row, behaviors, changed, encoded, new_plug, requests, stored, write
 from tests.stores import IDENTITY, answers
 
@@ -27,10 +27,9 @@ def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def changed_since(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], list[Row]]:
-    """The function that the README shows."""
+    """The function that docs/data.md shows."""
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if "def changed_since" in block)
+    (block,) = (block for block in pages.blocks(pages.DATA, "python") if "def changed_since" in block)
     names: dict[str, Any] = {}
     exec(block, names)
     return lambda uri, version: names["changed_since"](uri, version).to_pylist()

@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from persona.storage import copy_folder, join
+from tests import pages
 from tests.jobs.conftest import behaviors, end_groups, requests, write
 from tests.warm_workers import ray_command, warm_workers
 
@@ -201,7 +202,7 @@ def test_the_whole_pipeline_on_s3(
     assert not [line for _, line in found if re.search(r"\buser-\d\b|likes the paper", line)], "ids or texts in a log"
 
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")  # deltalake wants it said when an endpoint has no TLS
-    read_with_the_lines_of_the_readme(store, n_answers=answered["answered"], n_behaviors=embedded["committed"])
+    read_as_in_the_docs(store, n_answers=answered["answered"], n_behaviors=embedded["committed"])
 
 
 def traces(folder: Path) -> list[tuple[str, str]]:
@@ -212,10 +213,9 @@ def traces(folder: Path) -> list[tuple[str, str]]:
     return [(name, line) for name, line in lines if "DEBUG" not in line]
 
 
-def read_with_the_lines_of_the_readme(store: str, *, n_answers: int, n_behaviors: int) -> None:
-    """The Python of the README's section on reading, with this store in the place of its own."""
-    section = (ROOT / "README.md").read_text().split("## Reading the tables")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+def read_as_in_the_docs(store: str, *, n_answers: int, n_behaviors: int) -> None:
+    """The Python of docs/data.md on reading the tables, with this store instead of its own."""
+    blocks = pages.python_blocks(pages.section(pages.DATA, "Reading the tables"))
     assert blocks
     names: dict[str, Any] = {}
     for block in blocks:
