@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jobs.runtime import cli, cost, profile, retrieval as retrieve, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, totals
+from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.training import inputs as train_data
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.options import CostOptions, PlugOptions, Retrieval, TrainingOptions
@@ -124,7 +124,7 @@ def main(config: Config) -> Summary:
     machines = session.connect()
     workers = config.workers or machines.gpus or 1
     config.check_training(workers)
-    tally = new_tally()
+    tally = Tally.start()
     train_rows, validation_rows = train_data.split(config, inputs, run.behaviors_version, tally)
     n_requests, n_validation = train_rows.count(), validation_rows.count()
     if n_requests < config.global_batch:
@@ -138,7 +138,7 @@ def main(config: Config) -> Summary:
         )
     run.begin(n_requests)
     result = _fit(config, inputs, tally, train_rows, validation_rows, n_requests, workers, machines)
-    counts, seconds = totals(tally), time.perf_counter() - started
+    counts, seconds = tally.totals(), time.perf_counter() - started
     summary = publish(config, inputs, result, counts, n_requests, seconds)
     summary = cost.spent(summary, config, machines, n_models=workers, seconds=seconds)
     return _with_profile(summary, counts, workers, machines, seconds) if config.profile else summary
@@ -221,7 +221,7 @@ def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
 def _fit(
     config: Config,
     inputs: Inputs,
-    tally: Any,
+    tally: Tally,
     train_rows: "Dataset",
     validation_rows: "Dataset",
     n_requests: int,
