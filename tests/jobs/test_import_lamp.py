@@ -126,10 +126,10 @@ def test_a_bad_question_is_a_reject_and_nothing_else_is_lost(tmp_path: Path) -> 
         rejects,
         [
             "must be an object",
-            "stands there before",
+            "duplicate id",
             "no gold",
             "'id'",
-            "stands there before",
+            "duplicate id",
             "profile item 0",
         ],
         strict=True,
