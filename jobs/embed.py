@@ -17,7 +17,7 @@ from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
 from jobs.runtime.job_options import FLAT, ActorPool, InputRows
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, note, totals, units
+from jobs.runtime.tally import Counts, Tally
 from persona.errors import InputError, UsageError
 from persona.options import CostOptions, Precision, check_at_least
 
@@ -106,18 +106,18 @@ def main(config: Config) -> Summary:
         writer = leases.enter_context(store.writer("behaviors", job="jobs.embed"))
         of_personas = leases.enter_context(store.writer("personas", job="jobs.embed")) if plug else None
         machines = session.connect()
-        tally = new_tally()
+        tally = Tally.start()
         with progress(tally, _progress_line):
             with Committer(writer, tally) as committer:
                 for staged in _staged(config, splits, columns, store, machines, tally):
                     committer.take(staged)
-            if config.sync and not _doubt(config, totals(tally)):
-                seen = set(units(tally, "compare"))
+            if config.sync and not _doubt(config, tally.totals()):
+                seen = set(tally.units("compare"))
                 for bucket in sorted({str(bucket) for bucket in store.buckets()} - seen):
-                    note(tally, "compare", bucket, {"gone": writer.remove_partition(bucket)})
+                    tally.note("compare", bucket, {"gone": writer.remove_partition(bucket)})
             if plug is not None and of_personas is not None:
                 personas.update(store, of_personas, plug, tally)
-    counts, seconds = totals(tally), time.perf_counter() - started
+    counts, seconds = tally.totals(), time.perf_counter() - started
     summary = _with_cost(_summary(config, store, counts, seconds), config, folder, counts, machines, seconds)
     return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
 
@@ -127,8 +127,8 @@ def _staged(
     splits: "list[Split]",
     columns: "Columns",
     store: "Store",
-    machines: Any,
-    tally: Any,
+    machines: session.Machines,
+    tally: Tally,
 ) -> Iterator[Any]:
     """The job as one chain: read, find what is missing, encode, stage."""
     rows = reading.read(splits, _read, limit=config.rows.limit, columns=columns, store=store, tally=tally)
@@ -136,7 +136,7 @@ def _staged(
     missing = exchange.by_bucket(rows, splits, store.n_buckets, _missing, **comparing)
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
-    pool = machines.pool(config.pool.actors, config.pool.cpus_per_actor)
+    pool = pools.ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
     threads = machines.threads(config.pool.cpus_per_actor)
     of_actors = {"config": config, "identity": store.identity, "tally": tally, "threads": threads}
     encoded = pools.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
@@ -157,7 +157,7 @@ def _doubt(config: Config, counts: Counts) -> str:
     return ""
 
 
-def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> Iterator["pa.Table"]:
+def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Tally) -> Iterator["pa.Table"]:
     """Valid behaviors of a split; the others go to the table of rejects."""
     from persona.inputs import histories
     from persona.inputs.reader import read_split
@@ -168,21 +168,21 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> 
     yield from reading.keep_good(read_split(split, job="embed"), validate, split=split, store=store, tally=tally)
 
 
-def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) -> "pa.Table":
+def _missing(rows: "pa.Table", *, store: "Store", tally: Tally, config: Config) -> "pa.Table":
     """Of one bucket's behaviors, those that the store lacks or holds with another text, and those that are gone."""
     bucket = rows["bucket"][0].as_py()
     # All input has been read before the first bucket comes here.
-    sync = config.sync and not _doubt(config, totals(tally))
+    sync = config.sync and not _doubt(config, tally.totals())
     started = time.perf_counter()
     missing, counts = store.missing(bucket, rows, sync=sync)
-    note(tally, "compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
+    tally.note("compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
     return missing
 
 
 class Encode:
     """A frozen encoder in an actor: loaded once, then behaviors in, vectors out."""
 
-    def __init__(self, config: Config, identity: "Identity", tally: Any, threads: session.Threads) -> None:
+    def __init__(self, config: Config, identity: "Identity", tally: Tally, threads: session.Threads) -> None:
         import ray
 
         from persona.models import resolve as models
@@ -207,7 +207,7 @@ class Encode:
         self.tally = tally
         self.threads = threads
         self.may_be_alone = threads.alone > threads.model
-        note(tally, "encoders", ray.get_runtime_context().get_actor_id() or "", {})
+        tally.note("encoders", ray.get_runtime_context().get_actor_id() or "", {})
         self.idle_since = time.perf_counter()
 
     def __call__(self, behaviors: "pa.Table") -> "pa.Table":
@@ -223,7 +223,7 @@ class Encode:
             import torch
 
             # A small refresh brings no second model, which would take longer to load than the first one to do it all.
-            self.may_be_alone = len(units(self.tally, "encoders")) == 1
+            self.may_be_alone = len(self.tally.units("encoders")) == 1
             torch.set_num_threads(self.threads.alone if self.may_be_alone else self.threads.model)
         is_there = pc.not_equal(behaviors["change"], "gone")
         texts = behaviors["text"].filter(is_there).to_pylist()
@@ -236,7 +236,7 @@ class Encode:
             unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
             counts = {"rows": len(texts), "tokens": encoded.n_tokens, "padded": encoded.n_padded}
             times = {"seconds": time.perf_counter() - started, "tokenizing": encoded.tokenize_s, "waiting": waited_s}
-            note(self.tally, "encode", unit, {**counts, **times})
+            self.tally.note("encode", unit, {**counts, **times})
         self.idle_since = time.perf_counter()
         return behaviors.drop_columns(["text"]).append_column("vector", column)
 

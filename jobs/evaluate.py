@@ -17,7 +17,7 @@ from jobs.runtime import cli, cost, inspection as look, joining, pools, reading,
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, flat_settings
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, note, totals
+from jobs.runtime.tally import Counts, Tally
 from persona.errors import InputError, UsageError
 from persona.options import CostOptions, PersonaKind, RetrievalOptions, check_at_least
 
@@ -121,7 +121,7 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     store = store.snapshot("behaviors", "generations")
     answered = [variant for variant in config.scored if variant in store.variants()]
     machines = session.connect()
-    tally = new_tally()
+    tally = Tally.start()
     losses = _losses(config, splits, store, where, histories, answered, machines, tally)
     if not losses["request_id"]:
         raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
@@ -131,7 +131,7 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     metrics |= {"limited": config.rows.limit is not None}
     metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
     metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
-    counts = totals(tally)
+    counts = tally.totals()
     metrics["training"] = where["record"].training
     metrics["settings"] = {**flat_settings(config), "variants": config.scored, **_origin(store, where)}
     metrics["versions"] = installed_versions()
@@ -183,7 +183,7 @@ def _looked_at(
     splits: Sequence[Any],
     store: "Store",
     where: Mapping[str, Any],
-    tally: Any,
+    tally: Tally,
     histories: Any,
     losses: Mapping[str, list[Any]],
     answers: Mapping[str, Mapping[str, str]],
@@ -234,23 +234,25 @@ def _losses(
     histories: retrieve.Histories | None,
     answered: Sequence[str],
     machines: session.Machines,
-    tally: Any,
+    tally: Tally,
 ) -> dict[str, list[Any]]:
     """Loss of each request under each kind of persona: a few numbers a request, gathered here."""
     joined = joining.requests_with_histories(
         splits,
         store,
         tally,
-        job="evaluate",
-        personas=config.personas,
-        max_behaviors=where["record"].max_behaviors,
-        needs_target=True,
-        limit=config.rows.limit,
-        keep=_Answered(answered, where["fingerprint"]),
-        texts=retrieve.best_of(histories, config.retrieval, where, tally),
-        rejected=config.rejected,
+        joining.JoinPlan(
+            job="evaluate",
+            personas=config.personas,
+            max_behaviors=where["record"].max_behaviors,
+            needs_target=True,
+            limit=config.rows.limit,
+            selection=_Answered(answered, where["fingerprint"]),
+            texts=retrieve.best_of(histories, config.retrieval, where, tally),
+            rejected=config.rejected,
+        ),
     )
-    pool = machines.pool(config.pool.actors, config.pool.cpus_per_actor)
+    pool = pools.ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
     rows = pools.by_models(joined, Losses, block_rows=8 * config.batch_size, pool=pool, **of_actors)
     names = [*_KEPT, "target", *(_KEPT_OF_REJECTED if config.rejected is not None else ())]
@@ -309,7 +311,7 @@ class _Answered:
 class Losses:
     """Plug and LLM in an actor: requests with histories and targets in, losses out."""
 
-    def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
+    def __init__(self, config: Config, where: Mapping[str, Any], tally: Tally) -> None:
         session.quiet_models(config.pool.cpus_per_actor)
         self.model = load_personalized(where, config)
         self.batch_size = config.batch_size
@@ -332,7 +334,7 @@ class Losses:
                 rows = rows.append_column(f"rejected_{name}", losses[name])
         if rows.num_rows:
             unit = f"{rows['request_id'][0]}/{rows['persona'][0]}"
-            note(self.tally, "loss", unit, {"rows": rows.num_rows})
+            self.tally.note("loss", unit, {"rows": rows.num_rows})
         return rows
 
 

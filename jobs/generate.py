@@ -16,7 +16,7 @@ from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
 from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, note, totals
+from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
 from persona.options import CostOptions, Decoding, PersonaKind, RetrievalOptions, check_at_least
 
@@ -94,11 +94,11 @@ def main(config: Config) -> Summary:
 
     with store.writer("generations", job="jobs.generate") as writer:
         machines = session.connect()
-        tally = new_tally()
+        tally = Tally.start()
         with progress(tally, _progress_line), Committer(writer, tally) as committer:
             for staged in _staged(config, splits, store, where, histories, machines, tally):
                 committer.take(staged)
-    counts, seconds = totals(tally), time.perf_counter() - started
+    counts, seconds = tally.totals(), time.perf_counter() - started
     n_models = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     summary = _summary(config, store, counts, seconds)
     summary = cost.spent(summary, config.cost, machines, n_models=n_models, seconds=seconds)
@@ -118,23 +118,25 @@ def _staged(
     store: "Store",
     where: Mapping[str, Any],
     histories: retrieve.Histories | None,
-    machines: Any,
-    tally: Any,
+    machines: session.Machines,
+    tally: Tally,
 ) -> Iterator[Any]:
     """The job as one chain: read, join with what each request may see, answer, stage."""
     unanswered = joining.requests_with_histories(
         splits,
         store.snapshot("behaviors", "generations"),
         tally,
-        job="generate",
-        personas=config.persona,
-        max_behaviors=where["record"].max_behaviors,
-        needs_target=False,
-        limit=config.rows.limit,
-        keep=_Unanswered(config, where),
-        texts=retrieve.best_of(histories, config.retrieval, where, tally),
+        joining.JoinPlan(
+            job="generate",
+            personas=config.persona,
+            max_behaviors=where["record"].max_behaviors,
+            needs_target=False,
+            limit=config.rows.limit,
+            selection=_Unanswered(config, where),
+            texts=retrieve.best_of(histories, config.retrieval, where, tally),
+        ),
     )
-    pool = machines.pool(config.pool.actors, config.pool.cpus_per_actor)
+    pool = pools.ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
     answered = pools.by_models(unanswered, Generate, block_rows=config.block_rows, pool=pool, **of_actors)
     return staging.staged(answered, store=store, table="generations", tally=tally)
@@ -220,7 +222,7 @@ class _Unanswered:
         self.config = config
         self.where = where
 
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, int]) -> "pa.Table":
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, float]) -> "pa.Table":
         """Rows of one persona; adds the columns of `adds`, and counts what is `stale`."""
         import pyarrow as pa
 
@@ -251,7 +253,7 @@ class _Unanswered:
 class Generate:
     """Plug and LLM in an actor: loaded once, then requests with histories in, answers out."""
 
-    def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
+    def __init__(self, config: Config, where: Mapping[str, Any], tally: Tally) -> None:
         session.quiet_models(config.pool.cpus_per_actor)
         self.model = load_personalized(where, config)
         self.decoding = config.decoding
@@ -270,7 +272,7 @@ class Generate:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}
             counts["waiting"] = started - self.idle_since
-            note(self.tally, "generate", unit, {**counts, "seconds": time.perf_counter() - started})
+            self.tally.note("generate", unit, {**counts, "seconds": time.perf_counter() - started})
         kept = ["request_id", "user_id", "variant", "n_behaviors", "fingerprint", "bucket", "change"]
         rows = requests.select(kept)
         for name in ("output", "n_tokens", "finish_reason"):

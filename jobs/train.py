@@ -14,7 +14,7 @@ from jobs.runtime import cli, cost, profile, retrieval as retrieve, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import FLAT, InputRows, PastTexts
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, totals
+from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.training import inputs as train_data
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.options import (
@@ -130,7 +130,7 @@ def main(config: Config) -> Summary:
     machines = session.connect()
     workers = config.workers or machines.gpus or 1
     config.training.check_workers(workers)
-    tally = new_tally()
+    tally = Tally.start()
     train_rows, validation_rows = train_data.split(config, inputs, run.behaviors_version, tally)
     n_requests, n_validation = train_rows.count(), validation_rows.count()
     if n_requests < config.training.global_batch:
@@ -144,7 +144,7 @@ def main(config: Config) -> Summary:
         )
     run.begin(n_requests)
     result = _fit(config, inputs, tally, train_rows, validation_rows, n_requests, workers, machines)
-    counts, seconds = totals(tally), time.perf_counter() - started
+    counts, seconds = tally.totals(), time.perf_counter() - started
     summary = publish(config, inputs, result, counts, n_requests, seconds)
     summary = cost.spent(summary, config.cost, machines, n_models=workers, seconds=seconds)
     return _with_profile(summary, counts, workers, machines, seconds) if config.profile else summary
@@ -229,7 +229,7 @@ def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
 def _fit(
     config: Config,
     inputs: Inputs,
-    tally: Any,
+    tally: Tally,
     train_rows: "Dataset",
     validation_rows: "Dataset",
     n_requests: int,

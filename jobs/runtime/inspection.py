@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import exchange, joining, reading, session
+from jobs.runtime.tally import Tally
 from jobs.runtime.texts import Texts
 from persona.options import PersonaKind
 
@@ -24,7 +25,7 @@ def look(
     users: frozenset[str],
     store: "Store",
     where: Mapping[str, Any],
-    tally: Any,
+    tally: Tally,
     histories: "tuple[Sequence[Split], Any] | None",
 ) -> dict[str, dict[str, Any]]:
     """By request id: `input`, the `behavior_id`s and `timestamp`s it sees, their `weights`, `persona_vector`.
@@ -46,11 +47,15 @@ def look(
         joining.join_bucket,
         store=store,
         tally=tally,
-        stage="look",
-        personas=[PersonaKind.OWN],
-        max_behaviors=max_behaviors,
-        keep=_Seen(max_behaviors),
-        texts=texts,
+        plan=joining.JoinPlan(
+            job="evaluate",
+            stage="look",
+            personas=[PersonaKind.OWN],
+            max_behaviors=max_behaviors,
+            needs_target=True,
+            selection=_Seen(max_behaviors),
+            texts=texts,
+        ),
     )
     # One process is enough for a few hundred requests, and it loads no LLM.
     looked = joined.repartition(1).map_batches(

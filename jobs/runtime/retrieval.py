@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import session, texts
-from jobs.runtime.tally import Counts, note
+from jobs.runtime.tally import Counts, Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,7 +30,7 @@ def best_of(
     histories: Histories | None,
     options: "RetrievalOptions",
     where: Mapping[str, Any],
-    tally: Any,
+    tally: Tally,
     *,
     stage: str = "texts",
 ) -> texts.Texts | None:
@@ -58,7 +58,7 @@ def summary_rows(counts: Counts) -> list[tuple[str, str]]:
 class _Retrieve:
     """Adds `retrieved`: the texts for each request, the best first."""
 
-    def __init__(self, options: "RetrievalOptions", where: Mapping[str, Any], tally: Any, stage: str) -> None:
+    def __init__(self, options: "RetrievalOptions", where: Mapping[str, Any], tally: Tally, stage: str) -> None:
         self.n = options.retrieve
         self.retriever = options.retriever
         self.encoder = where["encoder"]
@@ -90,7 +90,7 @@ class _Retrieve:
             if dense:
                 vectors_Nd = vectors.from_column(behaviors["vector"], store.identity.width).astype(np.float32)
             rows.append(best_texts(known, self.n, self.retriever, query=query, query_d=query_d, vectors_Nd=vectors_Nd))
-        note(self.tally, self.stage, str(bucket), counts)
+        self.tally.note(self.stage, str(bucket), counts)
         return requests.append_column("retrieved", pa.array(rows, pa.list_(pa.large_string())))
 
     def _encode(self, queries: list[str], identity: "Identity") -> Any:

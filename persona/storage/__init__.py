@@ -16,6 +16,7 @@ from persona.storage.files import (
     open_filesystem,
     read_bytes,
     write_bytes,
+    write_file,
 )
 from persona.storage.reach import check_reachable
 from persona.storage.uris import check_uri, is_s3, join
@@ -36,4 +37,5 @@ __all__ = [
     "open_filesystem",
     "read_bytes",
     "write_bytes",
+    "write_file",
 ]

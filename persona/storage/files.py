@@ -128,6 +128,24 @@ def write_bytes(uri: str, data: bytes) -> None:
         draft.replace(uri)
 
 
+@contextlib.contextmanager
+def write_file(uri: str) -> Iterator[Path]:
+    """A local path for a large file that is written piece by piece; needs free disk space for it.
+
+    When the context ends without an error, the file appears at `uri`, whole or not at all. Errors of the body pass
+    unchanged and leave nothing behind.
+    """
+    if is_s3(uri):
+        with tempfile.TemporaryDirectory() as folder:
+            draft = Path(folder) / "draft"
+            yield draft
+            _retried(lambda: s3.upload(draft, uri), f"cannot write {uri}")
+        return
+    with _draft(Path(uri), b"") as draft:
+        yield draft
+        _retried(lambda: draft.replace(uri), f"cannot write {uri}")
+
+
 def create_bytes(uri: str, data: bytes) -> bool:
     """Write a small file unless it exists; returns whether it was written.
 

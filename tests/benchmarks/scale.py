@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from jobs import embed
 from jobs.runtime import joining, session
-from jobs.runtime.tally import new_tally
+from jobs.runtime.tally import Tally
 from persona.inputs.splits import plan_splits
 from persona.models import packaged
 from persona.options import PersonaKind
@@ -94,11 +94,8 @@ def _join(folder: Path) -> int:
     joined = joining.requests_with_histories(
         plan_splits(str(folder / "requests.parquet"), flag="--requests"),
         store,
-        new_tally(),
-        job="generate",
-        personas=[PersonaKind.OWN],
-        max_behaviors=512,
-        needs_target=False,
+        Tally.start(),
+        joining.JoinPlan(job="generate", personas=[PersonaKind.OWN], max_behaviors=512, needs_target=False),
     )
     return sum(table.num_rows for table in joined.iter_batches(batch_size=None, batch_format="pyarrow"))
 

@@ -85,9 +85,9 @@ def corp(local: Local, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_wrong_token_is_refused(local: Local, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("b" * 64)
     code, result, said = local.submit("wrong", "true", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
-    assert (code, result) == (2, {}) and "wants its token" in said
+    assert (code, result) == (2, {}) and "requires a token" in said
     code, result, said = local.submit("none", "true", RAY_AUTH_MODE="disabled")
-    assert (code, result) == (2, {}) and "wants its token" in said
+    assert (code, result) == (2, {}) and "requires a token" in said
 
 
 def test_the_exit_code_is_the_jobs_own_and_an_id_starts_once(local: Local, tmp_path: Path) -> None:

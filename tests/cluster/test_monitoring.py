@@ -24,12 +24,12 @@ WORDS = {
 PROGRAM = """
 import sys, time, urllib.request
 import ray
-from jobs.runtime.tally import new_tally, note
+from jobs.runtime.tally import Tally
 from jobs.runtime.telemetry import exported_names
 
 port = int(sys.argv[1])
 ray.init(address="local", num_cpus=2, include_dashboard=False, _metrics_export_port=port, log_to_driver=False)
-tally = new_tally()
+tally = Tally.start()
 model = {"seconds": 1.5, "waiting": 0.5, "tokens": 90}
 for stage, unit, counts in (
     ("read", "a", {"rows": 10, "rejects": 2, "unreadable": 1}),
@@ -42,7 +42,7 @@ for stage, unit, counts in (
     ("train", "now", {"step": 3, "of": 10, "loss": 1.0, "validation": 2.0, "requests_per_s": 4.0}),
     ("commit", "commit 1", {"new": 5, "edited": 1, "gone": 0, "rows": 6}),
 ):
-    note(tally, stage, unit, counts)
+    tally.note(stage, unit, counts)
 text, until = "", time.monotonic() + 60
 while time.monotonic() < until and not all(f"{name}{{" in text for name in exported_names()):
     time.sleep(0.5)

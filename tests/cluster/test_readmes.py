@@ -11,12 +11,13 @@ from typing import Any
 
 import click
 import pytest
-from persona.inputs.files import plan_splits, read_split
 from ray.scripts.scripts import cli
 
 from jobs.runtime.cli import read_config
 from persona import cost
 from persona.inputs import histories
+from persona.inputs.reader import read_split
+from persona.inputs.splits import plan_splits
 from persona.models import packaged
 from persona.store.schema import LAYOUTS
 from tests import pages

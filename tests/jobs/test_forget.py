@@ -189,9 +189,9 @@ def test_an_id_that_needs_care_and_a_second_run(do: Job, store: Path, tmp_path: 
     [
         (
             b'{"user_id": "user-1"}\n{"user_id": null}\n',
-            "rows without a readable user_id: 1; nobody has been forgotten",
+            "rows without a readable user_id: 1; no user has been forgotten",
         ),
-        (b'{"user_id": "user-1"}\n{"user_i', "rows without a readable user_id: 1; nobody has been forgotten"),
+        (b'{"user_id": "user-1"}\n{"user_i', "rows without a readable user_id: 1; no user has been forgotten"),
         (b'{"user": "user-1"}\n', "no column 'user_id'"),
         (b"[]\n", "no row can be read"),
     ],
@@ -208,6 +208,6 @@ def test_a_bad_file_of_users_forgets_nobody(
 
 
 def test_nobody_to_forget_is_wrong_usage(refuse: Job, store: Path, tmp_path: Path) -> None:
-    assert "--user or --users must say whom to forget" in refuse(forget, store=store).said
+    assert "name those to forget with --user or --users" in refuse(forget, store=store).said
     assert "there is no store at" in refuse(forget, store=tmp_path, user="a").said
     assert "--user: an id is empty" in refuse(forget, store=store, user="").said

@@ -52,7 +52,7 @@ def test_show_tells_what_is_there(do: Job, store: Path, models: dict[str, str]) 
     assert found["tables"]["generations"]["rows"] == 2
     assert {run["table"] for run in found["runs"]} == {"behaviors", "generations"}
     assert found["runs"] == sorted(found["runs"], key=lambda run: run["at"], reverse=True)
-    assert "encoder" in done.table and "32 wide, cls pooling" in done.table
+    assert "encoder" in done.table and "width 32, cls pooling" in done.table
 
 
 def test_a_sound_store_is_verified(do: Job, store: Path, models: dict[str, str]) -> None:

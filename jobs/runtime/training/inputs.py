@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import joining, retrieval as retrieve
+from jobs.runtime.tally import Tally
 from persona.options import PersonaKind
 
 if TYPE_CHECKING:
@@ -15,21 +16,23 @@ if TYPE_CHECKING:
 _DRAWS = 2**31 - 1
 
 
-def split(config: "Config", inputs: "Inputs", version: int, tally: Any) -> "tuple[Dataset, Dataset]":
+def split(config: "Config", inputs: "Inputs", version: int, tally: Tally) -> "tuple[Dataset, Dataset]":
     """Training and held-out requests with their histories, joined once and kept in Ray's object store."""
-    settings: dict[str, Any] = {
-        "job": "train",
-        "personas": [PersonaKind.OWN],
-        "max_behaviors": config.max_behaviors,
-        "needs_target": True,
-    }
     store = inputs.store.at(behaviors=version)
     where = {"encoder": inputs.encoder.name, "record": config}
 
     def joined(splits: list[Any], held_out: str = "", limit: int | None = None) -> "Dataset":
         texts = retrieve.best_of(inputs.histories, config.retrieval, where, tally, stage=f"texts{held_out}")
-        how: dict[str, Any] = {**settings, "limit": limit, "texts": texts, "stage": f"join{held_out}"}
-        return joining.requests_with_histories(splits, store, tally, **how)
+        plan = joining.JoinPlan(
+            job="train",
+            stage=f"join{held_out}",
+            personas=[PersonaKind.OWN],
+            max_behaviors=config.max_behaviors,
+            needs_target=True,
+            limit=limit,
+            texts=texts,
+        )
+        return joining.requests_with_histories(splits, store, tally, plan)
 
     train = joined(inputs.requests, limit=config.rows.limit).materialize()
     if inputs.validation is not None:

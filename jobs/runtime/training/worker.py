@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import session
-from jobs.runtime.tally import note
+from jobs.runtime.tally import Tally
 from persona.errors import PlugMismatch
 from persona.options import TrainingOptions
 
@@ -37,6 +37,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     from persona.training.step import aligned_steps, step_rows, train_step, validation_loss
 
     config: Config = settings["config"]
+    tally: Tally = settings["tally"]
     options = config.training
     context = train.get_context()
     rank, first = context.get_world_rank(), context.get_world_rank() == 0
@@ -77,7 +78,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
             if first:
                 held_out_loss = state.get("validation_loss", 0.0)
                 now = {"step": step + 1, "of": n_steps, "loss": loss, "validation": held_out_loss}
-                settings["tally"].add.remote("train", "now", {**now, "requests_per_s": options.global_batch / seconds})
+                tally.note_soon("train", "now", {**now, "requests_per_s": options.global_batch / seconds})
             if (step + 1) % config.validate_every == 0 or step + 1 == n_steps:
                 state["validation_loss"] = validation_loss(engine, held_out, micro_batch=options.micro_batch)
                 state["validation_curve"].append([step + 1, round(state["validation_loss"], 5)])
@@ -85,7 +86,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
                 _report(engine, state, first)
                 stopwatch.lap("save")
                 if first:
-                    note(settings["tally"], "time", f"since step {begun}", stopwatch.seconds)
+                    tally.note("time", f"since step {begun}", stopwatch.seconds)
 
 
 class _Stopwatch:

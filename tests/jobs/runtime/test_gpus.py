@@ -40,7 +40,7 @@ def test_it_goes_on_with_fewer_than_asked_and_says_so() -> None:
 
 REFUSED = """
 import os
-from jobs import session
+from jobs.runtime import session
 from persona.errors import UsageError
 
 for value in ("two", "1"):

@@ -11,7 +11,7 @@ from jobs.runtime import session
 PINNED = """
 import os
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-from jobs.session import usable_cores
+from jobs.runtime.session import usable_cores
 print(usable_cores())
 """
 
@@ -21,7 +21,7 @@ import os, sys
 import psutil
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tokenizers import Tokenizer, models
-from jobs import session
+from jobs.runtime import session
 session.usable_cores = lambda: 4
 session.tokenize_with(int(sys.argv[1]))
 before = psutil.Process().num_threads()
