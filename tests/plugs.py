@@ -26,6 +26,13 @@ def random_history(draw: np.random.Generator, n_behaviors: int, width: int) -> b
     return vectors.astype("<f2").tobytes()
 
 
+def random_soft_tokens(llm: FrozenLLM, n: int, seed: int = 0) -> torch.Tensor:
+    """Three random soft tokens (n, 3, D) per request, with the norm of the LLM's token embeddings."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(n, 3, llm.width, generator=draw)
+    return torch.nn.functional.normalize(tokens, dim=-1) * llm.token_norm()
+
+
 def row(number: int, n_behaviors: int) -> dict[str, Any]:
     """A request with a random history."""
     history = random_history(np.random.default_rng(number), n_behaviors, ENCODER_WIDTH)

@@ -8,7 +8,7 @@ from itertools import groupby, islice
 
 import torch
 
-from persona.engines.base import Answer, Prompt
+from persona.engines.base import Answer, Engine, Prompt
 from persona.engines.decoding import SeededSampling, beam_search, sample
 from persona.engines.kv_cache import CausalSteps, Seq2SeqSteps
 from persona.models.frozen_llm import FrozenLLM
@@ -16,7 +16,7 @@ from persona.models.resolve import ModelFolder
 from persona.options import Decoding, Precision
 
 
-def load(folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> "LocalEngine":
+def load(folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> Engine:
     """Loads the LLM of a folder, on a GPU if there is one."""
     llm = FrozenLLM.load(folder, max_input_tokens=max_input_tokens, precision=precision)
     return LocalEngine(llm, batch_size=batch_size)
