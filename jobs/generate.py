@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from persona.inputs.splits import Split
+    from persona.models.resolve import ModelFolder
+    from persona.plug.answerer import Answerer
     from persona.plug.record import PlugRecord
     from persona.store.store import Store
 
@@ -171,22 +173,55 @@ def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | N
     return {"plug": uri, "record": record, "fingerprint": fingerprint, **names}
 
 
-def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
-    """The plug in front of its LLM, in this process; `config` says in what precision, and what is retrieved.
+def load_answerer(where: Mapping[str, Any], config: Config) -> "Answerer":
+    """The plug in front of an engine with its LLM, in this process.
 
     Raises PlugMismatch when another plug lies there now than `where` says.
     """
-    from persona.models import resolve as models
+    from persona.engines.base import new_engine
+    from persona.plug import folder as plug_folder, record as plug_record
+
+    encoder, llm = _plug_models(where)
+    engine = new_engine(
+        "local",
+        llm,
+        max_input_tokens=where["record"].max_input_tokens,
+        precision=config.models.precision,
+        batch_size=config.batch_size,
+    )
+    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
+        return plug_folder.load_answerer(
+            folder,
+            encoder=encoder,
+            engine=engine,
+            batch_size=config.batch_size,
+            prefix_tokens=config.retrieval.front_tokens,
+        )
+
+
+def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
+    """The plug in front of its LLM, in this process, to measure losses; raises as `load_answerer` does."""
     from persona.models.frozen_llm import FrozenLLM
     from persona.plug import folder as plug_folder, record as plug_record
 
+    encoder, llm_folder = _plug_models(where)
+    llm = FrozenLLM.load(
+        llm_folder, max_input_tokens=where["record"].max_input_tokens, precision=config.models.precision
+    )
+    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
+        return plug_folder.load(folder, encoder=encoder, llm=llm, prefix_tokens=config.retrieval.front_tokens)
+
+
+def _plug_models(where: Mapping[str, Any]) -> "tuple[ModelFolder, ModelFolder]":
+    """Encoder and LLM of the plug on this node. Raises PlugMismatch when they are not those of its training."""
+    from persona.models import resolve as models
+    from persona.plug import record as plug_record
+
     record: PlugRecord = where["record"]
     encoder = models.resolve(where["encoder"], revision=record.encoder["revision"], flag="--encoder")
-    llm_folder = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
-    plug_record.check_models(record, encoder=encoder, llm=llm_folder)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.models.precision)
-    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
-        return plug_folder.load(folder, encoder=encoder, llm=llm, front_tokens=config.retrieval.front_tokens)
+    llm = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
+    plug_record.check_models(record, encoder=encoder, llm=llm)
+    return encoder, llm
 
 
 def variant_of(config: Config, persona: str) -> str:
@@ -255,9 +290,8 @@ class Generate:
 
     def __init__(self, config: Config, where: Mapping[str, Any], tally: Tally) -> None:
         session.quiet_models(config.pool.cpus_per_actor)
-        self.model = load_personalized(where, config)
+        self.answerer = load_answerer(where, config)
         self.decoding = config.decoding
-        self.batch_size = config.batch_size
         self.where = where
         self.tally = tally
         self.idle_since = time.perf_counter()
@@ -267,7 +301,7 @@ class Generate:
         from persona.plug.request_tables import answer_all
 
         started = time.perf_counter()
-        answers = answer_all(self.model, requests, self.decoding, batch_size=self.batch_size)
+        answers = answer_all(self.answerer, requests, self.decoding)
         if requests.num_rows:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}

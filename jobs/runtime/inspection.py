@@ -89,7 +89,7 @@ class _TextsOf:
     def __call__(self, requests: "pa.Table", texts: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
         import pyarrow as pa
 
-        from persona.retrieval.ranking import TextLookup
+        from persona.retrieval.lookup import TextLookup
         from persona.store.join import seen_rows
 
         seen = seen_rows(requests, store, bucket, max_behaviors=self.max_behaviors)

@@ -71,11 +71,12 @@ class _Retrieve:
         import numpy as np
         import pyarrow as pa
 
-        from persona.retrieval.ranking import TextLookup, best_texts
+        from persona.retrieval.lookup import TextLookup
+        from persona.retrieval.ranking import best_texts, needs_vectors
         from persona.store import vectors
         from persona.store.join import seen_rows
 
-        dense = self.retriever == "dense"
+        dense = needs_vectors(self.retriever)
         seen = seen_rows(requests, store, bucket, max_behaviors=self.record.max_behaviors, with_vectors=dense)
         lookup = TextLookup(found)
         queries = requests["query"].to_pylist()

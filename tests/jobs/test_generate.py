@@ -10,11 +10,11 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import generate
+from persona.engines.base import new_engine
 from persona.inputs import histories as persona_histories
 from persona.inputs.requests import SCHEMA
 from persona.models import resolve as persona_models
 from persona.models.encoder import TextEncoder
-from persona.models.frozen_llm import FrozenLLM
 from persona.options import Decoding, PersonaKind
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.request_tables import answer_all
@@ -42,15 +42,15 @@ def expected(uri: str, plug: str, asked: list[Row], persona: Any, decoding: Deco
     store, folder = Store.open(uri), Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
-    model = plug_folder.load(folder, encoder=encoder, llm=frozen)
+    engine = new_engine("local", llm, max_input_tokens=record.max_input_tokens, precision="fp32", batch_size=1)
+    answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1)
     found = {}
     for row in asked:
         bucket = int(persona_histories.bucket_of([row["user_id"]], BUCKETS)[0])
         table = pa.Table.from_pylist([{**row, "query": row["input"], "bucket": bucket}], schema=SCHEMA)
         joined = join_histories(table, store, bucket, persona=PersonaKind(persona), max_behaviors=record.max_behaviors)
         joined = joined.append_column("persona", pa.array([persona]))
-        found[row["request_id"]] = answer_all(model, joined, decoding, batch_size=1)["output"][0].as_py()
+        found[row["request_id"]] = answer_all(answerer, joined, decoding)["output"][0].as_py()
     return found
 
 
@@ -176,8 +176,8 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     folder = Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
-    model = plug_folder.load(folder, encoder=encoder, llm=frozen, front_tokens=24)
+    engine = new_engine("local", llm, max_input_tokens=record.max_input_tokens, precision="fp32", batch_size=1)
+    answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1, prefix_tokens=24)
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0
     for row in asked:
@@ -192,7 +192,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
         history = vectors_Nd.astype("<f2").tobytes()
         for name, kind in zip(names, (PersonaKind.BARE, PersonaKind.OWN), strict=True):
             rows = [{**row, "query": row["input"], "history": history, "retrieved": found}]
-            said = model.answer(rows, Decoding(beams=1, max_new_tokens=8), persona=kind)[0]
+            said = answerer.answer(rows, Decoding(beams=1, max_new_tokens=8), persona=kind)[0]
             assert answers[row["request_id"], name]["output"] == said.text
 
     again = do(generate, **given, texts=histories)

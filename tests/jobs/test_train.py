@@ -193,7 +193,7 @@ def test_prompt_tuning_alone_trains_and_is_judged_without_any_history(
     encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
     frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])
     model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen)
-    batch = model.collate([{**row, "history": b""} for row in held_out], with_targets=True)
+    batch = model.collate([{**row, "history": b""} for row in held_out])
     with torch.inference_mode():
         loss = model(batch).sum().item() / batch.n_target_tokens
     # The summary keeps 5 decimals; the run adds up the same float32 numbers in batches of two.
@@ -216,13 +216,13 @@ def test_texts_of_the_history_may_stand_in_the_prompts(
     assert [training[name] for name in ("retrieve", "retriever", "retrieve_tokens")] == [1, "recency", 12]
     encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
     frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])
-    model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen, front_tokens=12)
+    model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen, prefix_tokens=12)
     rows = []
     for row in held_out:
         vectors = seen(inputs["store"], row, 512)
         texts = [one["text"] for one in written if one["user_id"] == row["user_id"]]
         rows.append({**row, "history": b"".join(vectors), "retrieved": texts[len(vectors) - 1 : len(vectors)]})
-    batch = model.collate(rows, with_targets=True)
+    batch = model.collate(rows)
     with torch.inference_mode():
         loss = model(batch).sum().item() / batch.n_target_tokens
     assert done.result["validation_loss"] == pytest.approx(loss, abs=2e-5)

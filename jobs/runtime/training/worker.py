@@ -155,7 +155,7 @@ def _engine(
         token_norm=llm.token_norm(),
     )
     query_text = plug_folder.new_query_text(encoder, config.query_prefix, config.max_query_tokens)
-    model = PersonalizedLLM(plug.to(llm.device), llm, query_text, front_tokens=config.retrieval.front_tokens)
+    model = PersonalizedLLM(plug.to(llm.device), llm, query_text, prefix_tokens=config.retrieval.front_tokens)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "training_curve": [], "validation_curve": []}
     if folder is None:
         _start(plug, encoder, llm, settings, warm=options.warm_start == "vocabulary")

@@ -42,7 +42,7 @@ def test_a_persona_is_what_the_plug_makes_of_a_history_without_a_request(
 ) -> None:
     model = new_model(encoder_folder, llm, **options, recency=recency)
     save(tmp_path, model, encoder_folder, llm_folder)
-    batch = model.collate(ROWS, with_targets=False)
+    batch = model.collate(ROWS)
     with torch.no_grad():
         personas_BKD = model.plug(batch.history_Md, batch.lengths_B, None)[:, 1:]
         if model.plug.options.weights == "mean":  # then an answer's own soft tokens are these

@@ -122,7 +122,7 @@ def test_soft_tokens_lie_as_far_from_the_mean_token_as_words_do_and_centre_on_it
         torch.testing.assert_close(spread, (tokens - tokens.mean(0)).norm(dim=-1).mean(), rtol=1e-3, atol=0)
         # GELU of a mean is not the mean of GELU, but near it.
         assert (nobody[0, k] - tokens.mean(0)).norm() < spread / 4
-    torch.testing.assert_close(nobody[0, 0], llm.embed(torch.tensor(llm.separator))[0])
+    torch.testing.assert_close(nobody[0, 0], llm.embed(torch.tensor(llm.tokenizer.separator))[0])
 
 
 def test_a_plug_with_a_gain_starts_where_one_without_does(encoder):

@@ -258,7 +258,7 @@ def test_a_step_down_the_contrast_makes_targets_likelier_under_the_own_history_t
     rows = [one for one in ROWS if one["history"]]
     places, others = with_other_histories(rows)
     assert places == [0, 1, 2, 3]
-    batch = model.collate([*rows, *others], with_targets=True)
+    batch = model.collate([*rows, *others])
     nll = model(batch)
     own_B, other_C = nll[: len(rows)], nll[len(rows) :]
     # The same requests beside others have the losses that they have alone, up to float32 sums in another order.
