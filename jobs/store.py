@@ -8,9 +8,9 @@ vacuum    deletes files that no version of the last `--keep-hours` needs, and th
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jobs.runtime import cli, exchange, session
 from jobs.runtime.cli import Summary
@@ -29,6 +29,8 @@ _GROUPS_A_COMMIT = 256
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What `jobs.store` can be told."""
+
+    FIRST_ARGUMENT: ClassVar[str] = "action"
 
     action: Literal["show", "verify", "compact", "vacuum"]
     """What to do; it may stand first, without its flag."""
@@ -196,10 +198,5 @@ def _vacuum(config: Config, store: "Store") -> _Found:
     return table, result
 
 
-def _action_first(argv: Sequence[str]) -> list[str]:
-    """`show --store X` is short for `--action show --store X`."""
-    return ["--action", *argv] if argv and not argv[0].startswith("-") else list(argv)
-
-
 if __name__ == "__main__":
-    sys.exit(cli.run(Config, main, _action_first(sys.argv[1:])))
+    sys.exit(cli.run(Config, main))

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from jobs import embed, evaluate, generate, import_lamp, train
-from jobs.runtime.cli import JOBS, read_config
+from jobs.runtime import catalog
+from jobs.runtime.configuration import read_config
 from jobs.runtime.job_options import flat_settings
 from persona.errors import UsageError
 from persona.inputs.lamp import TASKS
@@ -94,9 +95,25 @@ def test_a_flag_wins_over_the_recipe() -> None:
     assert (config.llm, config.training.global_batch) == ("google/flan-t5-xl", 64)
 
 
-def test_the_sections_of_a_recipe_are_the_jobs() -> None:
-    files = Path(train.__file__).parent.glob("*.py")
-    assert {path.stem for path in files if 'if __name__ == "__main__"' in path.read_text()} == {*JOBS, "submit"}
+def test_a_recipe_is_found_by_its_name() -> None:
+    assert catalog.recipe_names() == sorted(map(name, RECIPES))
+    by_name = read_config(train.Config, ["--config", "lamp_4/best", *PLACES[train]])
+    assert by_name == read(train, FOLDER / "lamp_4" / "best.yaml")
+
+
+def test_an_unknown_recipe_lists_those_that_exist() -> None:
+    with pytest.raises(UsageError) as refused:
+        read_config(train.Config, ["--config", "lamp_4/bets", *PLACES[train]])
+    said = str(refused.value)
+    assert said.startswith("--config lamp_4/bets: is neither a file nor a recipe; did you mean lamp_4/best?")
+    assert all(recipe in said for recipe in catalog.recipe_names())
+
+
+def test_a_file_wins_over_a_recipe_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lamp_4").mkdir()
+    (tmp_path / "lamp_4" / "best").write_text("train: {epochs: 99}")
+    monkeypatch.chdir(tmp_path)
+    assert read_config(train.Config, ["--config", "lamp_4/best", *PLACES[train]]).training.epochs == 99
 
 
 @pytest.mark.parametrize(
@@ -105,10 +122,10 @@ def test_the_sections_of_a_recipe_are_the_jobs() -> None:
         ("embed: {pooling: cls}", "has no section train, only embed"),
         ("train: {epochs: 1}\ntrian: {}", "unknown section trian; did you mean train?"),
         ("train: {epochs: 1}\nepochs: 3", "unknown section epochs"),
-        ("train: {epochs: 1}\ntrain: {epochs: 2}", "the section train stands there 2 times"),
+        ("train: {epochs: 1}\ntrain: {epochs: 2}", "duplicate section train"),
         ("train: {epochs: 1}\nstore: s", "the section store must be a mapping of keys to values"),
         ("train: {epoch: 1}", "train: unknown key epoch; did you mean epochs?"),
-        ("train: {epochs: 1, epochs: 2}", "train: the key epochs stands there 2 times"),
+        ("train: {epochs: 1, epochs: 2}", "train: duplicate key epochs"),
     ],
 )
 def test_a_wrong_recipe_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 from jobs import train
-from jobs.runtime.cli import read_config
+from jobs.runtime.configuration import read_config
 from jobs.runtime.training import inputs as train_data
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve

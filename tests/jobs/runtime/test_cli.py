@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
-from jobs.runtime.cli import Summary, find_persona_error, run
+from jobs.runtime.cli import Summary, run
 from jobs.runtime.job_options import FLAT, InputRows, flat_settings
-from persona.errors import InputError, StorageError, UsageError
+from jobs.runtime.remote_errors import find_persona_error
+from persona.errors import InputError, PersonaError, StorageError, UsageError
 
 REQUIRED = ["--histories", "h", "--store", "s"]
 ROOT = Path(__file__).parents[3]
@@ -184,7 +186,7 @@ def test_wrong_usage_is_one_line_that_says_what_is_right(answer, argv: Sequence[
         ("sotre: s", "unknown key sotre; did you mean store?"),
         ("dry-run: true", "unknown key dry-run; did you mean dry_run?"),
         ("config: other.yaml", "unknown key config; see --help"),
-        ("limit: 1\nlimit: 2", "the key limit stands there 2 times"),
+        ("limit: 1\nlimit: 2", "duplicate key limit"),
         ("limit: 2.5", "limit '2.5': must be a whole number or none"),
         ("limit: {at: 3}", "limit: a mapping does not fit here; see --help"),
         ("limit: [3]", "limit '[3]': must be a whole number or none"),
@@ -281,6 +283,23 @@ def test_a_bug_in_the_handling_of_our_error_is_a_bug():
     assert find_persona_error(error) is error.__cause__
 
 
+class _LimitReached(InputError):
+    """An error of ours that some other module defines."""
+
+
+@pytest.mark.parametrize("kind", [PersonaError, *PersonaError.__subclasses__(), _LimitReached])
+def test_an_error_that_ray_keeps_as_text_alone_is_found_by_its_class(kind: type[PersonaError]):
+    """By the name that a traceback prints for the class, wherever the class is defined."""
+    wrapper = type("RaySystemError", (Exception,), {"__module__": "ray.exceptions"})
+    found = find_persona_error(wrapper("".join(traceback.format_exception(kind("two\nlines")))))
+    assert (type(found), str(found)) == (kind, "two\nlines")
+
+
+def test_an_error_of_ours_that_is_only_quoted_is_none():
+    wrapper = type("RaySystemError", (Exception,), {"__module__": "ray.exceptions"})
+    assert find_persona_error(wrapper("ValueError: not a persona.errors.InputError: x")) is None
+
+
 def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path):
     script = tmp_path / "job.py"
     script.write_text(
@@ -314,7 +333,8 @@ RAY_JOB = '''
 """Let workers fail in every way that Ray knows, and say what is found in the errors that arrive here."""
 import sys
 from dataclasses import dataclass
-from jobs.runtime.cli import Summary, find_persona_error, run
+from jobs.runtime.cli import Summary, run
+from jobs.runtime.remote_errors import find_persona_error
 from persona.errors import InputError, StorageError
 
 @dataclass(frozen=True, kw_only=True)
