@@ -1,4 +1,4 @@
-"""A recipe is one file for all jobs, each of which accepts its section, and the paper's is the paper's."""
+"""Recipes: every job accepts its section, `paper` has the settings of PPlug, and a name finds its file."""
 
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +33,7 @@ def read(job: ModuleType, recipe: Path, *flags: str) -> Any:
     return read_config(job.Config, ["--config", str(recipe), *PLACES[job], *flags])
 
 
-def test_every_task_and_the_acl_set_have_both_settings() -> None:
+def test_every_task_and_the_acl_set_have_both_recipes() -> None:
     folders = [f"lamp_{task.removeprefix('LaMP_')}" for task in TASKS] + ["acl_next_title", "acl_which"]
     assert {name(recipe) for recipe in RECIPES} == {
         f"{folder}/{how}" for folder in folders for how in ("paper", "best")
@@ -54,7 +54,7 @@ def test_every_job_accepts_its_section_of_every_recipe(job: ModuleType, recipe: 
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_paper_is_the_papers(task: str) -> None:
+def test_paper_has_the_settings_of_the_paper(task: str) -> None:
     recipe = FOLDER / f"lamp_{task.removeprefix('LaMP_')}" / "paper.yaml"
     config = read(train, recipe)
     assert config.llm == "google/flan-t5-xxl"
@@ -67,7 +67,7 @@ def test_the_paper_is_the_papers(task: str) -> None:
     )
     assert (plug.temperature, plug.learn_temperature, plug.recency) == (1.0, False, False)
     assert (plug.persona_gain, training.alignment, training.contrast) == (1.0, 0.0, 0.0)
-    # Epochs over data written eleven times; one of them for LaMP-3, two for the others.
+    # The paper repeats its data eleven times and trains one epoch for LaMP-3, two for the others.
     assert training.epochs == 11 * (1 if task == "LaMP_3" else 2)
     assert (training.history_dropout, training.empty_history) == (0.5, 0.0)
     assert (training.global_batch, training.zero_stage, config.precision) == (64, 1, "bf16")
@@ -128,7 +128,7 @@ def test_a_file_wins_over_a_recipe_of_the_same_name(tmp_path: Path, monkeypatch:
         ("train: {epochs: 1, epochs: 2}", "train: duplicate key epochs"),
     ],
 )
-def test_a_wrong_recipe_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_an_error_in_a_recipe_names_its_section(tmp_path: Path, text: str, message: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     with pytest.raises(UsageError) as refused:

@@ -15,9 +15,7 @@ from tests.jobs.conftest import TRAINING, Job, behaviors, requests, write
 ON_GPUS, ON_CPUS = Machines(cores=8, gpus=4), Machines(cores=8, gpus=0)
 
 
-def test_a_dry_run_shows_the_cost(
-    refuse: Job, store: Path, plug: str, models: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_dry_run_shows_the_cost(refuse: Job, store: Path, plug: str, models: dict[str, str], tmp_path: Path) -> None:
     priced: dict[str, Any] = {"dry_run": True, "tflops": 1e-6, "gpu_hour_price": 2.0}
     asked = write(str(tmp_path / "asked.jsonl"), requests())
     histories = write(str(tmp_path / "histories.jsonl"), behaviors())
