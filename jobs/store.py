@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jobs.runtime import cli, exchange, session
 from jobs.runtime.cli import Summary
@@ -30,6 +30,8 @@ _PROBLEMS_SHOWN, _PROBLEMS_RETURNED = 20, 1000
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Configuration of jobs.store."""
+
+    FIRST_ARGUMENT: ClassVar[str] = "action"
 
     action: Literal["show", "verify", "compact", "vacuum"]
     """What to do; may also be given first, without the flag."""
@@ -209,10 +211,5 @@ def _vacuum(config: Config, store: "Store") -> Outcome:
     return Outcome(table=table, result=result)
 
 
-def _action_first(argv: Sequence[str]) -> list[str]:
-    """`show --store X` is short for `--action show --store X`."""
-    return ["--action", *argv] if argv and not argv[0].startswith("-") else list(argv)
-
-
 if __name__ == "__main__":
-    sys.exit(cli.run(Config, main, _action_first(sys.argv[1:])))
+    sys.exit(cli.run(Config, main))

@@ -13,8 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("persona/**/*.py"), *ROOT.glob("jobs/**/*.py")])
 PERSONA = [path for path in SOURCES if path.is_relative_to(ROOT / "persona")]
-# A job is a module with a command line; what stands beside it in jobs/ is what the jobs share.
-JOBS = [path.stem for path in sorted(ROOT.glob("jobs/*.py")) if 'if __name__ == "__main__"' in path.read_text()]
+JOBS = [path.stem for path in sorted(ROOT.glob("jobs/*.py")) if not path.stem.startswith("_")]
 DRAWS_HELP = "import cyclopts.help, rich.console, rich.markdown, rich.table"
 # What tasks of Ray Data import where no model is at work.
 WITHOUT_A_MODEL = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from jobs.runtime.cli import read_config
+from jobs.runtime.configuration import read_config
 from tests.pages import PAGES, ROOT, name, shell_lines
 
 CLUSTER = ROOT / "cluster"
@@ -116,7 +116,7 @@ def parse_job(text: str) -> Any:
     job = importlib.import_module(module)
     flags = ["id" if "$(" in word else _recipe(word) for word in flags]
     # `jobs.store` takes its action without a flag, too.
-    config = read_config(job.Config, getattr(job, "_action_first", list)(flags))
+    config = read_config(job.Config, flags)
     assert config is not None
     if module == "jobs.submit":
         parse_job(config.entrypoint)

@@ -1,4 +1,4 @@
-"""A recipe is one file for all jobs, each of which accepts its section, and the paper's is the paper's."""
+"""Recipes: every job accepts its section, `paper` has the settings of PPlug, and a name finds its file."""
 
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from jobs import embed, evaluate, generate, import_lamp, train
-from jobs.runtime.cli import JOBS, read_config
+from jobs.runtime import catalog
+from jobs.runtime.configuration import read_config
 from jobs.runtime.job_options import flat_settings
 from persona.errors import UsageError
 from persona.inputs.lamp import TASKS
@@ -32,7 +33,7 @@ def read(job: ModuleType, recipe: Path, *flags: str) -> Any:
     return read_config(job.Config, ["--config", str(recipe), *PLACES[job], *flags])
 
 
-def test_every_task_and_the_acl_set_have_both_settings() -> None:
+def test_every_task_and_the_acl_set_have_both_recipes() -> None:
     folders = [f"lamp_{task.removeprefix('LaMP_')}" for task in TASKS] + ["acl_next_title", "acl_which"]
     assert {name(recipe) for recipe in RECIPES} == {
         f"{folder}/{how}" for folder in folders for how in ("paper", "best")
@@ -53,7 +54,7 @@ def test_every_job_accepts_its_section_of_every_recipe(job: ModuleType, recipe: 
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_paper_is_the_papers(task: str) -> None:
+def test_paper_has_the_settings_of_the_paper(task: str) -> None:
     recipe = FOLDER / f"lamp_{task.removeprefix('LaMP_')}" / "paper.yaml"
     config = read(train, recipe)
     assert config.llm == "google/flan-t5-xxl"
@@ -66,7 +67,7 @@ def test_the_paper_is_the_papers(task: str) -> None:
     )
     assert (plug.temperature, plug.learn_temperature, plug.recency) == (1.0, False, False)
     assert (plug.persona_gain, training.alignment, training.contrast) == (1.0, 0.0, 0.0)
-    # Epochs over data written eleven times; one of them for LaMP-3, two for the others.
+    # The paper repeats its data eleven times and trains one epoch for LaMP-3, two for the others.
     assert training.epochs == 11 * (1 if task == "LaMP_3" else 2)
     assert (training.history_dropout, training.empty_history) == (0.5, 0.0)
     assert (training.global_batch, training.zero_stage, config.precision) == (64, 1, "bf16")
@@ -94,9 +95,25 @@ def test_a_flag_wins_over_the_recipe() -> None:
     assert (config.llm, config.training.global_batch) == ("google/flan-t5-xl", 64)
 
 
-def test_the_sections_of_a_recipe_are_the_jobs() -> None:
-    files = Path(train.__file__).parent.glob("*.py")
-    assert {path.stem for path in files if 'if __name__ == "__main__"' in path.read_text()} == {*JOBS, "submit"}
+def test_a_recipe_is_found_by_its_name() -> None:
+    assert catalog.recipe_names() == sorted(map(name, RECIPES))
+    by_name = read_config(train.Config, ["--config", "lamp_4/best", *PLACES[train]])
+    assert by_name == read(train, FOLDER / "lamp_4" / "best.yaml")
+
+
+def test_an_unknown_recipe_lists_those_that_exist() -> None:
+    with pytest.raises(UsageError) as refused:
+        read_config(train.Config, ["--config", "lamp_4/bets", *PLACES[train]])
+    said = str(refused.value)
+    assert said.startswith("--config lamp_4/bets: is neither a file nor a recipe; did you mean lamp_4/best?")
+    assert all(recipe in said for recipe in catalog.recipe_names())
+
+
+def test_a_file_wins_over_a_recipe_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lamp_4").mkdir()
+    (tmp_path / "lamp_4" / "best").write_text("train: {epochs: 99}")
+    monkeypatch.chdir(tmp_path)
+    assert read_config(train.Config, ["--config", "lamp_4/best", *PLACES[train]]).training.epochs == 99
 
 
 @pytest.mark.parametrize(
@@ -105,13 +122,13 @@ def test_the_sections_of_a_recipe_are_the_jobs() -> None:
         ("embed: {pooling: cls}", "has no section train, only embed"),
         ("train: {epochs: 1}\ntrian: {}", "unknown section trian; did you mean train?"),
         ("train: {epochs: 1}\nepochs: 3", "unknown section epochs"),
-        ("train: {epochs: 1}\ntrain: {epochs: 2}", "the section train stands there 2 times"),
+        ("train: {epochs: 1}\ntrain: {epochs: 2}", "duplicate section train"),
         ("train: {epochs: 1}\nstore: s", "the section store must be a mapping of keys to values"),
         ("train: {epoch: 1}", "train: unknown key epoch; did you mean epochs?"),
-        ("train: {epochs: 1, epochs: 2}", "train: the key epochs stands there 2 times"),
+        ("train: {epochs: 1, epochs: 2}", "train: duplicate key epochs"),
     ],
 )
-def test_a_wrong_recipe_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_an_error_in_a_recipe_names_its_section(tmp_path: Path, text: str, message: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     with pytest.raises(UsageError) as refused:

@@ -11,7 +11,6 @@ from deltalake import DeltaTable, write_deltalake
 
 from jobs import store as job
 from jobs.runtime.cli import run
-from jobs.store import _action_first
 from persona.store.store import Store
 from tests.jobs.conftest import Job, behaviors, encoded
 from tests.models import tiny_encoder
@@ -109,7 +108,7 @@ def test_compacting_and_vacuuming_leave_every_row_and_no_small_file(
 
 
 def test_the_action_may_stand_first(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(job.Config, job.main, _action_first(["compact", "--store", str(store), "--dry-run"])) == 0
+    assert run(job.Config, job.main, ["compact", "--store", str(store), "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["would"].startswith("compact the store")
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 from jobs import train
-from jobs.runtime.cli import read_config
+from jobs.runtime.configuration import read_config
 from jobs.runtime.training import inputs as train_data
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
@@ -228,7 +228,8 @@ def test_texts_of_the_history_may_stand_in_the_prompts(
     assert done.result["validation_loss"] == pytest.approx(loss, abs=2e-5)
     other = refuse(train, **{**flags, "retriever": "bm25"})
     assert (other.code, "retriever was 'recency' and is 'bm25'" in other.said) == (2, True)
-    assert "--texts has no effect without --retrieve" in refuse(train, **{**flags, "retrieve": 0}).said
+    unused = refuse(train, **{**flags, "retrieve": 0, "retrieve_tokens": None})
+    assert "--texts has no effect without --retrieve" in unused.said
 
 
 def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:

@@ -1,4 +1,4 @@
-"""The options: what is refused, with the flag named, and the seed of a request."""
+"""Options refuse values that cannot work, naming the flag; and the seed of a request."""
 
 from dataclasses import replace
 
@@ -91,6 +91,6 @@ def test_a_requests_seed_depends_on_its_id_and_on_the_seed_alone():
     decoding = SAMPLING
     assert decoding.row_seed("a") == replace(decoding, max_new_tokens=3, top_p=0.5).row_seed("a")
     assert len({decoding.row_seed("a"), decoding.row_seed("b"), replace(decoding, seed=8).row_seed("a")}) == 3
-    # A number and an id that follow each other must not run together: seed 1 of "12" is not seed 11 of "2".
+    # Seed and id must not run together: seed 1 of "12" is not seed 11 of "2".
     assert replace(decoding, seed=1).row_seed("12") != replace(decoding, seed=11).row_seed("2")
     assert 0 <= decoding.row_seed("é \n") < 2**63
