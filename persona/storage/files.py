@@ -6,7 +6,6 @@ raises `StorageError` within `PERSONA_STORAGE_TIMEOUT_S` for each request or fil
 
 import contextlib
 import functools
-import re
 import shutil
 import tempfile
 import uuid
@@ -24,14 +23,6 @@ from persona.storage.retry import in_one_line, retry_transient
 from persona.storage.uris import is_s3, join
 
 T = TypeVar("T")
-
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_ANSWER_S = 5.0  # how long a store may be silent when `check_reachable` asks it
-_ATTEMPTS = 4  # of that question, before a store that is not heard counts as one that is not there
-_LISTINGS = 100  # of a folder that others make at this moment, before its absence is believed
-# What may stand in the path of an S3 URI. Ray and pyarrow send a URI with other characters silently to the
-# local disk, or read them as a query; both would be found out much later.
-_KEY = re.compile(r"[A-Za-z0-9!_.*'()/=+,:@&$;~-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +102,16 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
 
 
 def _below(filesystem: pafs.LocalFileSystem, uri: str) -> list[pafs.FileInfo]:
-    """What lies below a local folder; of one that is made at this moment Arrow says that it is not there, and is."""
+    """The entries below a local folder; an empty list where there is no folder."""
     selector = pafs.FileSelector(uri, allow_not_found=True, recursive=True)
-    for _ in range(_LISTINGS - 1):
-        with contextlib.suppress(FileNotFoundError):
-            return list(filesystem.get_file_info(selector))
-    return list(filesystem.get_file_info(selector))
+    # Despite `allow_not_found`, Arrow raises for a folder that appears or disappears during the call.
+    return retry_transient(
+        lambda: list(filesystem.get_file_info(selector)),
+        f"cannot list {uri}",
+        is_transient=lambda error: isinstance(error, FileNotFoundError),
+        give_up_s=5.0,
+        pauses_s=(0.0001, 0.1),
+    )
 
 
 def read_bytes(uri: str) -> bytes:

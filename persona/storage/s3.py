@@ -19,7 +19,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from persona.errors import StorageError
-from persona.storage.retry import give_up_s, retry_transient, silence_s
+from persona.storage.retry import retry_transient, silence_s, timeout_s
 from persona.storage.uris import S3
 
 _MOST_ATTEMPTS = 5
@@ -80,9 +80,9 @@ def delta_options(uri: str) -> dict[str, str]:
         "aws_conditional_put": "etag",
         "connect_timeout": _duration(silence_s()),
         # The time for one whole request, and that for a request with its repetitions; together half of the bound.
-        "timeout": _duration(give_up_s() / 4),
-        "retry_timeout": _duration(give_up_s() / 4),
-        "backoff_config.max_backoff": _duration(give_up_s() / 16),
+        "timeout": _duration(timeout_s() / 4),
+        "retry_timeout": _duration(timeout_s() / 4),
+        "backoff_config.max_backoff": _duration(timeout_s() / 16),
     }
     if url := endpoint():
         options |= {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": str(url.startswith("http://")).lower()}
@@ -198,7 +198,7 @@ def _carrier(bucket: str) -> contextlib.AbstractContextManager[Any]:
 def _attempts(silent_s: float) -> int:
     """How many attempts fit into half of the bound when all meet silence, and pause for 0 to 1, 2, 4, ... s between."""
     longest_s = {n: n * silent_s + (2 ** (n - 1) - 1) / 2 for n in range(2, _MOST_ATTEMPTS + 1)}
-    return max((n for n, s in longest_s.items() if s <= give_up_s() / 2), default=1)
+    return max((n for n, s in longest_s.items() if s <= timeout_s() / 2), default=1)
 
 
 def _duration(seconds: float) -> str:

@@ -109,7 +109,7 @@ def test_a_store_that_fails_for_good_ends_the_job_in_time_and_the_next_run_ends_
     assert (job.returncode, out) == (1, ""), said
     assert took_s < ENDS_WITHIN_S
     last = said.strip().splitlines()[-1]
-    assert "tried for" in last and "test-secret" not in said, said
+    assert "retried for" in last and "test-secret" not in said, said
     store = Store.open(flags["store"])
     before = rows(store)
     assert len(before) < 480 and problems(store) == []

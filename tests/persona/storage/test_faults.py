@@ -12,9 +12,9 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from persona import storage
-from persona.errors import StorageError, UsageError
+from persona.errors import LeaseHeld, StorageError, UsageError
 from persona.storage import s3 as objects
-from persona.storage.retry import give_up_s, is_transient, retry_transient
+from persona.storage.retry import is_transient, retry_transient, timeout_s
 from persona.store.store import Store
 from tests.faulty_s3 import TRANSIENT, FaultyS3
 from tests.stores import IDENTITY, answers
@@ -83,7 +83,7 @@ def test_a_store_that_answers_with_errors_is_reachable_once_it_answers_well(
 
     bad.most = float("inf")
     bound(monkeypatch, 1.0)
-    with pytest.raises(StorageError, match=r"--store: .* cannot list .*/x: tried for "):
+    with pytest.raises(StorageError, match=r"--store: .* cannot list .*/x: retried for "):
         storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
 
 
@@ -140,14 +140,14 @@ def assert_all_give_up_within_the_bound(works: Mapping[str, Callable[[], object]
         began = time.monotonic()
         with pytest.raises(StorageError) as caught:
             works[said]()
-        assert str(caught.value).startswith(f"{said}: tried for "), caught.value
+        assert str(caught.value).startswith(f"{said}: retried for "), caught.value
         assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
         return time.monotonic() - began
 
     with ThreadPoolExecutor(len(works)) as pool:
         took_s = list(pool.map(fail, works))
     # Two seconds for the threads, which share the processor with whatever else this machine does.
-    assert max(took_s) < give_up_s() + 2.0, dict(zip(works, took_s, strict=True))
+    assert max(took_s) < timeout_s() + 2.0, dict(zip(works, took_s, strict=True))
 
 
 def test_a_refusal_is_not_asked_for_again(each_s3: str, bad: FaultyS3, folder: Path) -> None:
@@ -259,20 +259,50 @@ def test_work_is_repeated_until_it_succeeds() -> None:
     assert retry_transient(work, "cannot work") == "done"
 
 
-def test_an_error_that_stays_passes_at_once() -> None:
-    tries = []
+def test_a_permanent_error_is_raised_at_once() -> None:
+    attempts = []
 
     def work() -> None:
-        tries.append(1)
-        raise PermissionError("not yours")
+        attempts.append(1)
+        raise PermissionError("denied")
 
-    with pytest.raises(PermissionError, match="not yours"):
+    with pytest.raises(PermissionError, match="denied"):
         retry_transient(work, "cannot work")
-    assert len(tries) == 1
+    assert len(attempts) == 1
+
+
+def test_the_caller_decides_what_is_retried_how_long_and_what_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound(monkeypatch, 3600)
+    attempts = []
+
+    def work() -> None:
+        attempts.append(1)
+        raise KeyError("key") if len(attempts) < 9 else ConnectionError("connection")
+
+    def is_key_error(error: BaseException) -> bool:
+        return isinstance(error, KeyError)
+
+    with pytest.raises(ConnectionError):
+        retry_transient(work, "cannot work", is_transient=is_key_error, give_up_s=5.0, pauses_s=(0.001, 0.001))
+    assert len(attempts) == 9
+
+    for limit_s in (0.0, 0.4):
+        attempts.clear()
+        with pytest.raises(LeaseHeld, match="^cannot work: retried for 0 s; last error: KeyError: 'key'$") as caught:
+            retry_transient(
+                work,
+                "cannot work",
+                is_transient=is_key_error,
+                give_up_s=limit_s,
+                pauses_s=(0.1, 0.1),
+                error_class=LeaseHeld,
+            )
+        assert isinstance(caught.value.__cause__, KeyError)
+        assert len(attempts) > 1 if limit_s else len(attempts) == 1
 
 
 @pytest.mark.parametrize("told", ["soon", "0", "-1", "inf", "nan"])
 def test_a_bound_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     monkeypatch.setenv("PERSONA_STORAGE_TIMEOUT_S", told)
     with pytest.raises(UsageError, match="PERSONA_STORAGE_TIMEOUT_S"):
-        give_up_s()
+        timeout_s()
