@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from persona.inputs.histories import Columns
     from persona.models.resolve import ModelFolder
     from persona.options import Pooling
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
 
 _TEXT_RULE = "text as given, cut to max_tokens"
 
@@ -251,7 +252,7 @@ class Encode:
 def _identity(config: Config, folder: "ModelFolder") -> "Identity":
     """What the store will remember of the encoder."""
     from persona.models.resolve import sentence_pooling
-    from persona.store.store import Identity
+    from persona.store.identity import Identity
 
     return Identity(
         encoder=folder.name,

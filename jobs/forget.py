@@ -143,7 +143,7 @@ def _found(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator["
     import pyarrow as pa
 
     from persona.store import maintenance as housekeeping
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
 
     for row in batch.to_pylist():
         n = housekeeping.rows_of_users(store.table(row["table"]), DataFile.from_json(row["file"]), users)
@@ -154,7 +154,7 @@ def _rewrite(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator
     import pyarrow as pa
 
     from persona.store import maintenance as housekeeping
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
 
     kinds = pa.schema([("old", pa.string()), ("new", pa.string())])
     for row in batch.to_pylist():
@@ -166,7 +166,7 @@ def _rewrite(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator
 
 
 def _pair(row: dict[str, Any]) -> "Rewritten":
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
 
     return DataFile.from_json(row["old"]), DataFile.from_json(row["new"]) if row["new"] else None
 

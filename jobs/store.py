@@ -169,7 +169,7 @@ def _merge(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
     import pyarrow as pa
 
     from persona.store import writer
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
 
     kinds = pa.schema([("old", pa.list_(pa.string())), ("new", pa.string())])
     for row in batch.to_pylist():
@@ -178,7 +178,7 @@ def _merge(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
 
 
 def _merged(row: dict[str, Any]) -> "Merged":
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
 
     return [DataFile.from_json(file) for file in row["old"]], DataFile.from_json(row["new"])
 

@@ -19,7 +19,7 @@ from jobs.runtime.tally import note
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
     from persona.store.writer import Rewritten, Writer
 
 # The log gets a version a second at most: each one costs every later reader a little.

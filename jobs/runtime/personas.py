@@ -14,7 +14,8 @@ from jobs.runtime.commits import Committer
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
     from persona.store.writer import Writer
 
 _USERS_TOGETHER = 1024

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from persona.inputs.histories import Columns
     from persona.models.encoder import TextEncoder
     from persona.options import Retrieval
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
 
 
 Histories = tuple["list[Split]", "Columns"]

@@ -15,7 +15,7 @@ from jobs.store import _action_first
 from persona.store.store import Store
 from tests.jobs.conftest import Job, behaviors, encoded
 from tests.models import tiny_encoder
-from tests.stores import answers
+from tests.stores import answers, write_rows
 
 
 def rows(store: Path, name: str = "behaviors") -> list[dict[str, Any]]:
@@ -31,14 +31,14 @@ def refreshed(store: Path, encoder: str, times: int = 3) -> None:
     opened = Store.open(str(store))
     for day in range(times):
         more = [{**row, "behavior_id": f"day {day}"} for row in behaviors(6, 1)]
-        opened.write("behaviors", encoded(encoder, more))
+        write_rows(opened, "behaviors", encoded(encoder, more))
     edited = [{**row, "text": f"no, {row['text']}"} for row in behaviors(2, 1)]
-    opened.write("behaviors", encoded(encoder, edited, change="edited"))
+    write_rows(opened, "behaviors", encoded(encoder, edited, change="edited"))
 
 
 def test_show_tells_what_is_there(do: Job, store: Path, models: dict[str, str]) -> None:
     refreshed(store, models["encoder"])
-    Store.open(str(store)).write("generations", answers("a", "b"))
+    write_rows(Store.open(str(store)), "generations", answers("a", "b"))
     done = do(job, action="show", store=store)
     assert done.code == 0
     found = done.result
@@ -57,7 +57,7 @@ def test_show_tells_what_is_there(do: Job, store: Path, models: dict[str, str]) 
 
 def test_a_sound_store_is_verified(do: Job, store: Path, models: dict[str, str]) -> None:
     refreshed(store, models["encoder"])
-    Store.open(str(store)).write("generations", answers("a", "b"))
+    write_rows(Store.open(str(store)), "generations", answers("a", "b"))
     done = do(job, action="verify", store=store, encoder=models["encoder"])
     assert (done.code, done.result["n_problems"]) == (0, 0)
     assert done.result["checked"] == {"behaviors": 48, "personas": 0, "generations": 2}
@@ -81,8 +81,8 @@ def test_what_is_broken_is_found_and_named(do: Job, store: Path, tmp_path: Path)
     done = do(job, action="verify", store=store, encoder=str(tiny_encoder(tmp_path / "other", seed=9)))
     assert done.code == 1
     said = "\n".join(done.result["problems"])
-    expected = ["have a key that is there already", "not in their user's bucket", "are not 64 bytes long"]
-    expected += ["are no unit vectors", "cannot read", "and --encoder has"]
+    expected = ["have a duplicate key", "not in their user's bucket", "are not 64 bytes long"]
+    expected += ["are not unit vectors", "cannot read", "and --encoder has"]
     assert [part for part in expected if part not in said] == []
 
 

@@ -7,8 +7,7 @@ import torch
 
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder, resolve
-from persona.storage import join
-from persona.store import table as tables
+from persona.storage import join, retry
 from persona.store.store import Store
 from tests.models import tiny_encoder, tiny_llama, tiny_t5
 from tests.stores import IDENTITY
@@ -59,4 +58,4 @@ def local(tmp_path: Path) -> Store:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pause between two attempts to commit."""
-    monkeypatch.setattr(tables.random, "uniform", lambda low, high: 0.0)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 0.0)

@@ -23,7 +23,8 @@ from persona.errors import InputError
 from persona.inputs import histories, requests
 from persona.inputs.files import plan_splits, read_split
 from persona.inputs.histories import Columns
-from persona.store.store import Identity, Store
+from persona.store.identity import Identity
+from persona.store.store import Store
 from tests.nasty import BAD, BEHAVIORS, NASTY, REQUESTS, TEXTS, USERS, Case, a_behavior, a_user, columns, micros
 
 SOME = settings(max_examples=60)

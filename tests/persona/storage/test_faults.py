@@ -222,7 +222,7 @@ def test_a_conflict_is_not_taken_for_a_commit_of_another_run(each_s3: str, bad: 
     with store.writer("generations", job="jobs.generate") as writer:  # a commit that says who writes
         assert bad.done["conflict"] == 4
         bad.most = 2
-        writer.commit(store.stage("generations", answers("r-1", "r-2")))
+        writer.add(store.stage("generations", answers("r-1", "r-2")))
     assert bad.done["conflict"] == 6
     assert sorted(store.read_generations()["request_id"].to_pylist()) == ["r-1", "r-2"]
 
