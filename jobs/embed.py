@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.options import Pooling
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
 
 _TEXT_RULE = "text as given, cut to max_tokens"
 
@@ -244,7 +245,7 @@ class Encode:
 def _identity(config: Config, folder: "ModelFolder") -> "Identity":
     """What the store will remember of the encoder."""
     from persona.models.resolve import sentence_pooling
-    from persona.store.store import Identity
+    from persona.store.identity import Identity
 
     return Identity(
         encoder=folder.name,

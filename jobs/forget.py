@@ -18,7 +18,7 @@ from jobs.runtime.cli import Summary
 from persona.errors import InputError, PersonaError, UsageError
 
 if TYPE_CHECKING:
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
     from persona.store.store import Store
     from persona.store.writer import Rewritten
 

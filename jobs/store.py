@@ -18,7 +18,7 @@ from persona.errors import UsageError
 from persona.options import check_at_least
 
 if TYPE_CHECKING:
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
     from persona.store.store import Store
     from persona.store.writer import Merged
 

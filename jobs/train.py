@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from persona.models.resolve import ModelFolder
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray import ObjectRef
 
-    from persona.store.schema import DataFile
+    from persona.store.data_files import DataFile
     from persona.store.writer import Rewritten, Writer
 
 _COMMIT_EVERY_S = 1.0  # each version of the log makes every later read a little slower

@@ -15,7 +15,8 @@ from jobs.runtime.tally import Tally
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
     from persona.store.writer import Writer
 
 _USERS_TOGETHER = 1024

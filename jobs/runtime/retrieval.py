@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from persona.inputs.splits import Split
     from persona.models.encoder import TextEncoder
     from persona.options import RetrievalOptions
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
 
 
 Histories = tuple["list[Split]", "Columns"]

@@ -23,6 +23,7 @@ from persona.storage import read_bytes
 from persona.store.store import Store
 from tests import lamp_form
 from tests.jobs.conftest import BUCKETS, Job, Row, behaviors, requests, seen, write
+from tests.stores import write_rows
 
 PERSONAS = ("own", "none", "other")
 
@@ -60,7 +61,7 @@ def answer(
         for variant, say in answers.items()
         for row in asked
     ]
-    Store.open(flags["store"]).write("generations", pa.Table.from_pylist(rows))
+    write_rows(Store.open(flags["store"]), "generations", pa.Table.from_pylist(rows))
 
 
 @torch.inference_mode()

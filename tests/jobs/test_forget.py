@@ -18,7 +18,7 @@ from persona.plug.user_personas import UserPersonas
 from persona.storage import write_bytes
 from persona.store.store import Store
 from tests.jobs.conftest import Job, Row, behaviors, encoded, fill_store, write
-from tests.stores import answers
+from tests.stores import answers, write_rows
 
 TABLES = ("behaviors", "personas", "generations")
 # Alone in a bucket; among other users; and with an id that must be escaped in SQL, in JSON and in paths.
@@ -52,15 +52,15 @@ def store(models: dict[str, str], plug: str, tmp_path: Path) -> Path:
     uri = fill_store(tmp_path / "store", models["encoder"], rows)
     opened = Store.open(str(uri))
     edited = [{**row, "text": f"after all, {row['text']}"} for row in rows if row["behavior_id"].startswith("b0")]
-    opened.write("behaviors", encoded(models["encoder"], edited, change="edited"))
+    write_rows(opened, "behaviors", encoded(models["encoder"], edited, change="edited"))
     model = UserPersonas.load(Path(plug))
     for bucket in opened.buckets():
         users = opened.personas_to_make(bucket, model.fingerprint)
-        opened.write("personas", model.make(users, opened.read_histories(bucket)))
+        write_rows(opened, "personas", model.make(users, opened.read_histories(bucket)))
     names = sorted({row["user_id"] for row in rows})
     for variant in ("own", "a/b c"):
-        opened.write("generations", answers_of(names, variant, "first"))
-        opened.write("generations", answers_of([*LEAVING, "user-1"], variant, "second", "edited"))
+        write_rows(opened, "generations", answers_of(names, variant, "first"))
+        write_rows(opened, "generations", answers_of([*LEAVING, "user-1"], variant, "second", "edited"))
     opened.stage("generations", answers_of(names, "never committed", "third"))
     opened.write_rejects(rejects("embed", ["in.jsonl"], [3], ["text is empty"]))
     return uri

@@ -30,7 +30,7 @@ from persona.store import maintenance as housekeeping
 from persona.store.store import Store
 from tests.jobs.conftest import TRAINING, arguments, behaviors, fill_store, n_reports, new_plug, requests, stored, write
 from tests.killable import LOG
-from tests.stores import answers
+from tests.stores import answers, write_rows
 from tests.warm_workers import warm_workers
 
 ROOT = Path(__file__).parents[2]
@@ -281,7 +281,7 @@ def initial_states(
     request_rows = requests(N_USERS, 3)
     stale = [row["request_id"] for row in request_rows if row["request_id"].endswith("-0")]
     written = answers(*stale, fingerprint="of yesterday", output="old", users=[f"user-{n}" for n in range(N_USERS)])
-    Store.open(str(today)).write("generations", written)
+    write_rows(Store.open(str(today)), "generations", written)
     plug = new_plug(folder / "plug", models["encoder"], models["llama"])
     embedding = {
         "histories": write(str(folder / "histories.jsonl"), now),

@@ -14,7 +14,7 @@ from jobs.runtime.cli import run
 from persona.store.store import Store
 from tests.jobs.conftest import Job, behaviors, encoded
 from tests.models import tiny_encoder
-from tests.stores import answers
+from tests.stores import answers, write_rows
 
 
 def rows(store: Path, name: str = "behaviors") -> list[dict[str, Any]]:
@@ -30,14 +30,14 @@ def refreshed(store: Path, encoder: str, times: int = 3) -> None:
     opened = Store.open(str(store))
     for day in range(times):
         more = [{**row, "behavior_id": f"day {day}"} for row in behaviors(6, 1)]
-        opened.write("behaviors", encoded(encoder, more))
+        write_rows(opened, "behaviors", encoded(encoder, more))
     edited = [{**row, "text": f"no, {row['text']}"} for row in behaviors(2, 1)]
-    opened.write("behaviors", encoded(encoder, edited, change="edited"))
+    write_rows(opened, "behaviors", encoded(encoder, edited, change="edited"))
 
 
 def test_show_reports_the_contents(do: Job, store: Path, models: dict[str, str]) -> None:
     refreshed(store, models["encoder"])
-    Store.open(str(store)).write("generations", answers("a", "b"))
+    write_rows(Store.open(str(store)), "generations", answers("a", "b"))
     done = do(job, action="show", store=store)
     assert done.code == 0
     found = done.result
@@ -56,7 +56,7 @@ def test_show_reports_the_contents(do: Job, store: Path, models: dict[str, str])
 
 def test_verify_passes_for_a_sound_store(do: Job, store: Path, models: dict[str, str]) -> None:
     refreshed(store, models["encoder"])
-    Store.open(str(store)).write("generations", answers("a", "b"))
+    write_rows(Store.open(str(store)), "generations", answers("a", "b"))
     done = do(job, action="verify", store=store, encoder=models["encoder"])
     assert (done.code, done.result["n_problems"]) == (0, 0)
     assert done.result["checked"] == {"behaviors": 48, "personas": 0, "generations": 2}
@@ -80,8 +80,8 @@ def test_verify_names_every_kind_of_damage(do: Job, store: Path, tmp_path: Path)
     done = do(job, action="verify", store=store, encoder=str(tiny_encoder(tmp_path / "other", seed=9)))
     assert done.code == 1
     problems = "\n".join(done.result["problems"])
-    expected = ["have a key that is there already", "not in their user's bucket", "are not 64 bytes long"]
-    expected += ["are no unit vectors", "cannot read", "and --encoder has"]
+    expected = ["have a duplicate key", "not in their user's bucket", "are not 64 bytes long"]
+    expected += ["are not unit vectors", "cannot read", "and --encoder has"]
     assert [part for part in expected if part not in problems] == []
 
 

@@ -24,7 +24,8 @@ from persona.inputs import histories, requests
 from persona.inputs.histories import Columns
 from persona.inputs.reader import read_split
 from persona.inputs.splits import plan_splits
-from persona.store.store import Identity, Store
+from persona.store.identity import Identity
+from persona.store.store import Store
 from tests.nasty import BAD, BEHAVIORS, NASTY, REQUESTS, TEXTS, USERS, Case, a_behavior, a_user, columns, micros
 
 SOME = settings(max_examples=60)

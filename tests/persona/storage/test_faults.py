@@ -220,7 +220,7 @@ def test_a_conflict_is_not_mistaken_for_a_commit_of_another_run(each_s3: str, ba
     with store.writer("generations", job="jobs.generate") as writer:  # claiming the lease is a commit
         assert bad.done["conflict"] == 4
         bad.max_faults = 2
-        writer.commit(store.stage("generations", answers("r-1", "r-2")))
+        writer.add(store.stage("generations", answers("r-1", "r-2")))
     assert bad.done["conflict"] == 6
     assert sorted(store.read_generations()["request_id"].to_pylist()) == ["r-1", "r-2"]
 
