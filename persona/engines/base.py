@@ -57,7 +57,7 @@ class Engine(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The LLM's precision, which is enough for the plug's query encoder, too."""
+        """The LLM's precision, in which the plug's query encoder runs as well."""
 
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Answer]:
         """Answers to any number of prompts, in their order; the engine forms its own batches.
