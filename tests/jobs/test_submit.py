@@ -202,7 +202,7 @@ def test_the_whole_pipeline_on_s3(
     assert not [line for _, line in found if re.search(r"\buser-\d\b|likes the paper", line)], "ids or texts in a log"
 
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")  # deltalake wants it said when an endpoint has no TLS
-    read_as_in_the_docs(store, n_answers=answered["answered"], n_behaviors=embedded["committed"])
+    read_with_the_lines_of_the_readme(store, n_answers=answered["answered"], n_behaviors=embedded["committed"])
 
 
 def traces(folder: Path) -> list[tuple[str, str]]:
@@ -213,8 +213,8 @@ def traces(folder: Path) -> list[tuple[str, str]]:
     return [(name, line) for name, line in lines if "DEBUG" not in line]
 
 
-def read_as_in_the_docs(store: str, *, n_answers: int, n_behaviors: int) -> None:
-    """The Python of docs/data.md on reading the tables, with this store instead of its own."""
+def read_with_the_lines_of_the_readme(store: str, *, n_answers: int, n_behaviors: int) -> None:
+    """Run the Python blocks of docs/data.md that read tables, on this store."""
     blocks = pages.python_blocks(pages.section(pages.DATA, "Reading the tables"))
     assert blocks
     names: dict[str, Any] = {}
