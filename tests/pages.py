@@ -59,7 +59,7 @@ def python_blocks(text: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of the headings: `#anchor` of a link to them."""
+    """The anchors that GitHub gives to the headings."""
     found: list[str] = []
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

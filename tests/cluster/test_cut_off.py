@@ -163,8 +163,8 @@ def network() -> Iterator[Network]:
 
 
 def result(job: "subprocess.Popen[str]") -> dict[str, Any]:
-    out, said = job.communicate(timeout=600)
-    assert job.returncode == 0, said[-4000:]
+    out, stderr = job.communicate(timeout=600)
+    assert job.returncode == 0, stderr[-4000:]
     found: dict[str, Any] = json.loads(out.splitlines()[-1])["result"]
     return found
 

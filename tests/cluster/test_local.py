@@ -40,8 +40,8 @@ class Local:
     def job(self, submission: str, job: str, **flags: object) -> dict[str, Any]:
         """The result of one of our jobs, which must succeed."""
         words = ["python", "-m", f"jobs.{job}", *arguments(**flags)]
-        code, result, said = self.submit(submission, " ".join(words))
-        assert code == 0, said[-4000:]
+        code, result, stderr = self.submit(submission, " ".join(words))
+        assert code == 0, stderr[-4000:]
         found: dict[str, Any] = result["result"]
         return found
 
@@ -84,19 +84,19 @@ def corp(local: Local, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_wrong_token_is_refused(local: Local, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("b" * 64)
-    code, result, said = local.submit("wrong", "true", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
-    assert (code, result) == (2, {}) and "requires a token" in said
-    code, result, said = local.submit("none", "true", RAY_AUTH_MODE="disabled")
-    assert (code, result) == (2, {}) and "requires a token" in said
+    code, result, stderr = local.submit("wrong", "true", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert (code, result) == (2, {}) and "requires a token" in stderr
+    code, result, stderr = local.submit("none", "true", RAY_AUTH_MODE="disabled")
+    assert (code, result) == (2, {}) and "requires a token" in stderr
 
 
 def test_the_exit_code_is_the_jobs_own_and_an_id_starts_once(local: Local, tmp_path: Path) -> None:
     log = tmp_path / "log"
     code, result, _ = local.submit("seven", f"sh -c 'echo ran >> {log}; exit 7'")
     assert (code, result["status"], result["started"]) == (7, "FAILED", True)
-    code, result, said = local.submit("seven", f"sh -c 'echo ran >> {log}; exit 7'")
+    code, result, stderr = local.submit("seven", f"sh -c 'echo ran >> {log}; exit 7'")
     assert (code, result["status"], result["started"]) == (7, "FAILED", False)
-    assert "not started again" in said and log.read_text() == "ran\n"
+    assert "not started again" in stderr and log.read_text() == "ran\n"
 
 
 def test_a_stopped_job_did_not_succeed(local: Local) -> None:

@@ -214,7 +214,7 @@ def logged_lines(folder: Path) -> list[tuple[str, str]]:
 
 
 def read_as_in_the_docs(store: str, *, n_answers: int, n_behaviors: int) -> None:
-    """The Python of docs/data.md on reading the tables, with this store instead of its own."""
+    """Run the Python blocks of docs/data.md that read tables, on this store."""
     blocks = pages.python_blocks(pages.section(pages.DATA, "Reading the tables"))
     assert blocks
     names: dict[str, Any] = {}
