@@ -18,7 +18,7 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import Decoding, Precision, Retrieval, TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
-from persona.training.step import new_optimizer, trainable
+from persona.training.deepspeed import new_optimizer, trainable
 from tests import plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
