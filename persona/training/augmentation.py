@@ -87,7 +87,8 @@ def with_other_histories(rows: Sequence[Row]) -> tuple[list[int], list[Row]]:
     Returns:
         the numbers of the rows in the micro-batch, and the rows with the other histories.
     """
-    numbers, others = [], []
+    numbers: list[int] = []
+    others: list[Row] = []
     for i, (row, following) in enumerate(zip(rows, [*rows[1:], *rows[:1]], strict=True)):
         if row["user_id"] != following["user_id"] and row["history"] and following["history"]:
             numbers.append(i)
