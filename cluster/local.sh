@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A cluster to try everything on: Ray nodes and an S3-compatible server with a bucket `corp`, all on this machine.
+# A cluster to try everything: Ray nodes and an S3-compatible server with a bucket `corp`, all on this machine.
 #
-#   cluster/local.sh                                  until Ctrl-C; says what to set in another terminal
-#   cluster/local.sh COMMAND...                       as long as the command takes, which finds all set
+#   cluster/local.sh                                  runs until Ctrl-C; prints what to export in another terminal
+#   cluster/local.sh COMMAND...                       runs the command in that environment, then stops
 #
-# NODES (3, of which one is the head), CPUS of each (2; tickets, they may be more than there are cores), PYTHON (that of
-# .venv, or else of the PATH). Tables and inputs are in memory and gone afterwards. It ends what it has started, and
-# nothing else: each of its processes leads a group of its own.
+# NODES (default 3, one of them the head), CPUS per node (default 2; logical, may exceed the cores), PYTHON (default
+# .venv, then the PATH). Tables and inputs are in memory and are gone afterwards. The script stops what it has started
+# and nothing else: each of its processes leads its own process group.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 cd "$root"
@@ -14,7 +14,7 @@ nodes="${NODES:-3}" cpus="${CPUS:-2}"
 python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}"
 bin="$(cd "$(dirname "$python")" && pwd)"
 export PATH="$bin:$PATH"
-# Short, since the path of a Unix socket may have no more than 107 characters.
+# Short, because the path of a Unix socket may have at most 107 characters.
 folder="$(mktemp -d /tmp/ppl-XXXXXX)"
 groups=()
 
@@ -50,13 +50,13 @@ PY
 s3="${ports[0]}" gcs="${ports[1]}" dashboard="${ports[2]}"
 
 (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$folder/token")
-# What the caller has is neither used here nor printed below.
+# The caller's own settings are neither used here nor printed below.
 unset RAY_ADDRESS RAY_AUTH_TOKEN "${!AWS_@}"
 export AWS_ENDPOINT_URL="http://127.0.0.1:$s3" AWS_ALLOW_HTTP=true AWS_REGION=us-east-1 AWS_DEFAULT_REGION=us-east-1
 export AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local AWS_EC2_METADATA_DISABLED=true
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token" RAY_USAGE_STATS_ENABLED=0
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
-# The nodes find our code here, as in an image they would find it installed.
+# The nodes import our code from here; in an image it is installed.
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 node() { # NUMBER FLAGS...
@@ -66,12 +66,12 @@ node() { # NUMBER FLAGS...
         --metrics-export-port="${ports[$((first + 2))]}" --disable-usage-stats --block
 }
 
-failed() { # what the processes said, when one of them does not come up
+failed() { # print the logs when a process does not come up
     tail -n 30 "$folder"/*.log >&2
     exit 1
 }
 
-alive() { # waits until so many nodes are
+alive() { # COUNT: wait until that many nodes are alive
     python - "$1" <<'PY'
 import json, os, sys, time, urllib.request
 
@@ -85,15 +85,15 @@ while time.monotonic() < until:
     if sum(one["raylet"].get("state") == "ALIVE" for one in found) == int(sys.argv[1]):
         sys.exit()
     time.sleep(0.5)
-sys.exit("a node has not come")
+sys.exit("a node did not come up")
 PY
 }
 
 start s3 moto_server -H 127.0.0.1 -p "$s3"
 node 0 --head --port="$gcs" --dashboard-port="$dashboard"
-# A job goes through once head, dashboard and agent are there.
+# This job succeeds once head, dashboard and agent are up.
 python -m jobs.submit --id ready --entrypoint true --patience-s 180 >"$folder/ready.log" 2>&1 || failed
-# One after the other: nodes that begin at the same moment take each other's sockets.
+# One after the other: nodes that start at the same moment take each other's sockets.
 for number in $(seq 1 $((nodes - 1))); do
     node "$number" --address="127.0.0.1:$gcs"
     alive $((number + 1)) || failed

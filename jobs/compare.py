@@ -1,8 +1,8 @@
-"""Put evaluations side by side: several plugs, seeds, controls and ways to retrieve, on the same requests.
+"""Compare evaluations of the same requests: several plugs, seeds, controls and ways to retrieve.
 
-Reads `metrics.json` and `losses.parquet` of each of `--evaluations`, which `jobs.evaluate` wrote. Writes
-`<out>/comparison.json` and `<out>/comparison.html`. Plugs that differ in nothing but the seed of their training are one
-row: the mean over the seeds, and how far apart they are. Needs no Ray and no model.
+Reads `metrics.json` and `losses.parquet`, which `jobs.evaluate` wrote, from each of `--evaluations`. Writes
+`<out>/comparison.json` and `<out>/comparison.html`. Plugs that differ only in the seed of their training share a row,
+with their mean and their spread. Needs neither Ray nor a model.
 """
 
 import sys
@@ -17,29 +17,29 @@ from persona.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What `jobs.compare` can be told."""
+    """Configuration of jobs.compare."""
 
     evaluations: tuple[str, ...]
     """Folders that jobs.evaluate wrote (its --out), local or s3://."""
     out: str
     """Folder for comparison.json and comparison.html, local or s3://."""
     names: tuple[str, ...] = ()
-    """A name for each evaluation; default the names of their folders."""
+    """One name for each evaluation; the names of their folders by default."""
     against: str | None = None
-    """The row that all others are held against, NAME or NAME/PERSONA; default `own` of the first evaluation."""
+    """The reference row, NAME or NAME/PERSONA; the row `own` of the first evaluation by default."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
     dry_run: bool = False
-    """Say what would be done, and write nothing."""
+    """Print the comparison and write nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
+    def __post_init__(self) -> None:
+        """Raises UsageError for flags that do not go together."""
         if not self.evaluations:
-            raise UsageError("--evaluations: give one folder at least")
+            raise UsageError("--evaluations: give at least one folder")
         if self.names and len(self.names) != len(self.evaluations):
             raise UsageError(
-                f"--names: give as many as --evaluations, {len(self.evaluations)}, not {len(self.names)}; of seeds of "
-                "one plug the first name counts"
+                f"--names: give as many as --evaluations, {len(self.evaluations)}, not {len(self.names)}; of several "
+                "seeds of one plug the first name counts"
             )
 
 
@@ -48,26 +48,27 @@ def main(config: Config) -> Summary:
     import json
 
     from persona import storage
-    from persona.evaluation.many_runs import LOSSES, METRICS, Evaluation, compare
-    from persona.report import comparison_page
+    from persona.evaluation.many_runs import compare
+    from persona.evaluation.saved_run import LOSSES, METRICS, Evaluation
+    from persona.report.pages import comparison_page
 
     out = storage.check_uri(config.out, flag="--out")
     storage.check_reachable(out, flag="--out", write=True)
-    places = [storage.check_uri(place, flag="--evaluations") for place in config.evaluations]
-    for place in places:
+    folders = [storage.check_uri(folder, flag="--evaluations") for folder in config.evaluations]
+    for folder in folders:
         for file in (METRICS, LOSSES):
-            storage.check_reachable(storage.join(place, file), flag="--evaluations")
-    names = config.names or [place.rstrip("/").rsplit("/", 1)[-1] for place in places]
+            storage.check_reachable(storage.join(folder, file), flag="--evaluations")
+    names = config.names or [folder.rstrip("/").rsplit("/", 1)[-1] for folder in folders]
     evaluations = [
         Evaluation.read(
-            name, *(storage.read_bytes(storage.join(place, file)) for file in (METRICS, LOSSES)), source=place
+            name, *(storage.read_bytes(storage.join(folder, file)) for file in (METRICS, LOSSES)), source=folder
         )
-        for name, place in zip(names, places, strict=True)
+        for name, folder in zip(names, folders, strict=True)
     ]
     found = compare(evaluations, against=config.against, seed=config.seed)
     files = {
         "comparison.json": (json.dumps(cli.plain(found), indent=2, allow_nan=False) + "\n").encode(),
-        "comparison.html": comparison_page.page(found),
+        "comparison.html": comparison_page(found),
     }
     if not config.dry_run:
         for name, data in files.items():
@@ -78,15 +79,17 @@ def main(config: Config) -> Summary:
 
 
 def _table(found: Mapping[str, Any]) -> list[Sequence[str]]:
+    from persona.report.wording import RANKINGS, rankings_of
+
     scores = list(dict.fromkeys(name for row in found["rows"] for name in row["scores"]))
-    ways = list(dict.fromkeys(name for row in found["rows"] for name in row["ranking"]))
+    ways = rankings_of(row["ranking"] for row in found["rows"])
     heads = [
         f"{found['requests']:,} requests of {found['users']:,} users",
         "nats a token",
-        f"less {found['against']}",
+        f"difference to {found['against']}",
         "seeds",
         *scores,
-        *(f"ranking, {way}" for way in ways),
+        *(f"ranking {RANKINGS[way]}" for way in ways),
     ]
     return [heads, *(_line(row, scores, ways) for row in found["rows"])]
 
@@ -105,8 +108,8 @@ def _line(row: Mapping[str, Any], scores: Sequence[str], ways: Sequence[str]) ->
     ]
 
 
-def _interval(found: Mapping[str, float], form: str) -> str:
-    mean, low, high = (form.format(found[name]) for name in ("mean", "low", "high"))
+def _interval(interval: Mapping[str, float], template: str) -> str:
+    mean, low, high = (template.format(interval[name]) for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 

@@ -9,87 +9,81 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from jobs.runtime import cli, cost, exchange, personas, pools, profile, reading, session, staging
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
+from jobs.runtime.job_options import FLAT, ActorPool, InputRows
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, note, totals, units
+from jobs.runtime.tally import Counts, Tally
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions
+from persona.options import CostOptions, Precision, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.files import Split
     from persona.inputs.histories import Columns
+    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.options import Pooling
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
 
 _TEXT_RULE = "text as given, cut to max_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CostOptions):
-    """What `jobs.embed` can be told."""
+class Config:
+    """Configuration of jobs.embed."""
 
     histories: str
-    """Parquet or JSONL, a file or a folder, local or s3://: a row a behavior, or a row a user with a list of them."""
+    """Histories, Parquet or JSONL, a file or folder, local or s3://: one row per behavior, or per user with a list."""
     store: str
-    """Folder of the tables, local or s3://; made when it is not there."""
+    """Folder of the tables, local or s3://; created if it does not exist."""
     columns: str = ""
     """Names of your columns where they differ: text=body,user_id=author."""
     encoder: str = "BAAI/bge-base-en-v1.5"
-    """Hub id or folder (local, s3://) of a BERT-like encoder with safetensors."""
+    """Hub id or folder (local, s3://) of a BERT-like encoder with safetensors weights."""
     revision: str = "main"
     """Revision of the encoder on the hub."""
     pooling: Literal["auto", "cls", "mean"] = "auto"
-    """How token vectors become one; auto is what the model's own sentence-transformers file says, else cls."""
+    """How token vectors become one; auto follows the model's sentence-transformers file, or else takes cls."""
     max_tokens: int = 512
-    """Tokens of a text that are read."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the encoder's arithmetic; auto is bf16 where the hardware multiplies it natively."""
+    """Cut each text after this many tokens."""
+    precision: Precision = "auto"
+    """Precision of the encoder; auto is bf16 where the hardware supports it."""
     token_budget: int | None = None
-    """Padded tokens of one forward pass, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
+    """Padded tokens per forward pass, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
     buckets: int | None = None
-    """Buckets of a new store, fixed for its life; about one for each 100,000 behaviors to come (default 64)."""
+    """Buckets of a new store, fixed for its life (default 64); take one per 100,000 behaviors you expect."""
     block_rows: int | None = None
-    """Behaviors that are encoded and staged together, and lost with an actor; default 4096 on GPUs, 1024 on CPUs."""
+    """Behaviors per block, which are lost if an actor dies; default 4,096 on GPUs and 1,024 on CPUs."""
     sync: bool = False
-    """Take out what the histories no longer have; nothing goes while lines are unreadable or rejects are many."""
+    """Delete behaviors that --histories no longer has, unless lines are unreadable or too many rows are bad."""
     plug: str | None = None
-    """Folder of a plug: the personas of all users whose behaviors have changed are made with it, without a request."""
-    actors: int | None = None
-    """Encoder actors; default one a GPU, or one a core."""
-    cpus_per_actor: int = 1
-    """Cores of an actor where there is no GPU."""
-    max_reject_fraction: float = 0.01
-    """More bad rows than this end the job with exit code 3, after all good ones are in."""
-    limit: int | None = None
-    """Take only this many behaviors of the input."""
+    """Folder of a plug; the personas of users whose behaviors changed are recomputed with it."""
+    pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     profile: bool = False
-    """Say at the end where the time went, what held the run up, and which flag would help."""
+    """Show at the end where the time went, what the bottleneck was, and which flag would help."""
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Show what would be done and change nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        self.check_cost()
-        for name in ("max_tokens", "token_budget", "block_rows", "cpus_per_actor", "buckets", "actors"):
-            cli.at_least(self, name, 1)
-        if self.sync and self.limit is not None:
-            raise UsageError("--sync with --limit would take out all that the limit leaves unread; give one of them")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError(f"--max-reject-fraction {self.max_reject_fraction}: must be between 0 and 1")
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "max_tokens", "token_budget", "block_rows", "buckets")
+        if self.sync and self.rows.limit is not None:
+            raise UsageError("--sync with --limit would delete every behavior beyond the limit; remove one of them")
 
 
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona import storage
-    from persona.inputs import files as inputs, histories
+    from persona.inputs import histories
+    from persona.inputs.splits import plan_splits
     from persona.models import resolve as models
     from persona.store.store import Store
 
@@ -99,7 +93,7 @@ def main(config: Config) -> Summary:
     columns = histories.Columns.parse(config.columns, "--columns")
     storage.check_reachable(source, flag="--histories")
     storage.check_reachable(target, flag="--store", write=True)
-    splits = inputs.plan_splits(source, flag="--histories")
+    splits = plan_splits(source, flag="--histories")
     histories.check_columns(splits, columns)
     folder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
     identity = _identity(config, folder)
@@ -113,18 +107,18 @@ def main(config: Config) -> Summary:
         writer = leases.enter_context(store.writer("behaviors", job="jobs.embed"))
         of_personas = leases.enter_context(store.writer("personas", job="jobs.embed")) if plug else None
         machines = session.connect()
-        tally = new_tally()
+        tally = Tally.start()
         with progress(tally, _progress_line):
             with Committer(writer, tally) as committer:
                 for staged in _staged(config, splits, columns, store, machines, tally):
                     committer.take(staged)
-            if config.sync and not _doubt(config, totals(tally)):
-                seen = set(units(tally, "compare"))
+            if config.sync and not _doubt(config, tally.totals()):
+                seen = set(tally.units("compare"))
                 for bucket in sorted({str(bucket) for bucket in store.buckets()} - seen):
-                    note(tally, "compare", bucket, {"gone": writer.remove_partition(bucket)})
+                    tally.note("compare", bucket, {"gone": writer.remove_partition(bucket)})
             if plug is not None and of_personas is not None:
                 personas.update(store, of_personas, plug, tally)
-    counts, seconds = totals(tally), time.perf_counter() - started
+    counts, seconds = tally.totals(), time.perf_counter() - started
     summary = _with_cost(_summary(config, store, counts, seconds), config, folder, counts, machines, seconds)
     return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
 
@@ -134,17 +128,17 @@ def _staged(
     splits: "list[Split]",
     columns: "Columns",
     store: "Store",
-    machines: Any,
-    tally: Any,
+    machines: session.Machines,
+    tally: Tally,
 ) -> Iterator[Any]:
     """The job as one chain: read, find what is missing, encode, stage."""
-    rows = reading.read(splits, _read, limit=config.limit, columns=columns, store=store, tally=tally)
+    rows = reading.read(splits, _read, limit=config.rows.limit, columns=columns, store=store, tally=tally)
     comparing = {"store": store.snapshot("behaviors"), "tally": tally, "config": config}
     missing = exchange.by_bucket(rows, splits, store.n_buckets, _missing, **comparing)
     # On a CPU small blocks cost nothing, and of a small refresh each core gets its part.
     block_rows = config.block_rows or (4096 if machines.gpus else 1024)
-    pool = machines.pool(config.actors, config.cpus_per_actor)
-    threads = machines.threads(config.cpus_per_actor)
+    pool = pools.ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
+    threads = machines.threads(config.pool.cpus_per_actor)
     of_actors = {"config": config, "identity": store.identity, "tally": tally, "threads": threads}
     encoded = pools.by_models(missing, Encode, block_rows=block_rows, pool=pool, **of_actors)
     return staging.staged(encoded, store=store, table="behaviors", tally=tally)
@@ -159,15 +153,15 @@ def _doubt(config: Config, counts: Counts) -> str:
     """Why what seems to be gone may be there after all; empty where there is no doubt."""
     if unread := _unread(counts):
         return f"{unread:,} files or lines could not be read and may hold what seems gone"
-    if reading.exit_code(counts, config.max_reject_fraction):
+    if reading.exit_code(counts, config.rows.max_reject_fraction):
         return "more rows than --max-reject-fraction allows were rejected, among them perhaps what seems gone"
     return ""
 
 
-def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> Iterator["pa.Table"]:
+def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Tally) -> Iterator["pa.Table"]:
     """Valid behaviors of a split; the others go to the table of rejects."""
     from persona.inputs import histories
-    from persona.inputs.files import read_split
+    from persona.inputs.reader import read_split
 
     def validate(records: Any) -> Any:
         return histories.validate(records, columns, store.n_buckets, job="embed")
@@ -175,21 +169,21 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Any) -> 
     yield from reading.keep_good(read_split(split, job="embed"), validate, split=split, store=store, tally=tally)
 
 
-def _missing(rows: "pa.Table", *, store: "Store", tally: Any, config: Config) -> "pa.Table":
+def _missing(rows: "pa.Table", *, store: "Store", tally: Tally, config: Config) -> "pa.Table":
     """Of one bucket's behaviors, those that the store lacks or holds with another text, and those that are gone."""
     bucket = rows["bucket"][0].as_py()
     # All input has been read before the first bucket comes here.
-    sync = config.sync and not _doubt(config, totals(tally))
+    sync = config.sync and not _doubt(config, tally.totals())
     started = time.perf_counter()
     missing, counts = store.missing(bucket, rows, sync=sync)
-    note(tally, "compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
+    tally.note("compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
     return missing
 
 
 class Encode:
     """A frozen encoder in an actor: loaded once, then behaviors in, vectors out."""
 
-    def __init__(self, config: Config, identity: "Identity", tally: Any, threads: session.Threads) -> None:
+    def __init__(self, config: Config, identity: "Identity", tally: Tally, threads: session.Threads) -> None:
         import ray
 
         from persona.models import resolve as models
@@ -214,7 +208,7 @@ class Encode:
         self.tally = tally
         self.threads = threads
         self.may_be_alone = threads.alone > threads.model
-        note(tally, "encoders", ray.get_runtime_context().get_actor_id() or "", {})
+        tally.note("encoders", ray.get_runtime_context().get_actor_id() or "", {})
         self.idle_since = time.perf_counter()
 
     def __call__(self, behaviors: "pa.Table") -> "pa.Table":
@@ -230,7 +224,7 @@ class Encode:
             import torch
 
             # A small refresh brings no second model, which would take longer to load than the first one to do it all.
-            self.may_be_alone = len(units(self.tally, "encoders")) == 1
+            self.may_be_alone = len(self.tally.units("encoders")) == 1
             torch.set_num_threads(self.threads.alone if self.may_be_alone else self.threads.model)
         is_there = pc.not_equal(behaviors["change"], "gone")
         texts = behaviors["text"].filter(is_there).to_pylist()
@@ -243,7 +237,7 @@ class Encode:
             unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
             counts = {"rows": len(texts), "tokens": encoded.n_tokens, "padded": encoded.n_padded}
             times = {"seconds": time.perf_counter() - started, "tokenizing": encoded.tokenize_s, "waiting": waited_s}
-            note(self.tally, "encode", unit, {**counts, **times})
+            self.tally.note("encode", unit, {**counts, **times})
         self.idle_since = time.perf_counter()
         return behaviors.drop_columns(["text"]).append_column("vector", column)
 
@@ -251,7 +245,7 @@ class Encode:
 def _identity(config: Config, folder: "ModelFolder") -> "Identity":
     """What the store will remember of the encoder."""
     from persona.models.resolve import sentence_pooling
-    from persona.store.store import Identity
+    from persona.store.identity import Identity
 
     return Identity(
         encoder=folder.name,
@@ -291,7 +285,7 @@ def _plan(config: Config, target: str, splits: "list[Split]", identity: "Identit
     plan = Summary(table=table, result={"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes})
     n_texts = tokens_of_text(n_bytes) / config.max_tokens
     flops = cost.known(lambda: encoder_flops(folder.config, n_texts=n_texts, tokens=config.max_tokens))
-    return cost.planned(plan, config, flops=flops, if_all="if the store had none of it")
+    return cost.planned(plan, config.cost, flops=flops, if_all="if the store had none of it")
 
 
 def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> Summary:
@@ -325,7 +319,7 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         ("store", f"{store.uri}, version {result['version']}"),
         *reading.reject_rows(counts),
     ]
-    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))
 
 
 def _with_cost(
@@ -342,15 +336,15 @@ def _with_cost(
     n_texts = encoded.get("rows", 0)
     mean_tokens = round(encoded["tokens"] / n_texts) if n_texts else 0
     flops = cost.known(lambda: encoder_flops(folder.config, n_texts=n_texts, tokens=mean_tokens))
-    n_models = machines.n_models(config.actors, config.cpus_per_actor)
+    n_models = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     model_s = encoded.get("seconds", 0.0)
-    return cost.spent(summary, config, machines, n_models=n_models, seconds=seconds, flops=flops, model_s=model_s)
+    return cost.spent(summary, config.cost, machines, n_models=n_models, seconds=seconds, flops=flops, model_s=model_s)
 
 
 def _with_profile(
     summary: Summary, config: Config, counts: Counts, machines: session.Machines, seconds: float
 ) -> Summary:
-    n_actors = machines.n_models(config.actors, config.cpus_per_actor)
+    n_actors = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     cores = "more CPUs for Ray, on this machine or on others"
     stages = [
         profile.stage(counts, "encode", n_actors, "more GPUs or cores (--actors), or a smaller --encoder"),

@@ -9,16 +9,17 @@ golds and answers in the form that LaMP's own evaluation reads.
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from jobs.generate import load_personalized, plug_sources
 from jobs.runtime import cli, cost, inspection as look, joining, pools, reading, retrieval as retrieve, session
 from jobs.runtime.cli import Summary
+from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, flat_settings
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, note, totals
+from jobs.runtime.tally import Counts, Tally
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions, PersonaKind, Retrieval
+from persona.options import CostOptions, PersonaKind, RetrievalOptions, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,67 +34,57 @@ _BUCKETS_TOGETHER = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Retrieval, CostOptions):
-    """What `jobs.evaluate` can be told."""
+class Config:
+    """Configuration of jobs.evaluate."""
 
     requests: str
     """Requests with targets, Parquet or JSONL, local or s3://."""
     store: str
     """Folder of the tables with the answers of jobs.generate."""
     plug: str
-    """Folder of the plug that jobs.train made, local or s3://."""
+    """Folder of the plug made by jobs.train, local or s3://."""
     out: str
     """Folder for metrics.json and report.html, local or s3://."""
     variants: tuple[str, ...] = ()
-    """Answers to be scored, by their names in the table; default those that jobs.generate writes for --personas."""
+    """Names of the answers to score; default those that jobs.generate writes for --personas."""
     losses_only: bool = False
-    """Score no answers, whichever there are."""
+    """Measure losses only and score no answers."""
     personas: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
-    """Kinds of persona whose loss is measured."""
+    """Kinds of persona whose loss is measured: own, none, other, mean or bare."""
     metric: Literal["label", "rating", "text"] = "text"
-    """How answers are scored: exact match and F1, MAE and RMSE, or ROUGE."""
+    """How answers are scored: accuracy and F1, MAE and RMSE, or ROUGE."""
     task: Literal["LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"] | None = None
-    """A LaMP task, whose official metric is taken instead."""
+    """Score by the official metric of this LaMP task instead of --metric."""
     rejected: str | None = None
-    """Column of --requests with a text that was not the right answer: how often is the target likelier than that?"""
-    llm: str | None = None
-    """Where the plug's LLM lies, when not where the plug says."""
-    encoder: str | None = None
-    """Where the plug's encoder lies, when not where the plug says."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
+    """Column of --requests with a worse answer; reports how often the target is likelier than that."""
+    retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
+    past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
+    models: Annotated[PlugModels, FLAT] = field(default_factory=PlugModels)
     batch_size: int = 16
-    """Requests of one forward pass."""
-    actors: int | None = None
-    """LLM actors; default one a GPU, or one a core."""
-    cpus_per_actor: int = 1
-    """Cores of an actor where there is no GPU."""
+    """Requests per forward pass; lower it when a GPU runs out of memory."""
     seed: int = 0
-    """Of the bootstrap."""
-    max_reject_fraction: float = 0.01
-    """More bad rows than this end the job with exit code 3."""
-    limit: int | None = None
-    """Take only this many requests (the scores are then not those of the whole set)."""
+    """Seed of the bootstrap behind the intervals."""
+    pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Show what would be done and change nothing."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "batch_size")
+        self.past_texts.check_enough_for(self.retrieval)
+        if not self.personas:
+            raise UsageError("--personas: give at least one of own, none, other, mean, bare")
+        if self.losses_only and self.variants:
+            raise UsageError("--variants names answers to score, and --losses-only scores none; remove one of them")
 
     @property
     def scored(self) -> tuple[str, ...]:
         """Names of the answers to be scored."""
         if self.losses_only:
             return ()
-        return self.variants or tuple(self.answers_of(persona) for persona in self.personas)
-
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        for name in ("batch_size", "actors", "cpus_per_actor"):
-            cli.at_least(self, name, 1)
-        if not self.personas:
-            raise UsageError("--personas: give one at least, of own, none, other, mean, bare")
-        if self.losses_only and self.variants:
-            raise UsageError("--variants names answers to score, and --losses-only scores none; give one of both")
-        self.check_retrieval()
-        self.check_cost()
+        return self.variants or tuple(self.retrieval.answers_of(persona) for persona in self.personas)
 
 
 def main(config: Config) -> Summary:  # noqa: PLR0915
@@ -102,11 +93,13 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     from urllib.parse import quote
 
     from persona import storage
-    from persona.evaluation import one_run as comparison
-    from persona.inputs import files as inputs, requests
+    from persona.evaluation.one_run import summarize
+    from persona.inputs import requests
     from persona.inputs.lamp import TASKS, outputs_json
-    from persona.report import evaluation_page as report, pictures
+    from persona.inputs.splits import plan_splits
+    from persona.report.pages import chart_files, evaluation_page
     from persona.store.store import Store
+    from persona.versions import installed_versions
 
     started = time.perf_counter()
     source = storage.check_uri(config.requests, flag="--requests")
@@ -115,41 +108,41 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     storage.check_reachable(source, flag="--requests")
     storage.check_reachable(target, flag="--store")
     storage.check_reachable(out, flag="--out", write=True)
-    splits = inputs.plan_splits(source, flag="--requests")
+    splits = plan_splits(source, flag="--requests")
     requests.check_columns(splits, needs_target=True, rejected=config.rejected)
     store = Store.open(target)
-    where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
-    histories = retrieve.plan(config)
+    where = plug_sources(store, config.plug, llm=config.models.llm, encoder=config.models.encoder)
+    histories = retrieve.plan(config.past_texts)
     if config.dry_run:
         size: dict[str, Any] = {"times": len(config.personas), "if_all": "with inputs of full length"}
-        return cost.planned_requests(_would_do(config), config, splits, where, **size)
+        return cost.planned_requests(_would_do(config), config.cost, splits, where, **size)
 
     # The whole report is of one state of the tables, whoever writes to them meanwhile.
     store = store.snapshot("behaviors", "generations")
     answered = [variant for variant in config.scored if variant in store.variants()]
     machines = session.connect()
-    tally = new_tally()
+    tally = Tally.start()
     losses = _losses(config, splits, store, where, histories, answered, machines, tally)
     if not losses["request_id"]:
         raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
     answers = _answers(store, answered, losses)
     golds = dict(zip(losses["request_id"], losses["target"], strict=True))
-    metrics = comparison.compare(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
-    metrics |= {"limited": config.limit is not None}
+    metrics = summarize(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
+    metrics |= {"limited": config.rows.limit is not None}
     metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
     metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
-    counts = totals(tally)
+    counts = tally.totals()
     metrics["training"] = where["record"].training
-    metrics["settings"] = {**asdict(config), "variants": config.scored, **_origin(store, where)}
-    metrics["versions"] = report.versions()
+    metrics["settings"] = {**flat_settings(config), "variants": config.scored, **_origin(store, where)}
+    metrics["versions"] = installed_versions()
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     files = {
         "losses.parquet": _as_parquet(losses),
         "metrics.json": (json.dumps(cli.plain(metrics), indent=2, allow_nan=False) + "\n").encode(),
-        "report.html": report.page(metrics),
+        "report.html": evaluation_page(metrics),
     }
-    files |= pictures.draw(metrics)
+    files |= chart_files(metrics)
     if config.task is not None:
         task = TASKS[config.task]
         files |= {f"lamp/{quote(name, safe='')}.json": outputs_json(task, answers[name]) for name in answered}
@@ -167,10 +160,10 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
             *reading.reject_rows(counts),
         ],
         result={"job": "evaluate", "out": out, **brief},
-        exit_code=reading.exit_code(counts, config.max_reject_fraction),
+        exit_code=reading.exit_code(counts, config.rows.max_reject_fraction),
     )
-    n_models = machines.n_models(config.actors, config.cpus_per_actor)
-    return cost.spent(summary, config, machines, n_models=n_models, seconds=metrics["seconds"])
+    n_models = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
+    return cost.spent(summary, config.cost, machines, n_models=n_models, seconds=metrics["seconds"])
 
 
 def _write(out: str, files: Mapping[str, bytes]) -> None:
@@ -190,7 +183,7 @@ def _looked_at(
     splits: Sequence[Any],
     store: "Store",
     where: Mapping[str, Any],
-    tally: Any,
+    tally: Tally,
     histories: Any,
     losses: Mapping[str, list[Any]],
     answers: Mapping[str, Mapping[str, str]],
@@ -198,28 +191,27 @@ def _looked_at(
     """What the report shows of single requests and users."""
     import numpy as np
 
-    from persona.evaluation import one_run as comparison
+    from persona.evaluation import examples
 
-    shown = comparison.shown(losses, config.personas)
-    examples = [*shown["even"], *shown["largest_gains"], *shown["largest_losses"]]
+    chosen = examples.choose(losses, config.personas)
     user_of = dict(zip(losses["request_id"], losses["user_id"], strict=True))
-    ids = sorted({*examples, *shown["map"]})
+    ids = sorted({*chosen.examples, *chosen.mapped})
     found = look.look(splits, ids, frozenset(user_of[one] for one in ids), store, where, tally, histories)
 
     def example(request_id: str) -> dict[str, Any]:
         seen = found[request_id]
-        one = comparison.example(losses, config.personas, answers, request_id, seen["input"])
-        return {**one, "listened_to": comparison.listened_to(seen)}
+        one = examples.example(losses, config.personas, answers, request_id, seen["input"])
+        return {**one, "listened_to": examples.heaviest_behaviors(seen)}
 
     # Who has no behavior has no place on a map of personas.
-    mapped = [request_id for request_id in shown["map"] if found[request_id]["n_behaviors"]]
+    mapped = [request_id for request_id in chosen.mapped if found[request_id]["n_behaviors"]]
     vectors_UF = np.array([np.frombuffer(found[one]["persona_vector"], "<f4") for one in mapped])
     users = [user_of[request_id] for request_id in mapped]
     return {
-        "examples": [example(one) for one in shown["even"]],
-        "largest_gains": [example(one) for one in shown["largest_gains"]],
-        "largest_losses": [example(one) for one in shown["largest_losses"]],
-        "map": comparison.persona_map(vectors_UF, users, losses, config.personas),
+        "examples": [example(one) for one in chosen.even],
+        "largest_gains": [example(one) for one in chosen.largest_gains],
+        "largest_losses": [example(one) for one in chosen.largest_losses],
+        "map": examples.persona_map(vectors_UF, users, losses, config.personas),
     }
 
 
@@ -242,23 +234,25 @@ def _losses(
     histories: retrieve.Histories | None,
     answered: Sequence[str],
     machines: session.Machines,
-    tally: Any,
+    tally: Tally,
 ) -> dict[str, list[Any]]:
     """Loss of each request under each kind of persona: a few numbers a request, gathered here."""
     joined = joining.requests_with_histories(
         splits,
         store,
         tally,
-        job="evaluate",
-        personas=config.personas,
-        max_behaviors=where["record"].max_behaviors,
-        needs_target=True,
-        limit=config.limit,
-        keep=_Answered(answered, where["fingerprint"]),
-        texts=retrieve.best_of(histories, config, where, tally),
-        rejected=config.rejected,
+        joining.JoinPlan(
+            job="evaluate",
+            personas=config.personas,
+            max_behaviors=where["record"].max_behaviors,
+            needs_target=True,
+            limit=config.rows.limit,
+            selection=_Answered(answered, where["fingerprint"]),
+            texts=retrieve.best_of(histories, config.retrieval, where, tally),
+            rejected=config.rejected,
+        ),
     )
-    pool = machines.pool(config.actors, config.cpus_per_actor)
+    pool = pools.ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
     rows = pools.by_models(joined, Losses, block_rows=8 * config.batch_size, pool=pool, **of_actors)
     names = [*_KEPT, "target", *(_KEPT_OF_REJECTED if config.rejected is not None else ())]
@@ -317,8 +311,8 @@ class _Answered:
 class Losses:
     """Plug and LLM in an actor: requests with histories and targets in, losses out."""
 
-    def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
-        session.quiet_models(config.cpus_per_actor)
+    def __init__(self, config: Config, where: Mapping[str, Any], tally: Tally) -> None:
+        session.quiet_models(config.pool.cpus_per_actor)
         self.model = load_personalized(where, config)
         self.batch_size = config.batch_size
         self.with_rejected = config.rejected is not None
@@ -340,7 +334,7 @@ class Losses:
                 rows = rows.append_column(f"rejected_{name}", losses[name])
         if rows.num_rows:
             unit = f"{rows['request_id'][0]}/{rows['persona'][0]}"
-            note(self.tally, "loss", unit, {"rows": rows.num_rows})
+            self.tally.note("loss", unit, {"rows": rows.num_rows})
         return rows
 
 
@@ -377,6 +371,8 @@ def _metric(config: Config, golds: Mapping[str, str]) -> "Metric":
 
 
 def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    from persona.report.wording import RANKINGS
+
     rows = [("requests", f"{metrics['requests']:,} of {metrics['users']:,} users")]
     if metrics["limited"]:
         rows.append(("warning", "--limit was given: these are not the numbers of the whole set"))
@@ -388,7 +384,7 @@ def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     rows += [(f"scores, {variant}", "no answers in the store") for variant in metrics["unanswered_variants"]]
     for persona, found in metrics.get("ranking", {}).items():
-        shares = [f"{name} {100 * one['mean']:.1f} % {_percent(one)}" for name, one in found.items()]
+        shares = [f"{RANKINGS[way]} {100 * one['mean']:.1f} % {_percent(one)}" for way, one in found.items()]
         rows.append((f"ranking, {persona}", f"target before rejected: {', '.join(shares)}"))
     for variant, scores in metrics["scores"].items():
         rows.append((f"scores, {variant}", ", ".join(f"{name} {value:.4f}" for name, value in scores.items())))

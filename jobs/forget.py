@@ -1,24 +1,24 @@
-"""Forget users: their rows leave every table, then the bytes go, with all old versions, and a search proves it.
+"""Delete users: their rows leave every table, their bytes and all old versions are deleted, and a search checks it.
 
-Reads and writes `<store>/behaviors`, `personas` and `generations`. A file that holds such rows is written again without
-them; after that, everything that the newest version does not need is deleted, so no older version can be read any more.
-Plugs and their checkpoints hold weights, no rows of anybody; the inputs of other jobs are yours to clean.
+Reads and writes `<store>/behaviors`, `personas` and `generations`. Data files that hold rows of these users are
+rewritten without them. Then everything that the newest version does not need is deleted, so older versions can no
+longer be read. Plugs and checkpoints hold weights, no rows of users. The inputs of other jobs are not touched: delete
+the users there yourself, or the next `jobs.embed` adds them again.
 """
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.runtime import cli, exchange, session
 from jobs.runtime.cli import Summary
 from persona.errors import InputError, PersonaError, UsageError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
+    from persona.store.data_files import DataFile
     from persona.store.store import Store
     from persona.store.writer import Rewritten
 
@@ -27,23 +27,23 @@ _TABLES = ("behaviors", "personas", "generations")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What `jobs.forget` can be told."""
+    """Configuration of jobs.forget."""
 
     store: str
     """Folder of the tables, local or s3://."""
     user: tuple[str, ...] = ()
     """Ids of users to forget."""
     users: str | None = None
-    """Parquet or JSONL, local or s3://, with a column user_id: users to forget."""
+    """Parquet or JSONL with the ids of users to forget in a column user_id, local or s3://; for long lists."""
     dry_run: bool = False
-    """Say how many rows of whom would go, and change nothing."""
+    """Count the rows that would be deleted, and change nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
         if not self.user and self.users is None:
-            raise UsageError("--user or --users must say whom to forget")
+            raise UsageError("no users given: name those to forget with --user or --users")
         if any(not user.strip() for user in self.user):
-            raise UsageError("--user: an id is empty; nobody has been forgotten")
+            raise UsageError("--user: an id is empty; no user has been forgotten")
 
 
 def main(config: Config) -> Summary:
@@ -56,25 +56,21 @@ def main(config: Config) -> Summary:
     storage.check_reachable(target, flag="--store", write=True)
     store = Store.open(target)
     users = _users(config)
+    if config.dry_run:
+        return _plan(store, users)
+    rewritten, deleted = {}, {}
     with ExitStack() as leases:
-        if not config.dry_run:
-            writers = {name: leases.enter_context(store.writer(name, job="jobs.forget")) for name in _TABLES}
+        writers = {name: leases.enter_context(store.writer(name, job="jobs.forget")) for name in _TABLES}
         session.connect()
         before = _count(store, users)
-        if config.dry_run:
-            would = f"take out {_said(before)} of {len(users):,} users"
-            return Summary(
-                table=[("would", would)], result={"dry_run": True, "would": would, "users": len(users), "rows": before}
-            )
-        rewritten, deleted = {}, {}
         for name, writer in writers.items():
-            work = _work(store, name, users)
-            pairs = [_pair(row) for row in exchange.each_row(work, _rewrite, store=store, users=users)]
-            rewritten[name] = writer.exchange(pairs)
+            files = _files(store, name, users)
+            work = exchange.results(files, _rewrite, store=store, table=name, users=users)
+            rewritten[name] = writer.exchange(list(work))
             deleted[name] = writer.erase_history()
         after = _count(store, users)
     if any(after.values()):
-        raise PersonaError(f"rows of users to forget are still there: {_said(after)}; run the same command again")
+        raise PersonaError(f"rows of these users are still there: {_listed(after)}; run the same command again")
     result = {
         "job": "forget",
         "store": store.uri,
@@ -87,91 +83,85 @@ def main(config: Config) -> Summary:
     }
     table = [
         ("users", f"{len(users):,}"),
-        ("rows taken out", _said(before)),
-        ("rows found now", _said(after)),
-        ("files rewritten", ", ".join(f"{n:,} of {name}" for name, n in rewritten.items())),
-        ("files deleted", ", ".join(f"{n:,} of {name}" for name, n in deleted.items())),
+        ("rows deleted", _listed(before)),
+        ("rows left", _listed(after)),
+        ("files rewritten", _listed(rewritten)),
+        ("files deleted", _listed(deleted)),
         ("seconds", f"{result['seconds']:,}"),
     ]
     return Summary(table=table, result=result)
 
 
-def _users(config: Config) -> list[str]:
-    from persona import storage
-    from persona.inputs import cells, files as inputs
-    from persona.inputs.files import column
+def _plan(store: "Store", users: list[str]) -> Summary:
+    session.connect()
+    rows = _count(store, users)
+    would = f"delete the rows of {len(users):,} users: {_listed(rows)}"
+    result = {"dry_run": True, "would": would, "users": len(users), "rows": rows}
+    return Summary(table=[("would", would)], result=result)
 
-    found = set(config.user)
-    if config.users is not None:
-        uri = storage.check_uri(config.users, flag="--users")
-        storage.check_reachable(uri, flag="--users")
-        splits = inputs.plan_splits(uri, flag="--users")
-        there = inputs.first_rows(splits).schema
-        if "user_id" not in there.names:
-            raise InputError(f"--users {config.users}: has no column 'user_id'. It has: {inputs.describe(there)}")
-        for split in splits:
-            for records in inputs.read_split(split, columns=["user_id"]):
-                names, reasons = cells.ids(column(records.table, "user_id"), "user_id")
-                bad = records.rejects.num_rows + len(reasons) - reasons.null_count
-                if bad:
-                    raise UsageError(
-                        f"--users {config.users}: rows without a readable user_id: {bad:,}; nobody has been forgotten"
-                    )
-                found.update(names.to_pylist())
+
+def _users(config: Config) -> list[str]:
+    """The ids of both flags, sorted."""
+    found = {*config.user, *(_read_users(config.users) if config.users is not None else ())}
     if not found:
-        raise UsageError(f"--users {config.users}: names nobody")
+        raise UsageError(f"--users {config.users}: contains no users")
     return sorted(found)
 
 
+def _read_users(given: str) -> set[str]:
+    """The ids in a file. One that cannot be read stops the job, so that nobody is left over unnoticed."""
+    from persona import storage
+    from persona.inputs import cells
+    from persona.inputs.reader import first_rows, read_split
+    from persona.inputs.records import column, describe
+    from persona.inputs.splits import plan_splits
+
+    uri = storage.check_uri(given, flag="--users")
+    storage.check_reachable(uri, flag="--users")
+    splits = plan_splits(uri, flag="--users")
+    schema = first_rows(splits).schema
+    if "user_id" not in schema.names:
+        raise InputError(f"--users {given}: has no column 'user_id'. It has: {describe(schema)}")
+    found: set[str] = set()
+    for split in splits:
+        for records in read_split(split, columns=["user_id"]):
+            ids, reasons = cells.ids(column(records.table, "user_id"), "user_id")
+            n_bad = records.rejects.num_rows + len(reasons) - reasons.null_count
+            if n_bad:
+                raise UsageError(
+                    f"--users {given}: rows without a readable user_id: {n_bad:,}; no user has been forgotten"
+                )
+            found.update(ids.to_pylist())
+    return found
+
+
 def _count(store: "Store", users: list[str]) -> dict[str, int]:
-    """Rows of these users in each table, found by a search of all files that may hold any."""
-    counts = dict.fromkeys(_TABLES, 0)
-    for name in _TABLES:
-        work = _work(store, name, users)
-        counts[name] = sum(row["n"] for row in exchange.each_row(work, _found, store=store, users=users))
-    return counts
+    """How many rows of these users each table holds, by a search of all data files that may hold any."""
+    return {
+        name: sum(exchange.results(_files(store, name, users), _n_rows, store=store, table=name, users=users))
+        for name in _TABLES
+    }
 
 
-def _work(store: "Store", name: str, users: list[str]) -> list[dict[str, str]]:
-    """An item for each file that may hold rows of these users."""
-    from persona.store import maintenance as housekeeping
+def _files(store: "Store", table: str, users: Sequence[str]) -> "list[DataFile]":
+    from persona.store import maintenance
 
-    return [{"table": name, "file": file.to_json()} for file in housekeeping.files_of_users(store, name, users)]
-
-
-def _found(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator["pa.Table"]:
-    import pyarrow as pa
-
-    from persona.store import maintenance as housekeeping
-    from persona.store.schema import DataFile
-
-    for row in batch.to_pylist():
-        n = housekeeping.rows_of_users(store.table(row["table"]), DataFile.from_json(row["file"]), users)
-        yield pa.table({"n": [n]})
+    return maintenance.files_of_users(store, table, users)
 
 
-def _rewrite(batch: "pa.Table", *, store: "Store", users: list[str]) -> Iterator["pa.Table"]:
-    import pyarrow as pa
+def _n_rows(file: "DataFile", *, store: "Store", table: str, users: Sequence[str]) -> int:
+    from persona.store import maintenance
 
-    from persona.store import maintenance as housekeeping
-    from persona.store.schema import DataFile
-
-    kinds = pa.schema([("old", pa.string()), ("new", pa.string())])
-    for row in batch.to_pylist():
-        found = housekeeping.without_users(store.table(row["table"]), DataFile.from_json(row["file"]), users)
-        if found is not None:
-            old, new = found
-            pair = {"old": old.to_json(), "new": new.to_json() if new else None}
-            yield pa.Table.from_pylist([pair], kinds)
+    return maintenance.rows_of_users(store.table(table), file, users)
 
 
-def _pair(row: dict[str, Any]) -> "Rewritten":
-    from persona.store.schema import DataFile
+def _rewrite(file: "DataFile", *, store: "Store", table: str, users: Sequence[str]) -> "Rewritten | None":
+    from persona.store import maintenance
 
-    return DataFile.from_json(row["old"]), DataFile.from_json(row["new"]) if row["new"] else None
+    return maintenance.without_users(store.table(table), file, users)
 
 
-def _said(counts: dict[str, Any]) -> str:
+def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n:,} {name}" for name, n in counts.items())
 
 

@@ -8,72 +8,65 @@ is replaced.
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jobs.runtime import cli, cost, joining, pools, profile, reading, retrieval as retrieve, session, staging
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
+from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, note, totals
+from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
-from persona.options import CostOptions, Decoding, PersonaKind, Retrieval
+from persona.options import CostOptions, Decoding, PersonaKind, RetrievalOptions, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
+    from persona.models.resolve import ModelFolder
+    from persona.plug.answerer import Answerer
     from persona.plug.record import PlugRecord
     from persona.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Decoding, Retrieval, CostOptions):
-    """What `jobs.generate` can be told."""
+class Config:
+    """Configuration of jobs.generate."""
 
     requests: str
     """Requests, Parquet or JSONL, local or s3://."""
     store: str
-    """Folder of the tables that jobs.embed made; answers go there, too."""
+    """Folder of the tables made by jobs.embed; answers are written there too."""
     plug: str
-    """Folder of the plug that jobs.train made, local or s3://."""
+    """Folder of the plug made by jobs.train, local or s3://."""
     persona: tuple[PersonaKind, ...] = (PersonaKind.OWN,)
-    """Whose history the plug is told of: the user's, nobody's, another's, the user's weighed equally, or no plug."""
+    """Histories to answer with: the own, none, another user's, the own weighted equally (mean); bare has no plug."""
     variant: str | None = None
-    """Name of the answers in the table; default the persona's, with --retrieve like own-bm25-4."""
-    llm: str | None = None
-    """Where the plug's LLM lies, when not where the plug says."""
-    encoder: str | None = None
-    """Where the plug's encoder lies, when not where the plug says."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
+    """Name of the answers in the table; default the persona, with --retrieve a name like own-bm25-4."""
+    decoding: Annotated[Decoding, FLAT] = field(default_factory=Decoding)
+    retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
+    past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
+    models: Annotated[PlugModels, FLAT] = field(default_factory=PlugModels)
     batch_size: int = 32
-    """Requests that are answered together; lower it when a GPU runs out of memory."""
+    """Requests answered together; lower it when a GPU runs out of memory."""
     keep_stale: bool = False
-    """Make only answers that are missing; leave those whose history, request, plug, LLM or decoding has changed."""
+    """Write only missing answers; keep those whose history, request, plug, LLM or decoding has changed."""
     block_rows: int = 512
-    """Answers that are made and committed together; a killed run loses at most two such blocks of each actor."""
-    actors: int | None = None
-    """LLM actors; default one a GPU, or one a core."""
-    cpus_per_actor: int = 1
-    """Cores of an actor where there is no GPU."""
-    max_reject_fraction: float = 0.01
-    """More bad rows than this end the job with exit code 3, after all good ones are answered."""
-    limit: int | None = None
-    """Take only this many requests."""
+    """Answers committed together; a killed run loses at most two such blocks per actor."""
+    pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     profile: bool = False
-    """Say at the end where the time went, what held the run up, and which flag would help."""
+    """Show at the end where the time went, what the bottleneck was, and which flag would help."""
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Show what would be done and change nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        self.check_decoding()
-        self.check_cost()
-        self.check_texts_are_used()
-        self.check_retrieval()
-        for name in ("batch_size", "block_rows", "actors", "cpus_per_actor"):
-            cli.at_least(self, name, 1)
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "batch_size", "block_rows")
+        self.past_texts.check_enough_for(self.retrieval)
+        self.past_texts.check_used_by(self.retrieval)
         if not self.persona or len(set(self.persona)) < len(self.persona):
             given = " ".join(self.persona)
             raise UsageError(f"--persona {given}: give one or more of own, none, other, mean, bare, each at most once")
@@ -84,7 +77,8 @@ class Config(Decoding, Retrieval, CostOptions):
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona import storage
-    from persona.inputs import files as inputs, requests
+    from persona.inputs import requests
+    from persona.inputs.splits import plan_splits
     from persona.store.store import Store
 
     started = time.perf_counter()
@@ -92,32 +86,32 @@ def main(config: Config) -> Summary:
     target = storage.check_uri(config.store, flag="--store")
     storage.check_reachable(source, flag="--requests")
     storage.check_reachable(target, flag="--store", write=True)
-    splits = inputs.plan_splits(source, flag="--requests")
+    splits = plan_splits(source, flag="--requests")
     requests.check_columns(splits, needs_target=False)
     store = Store.open(target)
-    where = plug_sources(store, config.plug, llm=config.llm, encoder=config.encoder)
-    histories = retrieve.plan(config)
+    where = plug_sources(store, config.plug, llm=config.models.llm, encoder=config.models.encoder)
+    histories = retrieve.plan(config.past_texts)
     if config.dry_run:
         return _plan(config, splits, where)
 
     with store.writer("generations", job="jobs.generate") as writer:
         machines = session.connect()
-        tally = new_tally()
+        tally = Tally.start()
         with progress(tally, _progress_line), Committer(writer, tally) as committer:
             for staged in _staged(config, splits, store, where, histories, machines, tally):
                 committer.take(staged)
-    counts, seconds = totals(tally), time.perf_counter() - started
-    n_models = machines.n_models(config.actors, config.cpus_per_actor)
+    counts, seconds = tally.totals(), time.perf_counter() - started
+    n_models = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     summary = _summary(config, store, counts, seconds)
-    summary = cost.spent(summary, config, machines, n_models=n_models, seconds=seconds)
+    summary = cost.spent(summary, config.cost, machines, n_models=n_models, seconds=seconds)
     return _with_profile(summary, config, counts, machines, seconds) if config.profile else summary
 
 
 def _plan(config: Config, splits: "list[Split]", where: Mapping[str, Any]) -> Summary:
     would = f"answer the requests of {len({split.uri for split in splits})} files for {', '.join(config.persona)}"
     if_all = "if none had an answer, inputs and answers of full length"
-    sizes = {"times": len(config.persona), "outputs": config.max_new_tokens, "beams": config.beams}
-    return cost.planned_requests(would, config, splits, where, if_all=if_all, **sizes)
+    sizes = {"times": len(config.persona), "outputs": config.decoding.max_new_tokens, "beams": config.decoding.beams}
+    return cost.planned_requests(would, config.cost, splits, where, if_all=if_all, **sizes)
 
 
 def _staged(
@@ -126,23 +120,25 @@ def _staged(
     store: "Store",
     where: Mapping[str, Any],
     histories: retrieve.Histories | None,
-    machines: Any,
-    tally: Any,
+    machines: session.Machines,
+    tally: Tally,
 ) -> Iterator[Any]:
     """The job as one chain: read, join with what each request may see, answer, stage."""
     unanswered = joining.requests_with_histories(
         splits,
         store.snapshot("behaviors", "generations"),
         tally,
-        job="generate",
-        personas=config.persona,
-        max_behaviors=where["record"].max_behaviors,
-        needs_target=False,
-        limit=config.limit,
-        keep=_Unanswered(config, where),
-        texts=retrieve.best_of(histories, config, where, tally),
+        joining.JoinPlan(
+            job="generate",
+            personas=config.persona,
+            max_behaviors=where["record"].max_behaviors,
+            needs_target=False,
+            limit=config.rows.limit,
+            selection=_Unanswered(config, where),
+            texts=retrieve.best_of(histories, config.retrieval, where, tally),
+        ),
     )
-    pool = machines.pool(config.actors, config.cpus_per_actor)
+    pool = pools.ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
     of_actors = {"config": config, "where": where, "tally": tally}
     answered = pools.by_models(unanswered, Generate, block_rows=config.block_rows, pool=pool, **of_actors)
     return staging.staged(answered, store=store, table="generations", tally=tally)
@@ -177,27 +173,60 @@ def plug_sources(store: "Store", plug: str, *, llm: str | None, encoder: str | N
     return {"plug": uri, "record": record, "fingerprint": fingerprint, **names}
 
 
-def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
-    """The plug in front of its LLM, in this process; `config` says in what precision, and what is retrieved.
+def load_answerer(where: Mapping[str, Any], config: Config) -> "Answerer":
+    """The plug in front of an engine with its LLM, in this process.
 
     Raises PlugMismatch when another plug lies there now than `where` says.
     """
-    from persona.models import resolve as models
+    from persona.engines.base import new_engine
+    from persona.plug import folder as plug_folder, record as plug_record
+
+    encoder, llm = _plug_models(where)
+    engine = new_engine(
+        "local",
+        llm,
+        max_input_tokens=where["record"].max_input_tokens,
+        precision=config.models.precision,
+        batch_size=config.batch_size,
+    )
+    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
+        return plug_folder.load_answerer(
+            folder,
+            encoder=encoder,
+            engine=engine,
+            batch_size=config.batch_size,
+            prefix_tokens=config.retrieval.front_tokens,
+        )
+
+
+def load_personalized(where: Mapping[str, Any], config: Any) -> Any:
+    """The plug in front of its LLM, in this process, to measure losses; raises as `load_answerer` does."""
     from persona.models.frozen_llm import FrozenLLM
     from persona.plug import folder as plug_folder, record as plug_record
 
+    encoder, llm_folder = _plug_models(where)
+    llm = FrozenLLM.load(
+        llm_folder, max_input_tokens=where["record"].max_input_tokens, precision=config.models.precision
+    )
+    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
+        return plug_folder.load(folder, encoder=encoder, llm=llm, prefix_tokens=config.retrieval.front_tokens)
+
+
+def _plug_models(where: Mapping[str, Any]) -> "tuple[ModelFolder, ModelFolder]":
+    """Encoder and LLM of the plug on this node. Raises PlugMismatch when they are not those of its training."""
+    from persona.models import resolve as models
+    from persona.plug import record as plug_record
+
     record: PlugRecord = where["record"]
     encoder = models.resolve(where["encoder"], revision=record.encoder["revision"], flag="--encoder")
-    llm_folder = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
-    plug_record.check_models(record, encoder=encoder, llm=llm_folder)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=record.max_input_tokens, precision=config.precision)
-    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
-        return plug_folder.load(folder, encoder=encoder, llm=llm, front_tokens=config.front_tokens)
+    llm = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
+    plug_record.check_models(record, encoder=encoder, llm=llm)
+    return encoder, llm
 
 
 def variant_of(config: Config, persona: str) -> str:
     """The name of a persona's answers in the table."""
-    return config.variant or config.answers_of(persona)
+    return config.variant or config.retrieval.answers_of(persona)
 
 
 def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[str, Any]) -> str:
@@ -208,18 +237,14 @@ def answer_fingerprint(row: Mapping[str, Any], config: Config, where: Mapping[st
     import hashlib
     import json
 
-    decoding = {field.name: getattr(config, field.name) for field in fields(Decoding)}
-    if not config.sample:
-        # What only sampling looks at must not make greedy answers stale.
-        decoding = {name: decoding[name] for name in ("max_new_tokens", "beams")}
     content = {
         **{name: row[name] for name in ("input", "query", "history_hash", "persona")},
         "plug": where["fingerprint"],
         "llm": where["record"].llm["fingerprint"],
-        "decoding": decoding,
+        "decoding": config.decoding.facts(),
     }
-    if config.retrieve:
-        content |= {"retrieved": row["retrieved"], "retrieve_tokens": config.retrieve_tokens}
+    if config.retrieval.retrieve:
+        content |= {"retrieved": row["retrieved"], "retrieve_tokens": config.retrieval.retrieve_tokens}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -232,11 +257,17 @@ class _Unanswered:
         self.config = config
         self.where = where
 
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, int]) -> "pa.Table":
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, float]) -> "pa.Table":
         """Rows of one persona; adds the columns of `adds`, and counts what is `stale`."""
         import pyarrow as pa
 
-        columns = ["input", "query", "history_hash", "persona", *(["retrieved"] if self.config.retrieve else [])]
+        columns = [
+            "input",
+            "query",
+            "history_hash",
+            "persona",
+            *(["retrieved"] if self.config.retrieval.retrieve else []),
+        ]
         prints = [answer_fingerprint(row, self.config, self.where) for row in joined.select(columns).to_pylist()]
         variant = variant_of(self.config, joined["persona"][0].as_py())
         answered = store.answers(variant, bucket)
@@ -257,11 +288,10 @@ class _Unanswered:
 class Generate:
     """Plug and LLM in an actor: loaded once, then requests with histories in, answers out."""
 
-    def __init__(self, config: Config, where: Mapping[str, Any], tally: Any) -> None:
-        session.quiet_models(config.cpus_per_actor)
-        self.model = load_personalized(where, config)
-        self.decoding = Decoding(**{field.name: getattr(config, field.name) for field in fields(Decoding)})
-        self.batch_size = config.batch_size
+    def __init__(self, config: Config, where: Mapping[str, Any], tally: Tally) -> None:
+        session.quiet_models(config.pool.cpus_per_actor)
+        self.answerer = load_answerer(where, config)
+        self.decoding = config.decoding
         self.where = where
         self.tally = tally
         self.idle_since = time.perf_counter()
@@ -271,12 +301,12 @@ class Generate:
         from persona.plug.request_tables import answer_all
 
         started = time.perf_counter()
-        answers = answer_all(self.model, requests, self.decoding, batch_size=self.batch_size)
+        answers = answer_all(self.answerer, requests, self.decoding)
         if requests.num_rows:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}
             counts["waiting"] = started - self.idle_since
-            note(self.tally, "generate", unit, {**counts, "seconds": time.perf_counter() - started})
+            self.tally.note("generate", unit, {**counts, "seconds": time.perf_counter() - started})
         kept = ["request_id", "user_id", "variant", "n_behaviors", "fingerprint", "bucket", "change"]
         rows = requests.select(kept)
         for name in ("output", "n_tokens", "finish_reason"):
@@ -323,7 +353,7 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         "seconds": round(seconds, 1),
         "answers_per_s": round(n_answers / seconds, 2),
         "version": store.version("generations"),
-        "decoding": {name: asdict(config)[name] for name in ("beams", "sample", "max_new_tokens")},
+        "decoding": {name: getattr(config.decoding, name) for name in ("beams", "sample", "max_new_tokens")},
     }
     table = [
         ("requests", f"{result['requests']:,} for {', '.join(config.persona)}"),
@@ -334,13 +364,13 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         ("store", f"{store.uri}, generations version {result['version']}"),
         *reading.reject_rows(counts),
     ]
-    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))
 
 
 def _with_profile(
     summary: Summary, config: Config, counts: Counts, machines: session.Machines, seconds: float
 ) -> Summary:
-    n_actors = machines.n_models(config.actors, config.cpus_per_actor)
+    n_actors = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
     cores = "more CPUs for Ray, on this machine or on others"
     faster = "more GPUs or cores (--actors), a larger --batch-size, fewer --beams, or a smaller --max-new-tokens"
     stages = [

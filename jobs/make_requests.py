@@ -1,19 +1,20 @@
-"""Make requests with targets out of histories alone, so that who owns only texts can train a plug.
+"""Make training requests from histories alone, for data without requests: predict each text from the older ones.
 
-Reads `--histories` and writes `<out>/part-….parquet`, a file a bucket of users: each behavior is asked for from the
-user's strictly older ones. The files are `--requests` for train, generate and evaluate.
+Reads `--histories`, which need timestamps. Writes `<out>/part-….parquet`, one file per bucket of users: the
+`--requests` of train, generate and evaluate.
 """
 
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.runtime import cli, exchange, reading, session, texts
 from jobs.runtime.cli import Summary
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, note, totals
+from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
+from persona.options import check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,41 +24,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What `jobs.make_requests` can be told."""
+    """Configuration of jobs.make_requests."""
 
     histories: str
-    """The histories of jobs.embed, Parquet or JSONL, a file or a folder, local or s3://; they need timestamps."""
+    """The histories that jobs.embed reads: Parquet or JSONL, a file or a folder, local or s3://."""
     out: str
     """Folder for the requests, local or s3://."""
     columns: str = ""
-    """Names of your columns where they differ: text=body,user_id=author."""
+    """Your column names where they differ from the standard ones: text=body,user_id=author."""
     ask: str = "Write the next text of this person."
-    """What the LLM is asked; the opening of the text follows in a new line."""
+    """The instruction to the LLM; name the kind of text, like 'Write a movie review.'"""
     opening_words: int = 0
-    """So many first words of the text stand in the request (and weigh the history); the target is the rest."""
+    """Put this many first words of the text into the request, where they also weigh the history; the LLM continues."""
     min_history: int = 3
-    """A behavior becomes a request only when at least so many of the same user are older."""
+    """Make a request only from texts with at least this many older texts of the user; raise it for long histories."""
     max_a_user: int = 16
-    """At most so many requests of a user, the latest ones."""
+    """Make at most this many requests per user, from the latest texts; lower it when a few users dominate."""
     buckets: int = 64
-    """Files to write; one for each 100,000 behaviors or so."""
+    """Files to write; about one per 100,000 behaviors."""
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Print what would be done, and start nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        for name in ("max_a_user", "buckets"):
-            cli.at_least(self, name, 1)
-        for name in ("min_history", "opening_words"):
-            cli.at_least(self, name, 0)
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "max_a_user", "buckets")
+        check_at_least(self, 0, "min_history", "opening_words")
         if not self.ask.strip():
-            raise UsageError("--ask: must say what is asked of the LLM")
+            raise UsageError("--ask is empty; give an instruction for the LLM")
+
+    def rule(self) -> "RequestRule":
+        """How texts become requests."""
+        from persona.inputs.derived_requests import RequestRule
+
+        return RequestRule(
+            ask=self.ask,
+            opening_words=self.opening_words,
+            min_history=self.min_history,
+            max_a_user=self.max_a_user,
+        )
 
 
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona import storage
-    from persona.inputs.derived_requests import RequestRule
 
     started = time.perf_counter()
     out = storage.check_uri(config.out, flag="--out")
@@ -65,33 +74,29 @@ def main(config: Config) -> Summary:
     splits, columns = texts.plan(config.histories, config.columns, flag="--histories")
     _check_empty(out, config.buckets)
     if config.dry_run:
-        would = f"ask for the behaviors of {len({split.uri for split in splits})} files"
+        would = f"make requests from the texts of {len({split.uri for split in splits})} files"
         return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
     session.connect()
-    rule = RequestRule(
-        ask=config.ask,
-        opening_words=config.opening_words,
-        min_history=config.min_history,
-        max_a_user=config.max_a_user,
-    )
     rows = reading.read(splits, reading.read_histories, limit=None, columns=columns, n_buckets=config.buckets)
-    tally = new_tally()
-    work = {"out": out, "rule": rule, "n_files": config.buckets, "tally": tally}
+    tally = Tally.start()
+    written = exchange.by_bucket(
+        rows, splits, config.buckets, _write_bucket, out=out, rule=config.rule(), n_files=config.buckets, tally=tally
+    )
     with progress(tally, _progress_line):
-        for _ in exchange.by_bucket(rows, splits, config.buckets, _make_bucket, **work).iter_batches(batch_size=None):
+        for _ in written.iter_batches(batch_size=None):
             pass
-    counts = {name: int(n) for name, n in totals(tally).get("make", {}).items()}
+    counts = {name: int(n) for name, n in tally.totals().get("make", {}).items()}
     result = {"job": "make_requests", "out": out, **counts, "seconds": round(time.perf_counter() - started, 1)}
     table = [
         ("requests", f"{counts.get('requests', 0):,} in {out}"),
-        ("left out", ", ".join(f"{counts.get(name, 0):,} {name}" for name in ("early", "short", "older", "untimed"))),
+        ("left out", _left_out(config, counts)),
         ("seconds", f"{result['seconds']:,}"),
     ]
     return Summary(table=table, result=result)
 
 
 def _check_empty(out: str, n_buckets: int) -> None:
-    """Files of another number of buckets would stay beside the new ones, and their requests be there twice."""
+    """Refuse a folder with files of another run: readers of the folder would see their requests, too."""
     from persona import storage
 
     ours = {storage.join(out, _name(bucket, n_buckets)) for bucket in range(n_buckets)}
@@ -104,8 +109,8 @@ def _name(bucket: int, n_buckets: int) -> str:
     return f"part-{bucket:05}-of-{n_buckets:05}.parquet"
 
 
-def _make_bucket(behaviors: "pa.Table", *, out: str, rule: "RequestRule", n_files: int, tally: Any) -> "pa.Table":
-    """Writes the requests of one bucket's users; the same file whenever it is done again."""
+def _write_bucket(behaviors: "pa.Table", *, out: str, rule: "RequestRule", n_files: int, tally: Tally) -> "pa.Table":
+    """Write the requests of one bucket of users. A retried task writes the same file again."""
     import io
 
     import pyarrow.parquet as pq
@@ -118,8 +123,19 @@ def _make_bucket(behaviors: "pa.Table", *, out: str, rule: "RequestRule", n_file
     sink = io.BytesIO()
     pq.write_table(requests, sink)
     storage.write_bytes(storage.join(out, _name(bucket, n_files)), sink.getvalue())
-    note(tally, "make", str(bucket), {**counts, "behaviors": behaviors.num_rows})
+    tally.note("make", str(bucket), {**counts, "behaviors": behaviors.num_rows})
     return behaviors.select(["bucket"]).slice(0, 1)
+
+
+def _left_out(config: Config, counts: dict[str, int]) -> str:
+    """How many texts did not become requests, by reason."""
+    reasons = {
+        "early": f"with fewer than {config.min_history:,} older texts",
+        "short": f"with no more than {config.opening_words:,} words",
+        "older": f"beyond the latest {config.max_a_user:,} of a user",
+        "untimed": "without a timestamp",
+    }
+    return ", ".join(f"{counts.get(name, 0):,} {reason}" for name, reason in reasons.items())
 
 
 def _progress_line(counts: Counts, seconds: float) -> str:
@@ -127,7 +143,7 @@ def _progress_line(counts: Counts, seconds: float) -> str:
     if not done:
         return ""
     return (
-        f"make_requests: {int(done['requests']):,} requests of {int(done['behaviors']):,} behaviors, {seconds:,.0f} s"
+        f"make_requests: {int(done['requests']):,} requests from {int(done['behaviors']):,} behaviors, {seconds:,.0f} s"
     )
 
 

@@ -1,54 +1,67 @@
-"""Look after a store: `python -m jobs.store show --store URI`, or `verify`, `compact`, `vacuum` in the place of `show`.
+"""Inspect and maintain a store: `python -m jobs.store show --store URI`, or another action in place of `show`.
 
-show      versions, users, behaviors, bytes, how even the buckets are, the last runs
-verify    every promise that the files themselves can keep or break: keys, buckets, vectors; exit 1 where one is broken
-compact   merges small files, which many refreshes leave behind, into large ones
-vacuum    deletes files that no version of the last `--keep-hours` needs, and those that no run has ever committed
+show      print versions, users, behaviors, bytes, how evenly the buckets are filled, and the last runs
+verify    check every data file: keys, buckets, vectors; exit code 1 if anything is wrong
+compact   merge the small files that refreshes leave behind into large ones
+vacuum    delete files that no version of the last `--keep-hours` needs, and files that were never committed
 """
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from jobs.runtime import cli, exchange, session
 from jobs.runtime.cli import Summary
 from persona.errors import UsageError
+from persona.options import check_at_least
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
+    from persona.store.data_files import DataFile
     from persona.store.store import Store
     from persona.store.writer import Merged
 
-_GROUPS_A_COMMIT = 256
+_GROUPS_PER_COMMIT = 256
+_RUNS_SHOWN = 10
+_PROBLEMS_SHOWN, _PROBLEMS_RETURNED = 20, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What `jobs.store` can be told."""
+    """Configuration of jobs.store."""
+
+    FIRST_ARGUMENT: ClassVar[str] = "action"
 
     action: Literal["show", "verify", "compact", "vacuum"]
-    """What to do; it may stand first, without its flag."""
+    """What to do; may also be given first, without the flag."""
     store: str
     """Folder of the tables, local or s3://."""
     encoder: str | None = None
-    """With verify: an encoder (hub id or folder) whose fingerprint the store must have."""
+    """With verify: also check that this encoder (hub id or folder) made the store's vectors."""
     target_mb: int = 128
-    """With compact: about this large do files get."""
+    """With compact: the size of the merged files in MiB; raise it for stores of many terabytes."""
     keep_hours: int = 168
     """With vacuum: how long old versions stay readable."""
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Print what would be done, and change nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        cli.at_least(self, "target_mb", 1)
-        cli.at_least(self, "keep_hours", 0)
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "target_mb")
+        check_at_least(self, 0, "keep_hours")
         for name, action in (("encoder", "verify"), ("target_mb", "compact"), ("keep_hours", "vacuum")):
             if getattr(self, name) != getattr(Config, name) and self.action != action:
                 raise UsageError(f"--{name.replace('_', '-')} goes with {action}, not with {self.action}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an action found or did: rows for people, fields for programs."""
+
+    table: Sequence[tuple[str, str]]
+    result: Mapping[str, object]
+    is_ok: bool = True
 
 
 def main(config: Config) -> Summary:
@@ -64,141 +77,139 @@ def main(config: Config) -> Summary:
         would = f"{config.action} the store of {store.identity.encoder}"
         return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
     started = time.perf_counter()
-    work = {"show": _show, "verify": _verify, "compact": _compact, "vacuum": _vacuum}[config.action]
-    table, result = work(config, store)
+    action = {"show": _show, "verify": _verify, "compact": _compact, "vacuum": _vacuum}[config.action]
+    outcome = action(config, store)
     seconds = round(time.perf_counter() - started, 1)
-    found = {"job": "store", "action": config.action, "store": store.uri, **result, "seconds": seconds}
     return Summary(
-        table=[("store", store.uri), *table, ("seconds", f"{seconds:,}")],
-        result=found,
-        exit_code=1 if result.get("problems") else 0,
+        table=[("store", store.uri), *outcome.table, ("seconds", f"{seconds:,}")],
+        result={
+            "job": "store",
+            "action": config.action,
+            "store": store.uri,
+            **outcome.result,
+            "seconds": seconds,
+        },
+        exit_code=0 if outcome.is_ok else 1,
     )
 
 
-_Found = tuple[list[tuple[str, str]], dict[str, Any]]
-
-
-def _show(_config: Config, store: "Store") -> _Found:
-    from persona.store import maintenance as housekeeping
+def _show(_config: Config, store: "Store") -> Outcome:
+    from persona.store import maintenance
 
     session.connect()
-    facts = {name: housekeeping.facts(store, name) for name in housekeeping.TABLES}
-    work = [{"bucket": bucket} for bucket in store.buckets()]
-    n_users = sum(row["users"] for row in exchange.each_row(work, _n_users, store=store))
+    facts = {name: maintenance.facts(store, name) for name in maintenance.TABLES}
+    n_users = sum(exchange.results(store.buckets(), _n_users, store=store))
     rows = facts["behaviors"]["rows_by_partition"]
-    uneven = max(rows.values(), default=0) * store.n_buckets / max(sum(rows.values()), 1)
-    runs = [run for name in housekeeping.TABLES for run in store.table(name).runs()]
-    runs = sorted(runs, key=lambda run: str(run["at"]), reverse=True)[:10]
-    of = store.identity
+    skew = max(rows.values(), default=0) * store.n_buckets / max(sum(rows.values()), 1)
+    runs = [run for name in maintenance.TABLES for run in store.table(name).runs()]
+    runs = sorted(runs, key=lambda run: str(run["at"]), reverse=True)[:_RUNS_SHOWN]
+    identity = store.identity
     table = [
-        ("encoder", f"{of.encoder} ({of.width} wide, {of.pooling} pooling, {of.max_tokens} tokens)"),
+        (
+            "encoder",
+            f"{identity.encoder} (width {identity.width}, {identity.pooling} pooling, {identity.max_tokens} tokens)",
+        ),
         ("users", f"{n_users:,}"),
-        ("buckets", f"{len(rows):,} of {store.n_buckets:,} filled, the largest has {uneven:.2f} × the mean"),
+        ("buckets", f"{len(rows):,} of {store.n_buckets:,} filled, the largest has {skew:.2f} × the mean"),
     ]
     table += [
         (name, f"{fact['rows']:,} rows, {fact['bytes']:,} bytes, {fact['files']:,} files, version {fact['version']:,}")
         for name, fact in facts.items()
     ]
     table += [("run", f"{run['at']}  {run['job']} on {run['table']}, from version {run['version']:,}") for run in runs]
-    return table, {"users": n_users, "buckets": store.n_buckets, "tables": facts, "runs": runs}
+    return Outcome(table=table, result={"users": n_users, "buckets": store.n_buckets, "tables": facts, "runs": runs})
 
 
-def _n_users(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
-    import pyarrow as pa
-
-    for bucket in batch["bucket"].to_pylist():
-        yield pa.table({"bucket": [bucket], "users": [len(store.users(bucket))]})
+def _n_users(bucket: int, *, store: "Store") -> int:
+    return len(store.users(bucket))
 
 
-def _verify(config: Config, store: "Store") -> _Found:
-    from persona.models import resolve as models
-    from persona.store import maintenance as housekeeping
+def _verify(config: Config, store: "Store") -> Outcome:
+    from persona.store import maintenance
 
-    problems: list[str] = []
-    if config.encoder is not None:
-        given = models.resolve(config.encoder, revision=store.identity.revision, flag="--encoder")
-        mine, theirs = store.identity.fingerprint[:12], given.fingerprint[:12]
-        if mine != theirs:
-            problems.append(f"the store was made by an encoder with fingerprint {mine}, and --encoder has {theirs}")
+    problems = [] if config.encoder is None else _encoder_problems(config.encoder, store)
     session.connect()
-    partitions = {name: housekeeping.facts(store, name)["rows_by_partition"] for name in housekeeping.OF_USERS}
-    work = [{"table": name, "partition": value} for name, values in partitions.items() for value in values]
-    checked = dict.fromkeys(housekeeping.OF_USERS, 0)
-    for row in exchange.each_row(work, _verify_one, store=store):
-        checked[row["table"]] += row["rows"]
-        problems += row["problems"]
+    partitions = [
+        _Partition(table=name, value=value)
+        for name in maintenance.OF_USERS
+        for value in maintenance.facts(store, name)["rows_by_partition"]
+    ]
+    checked = dict.fromkeys(maintenance.OF_USERS, 0)
+    for found in exchange.results(partitions, _verify_partition, store=store):
+        checked[found.partition.table] += found.n_rows
+        problems += found.problems
     table = [(name, f"{n:,} rows checked") for name, n in checked.items()]
-    table += [("problem", problem) for problem in problems[:20]] or [("problems", "none")]
-    return table, {"checked": checked, "problems": problems[:1000], "n_problems": len(problems)}
+    table += [("problem", problem) for problem in problems[:_PROBLEMS_SHOWN]] or [("problems", "none")]
+    result = {"checked": checked, "problems": problems[:_PROBLEMS_RETURNED], "n_problems": len(problems)}
+    return Outcome(table=table, result=result, is_ok=not problems)
 
 
-def _verify_one(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
-    import pyarrow as pa
+def _encoder_problems(encoder: str, store: "Store") -> list[str]:
+    from persona.models import resolve as models
 
-    from persona.store import maintenance as housekeeping
+    given = models.resolve(encoder, revision=store.identity.revision, flag="--encoder")
+    of_store, of_given = store.identity.fingerprint[:12], given.fingerprint[:12]
+    if of_store == of_given:
+        return []
+    return [f"the store was made by an encoder with fingerprint {of_store}, and --encoder has {of_given}"]
 
-    for row in batch.to_pylist():
-        n, problems = housekeeping.verify(store, row["table"], row["partition"])
-        kinds = pa.schema([("table", pa.string()), ("rows", pa.int64()), ("problems", pa.list_(pa.string()))])
-        yield pa.Table.from_pylist([{"table": row["table"], "rows": n, "problems": problems}], kinds)
+
+@dataclass(frozen=True, kw_only=True)
+class _Partition:
+    table: str
+    value: str
 
 
-# Both hold the lease: files that a run has staged and not yet committed would look like rubbish.
-def _compact(config: Config, store: "Store") -> _Found:
-    from persona.store import maintenance as housekeeping
+@dataclass(frozen=True, kw_only=True)
+class _Verified:
+    partition: _Partition
+    n_rows: int
+    problems: list[str]
+
+
+def _verify_partition(partition: _Partition, *, store: "Store") -> _Verified:
+    from persona.store import maintenance
+
+    n_rows, problems = maintenance.verify(store, partition.table, partition.value)
+    return _Verified(partition=partition, n_rows=n_rows, problems=problems)
+
+
+# Compact and vacuum hold the lease: vacuum would delete the files that a running job has staged and not yet committed.
+def _compact(config: Config, store: "Store") -> Outcome:
+    from persona.store import maintenance
 
     session.connect()
     table, result = [], {}
-    for name in housekeeping.TABLES:
+    for name in maintenance.TABLES:
         with store.writer(name, job="jobs.store") as writer:
-            before = len(writer.table.files())
+            n_before = len(writer.table.files())
             groups = writer.small_files(config.target_mb * 2**20)
-            for start in range(0, len(groups), _GROUPS_A_COMMIT):
-                work = [
-                    {"table": name, "files": [file.to_json() for file in group]}
-                    for group in groups[start : start + _GROUPS_A_COMMIT]
-                ]
-                writer.exchange_merged([_merged(row) for row in exchange.each_row(work, _merge, store=store)])
-            after = len(writer.table.files())
-        table.append((name, f"{before:,} files became {after:,}"))
-        result[name] = {"files_before": before, "files_after": after}
-    return table, result
+            for start in range(0, len(groups), _GROUPS_PER_COMMIT):
+                some = groups[start : start + _GROUPS_PER_COMMIT]
+                writer.exchange_merged(list(exchange.results(some, _merge, store=store, table=name)))
+            n_after = len(writer.table.files())
+        table.append((name, f"{n_before:,} files became {n_after:,}"))
+        result[name] = {"files_before": n_before, "files_after": n_after}
+    return Outcome(table=table, result=result)
 
 
-def _merge(batch: "pa.Table", *, store: "Store") -> Iterator["pa.Table"]:
-    import pyarrow as pa
-
+def _merge(files: "list[DataFile]", *, store: "Store", table: str) -> "Merged":
     from persona.store import writer
-    from persona.store.schema import DataFile
 
-    kinds = pa.schema([("old", pa.list_(pa.string())), ("new", pa.string())])
-    for row in batch.to_pylist():
-        _, new = writer.merge(store.table(row["table"]), [DataFile.from_json(file) for file in row["files"]])
-        yield pa.Table.from_pylist([{"old": row["files"], "new": new.to_json()}], kinds)
+    return writer.merge(store.table(table), files)
 
 
-def _merged(row: dict[str, Any]) -> "Merged":
-    from persona.store.schema import DataFile
-
-    return [DataFile.from_json(file) for file in row["old"]], DataFile.from_json(row["new"])
-
-
-def _vacuum(config: Config, store: "Store") -> _Found:
-    from persona.store import maintenance as housekeeping
+def _vacuum(config: Config, store: "Store") -> Outcome:
+    from persona.store import maintenance
 
     table, result = [], {}
-    for name in housekeeping.TABLES:
+    for name in maintenance.TABLES:
         with store.writer(name, job="jobs.store") as writer:
-            deleted = writer.vacuum(keep_hours=config.keep_hours)
-        table.append((name, f"{deleted:,} files deleted"))
-        result[name] = {"files_deleted": deleted}
-    return table, result
-
-
-def _action_first(argv: Sequence[str]) -> list[str]:
-    """`show --store X` is short for `--action show --store X`."""
-    return ["--action", *argv] if argv and not argv[0].startswith("-") else list(argv)
+            n_deleted = writer.vacuum(keep_hours=config.keep_hours)
+        table.append((name, f"{n_deleted:,} files deleted"))
+        result[name] = {"files_deleted": n_deleted}
+    return Outcome(table=table, result=result)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(Config, main, _action_first(sys.argv[1:])))
+    sys.exit(cli.run(Config, main))

@@ -1,85 +1,86 @@
-"""Submit a command to a Ray cluster, wait for it, and end with its exit code: what a scheduler calls.
+"""Submit a command to a Ray cluster, wait for it, and exit with its exit code: the command for a scheduler.
 
-`ray job submit` ends with 1 whatever the command's code was, with 0 for a job that was stopped, and with 0 when only
-the connection that follows the log is lost. This asks the cluster how the job is doing until it is over. An id that is
-already there is not started again: this waits for that job instead, so a repeated schedule does nothing twice.
+`ray job submit` exits with 1 whatever the command's exit code was, with 0 for a job that was stopped, and with 0 when
+it merely loses the connection that follows the log. `jobs.submit` asks the cluster for the job's status until the job
+has ended. It does not start an id that exists already but waits for that job: a schedule that fires twice runs once.
 """
 
 import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.runtime import cli, log
 from jobs.runtime.cli import Summary
 from persona.errors import PersonaError, UsageError
+from persona.options import check_at_least
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
-AnswerT = TypeVar("AnswerT")
+T = TypeVar("T")
 
 _POLL_S = 2.0
-# Of the job's own output: its summary, or the end of a traceback.
-_LAST_LINES = 60
+_LAST_LINES = 60  # of the job's log: its summary, or the end of a traceback
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What `jobs.submit` can be told."""
+    """Configuration of jobs.submit."""
 
     entrypoint: str
-    """The command, as a shell takes it: 'python -m jobs.embed --histories ... --store ...'."""
+    """The command, as for a shell: 'python -m jobs.embed --histories ... --store ...'."""
     id: str
-    """Id of the job, made of the time it is due: the same id is never started twice."""
+    """Id of the job, derived from the time it is due, like refresh-2026-01-31: an id is never started twice."""
     address: str = ""
-    """Of the cluster's dashboard, http://host:8265; default RAY_API_SERVER_ADDRESS."""
+    """Address of the cluster's dashboard, http://host:8265; default RAY_API_SERVER_ADDRESS."""
     working_dir: str | None = None
-    """Folder that is sent along and in which the command runs; without it the code of the nodes' image is used."""
+    """Folder to upload and run the command in; leave it out to use the code in the nodes' image."""
     patience_s: int = 600
-    """How long a cluster that does not answer is asked again, as while its head is being replaced."""
+    """Seconds to wait for a cluster that does not answer; raise it if replacing a failed head takes longer."""
     dry_run: bool = False
-    """Say what would be submitted, and submit nothing."""
+    """Print what would be submitted, and submit nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without a cluster."""
-        cli.at_least(self, "patience_s", 0)
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 0, "patience_s")
         if not self.entrypoint.strip():
             raise UsageError("--entrypoint '': must be a command")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]*", self.id):
-            raise UsageError(f"--id {self.id!r}: must be made of letters, digits and . _ : -")
+            raise UsageError(
+                f"--id {self.id!r}: must start with a letter or digit and contain only letters, digits and . _ : -"
+            )
 
 
 def main(config: Config) -> Summary:
     """Runs the job."""
     if config.dry_run:
-        would = f"submit {config.entrypoint!r} as {config.id}, unless it is there"
+        would = f"submit {config.entrypoint!r} as {config.id}, unless that id exists"
         return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
     started = time.perf_counter()
-    client = _retry_while_away(lambda: _client(config), config.patience_s)
+    client = _answer(config, lambda: _client(config))
     is_new = _submit(client, config)
-    said = "submitted" if is_new else "is there already and is not started again; waiting for it"
-    log.say(f"submit: {config.id} {said}")
+    log.say(f"submit: {config.id} {'submitted' if is_new else 'exists and is not started again; waiting for it'}")
     details = _wait(client, config)
-    lines = _retry_while_away(lambda: client.get_job_logs(config.id), config.patience_s).splitlines()
+    lines = _answer(config, lambda: client.get_job_logs(config.id)).splitlines()
     print("\n".join(lines[-_LAST_LINES:]), file=sys.stderr, flush=True)
-    status, code = str(details.status.value), _exit_code(details)
+    status, exit_code = str(details.status.value), _exit_code(details)
     result = {
         "job": "submit",
         "id": config.id,
         "started": is_new,
         "status": status,
-        "exit_code": code,
+        "exit_code": exit_code,
         "result": _last_json(lines),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    table = [("id", config.id), ("status", f"{status}, exit code {code}"), ("seconds", f"{result['seconds']:,}")]
-    if code and details.message:
+    table = [("id", config.id), ("status", f"{status}, exit code {exit_code}"), ("seconds", f"{result['seconds']:,}")]
+    if exit_code and details.message:
         table.append(("reason", str(details.message).strip().splitlines()[0]))
-    return Summary(table=table, result=result, exit_code=code)
+    return Summary(table=table, result=result, exit_code=exit_code)
 
 
 def _client(config: Config) -> "JobSubmissionClient":
@@ -89,64 +90,75 @@ def _client(config: Config) -> "JobSubmissionClient":
 
 
 def _submit(client: "JobSubmissionClient", config: Config) -> bool:
-    """Whether the job was started now; False where its id is known."""
+    """Submit the job; False if its id exists."""
     environment: dict[str, Any] = {"working_dir": config.working_dir} if config.working_dir else {}
 
     def submit() -> bool:
         try:
             client.submit_job(entrypoint=config.entrypoint, submission_id=config.id, runtime_env=environment)
         except RuntimeError as error:
-            # An earlier run of this schedule; or the answer to our own request was lost, and this is the second one.
+            # From an earlier run of this schedule, or from an attempt of ours whose response was lost.
             if "already exists" in str(error):
                 return False
             raise
         return True
 
-    return _retry_while_away(submit, config.patience_s)
+    return _answer(config, submit)
 
 
-def _wait(client: "JobSubmissionClient", config: Config) -> Any:
-    """What the cluster knows of the job once it is over."""
+def _wait(client: "JobSubmissionClient", config: Config) -> "JobDetails":
+    """The job's details after it has ended."""
     while True:
-        details = _retry_while_away(lambda: client.get_job_info(config.id), config.patience_s)
+        details = _answer(config, lambda: client.get_job_info(config.id))
         if details.status.is_terminal():
             return details
         time.sleep(_POLL_S)
 
 
-def _retry_while_away(ask: Callable[[], AnswerT], patience_s: float) -> AnswerT:
-    """What the cluster answers, asked again while it is away. A refusal is final."""
+def _answer(config: Config, request: Callable[[], T]) -> T:
+    """The cluster's answer to a request, which is repeated while the cluster is away.
+
+    Raises:
+        UsageError: the cluster refuses the request; it is not repeated.
+        PersonaError: the cluster has not answered for `--patience-s`.
+    """
     from ray.exceptions import AuthenticationError
 
-    until = time.monotonic() + patience_s
-    while True:
+    from persona.storage.retry import retry_transient
+
+    def ask() -> T:
         try:
-            return ask()
+            return request()
         except AuthenticationError as error:
             raise UsageError(
-                "the cluster wants its token, and the one given is none or another: set RAY_AUTH_MODE=token and "
+                "the cluster requires a token, and none or a wrong one was given: set RAY_AUTH_MODE=token and "
                 f"RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN ({str(error).strip().splitlines()[0]})"
             ) from error
         except (OSError, RuntimeError) as error:
             if re.search(r"status code 4\d\d|\b4\d\d Client Error", str(error)):
                 raise UsageError(f"the cluster refuses: {str(error).strip()}") from error
-            if time.monotonic() > until:
-                raise PersonaError(
-                    f"the cluster has not answered for {patience_s} s (--patience-s); is --address or "
-                    f"RAY_API_SERVER_ADDRESS right, and its head alive? ({error})"
-                ) from error
-            time.sleep(_POLL_S)
+            raise
+
+    return retry_transient(
+        ask,
+        "the cluster does not answer; check that --address or RAY_API_SERVER_ADDRESS is right and its head is running, "
+        f"or raise --patience-s {config.patience_s}",
+        is_transient=lambda error: isinstance(error, OSError | RuntimeError),
+        give_up_s=config.patience_s,
+        pauses_s=(_POLL_S, _POLL_S),
+        error_class=PersonaError,
+    )
 
 
-def _exit_code(details: Any) -> int:
-    """0 for a job that succeeded; what its process ended with, or 1 when it was stopped, killed, or never began."""
+def _exit_code(details: "JobDetails") -> int:
+    """0 if the job succeeded; else its exit code, or 1 if it was stopped, was killed or never started."""
     if details.status.value == "SUCCEEDED":
         return 0
     return details.driver_exit_code if details.driver_exit_code and details.driver_exit_code > 0 else 1
 
 
-def _last_json(lines: list[str]) -> Any:
-    """The job's own result: the last line that is a JSON object, or None."""
+def _last_json(lines: Sequence[str]) -> object:
+    """The job's own result: the last line of its log that is a JSON object, or None."""
     for line in reversed(lines[-_LAST_LINES:]):
         if line.startswith("{"):
             try:

@@ -7,98 +7,97 @@ end, the plug folder `--plug`. The same `--run` again resumes at the last checkp
 import re
 import sys
 import time
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
 from jobs.runtime import cli, cost, profile, retrieval, session
 from jobs.runtime.cli import Summary
+from jobs.runtime.job_options import FLAT, InputRows, PastTexts
 from jobs.runtime.progress import progress
-from jobs.runtime.tally import Counts, new_tally, totals
+from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.training.inputs import TrainingInputs, join_and_split
 from jobs.runtime.training.publish import publish, summary
 from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
 from persona.errors import PlugMismatch, UsageError
-from persona.options import CostOptions, PlugOptions, Retrieval, TrainingOptions
+from persona.options import CostOptions, PlugOptions, Precision, RetrievalOptions, TrainingOptions, check_at_least
 
 if TYPE_CHECKING:
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
-    from persona.store.store import Identity
+    from persona.store.identity import Identity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingOptions, PlugOptions, Retrieval, CostOptions):
-    """What `jobs.train` can be told."""
+class Config:
+    """Configuration of jobs.train."""
 
     requests: str
     """Requests with targets, Parquet or JSONL, local or s3://."""
     store: str
-    """Folder of the tables that jobs.embed made."""
+    """Folder of the tables made by jobs.embed."""
     plug: str
     """Folder for the trained plug, local or s3://."""
     run: str
     """Name of the run; the same name resumes it."""
     runs: str
-    """Folder of all runs' checkpoints; on a cluster one that every node sees (s3://)."""
+    """Folder for the checkpoints of all runs; on a cluster one that every node can reach (s3://)."""
     validation: str | None = None
-    """Held-out requests with targets; without it --validation-fraction of the users is held out."""
+    """Held-out requests with targets; without it, --validation-fraction of the users is held out."""
     validation_fraction: float = 0.05
-    """Share of the users of --requests that is held out when there is no --validation."""
+    """Share of the users of --requests held out when there is no --validation."""
     validation_rows: int = 512
-    """At most this many held-out requests are used."""
+    """Use at most this many held-out requests."""
     validate_every: int = 100
-    """Steps from one validation and checkpoint to the next; the best one becomes the plug."""
+    """Validate and save a checkpoint after this many steps; the best checkpoint becomes the plug."""
     llm: str = "google/flan-t5-xxl"
-    """Hub id or folder (local, s3://) of the LLM with safetensors, encoder-decoder or decoder-only."""
+    """Hub id or folder (local, s3://) of an encoder-decoder or decoder-only LLM with safetensors weights."""
     llm_revision: str = "main"
     """Revision of the LLM on the hub."""
     encoder: str | None = None
-    """Where the store's encoder lies, when not where the store says."""
+    """Folder or hub id of the store's encoder, if it is not where the store says."""
     query_prefix: str = ""
-    """Put in front of each query (BGE: 'Represent this sentence for searching relevant passages: ')."""
+    """Prefix of each query (BGE: 'Represent this sentence for searching relevant passages: ')."""
     max_query_tokens: int = 276
-    """Tokens of a query that are read."""
+    """Cut each query after this many tokens."""
     max_input_tokens: int = 256
-    """Tokens of an input, and of a target, that the LLM reads."""
+    """Cut each input, and each target, after this many tokens."""
     max_behaviors: int = 512
-    """The latest behaviors of a user that are used."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the LLM; auto is bf16 where the hardware multiplies it natively."""
+    """Use only this many of a user's latest behaviors."""
+    precision: Precision = "auto"
+    """Precision of the LLM; auto is bf16 where the hardware supports it."""
     activation_checkpointing: bool = False
-    """Compute the LLM's activations anew in the backward pass: a fraction of the memory, a third more time."""
+    """Recompute the LLM's activations in the backward pass: a fraction of the memory for a third more time."""
+    plug_options: Annotated[PlugOptions, FLAT] = field(default_factory=PlugOptions)
+    training: Annotated[TrainingOptions, FLAT] = field(default_factory=TrainingOptions)
+    retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
+    past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
     workers: int | None = None
-    """Training workers; default one a GPU, or 1."""
+    """Number of training workers; default one per GPU, or 1."""
     max_failures: int = 3
-    """Crashes of workers after which the run gives up; each resumes at the last checkpoint."""
-    max_reject_fraction: float = 0.01
-    """More bad rows than this end the job with exit code 3."""
-    limit: int | None = None
-    """Take only this many requests."""
+    """Give up after this many worker crashes; after each one the run resumes at the last checkpoint."""
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     profile: bool = False
-    """Say at the end where the time went, what held the run up, and which flag would help."""
+    """Show at the end where the time went, what the bottleneck was, and which flag would help."""
     dry_run: bool = False
-    """Say what would be done, and start nothing."""
+    """Show what would be done and change nothing."""
 
-    def check(self) -> None:
-        """Refuses what can be refused without looking at any data."""
-        PlugOptions.check(self)
-        self.check_cost()
-        self.check_texts_are_used()
-        self.check_retrieval()
-        self.check_training(self.workers or 1)
-        for name in ("validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"):
-            cli.at_least(self, name, 1)
-        cli.at_least(self, "max_failures", 0)
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        self.past_texts.check_enough_for(self.retrieval)
+        self.past_texts.check_used_by(self.retrieval)
+        check_at_least(self, 1, "workers")
+        self.training.check_workers(self.workers or 1)
+        check_at_least(
+            self, 1, "validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"
+        )
+        check_at_least(self, 0, "max_failures")
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction {self.validation_fraction}: must be above 0 and below 1")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run):
             raise UsageError(f"--run {self.run!r}: must be a name of letters, digits and . _ -")
-
-    def options(self, kind: type[Any]) -> Any:
-        """The part of the flags that is a PlugOptions, a TrainingOptions or a Retrieval."""
-        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
 
 def main(config: Config) -> Summary:
@@ -110,35 +109,47 @@ def main(config: Config) -> Summary:
         return _plan(config, inputs, resumes=run.record is not None)
     machines = session.connect()
     n_workers = config.workers or machines.gpus or 1
-    config.check_training(n_workers)
-    tally = new_tally()
+    config.training.check_workers(n_workers)
+    tally = Tally.start()
     requests = join_and_split(spec, inputs, run.behaviors_version, tally)
-    requests.check(global_batch=config.global_batch, n_workers=n_workers)
+    requests.check(global_batch=config.training.global_batch, n_workers=n_workers)
     run.begin(requests.n_train)
     with progress(tally, _progress_line):
         result = fit(spec, inputs, requests, tally, machines, n_workers=n_workers, max_failures=config.max_failures)
     published = publish(spec, inputs, result, requests.n_train)
-    counts, seconds = totals(tally), time.perf_counter() - started
+    counts, seconds = tally.totals(), time.perf_counter() - started
     found = summary(
         published,
         counts,
-        global_batch=config.global_batch,
+        global_batch=config.training.global_batch,
         seconds=seconds,
-        max_reject_fraction=config.max_reject_fraction,
+        max_reject_fraction=config.rows.max_reject_fraction,
     )
-    found = cost.spent(found, config, machines, n_models=n_workers, seconds=seconds)
+    found = cost.spent(found, config.cost, machines, n_models=n_workers, seconds=seconds)
     return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 
 def _spec(config: Config) -> RunSpec:
     """The part of the configuration that defines the plug."""
-    options = {
-        "plug": config.options(PlugOptions),
-        "training": config.options(TrainingOptions),
-        "retrieval": config.options(Retrieval),
-    }
-    names = [field.name for field in fields(RunSpec) if field.name not in options]
-    return RunSpec(**options, **{name: getattr(config, name) for name in names})
+    return RunSpec(
+        run=config.run,
+        plug_options=config.plug_options,
+        training=config.training,
+        retrieval=config.retrieval,
+        past_texts=config.past_texts,
+        requests=config.requests,
+        limit=config.rows.limit,
+        validation=config.validation,
+        validation_fraction=config.validation_fraction,
+        validation_rows=config.validation_rows,
+        validate_every=config.validate_every,
+        query_prefix=config.query_prefix,
+        max_query_tokens=config.max_query_tokens,
+        max_input_tokens=config.max_input_tokens,
+        max_behaviors=config.max_behaviors,
+        precision=config.precision,
+        activation_checkpointing=config.activation_checkpointing,
+    )
 
 
 def _inputs(config: Config) -> TrainingInputs:
@@ -166,7 +177,7 @@ def _inputs(config: Config) -> TrainingInputs:
         llm=models.resolve(config.llm, revision=config.llm_revision, flag="--llm"),
         requests=splits,
         validation=held_out,
-        histories=retrieval.plan(config),
+        histories=retrieval.plan(config.past_texts),
         runs=runs,
         plug=plug,
     )
@@ -174,9 +185,10 @@ def _inputs(config: Config) -> TrainingInputs:
 
 def _splits(uri: str, *, flag: str) -> "list[Split]":
     """The splits of requests with targets. Raises InputError when a column is missing."""
-    from persona.inputs import files, requests
+    from persona.inputs import requests
+    from persona.inputs.splits import plan_splits
 
-    splits = files.plan_splits(uri, flag=flag)
+    splits = plan_splits(uri, flag=flag)
     requests.check_columns(splits, needs_target=True)
     return splits
 
@@ -201,7 +213,8 @@ def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
     from persona.cost import tokens_of_text, training_flops
 
     verb = "resume" if resumes else "start"
-    would = f"{verb} run {config.run!r}: a {config.weights} plug of {config.persona_tokens} tokens for {config.llm}"
+    plug = config.plug_options
+    would = f"{verb} run {config.run!r}: a {plug.weights} plug of {plug.persona_tokens} tokens for {config.llm}"
     n_bytes = sum(split.end - split.start for split in inputs.requests)
     # An upper bound: counts all bytes of a row as input, cut to --max-input-tokens; targets are short in comparison.
     flops = cost.known(
@@ -209,15 +222,15 @@ def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
             inputs.llm.config,
             inputs.encoder.config,
             # --contrast reads each request a second time, with another history.
-            n_requests=tokens_of_text(n_bytes) / config.max_input_tokens * (2 if config.contrast else 1),
-            inputs=config.max_input_tokens + config.front_tokens,
+            n_requests=tokens_of_text(n_bytes) / config.max_input_tokens * (2 if config.training.contrast else 1),
+            inputs=config.max_input_tokens + config.retrieval.front_tokens,
             outputs=0,
             query=config.max_query_tokens,
-            epochs=config.epochs,
+            epochs=config.training.epochs,
         )
     )
     plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
-    return cost.planned(plan, config, flops=flops, if_all="for the whole run, with inputs of full length")
+    return cost.planned(plan, config.cost, flops=flops, if_all="for the whole run, with inputs of full length")
 
 
 def _with_profile(

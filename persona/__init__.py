@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from persona.api import History, LoadedPlug, Loss, Persona, load_plug, open_store, read_history
-    from persona.engines.decoding import Answer
+    from persona.engines.base import Answer
     from persona.options import Decoding, PersonaKind
     from persona.store.store import Store
 
@@ -28,7 +28,7 @@ __all__ = [
     "read_history",
 ]
 _ELSEWHERE = {
-    "Answer": "persona.engines.decoding",
+    "Answer": "persona.engines.base",
     "Decoding": "persona.options",
     "PersonaKind": "persona.options",
     "Store": "persona.store.store",

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from persona import storage
-from persona.engines.decoding import Answer
+from persona.engines.base import Answer
+from persona.engines.local import LocalEngine
 from persona.errors import PlugMismatch, UsageError
 from persona.inputs.cells import TIME
 from persona.inputs.histories import bucket_of
@@ -27,7 +28,8 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import Decoding, PersonaKind, Precision
 from persona.plug import folder as plug_folder, record as plug_record
-from persona.plug.personalized import PersonalizedLLM
+from persona.plug.answerer import Answerer
+from persona.plug.personalized import PersonalizedLLM, plug_inputs, soft_tokens
 from persona.plug.record import PlugRecord
 from persona.store import vectors
 from persona.store.join import join_histories, seen_rows
@@ -145,8 +147,8 @@ class LoadedPlug:
 
         Args:
             user_id: as in the histories; an unknown user has an empty history.
-            kind: `own` history, `none`, that of an `other` user, the own one with `mean` weights, or the `bare` LLM
-                without the plug.
+            kind: `own` history, `none`, that of an `other` user, the own one with equal weights (`mean`), or the LLM
+                without the plug (`bare`).
             as_of: use only behaviors that are strictly older.
 
         Raises:
@@ -200,7 +202,7 @@ class Loss:
 
 
 class Persona:
-    """A history in front of the LLM, weighed anew for each request; made by `LoadedPlug`.
+    """A history in front of the LLM, weighted anew for each request; made by `LoadedPlug`.
 
     Attributes:
         kind: whose history it is.
@@ -219,8 +221,9 @@ class Persona:
     @torch.inference_mode()
     def soft_tokens(self, text: str, *, query: str | None = None) -> NDArray[np.float32]:
         """The soft tokens (S, D) in front of a request; S is 0 for the `bare` LLM. `query` is as in `answer`."""
-        batch = self._model.collate([self._row(text, query)], with_targets=False, persona=self.kind)
-        soft_SD: NDArray[np.float32] = self._model.soft_tokens(batch)[0].float().cpu().numpy()
+        model = self._model
+        inputs = plug_inputs(model.plug, model.query_text, [self._row(text, query)], self.kind, model.llm.device)
+        soft_SD: NDArray[np.float32] = soft_tokens(model.plug, inputs)[0].float().cpu().numpy()
         return soft_SD
 
     def answer(self, text: str, *, query: str | None = None, decoding: Decoding | None = None) -> Answer:
@@ -231,15 +234,15 @@ class Persona:
             query: what weighs the history; default `text`.
             decoding: default that of jobs.generate.
         """
-        decoding = decoding or Decoding()
-        decoding.check_decoding()
-        return self._model.answer([self._row(text, query)], decoding, persona=self.kind)[0]
+        model = self._model
+        answerer = Answerer(model.plug, LocalEngine(model.llm, batch_size=1), model.query_text, batch_size=1)
+        return answerer.answer([self._row(text, query)], decoding or Decoding(), persona=self.kind)[0]
 
     @torch.inference_mode()
     def loss(self, text: str, target: str, *, query: str | None = None) -> Loss:
         """How unlikely the LLM finds `target` as the answer; other arguments are as in `answer`."""
         row = self._row(text, query) | {"target": target}
-        batch = self._model.collate([row], with_targets=True, persona=self.kind)
+        batch = self._model.collate([row], persona=self.kind)
         return Loss(nats=float(self._model(batch)), tokens=batch.n_target_tokens)
 
     def _row(self, text: str, query: str | None) -> dict[str, Any]:

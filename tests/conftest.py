@@ -1,4 +1,4 @@
-"""Fixtures that every test may ask for: an S3 server for the session, and a fresh bucket on it."""
+"""Fixtures for all tests: S3 servers for the session, and fresh buckets on them."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import boto3
 import hypothesis
 import pytest
 
-# How long an example takes says more about what else this machine does than about the code.
+# The time an example takes depends more on the load of the machine than on the code.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
@@ -23,7 +23,7 @@ server.start()
 print("http://%s:%s" % server.get_host_and_port(), flush=True)
 sys.stdin.read()
 """
-# It listens for other protocols than S3, on every interface, unless told not to.
+# By default it listens on every interface, and for protocols other than S3.
 _OTHER_SERVER = """
 import os, signal, socket, sys, threading, time
 with socket.socket() as free:
@@ -31,14 +31,14 @@ with socket.socket() as free:
     port = free.getsockname()[1]
 os.environ |= {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3", "LOG_LEVEL": "ERROR"}
 os.environ |= {"IOT_MTLS_ENABLED": "0", "SFTP_ENABLED": "0"}
-def tell_and_wait():
+def announce_and_wait():
     with socket.socket() as probe:
         while probe.connect_ex(("127.0.0.1", port)):
             time.sleep(0.02)
     print(f"http://127.0.0.1:{port}", flush=True)
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGTERM)
-threading.Thread(target=tell_and_wait, daemon=True).start()
+threading.Thread(target=announce_and_wait, daemon=True).start()
 sys.argv = ["ministack"]
 from ministack.app import main
 main()
@@ -47,9 +47,8 @@ main()
 
 @contextlib.contextmanager
 def s3_process(code: str = _SERVER) -> Iterator[str]:
-    """The endpoint of an S3-compatible server in a process of its own."""
-    # A process of its own: a library that waits for an answer with Python's lock in hand would wait for ever
-    # on a thread.
+    """The endpoint of an S3-compatible server in a separate process."""
+    # Not a thread: a library that waits for a response while it holds the GIL would deadlock.
     server = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -59,14 +58,14 @@ def s3_process(code: str = _SERVER) -> Iterator[str]:
     )
     assert server.stdin is not None and server.stdout is not None
     yield server.stdout.readline().strip()
-    server.stdin.close()  # the server ends with it, and also when this process is killed
+    server.stdin.close()  # ends the server, as does the end of this process
     server.stdout.close()
     server.wait()
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The endpoint of an S3-compatible server; the environment names it for this process and all that it starts."""
+    """The endpoint of an S3-compatible server, set in the environment of this process and its children."""
     with s3_process() as endpoint, pytest.MonkeyPatch.context() as environment:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             environment.delenv(name)
@@ -82,20 +81,20 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def other_s3_server(s3_server: str) -> Iterator[str]:
-    """The endpoint of a server of another make, which takes the same credentials."""
+    """The endpoint of a different implementation, with the same credentials."""
     with s3_process(_OTHER_SERVER) as endpoint:
         yield endpoint
 
 
 @pytest.fixture
 def s3(s3_server: str) -> str:
-    """`s3://bucket` of a bucket that nobody else uses."""
+    """`s3://bucket` of a fresh bucket."""
     return _new_bucket()
 
 
 @pytest.fixture
 def other_s3(other_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The same on the other server, which the environment names as long as the test runs."""
+    """The same on the other server, which is in the environment during the test."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", other_s3_server)
     return _new_bucket()
 
@@ -108,17 +107,17 @@ def _new_bucket() -> str:
 
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest) -> str:
-    """A fresh folder to write into, once on the disk and once on the S3 server."""
+    """A fresh folder, on disk and on the S3 server in turn."""
     return str(request.getfixturevalue("tmp_path" if request.param == "local" else "s3"))
 
 
 @pytest.fixture(params=["s3", "other_s3"])
 def each_s3(request: pytest.FixtureRequest) -> str:
-    """A fresh bucket on one server, and on the other."""
+    """A fresh bucket on each server in turn."""
     return str(request.getfixturevalue(request.param))
 
 
 @pytest.fixture(params=["tmp_path", "s3", "other_s3"])
 def each_root(request: pytest.FixtureRequest) -> str:
-    """A fresh folder to write into, on the disk and on each server: for tests of storage itself."""
+    """A fresh folder on disk and on each server in turn, for tests of storage itself."""
     return str(request.getfixturevalue(request.param))

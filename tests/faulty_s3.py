@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that fails, delays or cuts a share of the requests, as stores do on bad days."""
+"""A proxy in front of an S3 server that fails, delays or cuts a share of the requests, like an unreliable store."""
 
 import http.client
 import random
@@ -12,31 +12,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import urlsplit
 
-# What a store may do instead of answering; its own words where it answers at all.
-_REFUSALS = {
+# Error responses: status, code and message of S3.
+_ERRORS = {
     "error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "conflict": (409, "OperationAborted", "A conflicting conditional operation is in progress. Please try again."),
     "denied": (403, "AccessDenied", "Access Denied"),
 }
 TRANSIENT = ("error", "slow_down", "conflict", "reset", "lost", "false_error", "delay", "cut")
-"""Kinds of faults that pass: three answers, a reset before the server sees the request, a reset or an error in place of
-its answer, an answer that comes late, and one of which the second half is missing. `denied` does not pass."""
+"""Transient faults: three error responses, a reset before the server sees the request, a reset or an error in place of
+the server's response, a late response, and half a response. `denied` is not transient."""
 
 
 class FaultyS3:
-    """The proxy, while its context is open; `done` counts what it did.
+    """The proxy, running while its context is open; `done` counts requests by outcome.
 
-    May be changed at any time: `share` of the requests that meet a fault, its `kinds`, `only` those whose
-    "METHOD /path" holds this pattern, at `most` so many more. The same seed gives the same faults at the same requests,
-    as far as the client sends them in the same order.
+    These attributes may change at any time: the `share` of requests that fail, the `kinds` of faults, a regular
+    expression `pattern` that "METHOD /path" must match, and `max_faults`, the number of faults left. The same seed
+    gives the same faults if the client sends its requests in the same order.
     """
 
     def __init__(self, upstream: str, seed: int, share: float = 0.0, kinds: Sequence[str] = TRANSIENT) -> None:
         self.share, self.kinds = share, kinds
-        self.only, self.most, self.delay_s = "", float("inf"), 0.3
+        self.pattern, self.max_faults, self.delay_s = "", float("inf"), 0.3
         self.done: Counter[str] = Counter()
-        self.read: Counter[str] = Counter()  # bytes that clients were sent, by path
+        self.read: Counter[str] = Counter()  # bytes sent to clients, by path
         self.upstream = urlsplit(upstream).netloc
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._stopped = threading.Event()
@@ -55,23 +55,23 @@ class FaultyS3:
 
     @property
     def faults(self) -> int:
-        """How many requests were not answered as the server would have."""
+        """The number of requests that met a fault."""
         return sum(n for kind, n in self.done.items() if kind != "passed")
 
     def draw(self, method: str, path: str) -> str:
-        """What happens to the next request."""
+        """The outcome of the next request."""
         with self._lock:
             hit, kind = self._random.random() < self.share, self._random.choice(self.kinds)
             if kind == "conflict" and method in ("GET", "HEAD"):
-                kind = "error"  # nothing conflicts with reading
-            if not hit or self.most < 1 or not re.search(self.only, f"{method} {path}"):
+                kind = "error"  # reads cannot conflict
+            if not hit or self.max_faults < 1 or not re.search(self.pattern, f"{method} {path}"):
                 kind = "passed"
-            self.most -= kind != "passed"
+            self.max_faults -= kind != "passed"
             self.done[kind] += 1
             return kind
 
     def wait(self) -> None:
-        """Let an answer be late, but for no longer than the proxy stands."""
+        """Delay a response, at most until the proxy stops."""
         self._stopped.wait(self.delay_s)
 
 
@@ -82,10 +82,10 @@ class _Server(ThreadingHTTPServer):
     proxy: FaultyS3
 
     def shutdown_request(self, request):
-        self.close_request(request)  # without a farewell: with SO_LINGER at 0 this resets the connection
+        self.close_request(request)  # without shutdown(): with SO_LINGER at 0 this resets the connection
 
     def handle_error(self, request, client_address):
-        """Clients that give up are what is tested."""
+        """Silent: clients that give up are part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,22 +100,22 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "false_error":
             self._forward(body)
             kind = "error"
-        if kind in _REFUSALS:
-            status, code, text = _REFUSALS[kind]
+        if kind in _ERRORS:
+            status, code, text = _ERRORS[kind]
             xml = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{text}</Message></Error>'
-            self._answer(status, [("Content-Type", "application/xml")], xml.encode())
+            self._respond(status, [("Content-Type", "application/xml")], xml.encode())
         elif kind == "reset":
             self._reset()
         else:
             if kind == "delay":
                 proxy.wait()
-            status, headers, answer = self._forward(body)
+            status, headers, response = self._forward(body)
             if kind == "lost":
                 self._reset()
             else:
                 if self.command == "GET":
-                    proxy.read[self.path.split("?")[0]] += len(answer)
-                self._answer(status, headers, answer, cut=kind == "cut")
+                    proxy.read[self.path.split("?")[0]] += len(response)
+                self._respond(status, headers, response, cut=kind == "cut")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
 
@@ -140,13 +140,13 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.putheader("Content-Length", str(len(body)))
             upstream.putheader("Connection", "close")
             upstream.endheaders(body)
-            answer = upstream.getresponse()
-            return answer.status, answer.getheaders(), answer.read()
+            response = upstream.getresponse()
+            return response.status, response.getheaders(), response.read()
         finally:
             upstream.close()
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, *, cut: bool = False) -> None:
-        bare = self.command == "HEAD" or status in (204, 304)  # an answer that consists of its headers
+    def _respond(self, status: int, headers: list[tuple[str, str]], body: bytes, *, cut: bool = False) -> None:
+        bare = self.command == "HEAD" or status in (204, 304)  # no body
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in ("connection", "transfer-encoding") and (bare or name.lower() != "content-length"):
@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not bare:
             self.send_header("Content-Length", str(len(body)))
         if cut and (bare or not body):
-            self._reset()  # in the midst of the headers
+            self._reset()  # before the headers end
             return
         self.end_headers()
         if not bare:

@@ -1,9 +1,9 @@
-"""A job as people start it, that notes what its actors do, and may be told to end itself at the nastiest moments.
+"""Run a job that logs what its actors do, and kills its driver at a chosen commit.
 
-python -m tests.killable KILL JOB FLAGS...    KILL: never, or before, after, before-replace, after-replace, and :N
+python -m tests.killable KILL JOB FLAGS...    KILL: never, or (before|after)[-replace]:N
 
-`before` and `after` are a commit of rows; with `replace`, one that takes files out of the table. What the actors work
-on is noted, a line a block with its number of rows, in `work.log` beside the store.
+The driver dies before or after its Nth commit; with `replace`, only commits that remove files are counted. For each
+block that an actor begins, a line with the number of its rows goes to `work.log` next to the store.
 """
 
 import importlib
@@ -17,27 +17,28 @@ from typing import Any
 from jobs import embed, generate
 from jobs.runtime import cli, commits
 from jobs.runtime.session import Threads
+from jobs.runtime.tally import Tally
 
 LOG = "work.log"
-BLOCK_S = 0.6  # what a block takes at least: a real model is slower than ours, and there has to be a middle to kill in
+BLOCK_S = 0.6  # minimum time per block: with a tiny model alone, a run would be over before anything could be killed
 
 
-def note(store: str, n_rows: int) -> None:
-    """One write of a few bytes: those of several processes do not mix."""
+def log_block(store: str, n_rows: int) -> None:
+    """Append a line in one small write, so that lines of several processes do not mix."""
     log = os.open(Path(store).parent / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(log, f"{n_rows}\n".encode())
     os.close(log)
 
 
 class CountingEncode(embed.Encode):
-    """The encoder's actor; rows that are gone need no work."""
+    """The encoder's actor; `gone` rows need no work."""
 
-    def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: Threads) -> None:
+    def __init__(self, config: embed.Config, identity: Any, tally: Tally, threads: Threads) -> None:
         super().__init__(config, identity, tally, threads)
         self.store = config.store
 
     def __call__(self, behaviors: Any) -> Any:
-        note(self.store, len(behaviors) - behaviors["text"].null_count)
+        log_block(self.store, len(behaviors) - behaviors["text"].null_count)
         time.sleep(BLOCK_S)
         return super().__call__(behaviors)
 
@@ -45,18 +46,18 @@ class CountingEncode(embed.Encode):
 class CountingGenerate(generate.Generate):
     """The LLM's actor."""
 
-    def __init__(self, config: generate.Config, where: Any, tally: Any) -> None:
+    def __init__(self, config: generate.Config, where: Any, tally: Tally) -> None:
         super().__init__(config, where, tally)
         self.store = config.store
 
     def __call__(self, requests: Any) -> Any:
-        note(self.store, requests.num_rows)
+        log_block(self.store, requests.num_rows)
         time.sleep(BLOCK_S)
         return super().__call__(requests)
 
 
 def kill_at(kill: str) -> None:
-    """From now on this process ends, without another word, at that commit."""
+    """Make this process kill itself at that commit."""
     from persona.store.table import Table
 
     when, _, number = kill.partition(":")
@@ -77,7 +78,7 @@ def kill_at(kill: str) -> None:
 
 def main() -> int:
     """Runs the job."""
-    from tests import killable  # workers find the classes by the name of their module, which is not __main__
+    from tests import killable  # workers import the classes from here, because they have another __main__
 
     kill, name, *flags = sys.argv[1:]
     embed.Encode = killable.CountingEncode  # type: ignore[misc]

@@ -1,11 +1,11 @@
-"""A reader of LaMP's outputs files as strict as the form is, written without this project."""
+"""A strict reader of LaMP outputs files, independent of this project's code."""
 
 import json
 from typing import Any
 
 
 def read(data: bytes, task: str) -> dict[str, str]:
-    """The answers by id; raises AssertionError for anything that is not exactly the form."""
+    """The answers by id. Raises AssertionError for any deviation from the format."""
     found: Any = json.loads(
         data.decode("utf-8"), parse_constant=lambda name: (_ for _ in ()).throw(AssertionError(name))
     )
@@ -16,5 +16,5 @@ def read(data: bytes, task: str) -> dict[str, str]:
         assert type(gold) is dict and set(gold) == {"id", "output"}
         assert type(gold["id"]) is str and type(gold["output"]) is str
     answers = {gold["id"]: gold["output"] for gold in found["golds"]}
-    assert len(answers) == len(found["golds"]), "an id stands there twice"
+    assert len(answers) == len(found["golds"]), "duplicate id"
     return answers

@@ -1,4 +1,4 @@
-"""Tiny pretrained models as real folders: an encoder, a Llama-like and a T5-like LLM, random, the same for a seed."""
+"""Tiny random models in real model folders: an encoder, a Llama-like and a T5-like LLM, deterministic given a seed."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from transformers import (
 )
 
 ENCODER_WIDTH, LLM_WIDTH = 32, 48
-# Dropout stands in every configuration, so that a model that is left in train mode is noticed; weights are large, so
-# that what a model says depends on all that it reads.
+# Every configuration has dropout, to catch a model left in train mode. Weights are large, so that outputs depend on all
+# of the input.
 _DROPOUT, _SPREAD = 0.2, 0.3
 _WORDS = (
     "the",
@@ -40,7 +40,7 @@ _WORDS = (
 
 
 def tiny_encoder(folder: Path, seed: int = 0) -> Path:
-    """A BERT of width 32 with 512 positions; every printable ASCII character is a token, and so are a few words."""
+    """A BERT of width 32 with 512 positions; its tokens are the printable ASCII characters and a few words."""
     letters = [chr(code) for code in range(33, 127)]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *_WORDS]))}
@@ -68,7 +68,7 @@ def tiny_encoder(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """A Llama of width 48 that reads bytes: `<s>` in front of a text, `</s>` ends an answer, and no padding token."""
+    """A byte-level Llama of width 48: `<s>` starts a text, `</s>` ends an answer, and there is no padding token."""
     special = ["<unk>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: number for number, piece in enumerate([*special, *alphabet])}
@@ -106,7 +106,7 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny_t5(folder: Path, seed: int = 0) -> Path:
-    """A FlanT5-like model of width 48; as in the real one, white space is folded and some characters are unknown."""
+    """A FlanT5-like model of width 48; as in FlanT5, white space is collapsed and some characters are unknown."""
     special = ["<pad>", "</s>", "<unk>"]
     letters = [chr(code) for code in range(33, 127) if chr(code) not in "{}~"]
     pieces = ["▁", *letters, *(f"▁{word}" for word in _WORDS)]
@@ -132,7 +132,7 @@ def tiny_t5(folder: Path, seed: int = 0) -> Path:
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     model = T5ForConditionalGeneration(config)
     with torch.no_grad():
-        # As it starts, it repeats its last token for ever: the token's own embedding outweighs all that was read.
+        # With the initial scale it repeats its last token forever: that token's embedding outweighs everything else.
         model.shared.weight.mul_(_SPREAD)
         model.lm_head.weight.mul_(_SPREAD)
     return _save(folder, model, tokenizer, names)

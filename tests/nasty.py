@@ -1,4 +1,4 @@
-"""Cells of every kind for tests of bad input, each made together with what should be read of it."""
+"""Random cells for tests of bad input, each generated together with the value that should be read."""
 
 import hashlib
 from datetime import UTC, datetime, timedelta, timezone
@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from hypothesis import strategies as st
 
-BAD = object()  # read as: nothing, the row is a reject
-ABSENT = object()  # written as: nothing, the record does not have the key
+BAD = object()  # as the value read: the row is a reject
+ABSENT = object()  # as the value written: the record does not have the key
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-FIRST_S, END_S = -62_135_596_800, 253_402_300_800  # of the years 1 to 9999
-# What survives neither paths nor SQL nor shells nor terminals, but is text.
+FIRST_S, END_S = -62_135_596_800, 253_402_300_800  # the years 1 to 9999
+# Valid text that breaks paths, SQL, shells or terminals if it is not escaped.
 NASTY = [
     "a/b",
     "../..",
@@ -46,14 +46,14 @@ BLANK = ["", " ", "\t\r\n", "\u3000", "\u2028", "\xa0"]
 
 
 class Cell(NamedTuple):
-    """What is written, and what should be read; a cell that may be empty, and is, is read as None."""
+    """The value written, and the value that should be read: None for an empty optional cell."""
 
     raw: Any
     read: Any
 
 
 class Case(NamedTuple):
-    """A record, what should be read of it, and for each reject the columns that it may name."""
+    """A record, the rows that should be read from it, and for each reject the columns that its reason may name."""
 
     raw: dict[str, Any]
     good: list[tuple[Any, ...]]
@@ -64,7 +64,7 @@ def read_as(read: Any, values: st.SearchStrategy) -> st.SearchStrategy:
     return values.map(lambda raw: Cell(raw, read))
 
 
-def itself(values: st.SearchStrategy) -> st.SearchStrategy:
+def as_string(values: st.SearchStrategy) -> st.SearchStrategy:
     return values.map(lambda raw: Cell(raw, str(raw)))
 
 
@@ -91,26 +91,34 @@ OTHER = st.recursive(
     max_leaves=6,
 )
 ANYTHING = EMPTY | WORDS | WHOLE | REAL | OTHER
-ABSENTEE = st.just(ABSENT)
-DATES = st.datetimes(datetime(2, 1, 1), datetime(9998, 1, 1))  # noqa: DTZ001  # the zone is drawn apart
+MISSING = st.just(ABSENT)
+DATES = st.datetimes(datetime(2, 1, 1), datetime(9998, 1, 1))  # noqa: DTZ001  # the time zone is drawn separately
 ISO = st.builds(a_date, DATES, st.integers(-14, 14), st.sampled_from("T "))
 SECONDS = st.integers(FIRST_S, END_S - 1).map(lambda s: Cell(s, s * 10**6))
 QUARTERS = st.integers(4 * FIRST_S, 4 * END_S - 1).map(lambda n: Cell(n / 4, n * 250_000))
 TOO_FAR = st.integers(-(2**63), FIRST_S - 1) | st.integers(END_S, 2**64 - 1)
 TOO_FAR_OFF = REAL.filter(lambda s: not FIRST_S <= s < END_S)
-NO_DATES = st.sampled_from(["soon", "2023-02-29", "10000-01-01", "2024-01-01T25:00", "12:00", "\u200b", "1e9", "\x00"])
+NOT_DATES = st.sampled_from(["soon", "2023-02-29", "10000-01-01", "2024-01-01T25:00", "12:00", "\u200b", "1e9", "\x00"])
 
-# What a column may hold; a file takes a few of these kinds for each, so that two that do not go together meet often.
-WORD, NUMBER, NO_WORD = itself(TEXTS), itself(WHOLE), [read_as(BAD, values) for values in (REAL, st.booleans(), OTHER)]
-NEEDED, OPTIONAL = read_as(BAD, EMPTY | ABSENTEE), read_as(None, EMPTY | ABSENTEE)
-USER = [WORD, NUMBER, NEEDED, *NO_WORD]
-TEXT = [WORD, WORD, NEEDED, read_as(BAD, WHOLE), *NO_WORD]
-NO_TIME = [read_as(BAD, values) for values in (TOO_FAR, TOO_FAR_OFF, NO_DATES, st.booleans(), OTHER)]
-TIME = [OPTIONAL, ISO, SECONDS, QUARTERS, *NO_TIME]
-ITEM = {"behavior_id": [WORD, NUMBER, OPTIONAL, *NO_WORD], "text": TEXT, "timestamp": TIME}
+# The values of each column. A file draws a few of these kinds per column, so incompatible types often meet.
+WORD, NUMBER = as_string(TEXTS), as_string(WHOLE)
+NOT_WORD = [read_as(BAD, values) for values in (REAL, st.booleans(), OTHER)]
+REQUIRED, OPTIONAL = read_as(BAD, EMPTY | MISSING), read_as(None, EMPTY | MISSING)
+USER = [WORD, NUMBER, REQUIRED, *NOT_WORD]
+TEXT = [WORD, WORD, REQUIRED, read_as(BAD, WHOLE), *NOT_WORD]
+NOT_TIME = [read_as(BAD, values) for values in (TOO_FAR, TOO_FAR_OFF, NOT_DATES, st.booleans(), OTHER)]
+TIME = [OPTIONAL, ISO, SECONDS, QUARTERS, *NOT_TIME]
+ITEM = {"behavior_id": [WORD, NUMBER, OPTIONAL, *NOT_WORD], "text": TEXT, "timestamp": TIME}
 ITEM["note"] = [read_as(None, values) for values in (EMPTY, WORDS, WHOLE, REAL, OTHER)]
-MAYBE = [WORD, read_as(None, st.none() | ABSENTEE), read_as(BAD, WHOLE), *NO_WORD]
-ASKED = {"request_id": USER, "user_id": USER, "input": TEXT, "query": MAYBE, "target": MAYBE, "as_of": TIME}
+OPTIONAL_WORD = [WORD, read_as(None, st.none() | MISSING), read_as(BAD, WHOLE), *NOT_WORD]
+REQUEST = {
+    "request_id": USER,
+    "user_id": USER,
+    "input": TEXT,
+    "query": OPTIONAL_WORD,
+    "target": OPTIONAL_WORD,
+    "as_of": TIME,
+}
 
 
 def raw(cells: dict[str, Cell]) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def raw(cells: dict[str, Cell]) -> dict[str, Any]:
 
 
 def behavior(cells: dict[str, Cell]) -> tuple[list[tuple[Any, ...]], list[set[str]]]:
-    """The behavior that these cells make, or the columns that keep them from making one."""
+    """The behavior of these cells, or the bad columns."""
     if bad := {name for name, cell in cells.items() if cell.read is BAD}:
         return [], [bad]
     text = cells["text"].read
@@ -131,7 +139,7 @@ def a_behavior(cells: dict[str, Cell]) -> Case:
 
 
 def a_user(user: Cell, items: Any) -> Case:
-    """Of a list of items that are cells or no objects, or of something that is no list."""
+    """A user with a list of items (cells, or values that are not objects), or with a value that is not a list."""
     record = raw({"user_id": user})
     if not isinstance(items, list):
         return Case(record | {"behaviors": items}, [], [] if items is None else [{"behaviors"}])
@@ -165,24 +173,24 @@ def rows(draw: st.DrawFn, kinds: dict[str, list[st.SearchStrategy]], n: int) -> 
 
 @st.composite
 def users(draw: st.DrawFn, n: int) -> list[Case]:
-    """Records of `n` users, some with what is no list of behaviors, or with items that are no behaviors."""
+    """Records of `n` users; some have a value that is not a list, or items that are not behaviors."""
     cases = []
     lengths = draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))
     items = draw(rows(ITEM, sum(lengths)))
-    odd = draw(st.booleans())
+    with_junk = draw(st.booleans())
     for owner, length in zip(draw(rows({"user_id": USER}, n)), lengths, strict=True):
-        mine, items = items[:length], items[length:]
-        if odd and draw(st.booleans()):
-            mine = draw(NO_LIST | st.lists(NO_OBJECT, max_size=3).map(lambda junk, mine=mine: [*junk, *mine]))
-        cases.append(a_user(owner["user_id"], mine))
+        own, items = items[:length], items[length:]
+        if with_junk and draw(st.booleans()):
+            own = draw(NOT_LIST | st.lists(NOT_OBJECT, max_size=3).map(lambda junk, items=own: [*junk, *items]))
+        cases.append(a_user(owner["user_id"], own))
     return cases
 
 
-NO_OBJECT = ANYTHING.filter(lambda value: not isinstance(value, dict))
-NO_LIST = ANYTHING.filter(lambda value: not isinstance(value, list))
+NOT_OBJECT = ANYTHING.filter(lambda value: not isinstance(value, dict))
+NOT_LIST = ANYTHING.filter(lambda value: not isinstance(value, list))
 SIZES = st.integers(1, 8)
 BEHAVIORS = SIZES.flatmap(lambda n: rows({"user_id": USER, **ITEM}, n)).map(lambda found: [*map(a_behavior, found)])
-REQUESTS = SIZES.flatmap(lambda n: rows(ASKED, n)).map(lambda found: [*map(a_request, found)])
+REQUESTS = SIZES.flatmap(lambda n: rows(REQUEST, n)).map(lambda found: [*map(a_request, found)])
 USERS = SIZES.flatmap(users)
 
 
@@ -195,13 +203,13 @@ def encoded(good: st.SearchStrategy) -> st.SearchStrategy:
 
 
 def typed(name: str, empty: Any) -> st.SearchStrategy:
-    """Types that a column of a Parquet file may have, with cells for it."""
-    words = any_of(itself(TEXTS), empty, *BLANK)
+    """A type that a Parquet column may have, and cells of it."""
+    words = any_of(as_string(TEXTS), empty, *BLANK)
     kinds = {
         pa.string(): words,
         pa.large_string(): words,
         pa.dictionary(pa.int32(), pa.string()): words,
-        pa.binary(): any_of(encoded(itself(TEXTS)), empty)
+        pa.binary(): any_of(encoded(as_string(TEXTS)), empty)
         | read_as(BAD, st.sampled_from([b"\xff", b"a\xc3", b"\xed\xa0\x80"])),
         pa.bool_(): any_of(read_as(BAD, st.booleans()), empty),
         pa.float64(): any_of(read_as(BAD, REAL), empty),
@@ -210,8 +218,8 @@ def typed(name: str, empty: Any) -> st.SearchStrategy:
         pa.int64(): any_of(read_as(BAD, st.integers(-9, 9)), empty),
     }
     if name in ("user_id", "behavior_id"):
-        kinds[pa.int64()] = any_of(itself(st.integers(-(2**63), 2**63 - 1)), empty)
-        kinds[pa.uint64()] = any_of(itself(st.integers(0, 2**64 - 1)), empty)
+        kinds[pa.int64()] = any_of(as_string(st.integers(-(2**63), 2**63 - 1)), empty)
+        kinds[pa.uint64()] = any_of(as_string(st.integers(0, 2**64 - 1)), empty)
     if name == "timestamp":
         kinds[pa.int64()] = any_of(SECONDS, empty) | read_as(BAD, TOO_FAR.filter(lambda s: s < 2**63))
         kinds[pa.float64()] = any_of(QUARTERS, empty) | read_as(
@@ -227,7 +235,7 @@ def typed(name: str, empty: Any) -> st.SearchStrategy:
         kinds[pa.timestamp("us")] = any_of(SECONDS.map(lambda cell: Cell(cell.read, cell.read)), empty) | read_as(
             BAD, st.sampled_from([2**63 - 1, -(2**63)])
         )
-        kinds[pa.string()] = any_of(ISO, empty, *BLANK) | read_as(BAD, NO_DATES)
+        kinds[pa.string()] = any_of(ISO, empty, *BLANK) | read_as(BAD, NOT_DATES)
         for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()):
             del kinds[kind]
     return st.sampled_from(list(kinds.items()))
@@ -235,7 +243,7 @@ def typed(name: str, empty: Any) -> st.SearchStrategy:
 
 @st.composite
 def columns(draw: st.DrawFn, n: int, empty: dict[str, Any]) -> tuple[dict[str, pa.Array], list[dict[str, Cell]]]:
-    """Columns of `n` rows, and the cells of each row."""
+    """Columns with `n` rows, and the cells of each row."""
     arrays, cells = {}, {}
     for name, none in empty.items():
         kind, values = draw(typed(name, none))

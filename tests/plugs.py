@@ -1,4 +1,4 @@
-"""A plug in front of a tiny LLM, and rows of requests for it, as several tests need them."""
+"""Shared by tests: a plug in front of a tiny LLM, and requests for it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from persona.engines.local import LocalEngine
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import PersonaKind, PlugOptions, Pooling
 from persona.plug import folder as plug_folder, record as plug_record
+from persona.plug.answerer import Answerer
 from persona.plug.module import Plug
 from persona.plug.personalized import PersonalizedLLM
 from persona.plug.record import PlugRecord
@@ -18,14 +20,21 @@ from tests.models import ENCODER_WIDTH
 
 
 def random_history(draw: np.random.Generator, n_behaviors: int, width: int) -> bytes:
-    """So many unit vectors as a row has them."""
+    """Random unit vectors as a row holds them."""
     vectors = draw.normal(size=(n_behaviors, width))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors.astype("<f2").tobytes()
 
 
+def random_soft_tokens(llm: FrozenLLM, n: int, seed: int = 0) -> torch.Tensor:
+    """Three random soft tokens (n, 3, D) per request, with the norm of the LLM's token embeddings."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(n, 3, llm.width, generator=draw)
+    return torch.nn.functional.normalize(tokens, dim=-1) * llm.token_norm()
+
+
 def row(number: int, n_behaviors: int) -> dict[str, Any]:
-    """A request with a random history of that many behaviors."""
+    """A request with a random history."""
     history = random_history(np.random.default_rng(number), n_behaviors, ENCODER_WIDTH)
     text = f"the title of paper {number} " * (1 + number % 3)
     made = {
@@ -52,7 +61,7 @@ def new_model(
     **options: Any,
 ) -> PersonalizedLLM:
     """A fresh plug, the same for the same arguments, in front of `llm`."""
-    # At a temperature of 1 the weights would be too even to tell from the mean.
+    # At a temperature of 1 the weights would be too uniform to tell from the mean.
     chosen = PlugOptions(**{"persona_tokens": 2, "temperature": 30.0, **options})
     torch.manual_seed(seed)
     plug = Plug(
@@ -66,12 +75,18 @@ def new_model(
     draw = torch.Generator().manual_seed(seed)
     plug.set_typical_behavior(torch.nn.functional.normalize(torch.randn(5, plug.width, generator=draw), dim=-1))
     if chosen.recency:
-        plug.recency_slope.data.fill_(0.7)  # as it starts it would do nothing
+        plug.recency_slope.data.fill_(0.7)  # it starts at 0, which has no effect
     return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prefix, max_query_tokens))
 
 
+def new_answerer(model: PersonalizedLLM, *, batch_size: int = 32) -> Answerer:
+    """The same plug and LLM, answering with the local engine."""
+    engine = LocalEngine(model.llm, batch_size=batch_size)
+    return Answerer(model.plug, engine, model.query_text, batch_size=batch_size, prefix_tokens=model.prefix_tokens)
+
+
 def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> PlugRecord:
-    """What `plug.json` would say of that model."""
+    """The content of `plug.json` for this model."""
     return PlugRecord(
         options=model.plug.options,
         encoder=encoder.card(),
@@ -96,13 +111,15 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
 
 
 def save(folder: Path, model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> Path:
-    """Writes that model's plug into a folder, and returns the folder."""
+    """Writes this model's plug into a folder, and returns the folder."""
     record = record_of(model, encoder, llm)
     plug_folder.save(folder, model.plug.state_dict(), record, plug_record.card(record))
     return folder
 
 
-def losses(model: PersonalizedLLM, rows: Sequence[Mapping[str, Any]], **settings: PersonaKind) -> torch.Tensor:
+def losses(
+    model: PersonalizedLLM, rows: Sequence[Mapping[str, Any]], *, persona: PersonaKind = PersonaKind.OWN
+) -> torch.Tensor:
     """The summed negative log-likelihood (B,) of each row's target."""
     with torch.no_grad():
-        return model(model.collate(rows, with_targets=True, **settings))
+        return model(model.collate(rows, persona=persona))

@@ -1,4 +1,4 @@
-"""A store of a tiny encoder, rows for it, and how they get in without Ray."""
+"""A store for a tiny encoder, rows for it, and how tests write them without Ray."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,9 @@ import pyarrow as pa
 
 from persona.inputs import histories
 from persona.inputs.histories import bucket_of, text_hash
-from persona.store.store import Identity, Store
+from persona.store.identity import Identity
+from persona.store.store import Store
+from persona.store.writer import Writer, rewrite
 
 IDENTITY = Identity(
     encoder="tiny", revision="abc", fingerprint="f00d", width=4, pooling="mean", max_tokens=16, text_rule="text"
@@ -16,7 +18,7 @@ NASTY = ["it's", 'a "b"', "x/y", "{}", "é", "👍", " lead", "\\", "a\nb", "%20
 
 
 def behaviors(*rows: tuple[str, str, str, int | None], n_buckets: int = 4) -> pa.Table:
-    """(user_id, behavior_id, text, timestamp in microseconds) as `histories.validate` gives them."""
+    """(user_id, behavior_id, text, timestamp in microseconds) as a table of `histories.SCHEMA`."""
     users, names, texts, times = zip(*rows, strict=True)
     columns = {
         "user_id": users,
@@ -30,24 +32,42 @@ def behaviors(*rows: tuple[str, str, str, int | None], n_buckets: int = 4) -> pa
 
 
 def encode(rows: pa.Table) -> pa.Table:
-    """A vector that tells its text: the text's length, four times."""
+    """Add a vector that identifies the text: its length, four times."""
     texts = rows["text"].to_pylist()
     vectors = [None if text is None else np.full(4, len(text), "<f2").tobytes() for text in texts]
     return rows.append_column("vector", pa.array(vectors, pa.binary()))
 
 
+def changed(rows: pa.Table, change: str) -> pa.Table:
+    """Encoded rows, all with the same change."""
+    return encode(rows).append_column("change", pa.array([change] * rows.num_rows, pa.string()))
+
+
+def commit_staged(writer: Writer, staged: pa.Table) -> None:
+    """Commit staged files in one commit, rewriting the files they touch in this process."""
+    writer.replace(staged, [rewrite(writer.table, *touched) for touched in writer.touched(staged)])
+
+
+def write_rows(store: Store, table: str, rows: pa.Table) -> None:
+    """Stage and commit rows, as the jobs do with many workers."""
+    if rows.num_rows:
+        with store.writer(table, job="test") as writer:
+            commit_staged(writer, store.stage(table, rows))
+
+
 def refresh(store: Store, rows: pa.Table, *, sync: bool = False) -> dict[str, int]:
-    """What `embed` does, without Ray and without an encoder."""
+    """What `embed` does, without Ray or an encoder; returns the counts of `Store.missing`."""
     total: dict[str, int] = {}
     for bucket in set(rows["bucket"].to_pylist()):
-        mine = rows.filter(pa.compute.equal(rows["bucket"], bucket))
-        to_encode, counts = store.missing(bucket, mine, sync=sync)
-        store.write("behaviors", encode(to_encode))
+        in_bucket = rows.filter(pa.compute.equal(rows["bucket"], bucket))
+        to_encode, counts = store.missing(bucket, in_bucket, sync=sync)
+        write_rows(store, "behaviors", encode(to_encode))
         total = {name: total.get(name, 0) + n for name, n in counts.items()}
     return total
 
 
 def everything(store: Store) -> list[tuple[str, str, float]]:
+    """(user_id, behavior_id, first component of the vector) of all behaviors."""
     tables = [store.read_histories(bucket) for bucket in range(store.n_buckets)]
     return [
         (row["user_id"], row["behavior_id"], float(np.frombuffer(row["vector"], "<f2")[0]))
@@ -64,7 +84,7 @@ def answers(
     changes: Sequence[str] = (),
     users: Sequence[str] = (),
 ) -> pa.Table:
-    """Rows of the generations table; a request is its user's, who has its name unless told otherwise."""
+    """Rows of the generations table. Each request's user has the request's id unless `users` is given."""
     n = len(ids)
     users = users or ids
     return pa.table(

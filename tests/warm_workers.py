@@ -1,11 +1,11 @@
-"""Worker processes for the Ray of the tests, forked from one that has imported what all of them need.
+"""Fork the tests' Ray workers from one process that has already imported the slow libraries.
 
-A job starts half a dozen processes, and each takes seconds to import torch, transformers and pandas: on two cores that
-was most of the suite. Here one process imports them, all but Ray itself, and a worker is a fork of it. From there on it
-is Ray's own `default_worker.py`, with the arguments, the environment and the streams that Ray has given it.
+A job starts half a dozen processes, and each takes seconds to import torch, transformers and pandas: on two cores, most
+of the suite's time. Here one process imports them (all but Ray itself), and each worker is a fork of it. The fork then
+runs Ray's own `default_worker.py` with the arguments, environment and streams that Ray has given it.
 
-    python tests/warm_workers.py ARGUMENTS    what Ray starts in the place of its `setup_worker.py`: asks for a fork
-    python tests/warm_workers.py SOCKET       the process that is forked; the number of a socket that listens
+    python tests/warm_workers.py ARGUMENTS    started by Ray instead of its `setup_worker.py`; requests a fork
+    python tests/warm_workers.py SOCKET       the process that forks; SOCKET is the descriptor of a listening socket
 """
 
 import argparse
@@ -29,8 +29,8 @@ from typing import NoReturn
 
 _ADDRESS = "PERSONA_WARM_WORKERS"
 _SETUP = str(Path(__file__).resolve())
-# None of them begins a thread that a fork would miss. Ray is not of them: what it is told by the environment, the job
-# and the node of this one worker, it reads when it is imported.
+# None of them starts a thread, which a fork would not have. Ray is not among them, because on import it reads the
+# environment, which differs between workers.
 _IMPORTS = (
     "aiohttp",
     "boto3",
@@ -48,17 +48,17 @@ _IMPORTS = (
 
 @contextlib.contextmanager
 def warm_workers() -> Iterator[int]:
-    """The nodes of a Ray that this process, or `ray_command`, starts while the context lasts have such workers.
+    """Within the context, any Ray that this process or `ray_command` starts has forked workers.
 
-    Yields the process that they descend from.
+    Yields the id of the process that forks them.
     """
     import pytest
     from ray._private import ray_constants
 
-    if sys.platform != "linux":  # elsewhere such libraries do not survive a fork
+    if sys.platform != "linux":  # on other systems these libraries do not survive a fork
         yield os.getpid()
         return
-    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as folder:  # short, for the path of a socket
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as folder:  # short: it is part of a socket path
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(f"{folder}/socket")
             listening.listen(128)
@@ -67,7 +67,7 @@ def warm_workers() -> Iterator[int]:
         try:
             with pytest.MonkeyPatch.context() as change:
                 change.setenv(_ADDRESS, f"{folder}/socket")
-                # Ray joins it to a folder of its own, where an absolute path stays what it is.
+                # Ray joins it to one of its folders, which does not change an absolute path.
                 change.setattr(ray_constants, "SETUP_WORKER_FILENAME", _SETUP)
                 yield forked.pid
         finally:
@@ -76,14 +76,14 @@ def warm_workers() -> Iterator[int]:
 
 
 def ray_command() -> list[str]:
-    """The command `ray`, for nodes in processes of their own."""
+    """The command `ray`, for nodes in separate processes."""
     change = f"from ray._private import ray_constants; ray_constants.SETUP_WORKER_FILENAME = {_SETUP!r}"
     return [sys.executable, "-c", f"{change}; from ray.scripts.scripts import main; main()"]
 
 
-def ask(arguments: list[str]) -> None:
-    """Has a worker forked, and stays until it has ended, as the process that Ray has started and may end."""
-    is_worker = any(argument.endswith("/default_worker.py") for argument in arguments)  # not the server for clients
+def request_fork(arguments: list[str]) -> None:
+    """Have a worker forked, and exit when it does: Ray takes this process for the worker, and may kill it."""
+    is_worker = any(argument.endswith("/default_worker.py") for argument in arguments)  # not the server for Ray clients
     if _ADDRESS not in os.environ or not is_worker:
         (ray,) = importlib.util.find_spec("ray").submodule_search_locations
         os.execv(sys.executable, [sys.executable, f"{ray}/_private/workers/setup_worker.py", *arguments])
@@ -96,16 +96,16 @@ def ask(arguments: list[str]) -> None:
 
 
 def serve(listening: socket.socket) -> NoReturn:
-    """Forks a worker for each that asks."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that have ended
+    """Fork a worker per request."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that ended workers leave no zombies
     imported = False
     while True:
         connection, _ = listening.accept()
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-        with connection.makefile("rb") as asked:
-            arguments, environment = json.load(asked)
+        with connection.makefile("rb") as request:
+            arguments, environment = json.load(request)
         if not imported:
-            # Some libraries read the environment once, when they are imported: it has to be that of a worker.
+            # Some libraries read the environment when they are imported, so it must be that of a worker.
             os.environ |= environment
             for module in _IMPORTS:
                 importlib.import_module(module)
@@ -116,26 +116,26 @@ def serve(listening: socket.socket) -> NoReturn:
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
-            become(arguments, environment)
+            become_worker(arguments, environment)
         for stream in streams:
             os.close(stream)
         connection.close()
 
 
-def become(arguments: list[str], environment: dict[str, str]) -> NoReturn:
-    """What `setup_worker.py` and then `python default_worker.py` would do, in this process."""
-    os.setpgrp()  # Ray ends a worker together with its group
+def become_worker(arguments: list[str], environment: dict[str, str]) -> NoReturn:
+    """Do in this process what `setup_worker.py` and then `python default_worker.py` would do."""
+    os.setpgrp()  # Ray kills a worker together with its process group
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     known = argparse.ArgumentParser()
     known.add_argument("--serialized-runtime-env-context", type=json.loads, default={})
     known.add_argument("--language")
-    asked, worker = known.parse_known_args(arguments)
-    context = asked.serialized_runtime_env_context
+    parsed, worker = known.parse_known_args(arguments)
+    context = parsed.serialized_runtime_env_context
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(context.get("env_vars", {}))
     if prefix := context.get("command_prefix"):
-        cd, folder, _ = prefix  # with `&&` behind it, of a working directory; the tests ask for nothing else
+        cd, folder, _ = prefix  # `cd FOLDER &&`, for a working directory; the tests use no other prefix
         assert cd == "cd"
         os.chdir(*shlex.split(folder))
     random.seed()
@@ -160,4 +160,4 @@ if __name__ == "__main__":
     if sys.argv[1].isdecimal():
         serve(socket.socket(fileno=int(sys.argv[1])))
     else:
-        ask(sys.argv[1:])
+        request_fork(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What the tests of the writer share: changes of a small table, what a reader then sees, and what may come between."""
+"""Shared by the tests of the writer: changes to a small table, what a reader then sees, and faults in between."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,38 +9,39 @@ import pyarrow as pa
 import pytest
 
 from persona import storage
-from persona.errors import StorageError
 from persona.inputs.histories import bucket_of
 from persona.storage import join
+from persona.store.log import Log, UncertainCommit
 from persona.store.store import Store
 from persona.store.table import Table
 from persona.store.writer import Writer, merge
-from tests.stores import behaviors, encode
+from tests.stores import behaviors, changed, commit_staged
 
 Row = tuple[str, str, str, int | None]
-WHOLE = 2**20  # compaction makes files of this size: one of everything
+Event = Callable[[Callable[[], None]], None]
+"""Called instead of an attempt to commit, with a function that makes the attempt."""
+TARGET_BYTES = 2**20  # larger than any partition here, so compaction makes one file of each
 ODD_VARIANT = "none / ü' %20 a=b"
 
 
 def stage(store: Store, change: str, *rows: Row) -> pa.Table:
-    made = encode(behaviors(*rows, n_buckets=store.n_buckets))
-    return store.stage("behaviors", made.append_column("change", pa.array([change] * len(rows))))
+    return store.stage("behaviors", changed(behaviors(*rows, n_buckets=store.n_buckets), change))
 
 
 def commit(store: Store, *staged: pa.Table) -> None:
     with store.writer("behaviors", job="test") as writer:
-        writer.commit(pa.concat_tables(staged))
+        commit_staged(writer, pa.concat_tables(staged))
 
 
 def compact(writer: Writer) -> tuple[int, int]:
-    """What `jobs.store compact` does; how many files there were, and are."""
+    """What `jobs.store compact` does; returns the numbers of files before and after."""
     before = len(writer.table.files())
-    writer.exchange_merged([merge(writer.table, group) for group in writer.small_files(WHOLE)])
+    writer.exchange_merged([merge(writer.table, group) for group in writer.small_files(TARGET_BYTES)])
     return before, len(writer.table.files())
 
 
 def rows_of(store: Store) -> Counter[tuple[str, str, int]]:
-    """Every row that a reader sees: user, behavior, and the length of the text that was encoded."""
+    """Every row that a reader sees: user, behavior, and the length of the encoded text."""
     found: Counter[tuple[str, str, int]] = Counter()
     for row in store.table("behaviors").scan(None).to_pylist():
         assert row["bucket"] == bucket_of([row["user_id"]], store.n_buckets)[0]
@@ -49,7 +50,7 @@ def rows_of(store: Store) -> Counter[tuple[str, str, int]]:
 
 
 def contents(store: Store, name: str = "behaviors") -> dict[str, bytes]:
-    """The files of the newest version."""
+    """The bytes of each file of the newest version."""
     uri = join(store.uri, name)
     return {file.path: storage.read_bytes(join(uri, file.path)) for file in Table(uri, name).files()}
 
@@ -59,48 +60,50 @@ def on_disk(store: Store, name: str = "behaviors") -> set[str]:
 
 
 def take_over(store: Store, name: str = "behaviors") -> Table:
-    """What another run does that thinks the lease has run out."""
+    """What another run does once it considers the lease expired."""
     table = Table(join(store.uri, name), name)
     table.fence(table.lease() + 1, job="the other run")
     return table
 
 
 class Attempts:
-    """What happens around each attempt of `Table._transact`, in turn; attempts after the last are left alone."""
+    """Replaces the first attempts of `Log._transact` by events, one each; later attempts are normal."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *events: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *events: Event) -> None:
         self.n = 0
-        original = Table._transact
+        original = Log._transact
 
-        def transact(table: Table, *args: Any, **more: Any) -> None:
+        def transact(log: Log, *args: Any, **more: Any) -> None:
             self.n += 1
-            event = events[self.n - 1] if self.n <= len(events) else passes
-            event(lambda: original(table, *args, **more))
+            event = events[self.n - 1] if self.n <= len(events) else succeeds
+            event(lambda: original(log, *args, **more))
 
-        monkeypatch.setattr(Table, "_transact", transact)
-
-
-def passes(work: Callable[[], None]) -> None:
-    work()
+        monkeypatch.setattr(Log, "_transact", transact)
 
 
-def behind(other: Callable[[Store], object], store: Store) -> Callable[[Callable[[], None]], None]:
-    """The attempt comes right behind what somebody else does to the store."""
+def succeeds(attempt: Callable[[], None]) -> None:
+    attempt()
 
-    def event(work: Callable[[], None]) -> None:
+
+def preceded_by(other: Callable[[Store], object], store: Store) -> Event:
+    """Something happens to the store right before the attempt."""
+
+    def event(attempt: Callable[[], None]) -> None:
         other(store)
-        work()
+        attempt()
 
     return event
 
 
-def fails_before(work: Callable[[], None]) -> None:
-    raise StorageError("no answer")
+def fails_before(attempt: Callable[[], None]) -> None:
+    """The request is lost, and nothing is committed."""
+    raise UncertainCommit("no response")
 
 
-def fails_after(work: Callable[[], None]) -> None:
-    work()
-    raise StorageError("no answer")
+def fails_after(attempt: Callable[[], None]) -> None:
+    """The response is lost after the commit."""
+    attempt()
+    raise UncertainCommit("no response")
 
 
 CHANGES: dict[str, Sequence[tuple[str, Row]]] = {
@@ -119,6 +122,7 @@ AFTER = {
 
 
 def fill(store: Store) -> None:
+    """Write the rows of `BEFORE`."""
     commit(store, stage(store, "new", ("a", "1", "x", 1), ("a", "2", "xx", 2), ("b", "1", "x", None)))
 
 

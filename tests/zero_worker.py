@@ -129,7 +129,7 @@ def plain_run(case: dict[str, Any]) -> list[float]:
     optimizer = new_optimizer(model, options)
     for step in range(N_STEPS):
         rows = ROWS[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
-        batches = [model.collate([one], with_targets=True) for one in rows]
+        batches = [model.collate([one]) for one in rows]
         n_tokens = sum(batch.n_target_tokens for batch in batches)
         loss = sum(model(batch).sum() for batch in batches) / n_tokens
         optimizer.zero_grad()
@@ -150,9 +150,7 @@ def plain_contrast(model: PersonalizedLLM, rows: Sequence[dict[str, Any]]) -> to
         other = rows[start + (number - start + 1) % MICRO_BATCH]
         if one["user_id"] != other["user_id"] and one["history"] and other["history"]:
             histories = (one["history"], other["history"])
-            nll_2 = torch.cat(
-                [model(model.collate([{**one, "history": history}], with_targets=True)) for history in histories]
-            )
+            nll_2 = torch.cat([model(model.collate([{**one, "history": history}])) for history in histories])
             total = total - (-nll_2).log_softmax(0)[0]
     return total
 
@@ -176,7 +174,7 @@ def new_case_model(case: dict[str, Any]) -> PersonalizedLLM:
     llm = FrozenLLM.load(folder, precision=case.get("precision", "fp32"), device="cpu")
     options = {"learn_temperature": case.get("plug", {}).get("weights") != "mean", **case.get("plug", {})}
     model = new_model(resolve(case["encoder"], flag="--encoder"), llm, **options)
-    model.front_tokens = case.get("front_tokens", 0)
+    model.prefix_tokens = case.get("front_tokens", 0)
     return model
 
 

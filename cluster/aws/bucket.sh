@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Settings of a bucket for a store: cluster/aws/bucket.sh BUCKET REGION. Safe to run again; it makes no bucket.
+# Configures an existing bucket for a store: cluster/aws/bucket.sh BUCKET REGION. Safe to run again.
 #
-# Versioning stays off: `jobs.forget` promises that the bytes are gone, and a bucket that keeps versions keeps them.
-# Where a rule of the house wants versions, lifecycle.json ends them after a day; until then nobody is forgotten. No rule
-# may expire objects below persona/: the tables know which files they need, S3 does not (`jobs.store vacuum` deletes).
+# Versioning stays off: `jobs.forget` promises that the bytes are gone, and a versioned bucket keeps them. If your
+# company requires versions, lifecycle.json deletes old ones after a day; until then no one is forgotten. No rule may
+# expire objects below persona/: only the tables know which files they need (`jobs.store vacuum` deletes the others).
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 bucket="$1" region="$2"

@@ -10,7 +10,7 @@ from persona import cost
 from persona.options import CostOptions
 
 if TYPE_CHECKING:
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
 
 
 def known(count: Callable[[], float]) -> float:

@@ -1,38 +1,53 @@
-"""Work by bucket: the only place where rows change machines; and work on single items, side by side."""
+"""Distribute work over the cluster: rows grouped by bucket, or one task per item."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from ray import ObjectRef
     from ray.data import Dataset
 
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
 
-# Of input, packed: some ten thousand rows, which a worker holds in memory all at once.
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+# Of the input as stored, compressed: some ten thousand rows, which a worker holds in memory together.
 _PARTITION_BYTES = 2**19
-# Ray deals buckets to partitions by hash: in as many partitions as buckets, one would hold four of them.
-_PARTITIONS_A_BUCKET = 4
+# Ray assigns buckets to partitions by hash. With as many partitions as buckets, some would get four buckets.
+_PARTITIONS_PER_BUCKET = 4
+_TASKS_PER_CPU = 2  # so that no CPU waits for the driver
 
 
 def by_bucket(
-    rows: "Dataset", splits: Sequence["Split"], n_buckets: int, work: Callable[..., Any], **settings: Any
+    rows: "Dataset",
+    splits: Sequence["Split"],
+    n_buckets: int,
+    work: "Callable[..., pa.Table | Iterator[pa.Table]]",
+    **settings: object,
 ) -> "Dataset":
-    """`work(rows_of_one_bucket, **settings)` for each bucket; the only place where rows change machines.
+    """`work(rows_of_one_bucket, **settings)` for each bucket; the only place where rows move between machines.
 
-    `work` has to give the same whenever it is called: of a task that is tried again, Ray leaves out as many blocks as
-    have gone on already, and what came of those may have been committed meanwhile. So the tables that the job writes to
-    are read from a snapshot of the store at the job's beginning.
+    `work` must return the same rows whenever it is called: when Ray retries a task, it skips as many output blocks as
+    it has already passed on, and those may have been committed in the meantime. So `work` must read the tables that
+    the job writes to from a snapshot that was taken when the job started.
     """
     n_bytes = sum(split.end - split.start for split in splits)
-    n_partitions = min(max(n_bytes // _PARTITION_BYTES, 4), _PARTITIONS_A_BUCKET * n_buckets)
+    n_partitions = min(max(n_bytes // _PARTITION_BYTES, 4), _PARTITIONS_PER_BUCKET * n_buckets)
     return rows.groupby("bucket", num_partitions=n_partitions).map_groups(
         work, batch_format="pyarrow", fn_kwargs=settings
     )
 
 
-def each(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **settings: Any) -> Iterator["pa.Table"]:
-    """What `work(table_of_one_item, **settings)`, of which the same holds as in `by_bucket`, yields, side by side."""
+def each(
+    items: Sequence[Mapping[str, object]], work: "Callable[..., Iterator[pa.Table]]", **settings: object
+) -> "Iterator[pa.Table]":
+    """The tables that `work(table_with_one_item, **settings)` yields, as they come; items run in parallel.
+
+    `work` must yield the same tables whenever it is called, as in `by_bucket`.
+    """
     import ray
 
     if items:
@@ -41,7 +56,17 @@ def each(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **setting
         yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def each_row(items: Sequence[Mapping[str, Any]], work: Callable[..., Any], **settings: Any) -> Iterator[dict[str, Any]]:
-    """The rows of what `each` yields."""
-    for table in each(items, work, **settings):
-        yield from table.to_pylist()
+def results(items: Sequence[ItemT], work: Callable[..., ResultT], **settings: object) -> Iterator[ResultT]:
+    """The result of `work(item, **settings)` for each item, in the order in which the tasks finish."""
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=-1)(work)
+    shared = {name: ray.put(value) for name, value in settings.items()}
+    max_running = max(1, _TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
+    waiting = deque(items)
+    running: list[ObjectRef[ResultT]] = []
+    while waiting or running:
+        while waiting and len(running) < max_running:
+            running.append(task.remote(waiting.popleft(), **shared))
+        done, running = ray.wait(running)
+        yield from ray.get(done)

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import exchange, joining, reading, session
+from jobs.runtime.tally import Tally
 from jobs.runtime.texts import Texts
 from persona.options import PersonaKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
     from persona.store.store import Store
 
 
@@ -24,7 +25,7 @@ def look(
     users: frozenset[str],
     store: "Store",
     where: Mapping[str, Any],
-    tally: Any,
+    tally: Tally,
     histories: "tuple[Sequence[Split], Any] | None",
 ) -> dict[str, dict[str, Any]]:
     """By request id: `input`, the `behavior_id`s and `timestamp`s it sees, their `weights`, `persona_vector`.
@@ -46,11 +47,15 @@ def look(
         joining.join_bucket,
         store=store,
         tally=tally,
-        stage="look",
-        personas=[PersonaKind.OWN],
-        max_behaviors=max_behaviors,
-        keep=_Seen(max_behaviors),
-        texts=texts,
+        plan=joining.JoinPlan(
+            job="evaluate",
+            stage="look",
+            personas=[PersonaKind.OWN],
+            max_behaviors=max_behaviors,
+            needs_target=True,
+            selection=_Seen(max_behaviors),
+            texts=texts,
+        ),
     )
     # One process is enough for a few hundred requests, and it loads no LLM.
     looked = joined.repartition(1).map_batches(
@@ -68,7 +73,7 @@ def _chosen(split: "Split", *, ids: frozenset[str], n_buckets: int) -> Iterator[
     import pyarrow as pa
 
     from persona.inputs import requests
-    from persona.inputs.files import read_split
+    from persona.inputs.reader import read_split
 
     for records in read_split(split, job="evaluate"):
         good, _ = requests.validate(records, n_buckets, needs_target=True)
@@ -84,7 +89,7 @@ class _TextsOf:
     def __call__(self, requests: "pa.Table", texts: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
         import pyarrow as pa
 
-        from persona.retrieval.ranking import TextLookup
+        from persona.retrieval.lookup import TextLookup
         from persona.store.join import seen_rows
 
         seen = seen_rows(requests, store, bucket, max_behaviors=self.max_behaviors)

@@ -1,12 +1,14 @@
-"""Requests meet the histories that they may see, bucket by bucket."""
+"""Join requests with the histories that they may see, bucket by bucket."""
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from jobs.runtime.exchange import by_bucket
 from jobs.runtime.reading import read, read_requests
-from jobs.runtime.tally import note
+from jobs.runtime.tally import Tally
 from persona.options import PersonaKind
 
 if TYPE_CHECKING:
@@ -14,83 +16,105 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from jobs.runtime.texts import Texts
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
     from persona.store.store import Store
 
-_JOINED_ROWS = 512
+_JOINED_ROWS = 512  # requests per table that goes on
 
 
-def requests_with_histories(
-    splits: Sequence["Split"],
-    store: "Store",
-    tally: Any,
-    *,
-    job: str,
-    personas: Sequence[PersonaKind],
-    max_behaviors: int,
-    needs_target: bool,
-    stage: str = "join",
-    limit: int | None = None,
-    keep: Any = None,
-    texts: "Texts | None" = None,
-    rejected: str | None = None,
-) -> "Dataset":
-    """Each request once for each of `personas`, with the history that it may see (`persona.store.join`).
+class Selection(Protocol):
+    """Selects the requests to go on with, before their vectors are read, and may add columns."""
 
-    `store` is a snapshot of the tables that are read; `keep(joined, store, bucket, counts)` may take rows out before
-    their vectors are read, and adds the columns that `keep.adds` names; `stage` is where the tally counts; `texts`
-    brings the texts of histories to the requests; `rejected` is the column of a text that was not the right answer
-    (`requests.REJECTED`).
+    @property
+    def adds(self) -> Sequence[str]:
+        """Names of the columns that a call adds."""
+
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, float], /) -> "pa.Table":
+        """Some of the `joined` requests of a bucket, all of one kind of persona; may add to `counts`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinPlan:
+    """What to read, and how to join it."""
+
+    job: str
+    """Name of the job, for its rejects."""
+    personas: Sequence[PersonaKind]
+    """Each request appears once per kind."""
+    max_behaviors: int
+    """A request sees at most this many behaviors, the latest ones."""
+    needs_target: bool
+    """Whether a request without a target is rejected."""
+    rejected: str | None = None
+    """Column with a text that was not the right answer; it becomes `requests.REJECTED`."""
+    limit: int | None = None
+    """Take only this many requests."""
+    selection: Selection | None = None
+    """Which requests to go on with; None for all."""
+    texts: "Texts | None" = None
+    """Texts of the histories, to be used where a bucket is joined."""
+    stage: str = "join"
+    """Under which name the tally counts."""
+
+
+def requests_with_histories(splits: Sequence["Split"], store: "Store", tally: Tally, plan: JoinPlan) -> "Dataset":
+    """The requests of the splits with the columns of `persona.store.join.join_histories` and `persona`, the kind.
+
+    `store` must be a snapshot of the tables that are read, so that a retried task joins the same rows.
     """
-    reading = {"store": store, "tally": tally, "job": job, "needs_target": needs_target, "rejected": rejected}
-    rows = read(splits, read_requests, limit=limit, **reading)
-    joining = {"personas": personas, "max_behaviors": max_behaviors}
-    joining |= {"store": store, "tally": tally, "stage": stage, "keep": keep, "texts": texts}
-    if texts is not None:
-        rows, splits = texts.beside(rows, store.n_buckets), [*splits, *texts.splits]
-    return by_bucket(rows, splits, store.n_buckets, join_bucket, **joining)
+    rows = read(
+        splits,
+        read_requests,
+        limit=plan.limit,
+        store=store,
+        tally=tally,
+        job=plan.job,
+        needs_target=plan.needs_target,
+        rejected=plan.rejected,
+    )
+    if plan.texts is not None:
+        rows, splits = plan.texts.beside(rows, store.n_buckets), [*splits, *plan.texts.splits]
+    return by_bucket(rows, splits, store.n_buckets, join_bucket, store=store, tally=tally, plan=plan)
 
 
-def join_bucket(
-    requests: "pa.Table",
-    *,
-    store: "Store",
-    tally: Any,
-    stage: str,
-    personas: Sequence[PersonaKind],
-    max_behaviors: int,
-    keep: Any,
-    texts: "Texts | None" = None,
-) -> Iterator["pa.Table"]:
-    """The requests of one bucket with their histories, a few hundred at a time; of a repeated id the first counts."""
-    import numpy as np
+def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: JoinPlan) -> "Iterator[pa.Table]":
+    """The requests of one bucket with their histories, a few hundred at a time; of a repeated id, the first counts."""
     import pyarrow as pa
 
     from persona.store.join import join_histories
 
     since = time.perf_counter()
-    bucket = requests["bucket"][0].as_py()
-    if texts is not None:
-        requests = texts.joined(requests, store)
-    _, first = np.unique(requests["request_id"].to_numpy(), return_index=True)
-    counts: dict[str, float] = {"asked": len(first), "repeated": requests.num_rows - len(first)}
+    bucket: int = requests["bucket"][0].as_py()
+    if plan.texts is not None:
+        requests = plan.texts.joined(requests, store)
+    n_rows, requests = requests.num_rows, _first_of_each_id(requests)
+    counts: dict[str, float] = {"asked": requests.num_rows, "repeated": n_rows - requests.num_rows}
     counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}
-    requests = requests.take(pa.array(np.sort(first)))
-    sees_own = next((persona for persona in personas if persona.sees_own_history), None)
-    for persona in personas:
+    with_histories = partial(join_histories, store=store, bucket=bucket, max_behaviors=plan.max_behaviors)
+    # Kinds that see the own history all see the same one, so only the first of them is counted.
+    counted = next((persona for persona in plan.personas if persona.sees_own_history), None)
+    for persona in plan.personas:
         for start in range(0, requests.num_rows, _JOINED_ROWS):
             part = requests.slice(start, _JOINED_ROWS)
             part = part.append_column("persona", pa.repeat(persona.value, part.num_rows))
-            how: dict[str, Any] = {"persona": persona, "max_behaviors": max_behaviors}
-            joined = join_histories(part, store, bucket, with_vectors=keep is None, **how)
-            if persona == sees_own:
+            joined = with_histories(part, persona=persona, with_vectors=plan.selection is None)
+            if persona == counted:
                 counts["untimed"] += sum(joined["n_untimed"].to_pylist())
                 counts["empty"] += joined["n_behaviors"].to_pylist().count(0)
-            if keep is not None:
-                kept = keep(joined, store, bucket, counts).select([*part.column_names, *keep.adds])
-                joined = join_histories(kept, store, bucket, **how)
+            if plan.selection is not None:
+                selected = plan.selection(joined, store, bucket, counts)
+                selected = selected.select([*part.column_names, *plan.selection.adds])
+                joined = with_histories(selected, persona=persona)
             counts["kept"] += joined.num_rows
             counts["seconds"] += time.perf_counter() - since
             yield joined
             since = time.perf_counter()
-    note(tally, stage, str(bucket), counts)
+    tally.note(plan.stage, str(bucket), counts)
+
+
+def _first_of_each_id(requests: "pa.Table") -> "pa.Table":
+    import numpy as np
+    import pyarrow as pa
+
+    _, first = np.unique(requests["request_id"].to_numpy(), return_index=True)
+    return requests.take(pa.array(np.sort(first)))

@@ -1,6 +1,6 @@
-"""What a job says on stderr: lines for people, or with PERSONA_LOG=json an object a line for programs that gather logs.
+"""Log lines on stderr: plain text for people, or with PERSONA_LOG=json one JSON object a line for log collectors.
 
-The last line of stdout, with the job's result, is JSON in any case.
+The last line of stdout, with the job's result, is JSON either way.
 """
 
 import json
@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 
 
 def in_json() -> bool:
-    """Whether lines are to be JSON."""
+    """Whether lines are JSON."""
     return os.environ.get("PERSONA_LOG", "") == "json"
 
 
 def say(message: str, *, level: str = "info", trace: str | None = None) -> None:
-    """A message on stderr, with the traceback of what went wrong in front of it when there is one."""
+    """Writes a message to stderr, after its traceback if there is one."""
     if in_json():
         fields = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, "message": message}
         line = json.dumps(fields if trace is None else {**fields, "traceback": trace})

@@ -6,15 +6,17 @@ encoded), so it does not matter when, or how, an earlier run has ended.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.runtime import exchange
 from jobs.runtime.commits import Committer
+from jobs.runtime.tally import Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.store.store import Identity, Store
+    from persona.store.identity import Identity
+    from persona.store.store import Store
     from persona.store.writer import Writer
 
 _USERS_TOGETHER = 1024
@@ -47,7 +49,7 @@ def check_plug(given: str, identity: "Identity") -> PlugSource:
     return PlugSource(uri=uri, fingerprint=fingerprint)
 
 
-def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Any) -> None:
+def update(store: "Store", writer: "Writer", plug: PlugSource, tally: Tally) -> None:
     """Makes the personas of all users who need one, bucket by bucket, and takes out those of users who are gone."""
     store = store.snapshot("behaviors", "personas")
     work = [{"bucket": bucket} for bucket in sorted({*store.buckets(), *store.persona_buckets()})]

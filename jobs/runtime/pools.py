@@ -1,21 +1,59 @@
 """Pools of actors that hold a model: blocks of rows go in, as many rows come out."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from jobs.runtime.session import Machines
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from ray.data import Dataset
 
 
+class Model(Protocol):
+    """What an actor holds; the constructor loads it."""
+
+    def __call__(self, rows: "pa.Table", /) -> "pa.Table":
+        """As many rows as were given, in their order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPool:
+    """How many actors hold a model, and which resources each one reserves."""
+
+    min_size: int
+    max_size: int
+    num_cpus: int
+    num_gpus: int
+
+    @classmethod
+    def plan(cls, machines: Machines, *, actors: int | None, cpus_per_actor: int) -> "ModelPool":
+        """One actor per GPU, or on CPUs as many as leave cores for reads and commits; `actors` overrides the number.
+
+        On GPUs the size is fixed, because such pools do not grow on an autoscaling cluster (Ray issue 59144). On CPUs,
+        loading a model takes a core away from the reads that feed it, so half of the pool starts only when work queues
+        up.
+        """
+        size = machines.n_models(actors, cpus_per_actor)
+        if machines.gpus:
+            # An actor reserves no CPU: a pool that reserves all CPUs starves the reads before it (Ray issue 44687).
+            return cls(min_size=size, max_size=size, num_cpus=0, num_gpus=1)
+        return cls(min_size=actors or (size + 1) // 2, max_size=size, num_cpus=cpus_per_actor, num_gpus=0)
+
+
 def by_models(
-    rows: "Dataset", work: type[Any], *, block_rows: int, pool: Mapping[str, Any], **settings: Any
+    rows: "Dataset", model: type[Model], *, block_rows: int, pool: ModelPool, **settings: object
 ) -> "Dataset":
-    """The rows as actors of a class `work(**settings)` give them back, block by block, each as many as it was given."""
+    """The rows as the actors return them, in blocks of `block_rows`; each actor holds a `model(**settings)`."""
+    from ray.data import ActorPoolStrategy
+
     return rows.repartition(target_num_rows_per_block=block_rows).map_batches(
-        work,
+        model,
         fn_constructor_kwargs=settings,
         batch_size=block_rows,
         batch_format="pyarrow",
         udf_modifying_row_count=False,
-        **pool,
+        compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or None,
     )

@@ -1,32 +1,45 @@
-"""Input splits become Ray datasets of valid rows; bad rows go to the `rejects` table."""
+"""Read input splits as Ray datasets of valid rows; invalid rows go to the `rejects` table and are counted."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from jobs.runtime.tally import Counts, note
+from jobs.runtime.tally import Counts, Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from persona.inputs.files import Split
     from persona.inputs.histories import Columns
+    from persona.inputs.records import Records
+    from persona.inputs.splits import Split
     from persona.store.store import Store
 
+TOO_MANY_REJECTS = 3
+"""The exit code of a job that is done, but rejected more rows than `--max-reject-fraction` allows."""
+_REASONS_SHOWN = 5
+_REASON = "rejected: "  # prefix of the counters by reason
 
-def read(splits: Sequence["Split"], reader: Callable[..., Any], *, limit: int | None, **settings: Any) -> "Dataset":
-    """The rows of all splits; `reader(split, **settings)` yields tables and runs where there is a CPU."""
+
+def read(
+    splits: Sequence["Split"],
+    reader: "Callable[..., Iterator[pa.Table]]",
+    *,
+    limit: int | None,
+    **settings: object,
+) -> "Dataset":
+    """The first `limit` rows, or all rows, of the tables that `reader(split, **settings)` yields, a task per split."""
     from dataclasses import asdict
 
     import ray
 
     sources = ray.data.from_items([asdict(split) for split in splits], override_num_blocks=len(splits))
     if limit is not None:
-        # Every job that is given a limit must take the same rows.
+        # All jobs must take the same rows when given the same limit.
         sources.context.execution_options.preserve_order = True
     rows = sources.map_batches(
-        _read_one,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
+        _read_batch,  # type: ignore[arg-type]  # Ray's types do not cover fn_kwargs
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"reader": reader, "settings": settings},
@@ -34,42 +47,50 @@ def read(splits: Sequence["Split"], reader: Callable[..., Any], *, limit: int | 
     return rows if limit is None else rows.limit(limit)
 
 
-def _read_one(batch: "pa.Table", *, reader: Callable[..., Any], settings: dict[str, Any]) -> Iterator["pa.Table"]:
-    from persona.inputs.files import Split
+def _read_batch(
+    batch: "pa.Table", *, reader: "Callable[..., Iterator[pa.Table]]", settings: Mapping[str, object]
+) -> "Iterator[pa.Table]":
+    from persona.inputs.splits import Split
 
     for fields in batch.to_pylist():
         yield from reader(Split(**fields), **settings)
 
 
 def read_requests(
-    split: "Split", *, store: "Store", tally: Any, job: str, needs_target: bool, rejected: str | None
-) -> Iterator["pa.Table"]:
-    """Valid requests of a split; the others go to the table of rejects."""
+    split: "Split", *, store: "Store", tally: Tally, job: str, needs_target: bool, rejected: str | None
+) -> "Iterator[pa.Table]":
+    """The valid requests of a split; the others go to the `rejects` table."""
     from persona.inputs import requests
-    from persona.inputs.files import read_split
+    from persona.inputs.reader import read_split
 
-    def validate(records: Any) -> Any:
+    def validate(records: "Records") -> "tuple[pa.Table, pa.Table]":
         return requests.validate(records, store.n_buckets, needs_target, job=job, rejected=rejected)
 
     yield from keep_good(read_split(split, job=job), validate, split=split, store=store, tally=tally)
 
 
-def read_histories(split: "Split", *, columns: "Columns", n_buckets: int) -> Iterator["pa.Table"]:
-    """The good behaviors of a split; `embed` tells of the others."""
+def read_histories(split: "Split", *, columns: "Columns", n_buckets: int) -> "Iterator[pa.Table]":
+    """The valid behaviors of a split. The others are dropped without a trace: `embed` is the job that reports them."""
     from persona.inputs import histories
-    from persona.inputs.files import read_split
+    from persona.inputs.reader import read_split
 
     for records in read_split(split, job="texts"):
         yield histories.validate(records, columns, n_buckets)[0]
 
 
 def keep_good(
-    batches: Iterator[Any], validate: Callable[..., Any], *, split: "Split", store: "Store", tally: Any
-) -> Iterator["pa.Table"]:
-    """The good rows of a split as they are read; its rejects in one commit at the end."""
-    import pyarrow as pa
+    batches: "Iterator[Records]",
+    validate: "Callable[[Records], tuple[pa.Table, pa.Table]]",
+    *,
+    split: "Split",
+    store: "Store",
+    tally: Tally,
+) -> "Iterator[pa.Table]":
+    """The valid rows of a split, as they are read; its rejects are committed together at the end.
 
-    rejects = []
+    `validate` returns the valid rows and the rejects of a batch.
+    """
+    rejects: list[pa.Table] = []
     n_good = n_unreadable = 0
     good = None
     seconds, since = 0.0, time.perf_counter()
@@ -84,30 +105,47 @@ def keep_good(
             yield good
             since = time.perf_counter()
     if good is not None and not n_good:
-        yield good  # no rows, but columns, which the steps to come look for
-    # What could not even be read as a row: nobody knows whose it was.
-    counts: dict[str, float] = {"rows": n_good, "rejects": 0, "unreadable": n_unreadable}
-    if rejects:
-        table = pa.concat_tables(rejects)
-        store.write_rejects(table)
-        counts["rejects"] = table.num_rows
-        for reason in table["reason"].to_pylist():
-            counts[f"rejected: {reason}"] = counts.get(f"rejected: {reason}", 0) + 1
+        yield good  # no rows, but the columns that later steps expect
+    counts = {"rows": n_good, "rejects": 0, "unreadable": n_unreadable, **_write_rejects(store, rejects)}
     counts["seconds"] = seconds + time.perf_counter() - since
-    note(tally, "read", f"{split.uri}:{split.start}", counts)
+    tally.note("read", f"{split.uri}:{split.start}", counts)
+
+
+def _write_rejects(store: "Store", rejects: "Sequence[pa.Table]") -> dict[str, float]:
+    """Commit the rejects; their number in total and by reason."""
+    import pyarrow as pa
+
+    if not rejects:
+        return {}
+    table = pa.concat_tables(rejects)
+    store.write_rejects(table)
+    by_reason = Counter(table["reason"].to_pylist())
+    return {"rejects": table.num_rows, **{f"{_REASON}{reason}": n for reason, n in by_reason.items()}}
 
 
 def reject_rows(counts: Counts) -> list[tuple[str, str]]:
-    """The lines of a summary that tell of rejects."""
+    """Rows of a summary: the number of rejects, and the most frequent reasons."""
     found = counts.get("read", {})
-    rows = [("rejects", f"{int(found.get('rejects', 0)):,}")]
-    reasons = {name.removeprefix("rejected: "): n for name, n in found.items() if name.startswith("rejected: ")}
-    rows += [(f"  {int(n):,}", reason) for reason, n in sorted(reasons.items(), key=lambda item: -item[1])[:5]]
-    return rows
+    reasons = {name.removeprefix(_REASON): n for name, n in found.items() if name.startswith(_REASON)}
+    most_frequent = sorted(reasons.items(), key=lambda item: -item[1])[:_REASONS_SHOWN]
+    return [
+        ("rejects", f"{int(found.get('rejects', 0)):,}"),
+        *((f"  {int(n):,}", reason) for reason, n in most_frequent),
+    ]
 
 
 def exit_code(counts: Counts, max_reject_fraction: float) -> int:
-    """3 when more of the rows were rejected than allowed, else 0."""
+    """0, or `TOO_MANY_REJECTS`."""
     found = counts.get("read", {})
-    rejects, rows = found.get("rejects", 0), found.get("rows", 0)
-    return 3 if rejects > max_reject_fraction * (rows + rejects) else 0
+    fraction = reject_fraction(rejects=found.get("rejects", 0), rows=found.get("rows", 0))
+    return exit_code_of(fraction, max_reject_fraction)
+
+
+def reject_fraction(*, rejects: float, rows: float) -> float:
+    """The share of the input that was rejected; `rows` are the valid ones."""
+    return rejects / max(1, rejects + rows)
+
+
+def exit_code_of(fraction: float, max_reject_fraction: float) -> int:
+    """0, or `TOO_MANY_REJECTS`."""
+    return TOO_MANY_REJECTS if fraction > max_reject_fraction else 0

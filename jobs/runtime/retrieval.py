@@ -5,28 +5,35 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import session, texts
-from jobs.runtime.tally import Counts, note
+from jobs.runtime.tally import Counts, Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.files import Split
+    from jobs.runtime.job_options import PastTexts
     from persona.inputs.histories import Columns
+    from persona.inputs.splits import Split
     from persona.models.encoder import TextEncoder
-    from persona.options import Retrieval
-    from persona.store.store import Identity, Store
+    from persona.options import RetrievalOptions
+    from persona.store.identity import Identity
+    from persona.store.store import Store
 
 
 Histories = tuple["list[Split]", "Columns"]
 
 
-def plan(options: "Retrieval") -> Histories | None:
+def plan(past: "PastTexts") -> Histories | None:
     """The histories of --texts, checked; None when there are none."""
-    return None if options.texts is None else texts.plan(options.texts, options.columns, flag="--texts")
+    return None if past.texts is None else texts.plan(past.texts, past.columns, flag="--texts")
 
 
 def best_of(
-    histories: Histories | None, options: "Retrieval", where: Mapping[str, Any], tally: Any, *, stage: str = "texts"
+    histories: Histories | None,
+    options: "RetrievalOptions",
+    where: Mapping[str, Any],
+    tally: Tally,
+    *,
+    stage: str = "texts",
 ) -> texts.Texts | None:
     """What `joining.requests_with_histories` needs to add the column `retrieved`; None when nothing is to be retrieved.
 
@@ -52,7 +59,7 @@ def summary_rows(counts: Counts) -> list[tuple[str, str]]:
 class _Retrieve:
     """Adds `retrieved`: the texts for each request, the best first."""
 
-    def __init__(self, options: "Retrieval", where: Mapping[str, Any], tally: Any, stage: str) -> None:
+    def __init__(self, options: "RetrievalOptions", where: Mapping[str, Any], tally: Tally, stage: str) -> None:
         self.n = options.retrieve
         self.retriever = options.retriever
         self.encoder = where["encoder"]
@@ -65,11 +72,12 @@ class _Retrieve:
         import numpy as np
         import pyarrow as pa
 
-        from persona.retrieval.ranking import TextLookup, best_texts
+        from persona.retrieval.lookup import TextLookup
+        from persona.retrieval.ranking import best_texts, needs_vectors
         from persona.store import vectors
         from persona.store.join import seen_rows
 
-        dense = self.retriever == "dense"
+        dense = needs_vectors(self.retriever)
         seen = seen_rows(requests, store, bucket, max_behaviors=self.record.max_behaviors, with_vectors=dense)
         lookup = TextLookup(found)
         queries = requests["query"].to_pylist()
@@ -84,7 +92,7 @@ class _Retrieve:
             if dense:
                 vectors_Nd = vectors.from_column(behaviors["vector"], store.identity.width).astype(np.float32)
             rows.append(best_texts(known, self.n, self.retriever, query=query, query_d=query_d, vectors_Nd=vectors_Nd))
-        note(self.tally, self.stage, str(bucket), counts)
+        self.tally.note(self.stage, str(bucket), counts)
         return requests.append_column("retrieved", pa.array(rows, pa.list_(pa.large_string())))
 
     def _encode(self, queries: list[str], identity: "Identity") -> Any:

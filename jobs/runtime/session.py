@@ -1,17 +1,16 @@
-"""One way to reach Ray: the cluster of RAY_ADDRESS when there is one, else a Ray of our own on this machine."""
+"""Connect to Ray: to the cluster at RAY_ADDRESS if that is set, else to a Ray started on this machine for this run."""
 
 import logging
 import os
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 from jobs.runtime import log
 from persona.errors import UsageError
 
-# Reads, joins and commits must find a CPU beside the actors, also on a laptop with two cores: these CPUs are tickets.
-_LEAST_LOCAL_CPUS = 6
+# Ray's CPUs are slots for tasks: reads, joins and commits need some besides the actors, even on two cores.
+_MIN_LOCAL_CPUS = 6
 _POLL_S = 0.5
 _WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -19,10 +18,10 @@ _WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _RAY_ENVIRONMENT = {
-    # To Ray's C++ side every actor pool of Ray Data is an error (arguments in the object store, Ray issue 53727); what
-    # really fails comes as a Python exception, too.
+    # Ray's C++ code reports every actor pool of Ray Data as an error (Ray issue 53727). Real failures also come as
+    # Python exceptions.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    # A Ray of our own is the program that a person waits for; by default its workers give way to all others.
+    # By default, Ray's workers run at a lower priority. A person waits for a Ray that was started for this run.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -30,43 +29,29 @@ _RAY_ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Threads:
-    """How many threads an encoder's process takes."""
+    """How many threads an encoder's process uses."""
 
     model: int
-    """Of the model on CPUs, beside others."""
+    """For the model on CPUs, while its pool has other actors."""
     alone: int
-    """Of the model on CPUs, while it is alone in its pool: on a machine of our own all cores are free."""
+    """For the model on CPUs, while it is the only actor of its pool: more on a machine that is not shared."""
     tokenizing: int
-    """Of the tokenizer. For one thread a GPU would wait most of the time; on CPUs other models have the other cores."""
+    """For the tokenizer: several per GPU, which would otherwise wait most of the time; one on CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """What the cluster has; `cores` are real ones where that can be known."""
+    """What the cluster has."""
 
     cores: int
+    """Cores for this run: physical ones where known, else Ray's CPUs."""
     gpus: int
     is_ours: bool = False
-    """Whether this Ray was started for this run, and nobody else has a part in the machine."""
+    """Whether this Ray was started for this run, so that no other job uses its machine."""
 
     def n_models(self, actors: int | None, cpus_per_actor: int) -> int:
-        """How many models run side by side: as many as asked for, or one a GPU, or else as there are cores for."""
+        """How many models run in parallel: `actors`, or one per GPU, or as many as there are cores for."""
         return actors or self.gpus or max(1, self.cores // cpus_per_actor)
-
-    def pool(self, actors: int | None, cpus_per_actor: int) -> dict[str, Any]:
-        """Options of a pool of model actors for `map_batches`: one a GPU, or else one a core with cores for the rest.
-
-        On GPUs a fixed size: such pools do not grow on a cluster that scales itself (Ray issue 59144). On CPUs, where a
-        model that is being loaded takes a core from the reads before it, half of the pool comes only for a queue.
-        """
-        from ray.data import ActorPoolStrategy
-
-        size = self.n_models(actors, cpus_per_actor)
-        if self.gpus:
-            # No CPU: a pool that holds all CPUs starves the reads in front of it (Ray issue 44687).
-            return {"compute": ActorPoolStrategy(size=size), "num_gpus": 1, "num_cpus": 0}
-        least = actors or (size + 1) // 2
-        return {"compute": ActorPoolStrategy(min_size=least, max_size=size), "num_cpus": cpus_per_actor}
 
     def threads(self, cpus_per_actor: int) -> Threads:
         """Threads of each encoder of a pool."""
@@ -77,53 +62,79 @@ class Machines:
 
 
 def connect() -> Machines:
-    """Attaches to Ray, or starts it; `jobs.runtime.cli` ends what was started here."""
+    """Attach to Ray, or start it; `jobs.runtime.cli` stops what was started here.
+
+    Raises:
+        UsageError: there is no Ray at RAY_ADDRESS, or none of PERSONA_GPUS came in time.
+    """
     import ray
 
     attach = "RAY_ADDRESS" in os.environ
-    tickets = max(usable_cores(), _LEAST_LOCAL_CPUS)
+    n_local_cpus = max(usable_cores(), _MIN_LOCAL_CPUS)
     if not ray.is_initialized():
-        # What `ray job submit` or the caller has set stays: Ray refuses two values for one name.
-        of_workers = {name: value for name, value in _WORKER_ENVIRONMENT.items() if name not in os.environ}
-        # By default Ray warns when more processes start than there are cores.
-        of_ours = {} if attach else {**of_workers, "RAY_worker_maximum_startup_concurrency": str(tickets)}
-        for name, value in {**_RAY_ENVIRONMENT, **of_ours}.items():
-            os.environ.setdefault(name, value)
-        try:
-            ray.init(
-                address=None if attach else "local",
-                num_cpus=None if attach else tickets,
-                include_dashboard=None if attach else False,
-                # A Ray of our own inherits them; its first workers are already there, and fit no other environment.
-                runtime_env={"env_vars": of_workers} if attach else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except ConnectionError as error:
-            raise UsageError(
-                f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray answers there ({error}); start it, "
-                "or unset RAY_ADDRESS to run on this machine alone"
-            ) from error
-    _settle_ray_data()
+        if attach:
+            _attach()
+        else:
+            _start(n_local_cpus)
+    _configure_ray_data()
     _wait_for_gpus()
     resources = ray.cluster_resources()
     n_cpus = int(resources.get("CPU", 1))
-    alone = len(ray.nodes()) == 1 and n_cpus <= tickets
-    cores = min(n_cpus, usable_cores()) if alone else max(1, n_cpus - 2)
-    return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=alone and not attach)
+    # One node with no more CPUs than `_start` gives may be this machine, whose cores are known.
+    is_local = len(ray.nodes()) == 1 and n_cpus <= n_local_cpus
+    cores = min(n_cpus, usable_cores()) if is_local else max(1, n_cpus - 2)
+    return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=is_local and not attach)
+
+
+def _attach() -> None:
+    import ray
+
+    _set_environment(_RAY_ENVIRONMENT)
+    try:
+        ray.init(
+            runtime_env={"env_vars": _missing_worker_environment()}, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except ConnectionError as error:
+        raise UsageError(
+            f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no Ray answers there ({error}); start it, or unset "
+            "RAY_ADDRESS to run on this machine alone"
+        ) from error
+
+
+def _start(n_cpus: int) -> None:
+    import ray
+
+    # The workers inherit this process's environment. A runtime_env would not fit the first ones, which start early.
+    _set_environment({**_RAY_ENVIRONMENT, **_missing_worker_environment()})
+    # Without it, Ray warns when more processes start at the same time than there are cores.
+    _set_environment({"RAY_worker_maximum_startup_concurrency": str(n_cpus)})
+    ray.init(
+        address="local", num_cpus=n_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+
+
+def _missing_worker_environment() -> dict[str, str]:
+    """What `ray job submit` or the caller has not set already: Ray refuses two values for one name."""
+    return {name: value for name, value in _WORKER_ENVIRONMENT.items() if name not in os.environ}
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: a batch system, a cpuset or `taskset` often gives fewer than there are."""
-    mine = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(mine(0)) if mine else os.cpu_count() or 1
+    """Cores that this process may use: batch systems, cpusets and `taskset` often grant fewer than the machine has."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _wait_for_gpus() -> None:
-    """Has the autoscaler bring PERSONA_GPUS GPUs, if that is set: a job sees only what is there when it starts.
+    """If PERSONA_GPUS is set, ask the autoscaler for that many GPUs and wait for them.
 
-    On a cluster that scales to zero it would otherwise find none and go to the CPUs. When spot machines are scarce, it
-    goes on with those that came within PERSONA_GPUS_WITHIN_S seconds. Raises UsageError when none did.
+    A job uses the GPUs that exist when it starts; on a cluster that scales to zero it would run on CPUs. If only some
+    of the GPUs have come after PERSONA_GPUS_WITHIN_S seconds, as when spot machines are scarce, the job goes on with
+    those. Raises UsageError if none has come.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
@@ -137,43 +148,45 @@ def _wait_for_gpus() -> None:
         while (found := int(ray.cluster_resources().get("GPU", 0))) < wanted and time.monotonic() < until:
             time.sleep(_POLL_S)
     finally:
-        request_resources(bundles=[])  # from here on it is the actors that keep them
+        request_resources(bundles=[])  # from now on, the actors keep the machines up
     if not found:
-        raise UsageError(f"PERSONA_GPUS={wanted}: no GPU has come; look at the cluster's limits, or unset it for CPUs")
+        raise UsageError(
+            f"PERSONA_GPUS={wanted}: no GPU has come; check the cluster's limits, or unset it to run on CPUs"
+        )
     if found < wanted:
-        log.say(f"{found} of {wanted} GPUs have come (PERSONA_GPUS); going on with them", level="warning")
+        log.say(f"{found} of {wanted} GPUs have come (PERSONA_GPUS); continuing with those", level="warning")
 
 
 def _whole_number(name: str, default: int) -> int:
-    """A variable of the environment. Raises UsageError when it is no whole number."""
+    """An environment variable as a number. Raises UsageError if it is not a whole number."""
     value = os.environ.get(name, "").strip() or str(default)
     if not value.isdecimal():
         raise UsageError(f"{name}={value}: must be a whole number")
     return int(value)
 
 
-def _settle_ray_data() -> None:
+def _configure_ray_data() -> None:
     from ray.data import DataContext
     from ray.util.debug import log_once
 
     context = DataContext.get_current()
-    context.enable_progress_bars = False  # the jobs print their own, in rows and not in blocks
-    # What a task sorts into buckets at a time; by default 1 GiB, which a worker would have to hold.
+    context.enable_progress_bars = False  # jobs print their own progress, in rows instead of blocks
+    # What a task sorts into buckets at a time, held in memory; the default is 1 GiB.
     context.shuffle_input_batch_bytes = 64 * 2**20
-    log_once("ray_data_progress_manager_disabled")  # takes that as said
-    # Nothing to encode or to answer is how a refresh often ends, and no reason for advice.
+    log_once("ray_data_progress_manager_disabled")  # marks that advice as already given
+    # A refresh often has nothing to encode or to answer; Ray Data would advise a smaller actor pool.
     warnings.filterwarnings("ignore", "The minimum number of concurrent actors for", UserWarning)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def tokenize_with(n_threads: int) -> None:
-    """Lets the tokenizers of this process take so many threads; it must not have tokenized yet, nor fork later."""
+    """Let this process's tokenizers use `n_threads`; it must not have tokenized before, nor fork afterwards."""
     if n_threads > 1:
         os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(min(n_threads, usable_cores()))}
 
 
 def quiet_models(n_threads: int | None = None) -> None:
-    """What every process that holds a model does first: as many threads as it was given, and no bars in the log."""
+    """Prepare this process to hold a model: no progress bars in its log, and `n_threads` for torch on CPUs."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 

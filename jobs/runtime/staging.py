@@ -1,10 +1,10 @@
-"""Workers write rows to files that no reader sees until the driver commits them (`jobs.runtime.commits`)."""
+"""Write rows to files on the workers; readers see none of them until the driver commits (`jobs.runtime.commits`)."""
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jobs.runtime.tally import note
+from jobs.runtime.tally import Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from persona.store.store import Store
 
 
-def staged(rows: "Dataset", *, store: "Store", table: str, tally: Any) -> Iterator[Any]:
-    """The files that the rows are staged in, for the driver to commit."""
+def staged(rows: "Dataset", *, store: "Store", table: str, tally: Tally) -> "Iterator[pa.Table]":
+    """Run the dataset; yield the files that its blocks were written to (`persona.store.writer.staged_files`)."""
     files = rows.map_batches(
-        stage,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
+        _stage,  # type: ignore[arg-type]  # Ray's types do not cover fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"store": store, "table": table, "tally": tally},
@@ -24,10 +24,9 @@ def staged(rows: "Dataset", *, store: "Store", table: str, tally: Any) -> Iterat
     yield from files.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def stage(rows: "pa.Table", *, store: "Store", table: str, tally: Any) -> "pa.Table":
-    """Writes a block to files that nobody sees until the driver commits them (`jobs.commits`)."""
+def _stage(rows: "pa.Table", *, store: "Store", table: str, tally: Tally) -> "pa.Table":
     started = time.perf_counter()
-    staged = store.stage(table, rows)
-    if staged.num_rows:
-        note(tally, "write", staged["file"][0].as_py(), {"seconds": time.perf_counter() - started})
-    return staged
+    files = store.stage(table, rows)
+    if files.num_rows:
+        tally.note("write", files["file"][0].as_py(), {"seconds": time.perf_counter() - started})
+    return files

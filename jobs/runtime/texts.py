@@ -5,7 +5,7 @@ Rows of the histories go to the task that has their bucket's requests, as `embed
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from jobs.runtime import reading
 
@@ -13,21 +13,25 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from persona.inputs.files import Split
     from persona.inputs.histories import Columns
+    from persona.inputs.splits import Split
+    from persona.store.store import Store
+
+
+class TextUse(Protocol):
+    """What is done with the texts of a bucket."""
+
+    def __call__(self, requests: "pa.Table", texts: "pa.Table", store: "Store", bucket: int, /) -> "pa.Table":
+        """The requests with more columns; `texts` has user_id, behavior_id, text and text_hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Histories whose texts are wanted, of all users or of some; what is done with them says `use`.
-
-    `use(requests, texts, store, bucket)` gets the requests of a bucket and its texts (user_id, behavior_id,
-    text, text_hash) and returns the requests with more columns.
-    """
+    """Histories whose texts are needed, of all users or of some, and what to do with them."""
 
     splits: "Sequence[Split]"
     columns: "Columns"
-    use: Any
+    use: TextUse
     users: frozenset[str] | None = None
 
     def beside(self, requests: "Dataset", n_buckets: int) -> "Dataset":
@@ -36,7 +40,7 @@ class Texts:
         texts = reading.read(self.splits, _read, limit=None, **options)
         return requests.map_batches(_widened, batch_size=None, batch_format="pyarrow").union(texts)
 
-    def joined(self, rows: "pa.Table", store: Any) -> "pa.Table":
+    def joined(self, rows: "pa.Table", store: "Store") -> "pa.Table":
         """The requests among the rows of one bucket, with what `use` adds."""
         import pyarrow as pa
 
@@ -51,12 +55,13 @@ class Texts:
 def plan(uri: str, columns: str, *, flag: str) -> "tuple[list[Split], Columns]":
     """The splits of histories and their columns' names, checked."""
     from persona import storage
-    from persona.inputs import files as inputs, histories
+    from persona.inputs import histories
+    from persona.inputs.splits import plan_splits
 
     source = storage.check_uri(uri, flag=flag)
     storage.check_reachable(source, flag=flag)
     named = histories.Columns.parse(columns, "--columns")
-    splits = inputs.plan_splits(source, flag=flag)
+    splits = plan_splits(source, flag=flag)
     histories.check_columns(splits, named)
     return splits, named
 

@@ -1,15 +1,15 @@
-"""How next-token scores become answers: greedy, sampled, or by beams; who has finished leaves the batch.
+"""Search algorithms that turn next-token scores into answers: greedy, sampling, beam search.
 
-`transformers.generate` goes on with every row until the last one has ended, runs the prompt once for each beam, and
-draws all rows of a batch from one random stream. Here a finished row costs nothing more, the prompt runs once, and a
-request gets the same answer in any batch. Scores, ties and the end of a search are those of `transformers.generate`.
+`transformers.generate` keeps every row until the last one has ended, runs the prompt once per beam, and draws all rows
+of a batch from one random stream. Here a finished row leaves the batch, the prompt runs once, and a request gets the
+same answer in any batch. Scores, ties and stopping are those of `transformers.generate`.
 
-Shapes: B requests, R rows that still run, k beams of each, V vocabulary.
+Shapes: B requests, R running rows, k beams of a request, C candidates of a request, T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +20,24 @@ from persona.options import Decoding
 _NEVER = -1e9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Generated text; `finish_reason` is `stop` (the LLM ended it) or `length` (cut at `max_new_tokens`)."""
-
-    text: str
-    n_tokens: int
-    finish_reason: Literal["stop", "length"]
-
-
-class NextToken(Protocol):
-    """An LLM that has read its prompts, and remembers what it has said to each."""
+class DecodingSteps(Protocol):
+    """An LLM that holds its prompts and what it has generated for each."""
 
     def start(self) -> Tensor:
         """Scores (B, V) of the first token of each answer."""
 
     def step(self, tokens_R: Tensor) -> Tensor:
-        """Scores (R, V) of the next token, after one token more of each row."""
+        """Appends a token to each row; returns the scores (R, V) of the next one."""
 
-    def keep(self, rows_R: Tensor) -> None:
-        """Goes on with these rows, in this order; one may be there several times."""
+    def reorder_cache(self, rows_R: Tensor) -> None:
+        """Continues with these rows, in this order; a row may occur several times."""
 
 
 class SeededSampling:
-    """Sampling by the Gumbel-max trick: the arg max of log p + Gumbel noise is a draw from p.
+    """Sampling by the Gumbel-max trick: the argmax of log p + Gumbel noise is a draw from p.
 
-    Each request has a random stream of its own, so that its draws do not depend on its neighbours. The streams are the
-    device's, which draws other numbers than another kind of device: drawn on a CPU, a GPU would wait for them.
+    Each request has its own random stream, so its draws do not depend on its neighbors. The streams live on the device,
+    because a GPU would have to wait for numbers drawn on the CPU; another kind of device draws other numbers.
     """
 
     def __init__(self, decoding: Decoding, seeds: Sequence[int], device: torch.device) -> None:
@@ -55,94 +46,96 @@ class SeededSampling:
         self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, scores_RV: Tensor, requests: Sequence[int]) -> Tensor:
-        """Scores of rows that belong to these requests, to noisy ones whose arg max is the draw."""
+        """Adds noise to the scores of these requests' rows, so that the argmax is a draw."""
         scores_RV = scores_RV.float() / self.temperature
         if self.warper is not None:
             scores_RV = self.warper(torch.empty(0), scores_RV)
-        drawn_RV = torch.empty_like(scores_RV)
-        for row_V, request in zip(drawn_RV, requests, strict=True):
-            row_V.exponential_(generator=self.streams[request])
-        return scores_RV - drawn_RV.log_()
+        noise_RV = torch.empty_like(scores_RV)
+        for noise_V, request in zip(noise_RV, requests, strict=True):
+            noise_V.exponential_(generator=self.streams[request])
+        return scores_RV - noise_RV.log_()
 
 
-def follow(
-    llm: NextToken, *, max_new_tokens: int, eos_ids: Sequence[int], sampling: SeededSampling | None = None
+def sample(
+    llm: DecodingSteps, *, max_new_tokens: int, eos_ids: Sequence[int], sampling: SeededSampling | None = None
 ) -> list[list[int]]:
-    """The likeliest next token each time, or a drawn one; returns each request's tokens, its end included."""
+    """Takes the likeliest token at each step (greedy), or with `sampling` a drawn one.
+
+    Returns:
+        the tokens of each request's answer, the end-of-sequence token included.
+    """
     scores_RV = llm.start()
     requests = list(range(len(scores_RV)))
-    said: list[list[int]] = [[] for _ in requests]
-    ends = torch.tensor(sorted(eos_ids), device=scores_RV.device)
-    for n_said in range(1, max_new_tokens + 1):
+    generated: list[list[int]] = [[] for _ in requests]
+    eos = torch.tensor(sorted(eos_ids), device=scores_RV.device)
+    for length in range(1, max_new_tokens + 1):
         if sampling is not None:
             scores_RV = sampling(scores_RV, requests)
         tokens_R = scores_RV.argmax(dim=-1)
         for request, token in zip(requests, tokens_R.tolist(), strict=True):
-            said[request].append(token)
-        goes_on = (~torch.isin(tokens_R, ends)).nonzero()[:, 0]
-        if not len(goes_on) or n_said == max_new_tokens:
+            generated[request].append(token)
+        running = (~torch.isin(tokens_R, eos)).nonzero()[:, 0]
+        if not len(running) or length == max_new_tokens:
             break
-        if len(goes_on) < len(requests):
-            llm.keep(goes_on)
-            requests = [requests[row] for row in goes_on.tolist()]
-            tokens_R = tokens_R[goes_on]
+        if len(running) < len(requests):
+            llm.reorder_cache(running)
+            requests = [requests[row] for row in running.tolist()]
+            tokens_R = tokens_R[running]
         scores_RV = llm.step(tokens_R)
-    return said
+    return generated
 
 
-def search(llm: NextToken, *, beams: int, max_new_tokens: int, eos_ids: Sequence[int]) -> list[list[int]]:
-    """Beam search for the answer with the greatest log-likelihood a token; returns each request's tokens.
+def beam_search(llm: DecodingSteps, *, beams: int, max_new_tokens: int, eos_ids: Sequence[int]) -> list[list[int]]:
+    """Searches for the answer with the greatest mean log-likelihood per token.
 
-    A request leaves as soon as its best running beam is no better than the worst of its k finished ones.
+    A request ends when its best running beam is no better than the worst of its k finished ones.
+
+    Returns:
+        the tokens of each request's answer, the end-of-sequence token included.
     """
     scores_RV = llm.start()
     n, device = len(scores_RV), scores_RV.device
-    ends = torch.tensor(sorted(eos_ids), device=device)
-    # So many that k of them go on even when every beam could end in every way.
+    eos = torch.tensor(sorted(eos_ids), device=device)
+    # Enough candidates for k running beams, even if every beam could end in every way. Only the best k may end.
     n_candidates = (len(eos_ids) + 1) * beams
-    may_end_C = torch.arange(n_candidates, device=device) < beams  # the others are there so that k go on
+    may_end_C = torch.arange(n_candidates, device=device) < beams
     requests = list(range(n))
-    found: list[list[int]] = [[] for _ in requests]
-    running, finished = (_Beams.none(n, beams, max_new_tokens, device) for _ in range(2))
-    running.scores_Rk[:, 0] = 0.0  # the k beams of a request are still alike: one of them stands for all
-    llm.keep(torch.arange(n, device=device).repeat_interleave(beams))
+    generated: list[list[int]] = [[] for _ in requests]
+    running, finished = (_Beams.empty(n, beams, max_new_tokens, device) for _ in range(2))
+    running.scores_Rk[:, 0] = 0.0  # the k beams of a request are still equal, so only the first one counts
+    llm.reorder_cache(torch.arange(n, device=device).repeat_interleave(beams))
     scores_RV = scores_RV.repeat_interleave(beams, dim=0)
-    for n_said in range(1, max_new_tokens + 1):
-        log_p_RkV = nn.functional.log_softmax(scores_RV.float(), dim=-1).view(len(requests), beams, -1)
-        scores_RC, places_RC = (log_p_RkV + running.scores_Rk.unsqueeze(-1)).flatten(1).topk(n_candidates)
-        parents_RC, tokens_RC = places_RC // log_p_RkV.shape[-1], places_RC % log_p_RkV.shape[-1]
-        candidates = _Beams(running.take(parents_RC).tokens_RkT, scores_RC)
-        candidates.tokens_RkT[:, :, n_said - 1] = tokens_RC
-
-        ended_RC = torch.isin(tokens_RC, ends) | (n_said == max_new_tokens)
-        best_Rk = (scores_RC + _NEVER * ended_RC).topk(beams).indices
+    for length in range(1, max_new_tokens + 1):
+        candidates, parents_RC = _expand(running, scores_RV, n_candidates, length)
+        ended_RC = torch.isin(candidates.tokens_RkT[:, :, length - 1], eos) | (length == max_new_tokens)
+        best_Rk = (candidates.scores_Rk + _NEVER * ended_RC).topk(beams).indices
         running = candidates.take(best_Rk)
-        candidates.scores_Rk = torch.where(ended_RC & may_end_C, scores_RC / n_said, _NEVER)
+        candidates.scores_Rk = torch.where(ended_RC & may_end_C, candidates.scores_Rk / length, _NEVER)
         finished = finished.joined(candidates).best(beams)
 
-        hopeful_R = running.scores_Rk[:, 0] / n_said > finished.scores_Rk[:, -1]
-        goes_on = (hopeful_R & (n_said < max_new_tokens)).nonzero()[:, 0]
-        for row in set(range(len(requests))) - set(goes_on.tolist()):
-            found[requests[row]] = finished.tokens_RkT[row, 0].tolist()
-        if not len(goes_on):
+        can_improve_R = running.scores_Rk[:, 0] / length > finished.scores_Rk[:, -1]
+        remaining = (can_improve_R & (length < max_new_tokens)).nonzero()[:, 0]
+        for row in set(range(len(requests))) - set(remaining.tolist()):
+            generated[requests[row]] = finished.tokens_RkT[row, 0].tolist()
+        if not len(remaining):
             break
-        before_Rk = torch.arange(len(requests), device=device).unsqueeze(1) * beams + parents_RC.gather(1, best_Rk)
-        llm.keep(before_Rk[goes_on].flatten())
-        requests = [requests[row] for row in goes_on.tolist()]
-        running, finished = running.rows(goes_on), finished.rows(goes_on)
-        scores_RV = llm.step(running.tokens_RkT[:, :, n_said - 1].flatten())
-    return found
+        source_Rk = torch.arange(len(requests), device=device).unsqueeze(1) * beams + parents_RC.gather(1, best_Rk)
+        llm.reorder_cache(source_Rk[remaining].flatten())
+        requests = [requests[row] for row in remaining.tolist()]
+        running, finished = running.rows(remaining), finished.rows(remaining)
+        scores_RV = llm.step(running.tokens_RkT[:, :, length - 1].flatten())
+    return generated
 
 
 @dataclass
 class _Beams:
-    """Beginnings of answers (R, k, T), filled from the left, and what they are worth (R, k)."""
+    """Partial answers (R, k, T), filled from the left, and their scores (R, k)."""
 
     tokens_RkT: Tensor
     scores_Rk: Tensor
 
     @classmethod
-    def none(cls, n: int, beams: int, length: int, device: torch.device) -> "_Beams":
+    def empty(cls, n: int, beams: int, length: int, device: torch.device) -> "_Beams":
         tokens_RkT = torch.zeros(n, beams, length, dtype=torch.long, device=device)
         return cls(tokens_RkT, torch.full((n, beams), _NEVER, device=device))
 
@@ -159,3 +152,13 @@ class _Beams:
 
     def rows(self, rows: Tensor) -> "_Beams":
         return _Beams(self.tokens_RkT[rows], self.scores_Rk[rows])
+
+
+def _expand(beams: _Beams, scores_RV: Tensor, n_candidates: int, length: int) -> tuple[_Beams, Tensor]:
+    """The likeliest continuations of each request's beams to `length` tokens, and the beam (R, C) each comes from."""
+    log_p_RkV = nn.functional.log_softmax(scores_RV.float(), dim=-1).view(*beams.scores_Rk.shape, -1)
+    scores_RC, index_RC = (log_p_RkV + beams.scores_Rk.unsqueeze(-1)).flatten(1).topk(n_candidates)
+    parents_RC, tokens_RC = index_RC // log_p_RkV.shape[-1], index_RC % log_p_RkV.shape[-1]
+    candidates = _Beams(beams.take(parents_RC).tokens_RkT, scores_RC)
+    candidates.tokens_RkT[:, :, length - 1] = tokens_RC
+    return candidates, parents_RC

@@ -1,96 +1,30 @@
-"""Evaluations side by side: of several plugs, seeds or ways to retrieve, each request held against itself.
+"""Several evaluations side by side, paired by request: of plugs, seeds, controls or ways to retrieve.
 
-An evaluation is what `jobs.evaluate` has written into one folder. Plugs that differ in nothing but the seed of their
-training are one row. Shapes: R requests, in the order of their ids; K seeds.
+Plugs that differ only in the seed of their training share a row.
+
+Shapes: R requests, in the order of their ids; K seeds.
 """
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from persona.errors import InputError, UsageError
-from persona.evaluation.one_run import outcomes
-from persona.evaluation.scores import Floats, bootstrap, paired_bootstrap
-from persona.options import PlugOptions, Retrieval, TrainingOptions
-
-METRICS, LOSSES = "metrics.json", "losses.parquet"
-_NEEDED = ("request_id", "user_id", "persona", "nats", "tokens")
-_RETRIEVAL = ("retrieve", "retriever", "retrieve_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One evaluation: its `metrics.json`, and its losses by kind of persona, each table in the order of request ids."""
-
-    name: str
-    metrics: Mapping[str, Any]
-    losses: Mapping[str, pa.Table]
-
-    @classmethod
-    def read(cls, name: str, metrics: bytes, losses: bytes, *, source: str) -> "Evaluation":
-        """From the bytes of its two files. Raises InputError, naming `source`, for files that are something else."""
-        try:
-            found = json.loads(metrics)
-            rows = pq.read_table(pa.BufferReader(losses))
-        except (ValueError, pa.ArrowInvalid) as error:
-            raise InputError(f"{source}: {METRICS} or {LOSSES} cannot be read: {error}") from error
-        missing = [column for column in _NEEDED if column not in rows.column_names]
-        if missing or not rows.num_rows or not {"settings", "training", "limited"} <= set(found):
-            raise InputError(f"{source}: {METRICS} and {LOSSES} are not those of jobs.evaluate; evaluate once more")
-        personas = dict.fromkeys(rows["persona"].to_pylist())
-        rows = rows.sort_by("request_id")
-        of = {p: rows.filter(pc.equal(rows["persona"], p)) for p in found["settings"]["personas"] if p in personas}
-        ids = [one["request_id"].to_pylist() for one in of.values()]
-        if any(one != ids[0] or len(set(one)) < len(one) for one in ids):
-            raise InputError(f"{source}: {LOSSES} does not have each request once for each persona; evaluate once more")
-        return cls(name=name, metrics=found, losses=of)
-
-    @property
-    def requests(self) -> dict[str, list[Any]]:
-        """`request_id`, `user_id` and `tokens` of the requests, which are the same for every kind of persona."""
-        first = next(iter(self.losses.values()))
-        return {name: first[name].to_pylist() for name in ("request_id", "user_id", "tokens")}
-
-    @property
-    def seed(self) -> int:
-        """The seed of the plug's training."""
-        return int(self.metrics["training"].get("seed", 0))
-
-    def options(self) -> dict[str, Any]:
-        """All that its numbers depend on but the seed; what older plugs do not know is at its default."""
-        settings, training = self.metrics["settings"], self.metrics["training"]
-        of_plug = {one.name: settings["plug_options"].get(one.name, one.default) for one in fields(PlugOptions)}
-        of_run = {one.name: training.get(one.name, one.default) for one in fields(TrainingOptions)}
-        found = self._retrieval()
-        retrieval = {name: getattr(found, name) for name in _RETRIEVAL} if found.retrieve else {"retrieve": 0}
-        models = {kind: settings[kind]["fingerprint"] for kind in ("llm", "encoder")}
-        del of_run["seed"]
-        return {**of_plug, **of_run, "requests": training.get("requests"), **retrieval, **models}
-
-    def variant(self, persona: str) -> str:
-        """The name of that persona's answers, as `jobs.generate` names them."""
-        return self._retrieval().answers_of(persona)
-
-    def _retrieval(self) -> Retrieval:
-        """How it retrieved; nothing, where it is older than that."""
-        settings = self.metrics["settings"]
-        return Retrieval(**{name: settings[name] for name in _RETRIEVAL if name in settings})
+from persona.evaluation.intervals import Floats, bootstrap, paired_bootstrap
+from persona.evaluation.ranking import outcomes
+from persona.evaluation.saved_run import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """One kind of persona under plugs that differ in nothing but their seed."""
+    """One kind of persona under plugs that differ only in their seed."""
 
     name: str
     persona: str
-    of: tuple[Evaluation, ...]
+    evaluations: tuple[Evaluation, ...]
 
     @property
     def label(self) -> str:
@@ -98,74 +32,99 @@ class _Row:
 
     def nats(self) -> Floats:
         """Nats (K, R) of each request under each seed."""
-        return np.stack([one.losses[self.persona]["nats"].to_numpy() for one in self.of])
+        return np.stack([one.losses[self.persona]["nats"].to_numpy() for one in self.evaluations])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Intervals:
+    """Intervals over the users of the shared requests, for JSON."""
+
+    users: Sequence[str]
+    tokens_R: Floats
+    seed: int
+
+    def loss(self, row: _Row) -> dict[str, float]:
+        """Nats a token of a row, the mean over its seeds."""
+        return asdict(bootstrap(row.nats().mean(0), self.users, weights=self.tokens_R, seed=self.seed))
+
+    def difference(self, row: _Row, reference: _Row | None) -> dict[str, float] | None:
+        """Nats a token of `row` − `reference`; None without a reference, or for the reference itself."""
+        if reference is None or row is reference:
+            return None
+        nats_R, reference_R = row.nats().mean(0), reference.nats().mean(0)
+        return asdict(paired_bootstrap(nats_R, reference_R, self.users, weights=self.tokens_R, seed=self.seed))
+
+    def mean(self, values_R: Floats) -> dict[str, float]:
+        """The mean of one value a request (R,)."""
+        return asdict(bootstrap(values_R, self.users, seed=self.seed))
 
 
 def compare(evaluations: Sequence[Evaluation], *, against: str | None, seed: int) -> dict[str, Any]:
-    """A row for each plug (its seeds together) and kind of persona, each beside the row `against`: plain values.
+    """A row for each plug (all its seeds) and kind of persona, compared with the row `against`: plain values for JSON.
 
-    `against` is NAME/PERSONA, or NAME for its row `own`; None is the row `own` of the first evaluation. Differences are
-    paired: of each request the mean over the seeds on one side less that on the other, in nats a token, so that below 0
-    is better than the reference.
+    Differences are paired, row − reference in nats a token, of the mean over the seeds of each request: below 0 is
+    better than the reference.
+
+    Args:
+        evaluations: at least one.
+        against: the reference, as NAME/PERSONA, or NAME for its row `own`; None is the row `own` of the first one.
+        seed: of the bootstrap.
 
     Raises:
-        UsageError: no row is called `against`, or two are called alike.
-        InputError: the evaluations are not of the same requests.
+        UsageError: there is no row `against`, or two different plugs have the same name.
+        InputError: the evaluations do not have the same requests.
     """
     _check_same_requests(evaluations)
     rows = _rows(evaluations)
     reference = _reference(rows, against)
-    shared = evaluations[0].requests
-    users, tokens_R = shared["user_id"], np.array(shared["tokens"])
-    reference_R = reference.nats().mean(0)
+    requests = evaluations[0].requests
+    users = requests["user_id"]
+    intervals = _Intervals(users=users, tokens_R=np.array(requests["tokens"]), seed=seed)
     limited = [one.name for one in evaluations if one.metrics["limited"]]
     return {
         "requests": len(users),
         "users": len(set(users)),
         "against": reference.label,
         "warnings": [f"{name} was evaluated with --limit: not the numbers of the whole set" for name in limited],
-        "rows": [_described(row, reference, reference_R, users, tokens_R, seed=seed) for row in rows],
+        "rows": [_summary(row, reference, rows, intervals) for row in rows],
         "evaluations": [_origin(one) for one in evaluations],
         "differing": _differing(rows),
     }
 
 
-def _described(
-    row: _Row, reference: _Row, reference_R: Floats, users: Sequence[str], tokens_R: Floats, *, seed: int
-) -> dict[str, Any]:
-    nats_KR = row.nats()
-    nats_R = nats_KR.mean(0)
-    of_seeds = (nats_KR.sum(1) / tokens_R.sum()).tolist()
-    above = None
-    if row is not reference:
-        above = asdict(paired_bootstrap(nats_R, reference_R, users, weights=tokens_R, seed=seed))
+def _summary(row: _Row, reference: _Row, rows: Sequence[_Row], intervals: _Intervals) -> dict[str, Any]:
+    own = next((one for one in rows if (one.name, one.persona) == (row.name, "own")), None)
+    of_seeds = (row.nats().sum(1) / intervals.tokens_R.sum()).tolist()
     return {
         "name": row.name,
         "persona": row.persona,
-        "evaluations": [one.name for one in row.of],
-        "seeds": [one.seed for one in row.of],
-        "loss": asdict(bootstrap(nats_R, users, weights=tokens_R, seed=seed)),
+        "evaluations": [one.name for one in row.evaluations],
+        "seeds": [one.seed for one in row.evaluations],
+        "trained_without_history": row.evaluations[0].trained_without_history,
+        "loss": intervals.loss(row),
         "loss_of_seeds": _spread(of_seeds),
-        "above_reference": above,
+        "above_reference": intervals.difference(row, reference),
+        "above_own": intervals.difference(row, own),
         "scores": _scores(row),
-        "ranking": _ranking(row, users, seed=seed),
+        "ranking": _ranking(row, intervals),
     }
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """How far apart the seeds are; one seed tells nothing of it."""
+    """How far apart the seeds are; None for a single seed."""
     if len(values) < 2:
         return None
     return {"low": min(values), "high": max(values), "deviation": statistics.stdev(values), "values": [*values]}
 
 
 def _scores(row: _Row) -> dict[str, Any]:
-    """The mean over the seeds of each score of the answers, where all have answers; the interval of a single seed."""
-    found = [one.metrics["scores"].get(one.variant(row.persona)) for one in row.of]
+    """The mean over the seeds of each score, if all seeds have answers. Only a single seed has intervals."""
+    found = [one.metrics["scores"].get(one.variant(row.persona)) for one in row.evaluations]
     if not all(found):
         return {}
-    only = row.of[0].metrics.get("score_intervals", {}) if len(row.of) == 1 else {}
-    intervals = only.get(row.of[0].variant(row.persona), {})
+    first = row.evaluations[0]
+    only = first.metrics.get("score_intervals", {}) if len(row.evaluations) == 1 else {}
+    intervals = only.get(first.variant(row.persona), {})
     return {
         name: {
             "value": statistics.fmean(scores[name] for scores in found),
@@ -176,14 +135,23 @@ def _scores(row: _Row) -> dict[str, Any]:
     }
 
 
-def _ranking(row: _Row, users: Sequence[str], *, seed: int) -> dict[str, Any]:
-    """Shares of the requests whose target is likelier than the rejected text, the mean over the seeds of each."""
-    if not all("rejected_nats" in one.losses[row.persona].column_names for one in row.of):
+def _ranking(row: _Row, intervals: _Intervals) -> dict[str, Any]:
+    """Shares of the requests whose target is ranked above the rejected text, with the mean over the seeds of each."""
+    if not all("rejected_nats" in one.losses[row.persona].column_names for one in row.evaluations):
         return {}
-    found = [outcomes({p: rows.to_pydict() for p, rows in one.losses.items()})[row.persona] for one in row.of]
+    found = [_outcomes(one)[row.persona] for one in row.evaluations]
     ways = [way for way in found[0] if all(way in one for one in found)]
-    means = {way: np.mean([one[way] for one in found], axis=0) for way in ways}
-    return {way: asdict(bootstrap(means_R, users, seed=seed)) for way, means_R in means.items()}
+    return {way: intervals.mean(np.mean([one[way] for one in found], axis=0)) for way in ways}
+
+
+def _outcomes(one: Evaluation) -> dict[str, dict[str, Floats]]:
+    return outcomes(
+        {
+            persona: (rows["nats"].to_numpy(), rows["rejected_nats"].to_numpy())
+            for persona, rows in one.losses.items()
+            if "rejected_nats" in rows.column_names
+        }
+    )
 
 
 def _check_same_requests(evaluations: Sequence[Evaluation]) -> None:
@@ -194,17 +162,17 @@ def _check_same_requests(evaluations: Sequence[Evaluation]) -> None:
         here, there = set(expected["request_id"]), set(found["request_id"])
         if here != there:
             raise InputError(
-                f"{first.name} and {other.name} are not of the same requests: {len(here - there):,} of {len(here):,} "
-                f"are only in {first.name}, {len(there - here):,} of {len(there):,} only in {other.name}; evaluate "
-                "both on the same --requests, and without --limit"
+                f"{first.name} and {other.name} have different requests: {len(here - there):,} of {len(here):,} are "
+                f"only in {first.name}, {len(there - here):,} of {len(there):,} only in {other.name}; evaluate both on "
+                "the same --requests, without --limit"
             )
         for column in ("user_id", "tokens"):
             pairs = zip(expected["request_id"], expected[column], found[column], strict=True)
             apart = [one for one, a, b in pairs if a != b]
             if apart:
                 raise InputError(
-                    f"{first.name} and {other.name} do not agree on the {column} of {len(apart):,} requests, the first "
-                    f"is {apart[0]!r}: not the same targets, or not the same LLM; nats a token cannot be compared"
+                    f"{first.name} and {other.name} differ in the {column} of {len(apart):,} requests, the first is "
+                    f"{apart[0]!r}: the targets or the LLMs differ, so nats a token cannot be compared"
                 )
 
 
@@ -225,10 +193,10 @@ def _rows(evaluations: Sequence[Evaluation]) -> list[_Row]:
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise UsageError(
-            f"two evaluations that differ in more than the seed are both called {doubled!r}; give --names, one for each"
+            f"two evaluations that differ in more than the seed are both named {doubled!r}; give --names, one for each"
         )
     return [
-        _Row(name=group[0].name, persona=persona, of=tuple(one for one in group if persona in one.losses))
+        _Row(name=group[0].name, persona=persona, evaluations=tuple(one for one in group if persona in one.losses))
         for group in groups
         for persona in dict.fromkeys(kind for one in group for kind in one.losses)
     ]
@@ -243,7 +211,7 @@ def _reference(rows: Sequence[_Row], against: str | None) -> _Row:
     mine = [row for row in rows if wanted == row.name]
     if len(mine) == 1:
         return mine[0]
-    raise UsageError(f"--against {wanted}: there is no such row; there are {', '.join(row.label for row in rows)}")
+    raise UsageError(f"--against {wanted}: no such row; the rows are {', '.join(row.label for row in rows)}")
 
 
 def _origin(one: Evaluation) -> dict[str, Any]:
@@ -259,10 +227,10 @@ def _origin(one: Evaluation) -> dict[str, Any]:
 
 
 def _differing(rows: Sequence[_Row]) -> dict[str, dict[str, Any]]:
-    """By name, the options in which the plugs, or the ways to retrieve, differ."""
-    options = {row.name: row.of[0].options() for row in rows}
+    """By name, the options of plug, training and retrieval that are not the same for all."""
+    options = {row.name: row.evaluations[0].options() for row in rows}
     every = dict.fromkeys(name for found in options.values() for name in found)
-    # Options are few and some are no hashable values, so they are held against the first one's.
+    # Some values are not hashable, so a set cannot tell whether they differ.
     first = next(iter(options.values()))
     apart = [name for name in every if any(found.get(name) != first.get(name) for found in options.values())]
     return {row: {name: found.get(name) for name in apart} for row, found in options.items()}

@@ -1,0 +1,1 @@
+"""Read input files: histories, requests and LaMP questions."""

@@ -1,6 +1,6 @@
-"""What users have written: raw records turned into behaviors, or into rejects with a reason.
+"""Turn raw records into behaviors, or into rejects with a reason.
 
-Two layouts are read, and told apart by what a row holds: a behavior, or a user with a list of behaviors.
+Two layouts are detected: one row per behavior, and one row per user with a list of behaviors.
 """
 
 import hashlib
@@ -16,7 +16,10 @@ from pyarrow import types
 
 from persona.errors import InputError, UsageError
 from persona.inputs import cells
-from persona.inputs.files import Records, Split, check_types, column, describe, first_rows, json_array, rejects
+from persona.inputs.json_columns import decoded, is_json, json_array, kind_of
+from persona.inputs.reader import first_rows
+from persona.inputs.records import BadRows, Records, bad_rows, column, describe
+from persona.inputs.splits import Split
 
 SCHEMA = pa.schema(
     [
@@ -33,7 +36,7 @@ KEY = ["user_id", "behavior_id"]
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """How the fields of a history are called in the input; `behaviors` is the list column of a row a user."""
+    """The input's column names; `behaviors` is the list column if there is one row per user."""
 
     user_id: str = "user_id"
     behavior_id: str = "behavior_id"
@@ -43,123 +46,118 @@ class Columns:
 
     @staticmethod
     def parse(spec: str, flag: str) -> "Columns":
-        """From `text=body,user_id=author`; what is not named keeps its own name. Raises `UsageError`, naming `flag`."""
+        """From `text=body,user_id=author`; other fields keep their names. Raises `UsageError`, naming `flag`."""
         known = [field.name for field in fields(Columns)]
         named: dict[str, str] = {}
         for part in filter(None, (part.strip() for part in spec.split(","))):
             field, _, name = (piece.strip() for piece in part.partition("="))
             if not name or field not in known or field in named:
-                raise UsageError(f"{flag}: {part!r} is not FIELD=COLUMN, each FIELD once and one of {', '.join(known)}")
+                raise UsageError(
+                    f"{flag}: {part!r} must be FIELD=COLUMN, with each FIELD at most once and one of {', '.join(known)}"
+                )
             named[field] = name
         return Columns(**named)
 
 
 def check_columns(splits: Sequence[Split], columns: Columns, *, flag: str = "--columns") -> None:
-    """Refuse an input whose first readable file lacks a column, or has one of a type that cannot be used.
+    """Refuse an input whose first readable file lacks a column or has one of an unusable type.
 
-    Raises `InputError`: what is missing, what is there, and how to map it with `flag`.
+    Raises `InputError` with the missing column, the existing ones, and how to map them with `flag`.
     """
     table = first_rows(splits)
     source = table["_source"][0].as_py()
-    items = (
-        table.schema
-        if columns.text in table.column_names
-        else _items(table.schema, _list_column(table.schema, columns))
-    )
-    missing = columns.user_id if columns.user_id not in table.column_names else columns.text if items is None else None
+    items: pa.Schema | None = table.schema
+    if columns.text not in table.column_names:
+        items = _item_fields(table.schema, _list_column(table.schema, columns))
+    missing = None
+    if columns.user_id not in table.column_names:
+        missing, field, nested = columns.user_id, "user_id", ""
+    elif items is None:
+        missing, field, nested = columns.text, "text", " (nor a list column whose items have it)"
     if missing is not None:
-        field = "user_id" if missing == columns.user_id else "text"
-        nested = " (nor a list column whose items have it)" if field == "text" else ""
         raise InputError(
             f"{source} has no column {missing!r}{nested}. It has: {describe(table.schema)}. "
-            f"If one of them is meant, say so: {flag} {field}=COLUMN"
+            f"To use one of them: {flag} {field}=COLUMN"
         )
-    check_types(table.schema, {columns.user_id: cells.ID}, source)
-    wanted = {columns.behavior_id: cells.ID, columns.text: cells.TEXT, columns.timestamp: cells.MOMENT}
-    check_types(items or pa.schema([]), wanted, source)
+    cells.check_types(table.schema, {columns.user_id: cells.ID}, source)
+    wanted = {columns.behavior_id: cells.ID, columns.text: cells.TEXT, columns.timestamp: cells.TIMESTAMP}
+    cells.check_types(items or pa.schema([]), wanted, source)
 
 
 def validate(records: Records, columns: Columns, n_buckets: int, *, job: str = "") -> tuple[pa.Table, pa.Table]:
-    """Behaviors (`SCHEMA`) in input order, and the rejects: those of `records` and those found here.
+    """Behaviors (`SCHEMA`) in input order, and rejects: those of `records` and those found here.
 
-    A `behavior_id` that is missing or blank becomes the text's hash; a timestamp that is missing stays null.
+    A missing or blank `behavior_id` becomes the hash of the text. A missing timestamp stays null.
     """
-    raw, bad = _rows(records.table, columns)
+    raw, bad = _behavior_rows(records.table, columns)
     read = pa.concat_tables(_read(part, columns) for part in raw)
     if len(raw) > 1:
         read = read.take(pc.sort_indices(column(read, "_row")))
     reasons = column(read, "reason")
-    good = read.filter(reasons.is_null()).drop_columns(["_row", "reason"])
-    good = good.combine_chunks()
+    good = read.filter(reasons.is_null()).drop_columns(["_row", "reason"]).combine_chunks()
     hashes = text_hash(column(good, "text"))
-    names = pc.if_else(cells.is_blank(column(good, "behavior_id")), hashes, column(good, "behavior_id"))
+    behavior_ids = pc.if_else(cells.is_blank(column(good, "behavior_id")), hashes, column(good, "behavior_id"))
     good = (
-        good.set_column(1, "behavior_id", names)
+        good.set_column(1, "behavior_id", behavior_ids)
         .append_column("bucket", pa.array(bucket_of(column(good, "user_id"), n_buckets)))
         .append_column("text_hash", hashes)
         .cast(SCHEMA)
     )
-    failed = reasons.is_valid()
-    bad_rows = [*(row for row, _ in bad), *column(read, "_row").filter(failed).to_pylist()]
-    bad_reasons = [*(reason for _, reason in bad), *reasons.filter(failed).to_pylist()]
-    source = records.table["_source"][0].as_py() if bad_rows else ""
-    found = rejects(job, [source] * len(bad_rows), bad_rows, bad_reasons)
-    return good, pa.concat_tables([records.rejects, found])
+    return good, records.all_rejects(bad + bad_rows(column(read, "_row"), reasons), job=job)
 
 
 def bucket_of(user_ids: pa.Array | Sequence[str], n_buckets: int) -> np.ndarray:
-    """crc32(utf8(user_id)) mod `n_buckets`, int32: where a user's rows are, in every table."""
+    """crc32(utf8(user_id)) mod `n_buckets`, int32 (N,): the partition of a user's rows in every table."""
     encoded = pa.array(user_ids, pa.string()).cast(pa.binary()).to_pylist()
     checksums = np.fromiter((zlib.crc32(user) for user in encoded), dtype=np.uint32, count=len(encoded))
     return (checksums % np.uint32(n_buckets)).astype(np.int32)
 
 
 def text_hash(texts: pa.Array | Sequence[str]) -> pa.Array:
-    """The BLAKE2b-128 digest of each text in UTF-8, in hex: what tells whether a stored vector is still the text's."""
+    """The BLAKE2b-128 digest of each text in UTF-8, in hex. It tells whether a stored vector is still up to date."""
     encoded = pa.array(texts, pa.large_string()).cast(pa.large_binary()).to_pylist()
     return pa.array([hashlib.blake2b(text, digest_size=16).hexdigest() for text in encoded], pa.string())
 
 
 def latest(behaviors: pa.Table) -> pa.Table:
-    """One row a key: the latest; of the same time, the one with the greatest text hash."""
-    places = {**dict.fromkeys(KEY, "ascending"), "timestamp": "descending", "text_hash": "descending"}
-    rows = in_order(behaviors, places)
+    """One row per key: the latest one and, at equal times, the one with the greatest text hash."""
+    order = {**dict.fromkeys(KEY, "ascending"), "timestamp": "descending", "text_hash": "descending"}
+    rows = in_order(behaviors, order)
     if rows.num_rows < 2:
         return rows
     differs = reduce(pc.or_, (pc.not_equal(rows[c].slice(1), rows[c].slice(0, rows.num_rows - 1)) for c in KEY))
     return rows.filter(pa.chunked_array([pa.array([True]), *differs.chunks]))
 
 
-def in_order(rows: pa.Table, places: Mapping[str, str]) -> pa.Table:
+def in_order(rows: pa.Table, order: Mapping[str, str]) -> pa.Table:
     """Rows sorted by columns, each `ascending` or `descending`, nulls last."""
-    return rows.take(pc.sort_indices(rows.select(list(places)), sort_keys=[(*key, "at_end") for key in places.items()]))
+    return rows.take(pc.sort_indices(rows.select(list(order)), sort_keys=[(*key, "at_end") for key in order.items()]))
 
 
-_Bad = list[tuple[int, str]]
 _FIELDS = ("behavior_id", "text", "timestamp")
 
 
 def _read(raw: pa.Table, columns: Columns) -> pa.Table:
-    """Cells as what they should be, and the first `reason` why one cannot be."""
+    """Typed cells and `_row`, with the first `reason` why a row is bad (null if it is good)."""
     users, why_user = cells.ids(column(raw, "user_id"), columns.user_id)
-    names, why_name = cells.ids(column(raw, "behavior_id"), columns.behavior_id, required=False)
+    behavior_ids, why_id = cells.ids(column(raw, "behavior_id"), columns.behavior_id, required=False)
     texts, why_text = cells.texts(column(raw, "text"), columns.text)
-    times, why_time = cells.moments(column(raw, "timestamp"), columns.timestamp)
-    reason = pc.coalesce(why_user, why_name, why_text, why_time)
-    read = {"user_id": users, "behavior_id": names, "text": texts, "timestamp": times}
+    times, why_time = cells.timestamps(column(raw, "timestamp"), columns.timestamp)
+    reason = pc.coalesce(why_user, why_id, why_text, why_time)
+    read = {"user_id": users, "behavior_id": behavior_ids, "text": texts, "timestamp": times}
     return pa.table({**read, "_row": column(raw, "_row").cast(pa.int64()), "reason": reason})
 
 
-def _rows(table: pa.Table, columns: Columns) -> tuple[list[pa.Table], _Bad]:
-    """Raw `user_id`, `_row` and `_FIELDS`, a row a behavior, in a table for each layout."""
+def _behavior_rows(table: pa.Table, columns: Columns) -> tuple[list[pa.Table], BadRows]:
+    """Raw `user_id`, `_row` and `_FIELDS` with one row per behavior: a table for each layout found."""
     if columns.text not in table.column_names:
-        listed, bad = _listed(table, columns)
-        return [listed], bad
-    if columns.behaviors in table.column_names and _items(table.schema, columns.behaviors) is not None:
+        unnested, bad = _unnest(table, columns)
+        return [unnested], bad
+    if columns.behaviors in table.column_names and _item_fields(table.schema, columns.behaviors) is not None:
         has_list = pc.and_(column(table, columns.text).is_null(), column(table, columns.behaviors).is_valid())
-        if pc.any(has_list).as_py():  # one user with a text of her own must not cost the others their behaviors
-            listed, bad = _listed(table.filter(has_list), columns)
-            return [_flat(table.filter(pc.invert(has_list)), columns), listed], bad
+        if pc.any(has_list).as_py():  # a file with both layouts: decide row by row
+            unnested, bad = _unnest(table.filter(has_list), columns)
+            return [_flat(table.filter(pc.invert(has_list)), columns), unnested], bad
     return [_flat(table, columns)], []
 
 
@@ -168,66 +166,66 @@ def _flat(table: pa.Table, columns: Columns) -> pa.Table:
     return pa.table({"user_id": column(table, columns.user_id), "_row": column(table, "_row"), **fields})
 
 
-def _listed(table: pa.Table, columns: Columns) -> tuple[pa.Table, _Bad]:
+def _unnest(table: pa.Table, columns: Columns) -> tuple[pa.Table, BadRows]:
+    """One row per item of the list column; rows and items that are not behaviors are bad."""
     users, rows = column(table, columns.user_id), column(table, "_row")
     name = _list_column(table.schema, columns)
     if name is None:
         reason = f"there is neither {columns.text!r} nor a list of behaviors"
-        return _no_rows(), [(row, reason) for row in rows.to_pylist()]
+        return _no_behaviors(), [(row, reason) for row in rows.to_pylist()]
     lists = column(table, name)
-    if cells.is_json(lists.type):
-        owners, parts, bad = _parsed(lists, rows, columns)
-    elif types.is_null(lists.type) or (inner := _items(table.schema, name)) is None:
+    bad: BadRows = []
+    if is_json(lists.type):
+        owners, parts, bad = _parsed_items(lists, rows, columns)
+    elif types.is_null(lists.type) or (fields := _item_fields(table.schema, name)) is None:
         if _is_list(lists.type):
             reason = f"an item of {name} is {lists.type.value_type}, not an object"
-            return _no_rows(), [(row, reason) for row in rows.take(pc.list_parent_indices(lists)).to_pylist()]
+            return _no_behaviors(), [(row, reason) for row in rows.take(pc.list_parent_indices(lists)).to_pylist()]
         reason = f"{name} is {lists.type}, not a list of behaviors"
-        return _no_rows(), [(row, reason) for row in rows.filter(lists.is_valid()).to_pylist()]
+        return _no_behaviors(), [(row, reason) for row in rows.filter(lists.is_valid()).to_pylist()]
     else:
-        owners, bad = pc.list_parent_indices(lists), []
-        items = pc.list_flatten(lists)
-        wanted = {field: getattr(columns, field) for field in _FIELDS}
+        owners, items = pc.list_parent_indices(lists), pc.list_flatten(lists)
         parts = {
-            field: pc.struct_field(items, column_name) if column_name in inner.names else pa.nulls(len(items))
-            for field, column_name in wanted.items()
+            field: pc.struct_field(items, part) if part in fields.names else pa.nulls(len(items))
+            for field, part in ((field, getattr(columns, field)) for field in _FIELDS)
         }
     return pa.table({"user_id": users.take(owners), "_row": rows.take(owners), **parts}), bad
 
 
-def _parsed(lists: pa.Array, rows: pa.Array, columns: Columns) -> tuple[pa.Array, dict[str, pa.Array], _Bad]:
-    """Lists whose items share no type, item by item."""
+def _parsed_items(lists: pa.Array, rows: pa.Array, columns: Columns) -> tuple[pa.Array, dict[str, pa.Array], BadRows]:
+    """The items of JSON lists without a common type: the index of each item's list, and its fields."""
     owners: list[int] = []
     items: list[dict[str, object]] = []
-    bad: _Bad = []
-    for owner, (row, value) in enumerate(zip(rows.to_pylist(), cells.decoded(lists), strict=True)):
+    bad: BadRows = []
+    for owner, (row, value) in enumerate(zip(rows.to_pylist(), decoded(lists), strict=True)):
         if value is not None and not isinstance(value, list):
-            bad.append((row, f"{columns.behaviors} is {cells.kind_of(value)}, not a list"))
+            bad.append((row, f"{columns.behaviors} is {kind_of(value)}, not a list"))
             continue
         for item in value or []:
             if isinstance(item, dict):
                 owners.append(owner)
                 items.append(item)
             else:
-                bad.append((row, f"an item of {columns.behaviors} is {cells.kind_of(item)}, not an object"))
+                bad.append((row, f"an item of {columns.behaviors} is {kind_of(item)}, not an object"))
     parts = {field: json_array([item.get(getattr(columns, field)) for item in items]) for field in _FIELDS}
     return pa.array(owners, pa.int64()), parts, bad
 
 
 def _list_column(schema: pa.Schema, columns: Columns) -> str | None:
-    """The column that holds a user's behaviors: the one so named, else the first list of structs that have the text."""
+    """The column with a user's behaviors: the one of that name, or else the first list of structs with a text."""
     if columns.behaviors in schema.names:
         return columns.behaviors
     return next(
-        (field.name for field in schema if columns.text in getattr(_items(schema, field.name), "names", ())), None
+        (field.name for field in schema if columns.text in getattr(_item_fields(schema, field.name), "names", ())), None
     )
 
 
-def _items(schema: pa.Schema, name: str | None) -> pa.Schema | None:
-    """The fields of a list column's items; empty where JSON leaves them open, None where they are no structs."""
+def _item_fields(schema: pa.Schema, name: str | None) -> pa.Schema | None:
+    """The fields of a list column's items; empty if JSON does not determine them, None if they are not structs."""
     kind = None if name is None else schema.field(name).type
     if kind is None:
         return None
-    if cells.is_json(kind) or types.is_null(kind):
+    if is_json(kind) or types.is_null(kind):
         return pa.schema([])
     if _is_list(kind) and types.is_null(kind.value_type):
         return pa.schema([])
@@ -238,5 +236,5 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def _no_rows() -> pa.Table:
+def _no_behaviors() -> pa.Table:
     return pa.table({name: pa.nulls(0) for name in ("user_id", "_row", *_FIELDS)})

@@ -1,19 +1,17 @@
-"""The LaMP tasks as data, and how one LaMP question becomes a user's behaviors and a request.
+"""The LaMP tasks, and how one LaMP question becomes a user's behaviors and a request.
 
-Salemi et al., "LaMP: When Large Language Models Meet Personalization", ACL 2024. A question comes with a
-profile, the past of its user, and LaMP's promise is that it sees all of its profile and nothing else. A
-request sees what its *user* wrote before `as_of`; so that the promise holds when questions of one user meet
-in one store:
+Salemi et al., "LaMP: When Large Language Models Meet Personalization" (arXiv 2304.11406). A question comes with a
+profile, its user's past, and must see exactly that profile. In a store, a request sees what its *user* wrote before
+`as_of`. To make the two agree when questions of one user are in one store:
 
-- A question that names its user and its date, and whose profile is dated, oldest first and no younger than
-  the question, is placed in time: it shares its user with other questions, and `as_of` hides what came later.
-  Dates are coarse, and many such questions have profile items of their own month. The order of the profile
-  knows better, so timestamps follow it: each is at least a microsecond later than the one before, and `as_of`
-  than the last of them. As long as a user's profiles only grow at their end, `as_of` then hides nothing of
-  the profile, while the question's own answer, which a later profile holds at exactly this time, stays
-  hidden.
-- Any other question, which is every question of the public LaMP, is a user of its own whose whole profile is
-  seen: `user_id` is the question's id and `as_of` is null.
+- A question is placed in time if it has a user and a date, and its profile is dated, oldest first and no later than
+  the question. It shares its user with other questions, and `as_of` hides what came later. Dates are coarse: many
+  such questions have profile items of their own month. The order of the profile is more precise, so each timestamp is
+  at least a microsecond after the previous one, and `as_of` after the last. As long as a user's profiles only grow at
+  their end, `as_of` then hides nothing of the profile. It does hide the question's own answer, which a later profile
+  has at exactly this time.
+- Any other question, which includes every question of the public LaMP, becomes a separate user who sees the whole
+  profile: `user_id` is the question's id and `as_of` is null.
 """
 
 import json
@@ -28,7 +26,7 @@ import ijson
 from persona.errors import InputError
 from persona.evaluation.scores import Metric
 
-MAX_DEPTH = 16  # of nested lists and objects in a question; LaMP has 3, a file that wants to harm has more
+MAX_DEPTH = 16  # of nested lists and objects in a question; LaMP has 3, a malicious file may have many
 _READ_BYTES = 2**18
 _TICK = timedelta(microseconds=1)
 _DATE = re.compile(r"([12]\d{3})(?:-(\d{1,2})(?:-(\d{1,2})([T ].*)?)?)?")
@@ -56,9 +54,9 @@ _MOVIE_TAGS = (
 class Task:
     """One LaMP task.
 
-    The text of a behavior is the profile item's `behavior_fields` with a space between, and if asked for its
-    `label_field` behind them, which says what the user made of it; the query is what the
-    group of `query_pattern` finds in the question's input; an answer has at most `max_new_tokens` tokens.
+    The text of a behavior is the profile item's `behavior_fields`, joined by spaces. `label_field` is the user's
+    verdict on the item, which `with_labels` appends. The query is the group of `query_pattern` in the question's input.
+    An answer has at most `max_new_tokens` tokens.
     """
 
     name: str
@@ -69,27 +67,27 @@ class Task:
     label_field: str | None = None
 
     def with_labels(self) -> "Task":
-        """The task with the label in each behavior's text; the same task where behaviors have none."""
+        """The task with the label in each behavior's text; the same task if it has no labels."""
         if self.label_field is None:
             return self
         return replace(self, behavior_fields=(*self.behavior_fields, self.label_field), label_field=None)
 
     def behavior_text(self, item: Mapping[str, Any]) -> str:
-        """A profile item's text. Raises `InputError` if a field is missing or all are blank."""
+        """The text of a profile item. Raises `InputError` if a field is missing or all are blank."""
         for field in self.behavior_fields:
             if not isinstance(item.get(field), str):
-                raise InputError(f"{field!r} must be a text, got {_shown(item.get(field))}")
+                raise InputError(f"{field!r} must be a string, got {_shown(item.get(field))}")
         text = " ".join(item[field] for field in self.behavior_fields)
         if not text.strip():
             raise InputError(f"{' and '.join(map(repr, self.behavior_fields))} is blank")
         return text
 
     def query(self, text: str) -> str:
-        """What the query encoder gets of a question's input. Raises `InputError` if there is no such part."""
+        """The part of a question's input for the query encoder. Raises `InputError` if there is none."""
         found = re.search(self.query_pattern, text, re.DOTALL)
         query = found[found.lastindex or 0] if found else ""
         if not query.strip():
-            raise InputError(f"the input is not one of {self.name}: nothing in it matches {self.query_pattern!r}")
+            raise InputError(f"the input does not belong to {self.name}: it does not match {self.query_pattern!r}")
         return query
 
 
@@ -99,7 +97,7 @@ TASKS: Mapping[str, Task] = {
         Task(
             name="LaMP_1",
             behavior_fields=("title", "abstract"),
-            # A title may hold quotation marks of its own.
+            # A title may contain quotation marks.
             query_pattern='title "(?:(.+?)", which reference|([^"]+)")',
             metric=Metric(kind="label", labels=("[1]", "[2]")),
         ),
@@ -142,7 +140,7 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a question became: behaviors, a request, and why other items of its profile were left out."""
+    """The behaviors and the request of a question, and the reasons why other profile items were rejected."""
 
     behaviors: list[dict[str, Any]]
     request: dict[str, Any]
@@ -150,31 +148,31 @@ class Rows:
 
 
 def read_questions(stream: BinaryIO, *, name: str) -> Iterator[Any]:
-    """The questions of a LaMP `questions.json`, one at a time: memory grows with the longest profile only.
+    """The questions of a LaMP `questions.json`, one at a time, so that memory grows only with the longest profile.
 
-    `name` is for the error: `InputError` when the stream is not a JSON list, or is broken at some point.
+    Raises `InputError`, naming the file `name`, if the stream is not a JSON list or is invalid further on.
     """
     count = 0
     try:
         events = iter(ijson.basic_parse(stream, use_float=True, buf_size=_READ_BYTES))
         event, _ = next(events)
         if event != "start_array":
-            raise InputError(f"{name} is no LaMP questions file: expected a JSON list of questions")
+            raise InputError(f"{name} is not a LaMP questions file: expected a JSON list of questions")
         for event, value in events:
             if event == "end_array":
-                next(events, None)  # nothing may follow; the parser raises if something does
+                next(events, None)  # the parser raises if anything follows
                 return
             yield _build(event, value, events, MAX_DEPTH)
             count += 1
     except (ijson.JSONError, OSError) as error:
-        where = f"breaks off after {count} questions" if count else "cannot be read as JSON"
-        raise InputError(f"{name} {where}; is it whole? ({_first_line(error)})") from error
+        problem = f"cannot be read after {count} questions" if count else "cannot be read as JSON"
+        raise InputError(f"{name} {problem}; is it complete? ({_first_line(error)})") from error
 
 
 def read_golds(stream: BinaryIO, task: Task, *, name: str) -> dict[str, str]:
     """The answers of a LaMP `outputs.json` by question id.
 
-    Raises `InputError` if the file is another task's or not in that form.
+    Raises `InputError` if the file is malformed or belongs to another task.
     """
     try:
         events = iter(ijson.basic_parse(stream, use_float=True, buf_size=_READ_BYTES))
@@ -182,55 +180,55 @@ def read_golds(stream: BinaryIO, task: Task, *, name: str) -> dict[str, str]:
         outputs = _build(event, value, events, MAX_DEPTH)
         next(events, None)
     except (ijson.JSONError, OSError) as error:
-        raise InputError(f"{name} cannot be read as JSON; is it whole? ({_first_line(error)})") from error
+        raise InputError(f"{name} cannot be read as JSON; is it complete? ({_first_line(error)})") from error
     if not isinstance(outputs, dict) or not isinstance(outputs.get("golds"), list):
-        raise InputError(f'{name} is no LaMP outputs file: expected {{"task": "{task.name}", "golds": [...]}}')
+        raise InputError(f'{name} is not a LaMP outputs file: expected {{"task": "{task.name}", "golds": [...]}}')
     if outputs.get("task") != task.name:
-        raise InputError(f"{name} is of task {outputs.get('task')!r}, not {task.name!r}: correct one of them")
+        raise InputError(f"{name} has the task {outputs.get('task')!r}, not {task.name!r}: correct one of them")
     golds: dict[str, str] = {}
     for row, gold in enumerate(outputs["golds"]):
         if not isinstance(gold, dict) or not isinstance(gold.get("output"), str):
-            raise InputError(f"{name}: gold {row} must have an id and a text as output, got {_shown(gold)}")
+            raise InputError(f"{name}: gold {row} must have an id and a string as output, got {_shown(gold)}")
         request_id = _id(gold, "id")
         if request_id in golds:
-            raise InputError(f"{name}: the id {request_id!r} occurs twice")
+            raise InputError(f"{name}: duplicate id {request_id!r}")
         golds[request_id] = gold["output"]
     return golds
 
 
 def outputs_json(task: Task, answers: Mapping[str, str]) -> bytes:
-    """Answers, or golds, by question id as the outputs file that LaMP's own evaluation reads: `read_golds` reversed."""
+    """Answers (or golds) by question id as an outputs file for LaMP's own evaluation; the inverse of `read_golds`."""
     golds = [{"id": request_id, "output": answers[request_id]} for request_id in sorted(answers)]
     return json.dumps({"task": task.name, "golds": golds}, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
 def question_id(question: Any) -> str:
-    """The id of a question. Raises `InputError` if it has none, or is no question."""
+    """The id of a question. Raises `InputError` if there is none."""
     if not isinstance(question, dict):
         raise InputError(f"a question must be an object, got {_shown(question)}")
     return _id(question, "id")
 
 
 def question_to_rows(task: Task, question: Any, gold: str | None) -> Rows:
-    """The behaviors and the request of one question; profile items that cannot be used are left out.
+    """The behaviors and the request of one question; unusable profile items are rejected.
 
-    Raises `InputError` with the reason if the question as a whole cannot be used.
+    Raises `InputError` with the reason if the question as a whole is unusable.
     """
     request_id = question_id(question)
     if not isinstance(question.get("input"), str):
-        raise InputError(f"the input must be a text, got {_shown(question.get('input'))}")
+        raise InputError(f"the input must be a string, got {_shown(question.get('input'))}")
     if not isinstance(question.get("profile"), list):
         raise InputError(f"the profile must be a list, got {_shown(question.get('profile'))}")
     if gold is not None and task.metric.labels and gold.strip() not in task.metric.labels:
-        raise InputError(f"the gold {gold!r} is none of {', '.join(task.metric.labels)}")
+        raise InputError(f"the gold must be one of {', '.join(task.metric.labels)}, got {gold!r}")
     query = task.query(question["input"])
-    asked_at = parse_date(question.get("date"))
+    date = parse_date(question.get("date"))
     user_id = None if question.get("user_id") is None else _id(question, "user_id")
     behaviors, rejects = _behaviors(task, question["profile"])
 
     dates = [behavior["timestamp"] for behavior in behaviors]
-    placed = user_id is not None and asked_at is not None and _is_growing([*dates, asked_at])
-    times = _in_order([*dates, asked_at] if placed else dates)
+    placed = user_id is not None and date is not None and _is_ascending([*dates, date])
+    times = _separated([*dates, date] if placed else dates)
     as_of = times.pop() if placed else None
     owner = user_id if placed else request_id
     return Rows(
@@ -252,7 +250,7 @@ def question_to_rows(task: Task, question: Any, gold: str | None) -> Rows:
 def parse_date(value: Any) -> datetime | None:
     """The first instant, in UTC, of a date in one of LaMP's forms: 2014, "2014-7", "2014-07-05 10:00:00".
 
-    A month or day of 0, an unknown one, is the first. None for null or an empty text. Raises `InputError` for
+    A month or day of 0 is unknown and becomes the first. None for null or an empty string. Raises `InputError` for
     anything else.
     """
     if value is None or value == "":
@@ -269,7 +267,7 @@ def parse_date(value: Any) -> datetime | None:
 
 
 def _behaviors(task: Task, profile: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The different items of a profile in its order, and the reasons of those left out."""
+    """The distinct items of a profile in order, and the reasons why others were rejected."""
     texts: dict[str, str] = {}
     behaviors: list[dict[str, Any]] = []
     rejects: list[str] = []
@@ -281,7 +279,7 @@ def _behaviors(task: Task, profile: list[Any]) -> tuple[list[dict[str, Any]], li
             text = task.behavior_text(item)
             timestamp = parse_date(item.get("date"))
             if texts.get(behavior_id, text) != text:
-                raise InputError(f"the id {behavior_id!r} stands there before, with another text")
+                raise InputError(f"duplicate id {behavior_id!r} with another text")
         except InputError as error:
             rejects.append(f"profile item {position}: {error}")
             continue
@@ -291,13 +289,13 @@ def _behaviors(task: Task, profile: list[Any]) -> tuple[list[dict[str, Any]], li
     return behaviors, rejects
 
 
-def _is_growing(dates: list[datetime | None]) -> bool:
+def _is_ascending(dates: list[datetime | None]) -> bool:
     known = [date for date in dates if date is not None]
     return len(known) == len(dates) and known == sorted(known)
 
 
-def _in_order(dates: list[datetime | None]) -> list[datetime | None]:
-    """The dates, moved as little as makes them differ while equal ones keep their order; null stays null."""
+def _separated(dates: list[datetime | None]) -> list[datetime | None]:
+    """The dates, shifted just enough to be distinct and in order; null stays null."""
     times = list(dates)
     last: datetime | None = None
     dated = [(date, position) for position, date in enumerate(dates) if date is not None]
@@ -308,11 +306,11 @@ def _in_order(dates: list[datetime | None]) -> list[datetime | None]:
 
 
 def _build(event: str, value: Any, events: Iterator[tuple[str, Any]], depth: int) -> Any:
-    """The JSON value that begins with this event of the parser."""
+    """The JSON value that starts with this parser event."""
     if event not in ("start_map", "start_array"):
         return value
     if not depth:
-        raise InputError(f"lists and objects nest deeper than {MAX_DEPTH}: that is no LaMP file")
+        raise InputError(f"lists and objects nest deeper than {MAX_DEPTH} levels: not a LaMP file")
     if event == "start_array":
         items: list[Any] = []
         for inner, item in events:
@@ -325,18 +323,18 @@ def _build(event: str, value: Any, events: Iterator[tuple[str, Any]], depth: int
             return fields
         event, value = next(events)
         fields[key] = _build(event, value, events, depth - 1)
-    raise AssertionError("the parser raises when a list or an object does not end")
+    raise AssertionError("the parser raises if a list or an object does not end")
 
 
 def _id(item: Mapping[str, Any], field: str) -> str:
     value = item.get(field)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise InputError(f"{field!r} must be a text or a whole number, got {_shown(value)}")
+        raise InputError(f"{field!r} must be a string or an integer, got {_shown(value)}")
     return str(value)
 
 
 def _shown(value: Any) -> str:
-    """A value short enough for a message."""
+    """A value, shortened for a message."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 

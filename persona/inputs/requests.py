@@ -1,4 +1,4 @@
-"""What is asked of the LLM for a user: raw records turned into requests, or into rejects with a reason."""
+"""Turn raw records into requests to the LLM, or into rejects with a reason."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,10 @@ import pyarrow.compute as pc
 
 from persona.errors import InputError
 from persona.inputs import cells
-from persona.inputs.files import Records, Split, check_types, column, describe, first_rows, rejects
 from persona.inputs.histories import bucket_of
+from persona.inputs.reader import first_rows
+from persona.inputs.records import Records, bad_rows, column, describe
+from persona.inputs.splits import Split
 
 SCHEMA = pa.schema(
     [
@@ -21,7 +23,7 @@ SCHEMA = pa.schema(
         ("bucket", pa.int32()),
     ]
 )
-# A text that was not the right answer, which is read only where somebody asks for it by the name of its column.
+# A wrong answer to compare the target with, read only if the caller names its column.
 REJECTED = pa.field("rejected", pa.large_string())
 _KINDS = {
     "request_id": cells.ID,
@@ -29,14 +31,14 @@ _KINDS = {
     "input": cells.TEXT,
     "query": cells.TEXT,
     "target": cells.TEXT,
-    "as_of": cells.MOMENT,
+    "as_of": cells.TIMESTAMP,
 }
 
 
 def check_columns(splits: Sequence[Split], *, needs_target: bool, rejected: str | None = None) -> None:
-    """Refuse an input whose first readable file lacks a column, or has one of a type that cannot be used.
+    """Refuse an input whose first readable file lacks a column or has one of an unusable type.
 
-    Raises `InputError`: what is missing and what is there.
+    Raises `InputError` with the missing column and the existing ones.
     """
     table = first_rows(splits)
     source = table["_source"][0].as_py()
@@ -48,28 +50,28 @@ def check_columns(splits: Sequence[Split], *, needs_target: bool, rejected: str 
             why = whys.get(name, "")
             raise InputError(
                 f"the requests in {source} have no column {name!r}{why}. They have: {describe(table.schema)}. "
-                f"Needed are {', '.join(needed)}"
+                f"Required: {', '.join(needed)}"
             )
-    check_types(table.schema, _KINDS | ({} if rejected is None else {rejected: cells.TEXT}), source)
+    cells.check_types(table.schema, _KINDS | ({} if rejected is None else {rejected: cells.TEXT}), source)
 
 
 def validate(
     records: Records, n_buckets: int, needs_target: bool, *, job: str = "", rejected: str | None = None
 ) -> tuple[pa.Table, pa.Table]:
-    """Requests (`SCHEMA`) in input order, and the rejects: those of `records` and those found here.
+    """Requests (`SCHEMA`) in input order, and rejects: those of `records` and those found here.
 
-    A `query` that is missing or blank becomes the `input`; a missing `as_of` stays null (all of the history
-    may be seen), an unreadable one is a reject, since it might stand for a limit. With `rejected`, the name of a
-    column, there is also `REJECTED`, and a row without such a text is a reject.
+    A missing or blank `query` becomes the `input`. A missing `as_of` stays null (the whole history is visible), but an
+    unreadable one is a reject, because it may have been a limit. With `rejected`, the name of a column, there is also
+    the column `REJECTED`, and a row without such a text is a reject.
     """
     table = records.table
-    request_ids, *why = cells.ids(column(table, "request_id"), "request_id")
+    request_ids, why_id = cells.ids(column(table, "request_id"), "request_id")
     users, why_user = cells.ids(column(table, "user_id"), "user_id")
     inputs, why_input = cells.texts(column(table, "input"), "input")
     queries, why_query = cells.texts(column(table, "query"), "query", required=False)
     targets, why_target = cells.texts(column(table, "target"), "target", required=needs_target)
-    as_of, why_time = cells.moments(column(table, "as_of"), "as_of")
-    reasons = pc.coalesce(*why, why_user, why_input, why_query, why_target, why_time)
+    as_of, why_time = cells.timestamps(column(table, "as_of"), "as_of")
+    reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_time)
     if rejected is not None:
         wrong, why_wrong = cells.texts(column(table, rejected), rejected)
         reasons = pc.coalesce(reasons, why_wrong)
@@ -86,8 +88,4 @@ def validate(
     good = good.append_column("bucket", pa.array(bucket_of(column(good, "user_id"), n_buckets))).cast(SCHEMA)
     if rejected is not None:
         good = good.append_column(REJECTED, wrong.filter(reasons.is_null()))
-    failed = reasons.is_valid()
-    rows = column(table, "_row").filter(failed).to_pylist()
-    source = table["_source"][0].as_py() if rows else ""
-    found = rejects(job, [source] * len(rows), rows, reasons.filter(failed).to_pylist())
-    return good, pa.concat_tables([records.rejects, found])
+    return good, records.all_rejects(bad_rows(column(table, "_row"), reasons), job=job)

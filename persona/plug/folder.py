@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from persona.engines.base import Engine
 from persona.errors import PlugMismatch
 from persona.models.encoder import check_positions
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import PlugOptions
 from persona.plug import aggregation, record as plug_record
+from persona.plug.answerer import Answerer
 from persona.plug.module import Plug
-from persona.plug.personalized import PersonalizedLLM, QueryText
+from persona.plug.personalized import PersonalizedLLM, QueryText, prepare_for_inference
 from persona.plug.record import RECORD, WEIGHTS, PlugRecord
 
 CARD = "README.md"
@@ -59,22 +61,34 @@ def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, 
     partial.replace(folder / RECORD)
 
 
-def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, front_tokens: int = 0) -> PersonalizedLLM:
-    """Loads a plug in front of `llm`, ready to answer; `front_tokens` as in `PersonalizedLLM`.
+def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, prefix_tokens: int = 0) -> PersonalizedLLM:
+    """Loads a plug in front of `llm`, ready to compute losses; `prefix_tokens` as in `PersonalizedLLM`.
 
     Raises:
         InputError: the folder holds no complete plug.
         PlugMismatch: its soft tokens or weights do not fit the LLM or the encoder.
         UsageError: the plug reads longer queries than the encoder can.
     """
+    plug, query_text = _load_for(llm, folder, encoder)
+    return PersonalizedLLM(plug, llm, query_text, prefix_tokens=prefix_tokens).eval()
+
+
+def load_answerer(
+    folder: Path, *, encoder: ModelFolder, engine: Engine, batch_size: int, prefix_tokens: int = 0
+) -> Answerer:
+    """Loads a plug in front of `engine`; the other arguments are those of `Answerer`. Raises as `load` does."""
+    plug, query_text = _load_for(engine, folder, encoder)
+    return Answerer(plug, engine, query_text, batch_size=batch_size, prefix_tokens=prefix_tokens)
+
+
+def _load_for(llm: FrozenLLM | Engine, folder: Path, encoder: ModelFolder) -> tuple[Plug, QueryText]:
     record = plug_record.read(folder)
     if llm.width != record.llm_width:
         raise PlugMismatch(
             f"the plug makes soft tokens of width {record.llm_width}, the LLM's tokens have width {llm.width}"
         )
-    query_text = new_query_text(encoder, record.query_prefix, record.max_query_tokens)
-    plug = load_plug(folder, encoder=encoder).to(llm.device)
-    return PersonalizedLLM(plug, llm, query_text, front_tokens=front_tokens).only_answering()
+    plug = prepare_for_inference(load_plug(folder, encoder=encoder), dtype=llm.dtype, device=llm.device)
+    return plug, new_query_text(encoder, record.query_prefix, record.max_query_tokens)
 
 
 def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:

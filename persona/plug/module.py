@@ -42,7 +42,7 @@ class Plug(nn.Module):
         scale: factor on all soft tokens; None measures the one with which they start at `token_norm`.
 
     Raises:
-        UsageError: options that cannot work, or that do not match `query_encoder`.
+        UsageError: the options do not match `query_encoder`.
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class Plug(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        options.check()
         if (query_encoder is not None) != aggregation.uses_query(options):
             needed = "needs a query encoder" if query_encoder is None else "takes no query encoder"
             raise UsageError(f"a plug with {options.weights} weights {needed}")
@@ -140,7 +139,7 @@ class Plug(nn.Module):
             history_Md: unit vectors of all requests' behaviors, request after request, oldest first, no padding.
             lengths_B: number of behaviors of each request; may be 0.
             query: token ids and mask, both (B, T), for eq. 2; None leaves the requests out of the weights.
-            uniform_weights: weigh all behaviors of a history equally, whatever was learned.
+            uniform_weights: weight all behaviors of a history equally, whatever was learned.
 
         Raises:
             ValueError: `history_Md` does not have the shape that lengths and width imply.

@@ -1,23 +1,24 @@
-"""The plug in front of the frozen LLM: rows of requests with their histories become losses or answers.
+"""The plug in front of the frozen LLM: requests with their histories become soft tokens and losses.
 
 A row is a mapping with the columns of `persona.store.join`: `request_id`, `input`, `query`, `target`, `history` (n·2·d
-bytes of little-endian float16). Shapes: B requests, M behaviors of all of them, d encoder width.
+bytes of little-endian float16), and `retrieved` (texts) if there is retrieval.
+
+Shapes: B requests, M behaviors of all requests together, S soft tokens, d encoder width, D LLM width.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from persona.engines.decoding import Answer
 from persona.models import attention
-from persona.models.encoder import pad
+from persona.models.batching import pad
 from persona.models.frozen_llm import FrozenLLM
-from persona.options import Decoding, PersonaKind
+from persona.options import PersonaKind
 from persona.plug.module import Plug
 from persona.store import vectors
 
@@ -26,7 +27,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class QueryText:
-    """How a request's query becomes tokens for the query encoder (`prefix` is BGE's instruction to queries)."""
+    """How queries are tokenized for the query encoder; `prefix` is BGE's instruction for queries."""
 
     tokenizer: PreTrainedTokenizerBase
     prefix: str = ""
@@ -39,17 +40,25 @@ class QueryText:
         return pad(encoded["input_ids"], self.tokenizer.pad_token_id or 0, device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Requests ready for the model: histories packed without padding, texts as token rows."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlugInputs:
+    """What the plug reads for requests of one kind of persona; histories are packed without padding."""
 
     history_Md: Tensor
     lengths_B: Tensor
     query: tuple[Tensor, Tensor] | None
+    """Token ids and mask, both (B, T); None if the queries are not needed."""
+    persona: PersonaKind
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch(PlugInputs):
+    """Requests with targets: what the plug reads, and the token ids for the LLM."""
+
     inputs: list[list[int]]
     targets: list[list[int]]
-    fronts: list[list[int]]
-    persona: PersonaKind
+    prefix_ids: list[list[int]]
+    """Of each row's retrieved texts; an empty list without retrieval."""
 
     @property
     def n_target_tokens(self) -> int:
@@ -57,79 +66,85 @@ class Batch:
         return sum(map(len, self.targets))
 
 
-def packed(histories: Sequence[bytes], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Histories as the store's bytes to float32 vectors (M, d), one after the other, and their lengths (B,)."""
+def pack_histories(histories: Sequence[bytes], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Histories as stored to float32 vectors (M, d), one history after the other, and their lengths (B,)."""
     parts = [vectors.from_bytes(history, width) for history in histories]
     packed_Md = np.concatenate([vectors.from_bytes(b"", width), *parts])
     lengths_B = torch.tensor([len(part) for part in parts], device=device)
     return torch.from_numpy(packed_Md.astype(np.float32)).to(device), lengths_B
 
 
-class PersonalizedLLM(nn.Module):
-    """One module of plug and frozen LLM, as DeepSpeed wants it.
+def plug_inputs(
+    plug: Plug, query_text: QueryText | None, rows: Sequence[Row], persona: PersonaKind, device: torch.device
+) -> PlugInputs:
+    """Rows of one kind of persona, on `device`; `query_text` is None for a plug that reads no queries."""
+    history_Md, lengths_B = pack_histories([row["history"] for row in rows], plug.width, device)
+    query = None
+    if query_text is not None and plug.query_encoder is not None and persona is not PersonaKind.MEAN:
+        query = query_text.tokens([row["query"] for row in rows], device)
+    return PlugInputs(history_Md=history_Md, lengths_B=lengths_B, query=query, persona=persona)
 
-    Of a row's `retrieved` texts `front_tokens` tokens go in front of its prompt (eq. r); with 0 it needs none.
+
+def soft_tokens(plug: Plug, inputs: PlugInputs) -> Tensor:
+    """[I; P] of each request, (B, S, D); S is 0 for `PersonaKind.BARE`."""
+    if inputs.persona is PersonaKind.BARE:
+        return torch.empty(len(inputs.lengths_B), 0, plug.llm_width, device=inputs.lengths_B.device)
+    uniform_weights = inputs.persona is PersonaKind.MEAN
+    soft_BSD: Tensor = plug(inputs.history_Md, inputs.lengths_B, inputs.query, uniform_weights=uniform_weights)
+    return soft_BSD
+
+
+def prepare_for_inference(plug: Plug, *, dtype: torch.dtype, device: torch.device) -> Plug:
+    """Moves the plug to `device`, puts it in eval mode and its query encoder in `dtype`, in place; returns it.
+
+    `dtype` is the LLM's: a query encoder in float32 takes a tenth of the time of short answers on a CPU.
+    """
+    plug.to(device)
+    encoder: Any = plug.query_encoder
+    if encoder is not None:
+        encoder.to(dtype)
+        if kernel := attention.register_attention(encoder.config.model_type, dtype=dtype, device=device):
+            encoder.set_attn_implementation(kernel)
+    return plug.eval()
+
+
+class PersonalizedLLM(nn.Module):
+    """Plug and frozen LLM as one module that computes losses, as DeepSpeed expects it.
+
+    Args:
+        plug: on the LLM's device.
+        llm: the frozen LLM.
+        query_text: how queries are tokenized; None for a plug that reads none.
+        prefix_tokens: tokens of each row's `retrieved` texts in front of its soft tokens; 0 without retrieval.
     """
 
-    def __init__(self, plug: Plug, llm: FrozenLLM, query_text: QueryText | None, *, front_tokens: int = 0) -> None:
+    def __init__(self, plug: Plug, llm: FrozenLLM, query_text: QueryText | None, *, prefix_tokens: int = 0) -> None:
         super().__init__()
         self.plug = plug
         self.llm = llm
         self.query_text = query_text
-        self.front_tokens = front_tokens
+        self.prefix_tokens = prefix_tokens
 
-    def collate(self, rows: Sequence[Row], *, with_targets: bool, persona: PersonaKind = PersonaKind.OWN) -> Batch:
-        """Rows of one kind of persona to a batch on the LLM's device."""
-        device = self.llm.device
-        history_Md, lengths_B = packed([row["history"] for row in rows], self.plug.width, device)
-        query = None
-        if self.query_text is not None and self.plug.query_encoder is not None and persona is not PersonaKind.MEAN:
-            query = self.query_text.tokens([row["query"] for row in rows], device)
+    def collate(self, rows: Sequence[Row], *, persona: PersonaKind = PersonaKind.OWN) -> Batch:
+        """A batch of rows with targets, all of one kind of persona, on the LLM's device."""
+        tokenizer, prefixes = self.llm.tokenizer, []
+        if self.prefix_tokens:
+            prefixes = tokenizer.prefixes([row["retrieved"] for row in rows], self.prefix_tokens)
+        of_plug = plug_inputs(self.plug, self.query_text, rows, persona, self.llm.device)
         return Batch(
-            history_Md=history_Md,
-            lengths_B=lengths_B,
-            query=query,
-            inputs=self.llm.tokenize_inputs([row["input"] for row in rows]),
-            targets=self.llm.tokenize_targets([row["target"] for row in rows]) if with_targets else [],
-            fronts=self._fronts(rows),
+            history_Md=of_plug.history_Md,
+            lengths_B=of_plug.lengths_B,
+            query=of_plug.query,
             persona=persona,
+            inputs=tokenizer.inputs([row["input"] for row in rows]),
+            targets=tokenizer.targets([row["target"] for row in rows]),
+            prefix_ids=prefixes,
         )
 
-    def _fronts(self, rows: Sequence[Row]) -> list[list[int]]:
-        if not self.front_tokens:
-            return []
-        return self.llm.tokenize_fronts([row["retrieved"] for row in rows], self.front_tokens)
-
     def forward(self, batch: Batch) -> Tensor:
-        """Eq. 6 per request: summed negative log-likelihood (B,) of the targets, in nats."""
-        return self.llm.nll(self.soft_tokens(batch), batch.inputs, batch.targets, batch.fronts)
+        """PPlug eq. 6 per request: the summed negative log-likelihood (B,) of the targets, in nats."""
+        return self.llm.nll(self.soft_tokens(batch), batch.inputs, batch.targets, batch.prefix_ids)
 
     def soft_tokens(self, batch: Batch) -> Tensor:
-        """[I; P] of each request, (B, S, D); S is 0 for a bare LLM."""
-        if batch.persona is PersonaKind.BARE:
-            return torch.empty(len(batch.inputs), 0, self.llm.width, device=self.llm.device)
-        uniform = batch.persona is PersonaKind.MEAN
-        soft_BSD: Tensor = self.plug(batch.history_Md, batch.lengths_B, batch.query, uniform_weights=uniform)
-        return soft_BSD
-
-    def only_answering(self) -> Self:
-        """The same model for work without gradients: the query encoder, too, reads in the precision of the LLM.
-
-        In float32 it takes a tenth of the time of short answers on a CPU.
-        """
-        encoder: Any = self.plug.query_encoder
-        if encoder is not None:
-            dtype = self.llm.model.dtype
-            encoder.to(dtype)
-            if how := attention.register_attention(encoder.config.model_type, dtype=dtype, device=self.llm.device):
-                encoder.set_attn_implementation(how)
-        return self.eval()
-
-    @torch.inference_mode()
-    def answer(
-        self, rows: Sequence[Row], decoding: Decoding, *, persona: PersonaKind = PersonaKind.OWN
-    ) -> list[Answer]:
-        """Answers to a batch of requests of one kind of persona, in their order."""
-        batch = self.collate(rows, with_targets=False, persona=persona)
-        seeds = [decoding.row_seed(row["request_id"]) for row in rows]
-        return self.llm.generate(self.soft_tokens(batch), batch.inputs, decoding, seeds, batch.fronts)
+        """The soft tokens (B, S, D) of a batch."""
+        return soft_tokens(self.plug, batch)

@@ -66,7 +66,6 @@ class PlugRecord:
                     f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train a new plug"
                 )
             record = cls(**{**fields, "options": PlugOptions(**fields["options"])})
-            record.options.check()
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
             raise InputError(f"{source}: not a valid {RECORD} ({error})") from error
         return record

@@ -73,9 +73,9 @@ def fit(
     outer = plug.projector.outer
     outer.weight.copy_((map_FD.T / plug.scale).repeat(n_tokens, 1))
     outer.bias.copy_(((token_D - center_F @ map_FD) / plug.scale).repeat(n_tokens))
-    if plug.options.instruction == "vector" and llm.separator:
+    if plug.options.instruction == "vector" and llm.tokenizer.separator:
         # The LLM knows its separator between request and answer; a random vector would disturb it more.
-        separator_D = llm.embed(torch.tensor(llm.separator, device=llm.device)).mean(0)
+        separator_D = llm.embed(torch.tensor(llm.tokenizer.separator, device=llm.device)).mean(0)
         plug.instruction.copy_((separator_D.to(device) / plug.scale).unsqueeze(0))
 
 
@@ -93,7 +93,8 @@ def common_words(encoder: TextEncoder, llm: FrozenLLM, max_words: int) -> tuple[
     "distingu" are single tokens of the LLM, but rarely of the encoder too.
     """
     ids, words = [], []
-    for number, token in enumerate(llm.tokenizer.convert_ids_to_tokens(list(range(len(llm.tokenizer))))):
+    tokenizer = llm.tokenizer.pretrained
+    for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         if token is None or not token.startswith(_SPACES):
             continue
         word = token[1:]

@@ -1,178 +1,249 @@
-"""Charts as SVG text, to stand inside a page: colors come from the page's style, so that light and dark both work.
+"""The charts of the reports, as matplotlib figures that serve both the page (SVG) and PNG files.
 
-A mark's class names its series: `own`, `none`, `other`, `mean`, or `train` and `held-out`.
+A function returns None where there is nothing to draw. Dots whose interval includes zero are hollow.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-_WIDTH, _HEIGHT = 460, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 56
-_LEFT_OF_FOREST, _ROW_HEIGHT = 150, 26
+from persona.report import formats
+from persona.report.drawing import Chart, style
+from persona.report.formats import Interval
+from persona.report.palette import LIGHT, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH, _HEIGHT, _ROW_HEIGHT = 4.8, 3.3, 0.3  # inches: narrow, so that texts stay readable on a phone
+_MARGIN = 0.06  # of an axis, around the values
 _LINE_POINTS = 200
-
-Triple = tuple[float, float, float]  # a mean, and the ends of its interval
+_LONGEST_LABEL, _LONGEST_SPAN = 26, 4  # characters
+_NATS = "nats a token"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Axis:
-    """Values to pixels, and the round values that are marked."""
+class ForestRow:
+    """One line of a forest plot."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def at(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
-
-    def ticks(self, n: int = 5) -> list[float]:
-        rough = (self.high - self.low) / n
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-        first = math.ceil(self.low / step - 1e-9)
-        return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+    label: str
+    persona: str
+    interval: Interval
 
 
-def lines(series: Mapping[str, Sequence[Sequence[float]]], *, x: str, y: str, zero: bool = False) -> str:
-    """Curves of (x, y) points, perhaps with a line at zero; a long curve is thinned to means of neighbors."""
-    curves = {name: _thinned(points) for name, points in series.items() if points}
-    if not curves:
-        return ""
-    every = [point for points in curves.values() for point in points]
-    across = _horizontal([point[0] for point in every], margin=0)
-    up = _vertical([*(point[1] for point in every), *([0.0] if zero else [])])
-    parts = [_frame(across, up, x=x, y=y), *([_zero(up)] if zero else [])]
-    for name, points in curves.items():
-        places = " ".join(f"{across.at(a)},{up.at(b)}" for a, b in points)
-        parts.append(f'<polyline class="line {name}" points="{places}"/>')
-        if len(points) <= 30:
-            parts += [f'<circle class="dot {name}" cx="{across.at(a)}" cy="{up.at(b)}" r="3"/>' for a, b in points]
-    return _svg(parts, f"{y} over {x}")
+@dataclass(kw_only=True)
+class _Canvas:
+    """A figure with one pair of axes, and the tooltips of the marks on it."""
 
+    figure: "Figure"
+    axes: "Axes"
+    titles: dict[str, str] = field(default_factory=dict)
+    has_noise: bool = False
 
-def groups(rows: Sequence[tuple[str, Mapping[str, Triple]]], *, x: str, y: str) -> str:
-    """For each group, side by side, a dot with its interval for each series; a line at zero."""
-    if not rows:
-        return ""
-    values = [value for _, of in rows for triple in of.values() for value in triple if math.isfinite(value)]
-    up = _vertical([0.0, *values])
-    step = (_WIDTH - _LEFT - _RIGHT) / len(rows)
-    parts = [_frame(None, up, x=x, y=y), _zero(up)]
-    for i, (label, of) in enumerate(rows):
-        center = _LEFT + (i + 0.5) * step
-        # A range stands in two lines, so that neighbors do not run into each other.
-        for n, part in enumerate(label.replace("–", "–\n").split("\n")):
-            parts.append(f'<text x="{center:.1f}" y="{_HEIGHT - _BOTTOM + 17 + 14 * n}">{escape(part)}</text>')
-        for k, (name, (mean, low, high)) in enumerate(of.items()):
-            place = center + (k - (len(of) - 1) / 2) * min(14.0, step / (len(of) + 1))
-            if math.isfinite(low) and math.isfinite(high):
-                parts.append(
-                    f'<line class="whisker {name}" x1="{place:.1f}" x2="{place:.1f}" y1="{up.at(low)}" '
-                    f'y2="{up.at(high)}"/>'
-                )
-            title = f"<title>{escape(f'{name}, {label}: {mean:.4f} [{low:.4f}, {high:.4f}]')}</title>"
-            parts.append(f'<circle class="dot {name}" cx="{place:.1f}" cy="{up.at(mean)}" r="4.5">{title}</circle>')
-    return _svg(parts, f"{y} by {x}")
-
-
-def forest(rows: Sequence[tuple[str, str, Triple]], *, x: str) -> str:
-    """For each row (label, series, triple), from the top down, a dot with its interval; a line at zero."""
-    if not rows:
-        return ""
-    low, high = _spread([0.0, *(value for *_, of in rows for value in of if math.isfinite(value))], 0.06)
-    height = _TOP + _ROW_HEIGHT * len(rows) + _BOTTOM
-    bottom = height - _BOTTOM
-    across = _Axis(low=low, high=high, start=_LEFT_OF_FOREST, end=_WIDTH - _RIGHT)
-    parts = []
-    for value in across.ticks(4):
-        place = across.at(value)
-        parts.append(f'<line class="grid" x1="{place}" x2="{place}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{place}" y="{bottom + 18}">{_short(value)}</text>')
-    parts.append(f'<line class="zero" x1="{across.at(0)}" x2="{across.at(0)}" y1="{_TOP}" y2="{bottom}"/>')
-    for i, (label, name, (mean, least, most)) in enumerate(rows):
-        place = _TOP + (i + 0.5) * _ROW_HEIGHT
-        parts.append(f'<text class="end" x="{_LEFT_OF_FOREST - 9}" y="{place + 4:.1f}">{escape(label)}</text>')
-        if math.isfinite(least) and math.isfinite(most):
-            ends = f'x1="{across.at(least)}" x2="{across.at(most)}"'
-            parts.append(f'<line class="whisker {name}" {ends} y1="{place:.1f}" y2="{place:.1f}"/>')
-        title = f"<title>{escape(f'{label}: {mean:.4f} [{least:.4f}, {most:.4f}]')}</title>"
-        parts.append(f'<circle class="dot {name}" cx="{across.at(mean)}" cy="{place:.1f}" r="4.5">{title}</circle>')
-    middle = (_LEFT_OF_FOREST + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{height - 8}">{escape(x)}</text>')
-    return _svg(parts, x, height=height)
-
-
-def cloud(points: Sequence[tuple[float, float, float, str]], *, x: str, y: str) -> str:
-    """Points (x, y, value, title): colored by the sign of the value, stronger the larger it is."""
-    if not points:
-        return ""
-    across = _horizontal([point[0] for point in points], margin=0.06)
-    up = _vertical([point[1] for point in points])
-    sizes = sorted(abs(point[2]) for point in points)
-    # One user far out must not leave all others pale.
-    strongest = max(sizes[int(0.95 * (len(sizes) - 1))], 1e-12)
-    parts = [_frame(across, up, x=x, y=y, marked=False)]
-    for a, b, value, title in sorted(points, key=lambda point: abs(point[2])):
-        kind = "gain" if value >= 0 else "loss"
-        strength = 0.25 + 0.75 * min(abs(value) / strongest, 1.0)
-        parts.append(
-            f'<circle class="point {kind}" cx="{across.at(a)}" cy="{up.at(b)}" r="5" fill-opacity="{strength:.2f}">'
-            f"<title>{escape(title)}</title></circle>"
+    def chart(self, description: str, legend: Mapping[str, str]) -> Chart:
+        return Chart(
+            figure=self.figure,
+            description=description,
+            legend=legend,
+            titles=self.titles,
+            has_noise=self.has_noise,
         )
-    return _svg(parts, f"{y} against {x}")
+
+    def interval(self, x: float, y: float, bounds: tuple[float, float], *, along: str, color: str) -> None:
+        """The line of an interval, along the axis x or y."""
+        xs, ys = (bounds, (y, y)) if along == "x" else ((x, x), bounds)
+        self.axes.plot(xs, ys, color=LIGHT[color], linewidth=2, clip_on=False, gid=f"whisker {color}#")
+
+    def dot(self, x: float, y: float, *, color: str, title: str, hollow: bool = False, alpha: float = 1.0) -> None:
+        """A dot with a tooltip."""
+        gid = f"dot {color}#{len(self.titles)}"
+        face = LIGHT["card"] if hollow else LIGHT[color]
+        edge = LIGHT[color] if hollow else LIGHT["card"]
+        # A dot of one color is not distinguishable from its neighbors without an edge.
+        (line,) = self.axes.plot(
+            x, y, "o", markersize=7, markeredgewidth=1.8 if hollow else 0.8, markeredgecolor=edge, zorder=3, gid=gid
+        )
+        line.set(markerfacecolor=face, alpha=alpha, clip_on=False)
+        self.titles[gid] = title
+        self.has_noise = self.has_noise or hollow
+
+    def zero(self, *, along: str) -> None:
+        """A dashed line at zero, along the axis x or y."""
+        draw = self.axes.axhline if along == "x" else self.axes.axvline
+        draw(0, color=LIGHT["quiet"], linewidth=1, linestyle=(0, (4, 3)), clip_on=False, gid="zero#")
+
+    def scale(self, axis: str, values: Sequence[float], *, ticks: int = 5, margin: float = _MARGIN) -> None:
+        """Limits around the finite values, and round ticks."""
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        finite = [value for value in values if math.isfinite(value)]
+        low, high = min(finite), max(finite)
+        room = margin * (high - low) if high > low else 0.5 * max(abs(high), 1.0)
+        target = self.axes.xaxis if axis == "x" else self.axes.yaxis
+        target.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
+        target.set_major_formatter(FuncFormatter(_tick))
+        (self.axes.set_xlim if axis == "x" else self.axes.set_ylim)(low - room, high + room)
+
+
+@style()
+def gain_by_history_length(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """What the own persona saves against each other kind, by groups of history length (see `leaves_out_bare`)."""
+    kinds = list(rows[0]["saved_by_own"]) if rows else []
+    if leaves_out_bare(kinds):
+        kinds.remove("bare")
+    if not kinds:
+        return None
+    canvas = _canvas()
+    gap = min(0.17, 0.8 / len(kinds))
+    values = [0.0]
+    for i, row in enumerate(rows):
+        for k, kind in enumerate(kinds):
+            saved, x = row["saved_by_own"][kind], i + (k - (len(kinds) - 1) / 2) * gap
+            label = f"{formats.span(row)}, against {kind}"
+            values += _mark(canvas, saved, along="y", place=x, color=series(kind), label=label)
+    canvas.zero(along="x")
+    canvas.scale("y", values)
+    canvas.axes.set_xticks(range(len(rows)), [_broken(formats.span(row)) for row in rows])
+    canvas.axes.set_xlim(-0.5, len(rows) - 0.5)
+    canvas.axes.grid(axis="y")
+    canvas.axes.set(xlabel="behaviors that the request sees", ylabel=f"{_NATS} saved by own")
+    return canvas.chart("gain by history length", {series(kind): f"against {kind}" for kind in kinds})
+
+
+@style()
+def training_curves(training: Mapping[str, Any]) -> Chart | None:
+    """Losses of the training steps and of held-out requests; long curves are thinned to means of neighbors."""
+    curves = {
+        "none": ("training", _thinned(training.get("training_curve") or [])),
+        "own": ("held-out", _thinned(training.get("validation_curve") or [])),
+    }
+    found = {color: (label, points) for color, (label, points) in curves.items() if points}
+    if not found:
+        return None
+    canvas = _canvas()
+    for color, (_, points) in found.items():
+        _curve(canvas, points, color=color, width=1.2 if color == "none" else 2)
+    every = [point for _, points in found.values() for point in points]
+    canvas.scale("x", [x for x, _ in every], margin=0.02)
+    canvas.scale("y", [y for _, y in every])
+    canvas.axes.grid(axis="y")
+    canvas.axes.set(xlabel="step", ylabel=_NATS)
+    return canvas.chart("loss by training step", {color: label for color, (label, _) in found.items()})
+
+
+@style()
+def persona_map(users: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Users on the first two principal components of their personas; a larger gain or loss is a stronger color."""
+    if not users:
+        return None
+    sizes = sorted(abs(user["saved"]) for user in users)
+    # The largest values get one strength, so that a single outlier does not leave all others pale.
+    strongest = max(sizes[int(0.95 * (len(sizes) - 1))], 1e-12)
+    canvas = _canvas()
+    for user in sorted(users, key=lambda user: abs(user["saved"])):
+        canvas.dot(
+            user["x"],
+            user["y"],
+            color="gain" if user["saved"] >= 0 else "loss",
+            alpha=0.25 + 0.75 * min(abs(user["saved"]) / strongest, 1.0),
+            title=f"{user['user_id']}: {user['n_behaviors']} behaviors, saved {user['saved']:+.4f}",
+        )
+    for axis in ("x", "y"):
+        canvas.scale(axis, [user[axis] for user in users])
+    canvas.axes.set(xlabel="first principal component", ylabel="second", xticks=[], yticks=[])
+    canvas.axes.spines["left"].set_visible(True)
+    return canvas.chart("map of personas", {"gain": "own saves", "loss": "own costs"})
+
+
+@style()
+def gain_by_user(users: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """The users' gains in descending order."""
+    if not users:
+        return None
+    saved = sorted((user["saved"] for user in users), reverse=True)
+    points = [(100 * (i + 0.5) / len(saved), value) for i, value in enumerate(saved)]
+    canvas = _canvas()
+    _curve(canvas, points, color="own", width=2)
+    canvas.zero(along="x")
+    canvas.scale("x", [0.0, 100.0], margin=0)
+    canvas.scale("y", [0.0, *saved])
+    canvas.axes.grid(axis="y")
+    canvas.axes.set(xlabel="share of the users (%)", ylabel=f"{_NATS} saved by own")
+    return canvas.chart("gain by user", {"own": "own against another user's"})
+
+
+@style()
+def forest(rows: Sequence[ForestRow], *, x: str) -> Chart | None:
+    """A line with a dot and its interval for each row, from the top down (see `leaves_out_bare`). Lower is better."""
+    if leaves_out_bare(row.persona for row in rows):
+        rows = [row for row in rows if row.persona != "bare"]
+    if not rows:
+        return None
+    canvas = _canvas(height=1.0 + _ROW_HEIGHT * len(rows))
+    values = [0.0]
+    for i, row in enumerate(rows):
+        values += _mark(canvas, row.interval, along="x", place=i, color=series(row.persona), label=row.label)
+    canvas.zero(along="y")
+    canvas.scale("x", values, ticks=4)
+    canvas.axes.set_yticks(range(len(rows)), [_shortened(row.label) for row in rows])
+    canvas.axes.set_ylim(len(rows) - 0.5, -0.5)
+    canvas.axes.grid(axis="x")
+    canvas.axes.set(xlabel=x)
+    return canvas.chart(x, {series(row.persona): row.persona for row in rows})
+
+
+def leaves_out_bare(kinds: Iterable[str]) -> bool:
+    """Whether charts of these kinds leave out `bare`: the gap to it is so large that the others would collapse."""
+    found = set(kinds)
+    return "bare" in found and found != {"bare"}
+
+
+def _canvas(height: float = _HEIGHT) -> _Canvas:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return _Canvas(figure=figure, axes=figure.add_subplot())
+
+
+def _mark(canvas: _Canvas, interval: Interval, *, along: str, place: float, color: str, label: str) -> list[float]:
+    """A dot with its interval at a place across the axis `along`; returns the values that the axis has to cover."""
+    mean = interval["mean"]
+    x, y = (mean, place) if along == "x" else (place, mean)
+    values = [mean]
+    if formats.has_bounds(interval):
+        values += [interval["low"], interval["high"]]
+        canvas.interval(x, y, (interval["low"], interval["high"]), along=along, color=color)
+    hollow = formats.verdict(interval) in ("noise", "unknown")
+    canvas.dot(x, y, color=color, hollow=hollow, title=f"{label}: {mean:.4f} {formats.bounds(interval)}")
+    return values
+
+
+def _curve(canvas: _Canvas, points: Sequence[tuple[float, float]], *, color: str, width: float) -> None:
+    xs, ys = zip(*points, strict=True)
+    marker = "o" if len(points) <= 30 else ""
+    canvas.axes.plot(
+        xs, ys, color=LIGHT[color], linewidth=width, marker=marker, markersize=5, clip_on=False, gid=f"line {color}#"
+    )
 
 
 def _thinned(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    size = math.ceil(len(points) / _LINE_POINTS)
+    size = max(1, math.ceil(len(points) / _LINE_POINTS))
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(p[0] for p in part) / len(part), sum(p[1] for p in part) / len(part)) for part in parts]
 
 
-def _horizontal(values: Sequence[float], margin: float) -> _Axis:
-    low, high = _spread(values, margin)
-    return _Axis(low=low, high=high, start=_LEFT, end=_WIDTH - _RIGHT)
+def _broken(span: str) -> str:
+    """A long range on two lines, so that it does not run into its neighbors."""
+    return span.replace("–", "–\n") if len(span) > _LONGEST_SPAN else span
 
 
-def _vertical(values: Sequence[float]) -> _Axis:
-    low, high = _spread(values, 0.06)
-    return _Axis(low=low, high=high, start=_HEIGHT - _BOTTOM, end=_TOP)
+def _shortened(label: str) -> str:
+    """A label that fits beside the axis and into XML."""
+    shown = "".join(letter if letter.isprintable() else "�" for letter in label)
+    return shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 1]}…"
 
 
-def _spread(values: Sequence[float], margin: float) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    room = margin * (high - low) if high > low else max(abs(high), 1.0) * 0.5
-    return low - room, high + room
-
-
-def _frame(across: _Axis | None, up: _Axis, *, x: str, y: str, marked: bool = True) -> str:
-    """Grid, marks and names of the axes; no `across` for groups, which name themselves."""
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    rows = [(_short(value), up.at(value)) for value in (up.ticks() if marked else ())]
-    columns = [(_short(value), across.at(value)) for value in across.ticks()] if across is not None and marked else []
-    parts = [f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{place}" y2="{place}"/>' for _, place in rows]
-    parts += [f'<text class="end" x="{_LEFT - 7}" y="{place + 4:.1f}">{text}</text>' for text, place in rows]
-    parts += [f'<text x="{place}" y="{bottom + 18}">{text}</text>' for text, place in columns]
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    if not marked:
-        parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_LEFT}" y1="{_TOP}" y2="{bottom}"/>')
-    middle = (_TOP + bottom) / 2
-    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}">{escape(x)}</text>')
-    parts.append(f'<text transform="translate(14 {middle}) rotate(-90)">{escape(y)}</text>')
-    return "".join(parts)
-
-
-def _zero(up: _Axis) -> str:
-    return f'<line class="zero" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up.at(0)}" y2="{up.at(0)}"/>'
-
-
-def _short(value: float) -> str:
+def _tick(value: float, _position: int | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
-
-
-def _svg(parts: Iterable[str], label: str, *, height: int = _HEIGHT) -> str:
-    inside = "".join(parts)
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{inside}</svg>'

@@ -1,69 +1,81 @@
-"""The user's own texts in front of the prompt: the baseline of PAPER section 3 and, beside the persona, its equation r.
+"""Ranks a user's own texts for a request, to put the best ones in front of the prompt.
 
-The store has hashes, not texts. A text is taken only where its hash is the stored one, so that what is retrieved is
-what was encoded, and only behaviors that the request may see are searched. Shapes: N texts, d encoder width.
+Without a plug, retrieval is the baseline that PPlug (arXiv 2409.11901) compares with; the two can be combined.
+
+To add a retriever, write `persona/retrieval/NAME.py` as in `Retriever`, and add NAME to `persona.options.Retriever`.
+Shapes: N texts, d encoder width.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
 
-import bm25s
 import numpy as np
-import pyarrow as pa
 
-from persona.options import Retriever
-
-_WORD = r"(?u)\w+"
+from persona import options
+from persona.extensions import find
 
 
-class TextLookup:
-    """The texts of a bucket by behavior."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """The texts that a request may see, oldest first, and what to compare them with."""
 
-    def __init__(self, texts: pa.Table) -> None:
-        columns = (texts[name].to_pylist() for name in ("user_id", "behavior_id", "text_hash", "text"))
-        self._texts = {(user, behavior, hashed): text for user, behavior, hashed, text in zip(*columns, strict=True)}
+    texts: Sequence[str]
+    query: str
+    query_d: np.ndarray | None
+    """Vector of the query, for retrievers that need vectors."""
+    vectors_Nd: np.ndarray | None
+    """Vectors of the texts, likewise."""
 
-    def texts(self, rows: pa.Table) -> list[str | None]:
-        """The texts of rows of the store (user_id, behavior_id, text_hash); None where there is none of that hash."""
-        keys = zip(*(rows[name].to_pylist() for name in ("user_id", "behavior_id", "text_hash")), strict=True)
-        return [self._texts.get(key) for key in keys]
+
+class Retriever(Protocol):
+    """What `persona/retrieval/NAME.py` defines."""
+
+    NEEDS_VECTORS: bool
+
+    def scores(self, candidates: Candidates) -> np.ndarray:
+        """How well each text fits (N,); greater is better."""
+
+
+def needs_vectors(retriever: options.Retriever) -> bool:
+    """Whether a retriever compares vectors, which must then be read and passed to `best_texts`."""
+    return _retriever(retriever).NEEDS_VECTORS
 
 
 def best_texts(
     texts: Sequence[str | None],
     n: int,
-    retriever: Retriever,
+    retriever: options.Retriever,
     *,
     query: str,
     query_d: np.ndarray | None = None,
     vectors_Nd: np.ndarray | None = None,
 ) -> list[str]:
-    """Up to `n` of a request's visible texts (oldest first, None is unknown), the best first.
+    """Up to `n` of the texts that a request may see, the best first; of equally good ones, the later first.
 
-    `recency` takes the latest, `bm25` those with the words of `query`, `dense` those whose vectors have the largest
-    product with that of the query, for which both must be given. Of equals the later one is better.
+    Args:
+        texts: oldest first; None is an unknown text, which is skipped.
+        n: how many to return.
+        retriever: how to rank them.
+        query: the request's query.
+        query_d: its vector; only for retrievers that need vectors.
+        vectors_Nd: the vectors of `texts`, likewise.
+
+    Raises:
+        UsageError: there is no such retriever.
+        ValueError: the retriever needs vectors, and some are missing.
     """
+    if vectors_Nd is not None and len(vectors_Nd) != len(texts):
+        raise ValueError(f"expected one vector per text, got {len(vectors_Nd)} vectors for {len(texts)} texts")
     known = [i for i, text in enumerate(texts) if text is not None]
     words = [texts[i] or "" for i in known]
-    if retriever == "dense":
-        if vectors_Nd is None or query_d is None or len(vectors_Nd) != len(texts):
-            raise ValueError("dense retrieval needs the vector of the query and one of each text")
-        scores = vectors_Nd[known] @ query_d
-    elif retriever == "bm25":
-        scores = _bm25(words, query)
-    else:
-        scores = np.zeros(len(known))
+    known_vectors_Nd = None if vectors_Nd is None else vectors_Nd[known]
+    scores = _retriever(retriever).scores(
+        Candidates(texts=words, query=query, query_d=query_d, vectors_Nd=known_vectors_Nd)
+    )
     order = sorted(range(len(known)), key=lambda i: (-scores[i], -i))
     return [words[i] for i in order[:n]]
 
 
-def _bm25(texts: Sequence[str], query: str) -> np.ndarray:
-    """How well each text fits the words of the query, among the texts of this one user."""
-    asked, *split = bm25s.tokenize(
-        [query, *texts], token_pattern=_WORD, stopwords=[], return_ids=False, show_progress=False
-    )
-    if not asked or not any(split):
-        return np.zeros(len(texts))  # the library divides by the mean length, and wants a word
-    index = bm25s.BM25()
-    index.index(split, show_progress=False)
-    scores: np.ndarray = index.get_scores(asked)
-    return scores
+def _retriever(name: str) -> Retriever:
+    return cast(Retriever, find("persona.retrieval", name, required="scores"))

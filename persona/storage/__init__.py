@@ -1,7 +1,7 @@
-"""One door to `s3://` and local paths: every read and write of this project goes through here.
+"""Access to `s3://` URIs and local paths: the project does all its file I/O through this package.
 
-Credentials, region and endpoint come from the environment or the machine's role, never from a URI, a flag or an object
-that travels between processes: build a filesystem where it is used (a pickled one carries the secret key in clear).
+Credentials, region and endpoint come from the environment or the machine's role, never from a URI, a flag or a pickled
+object. Create a filesystem in the process that uses it: a pickled one contains the secret key in plain text.
 """
 
 from persona.storage.files import (
@@ -16,6 +16,7 @@ from persona.storage.files import (
     open_filesystem,
     read_bytes,
     write_bytes,
+    write_file,
 )
 from persona.storage.reach import check_reachable
 from persona.storage.uris import check_uri, is_s3, join
@@ -36,4 +37,5 @@ __all__ = [
     "open_filesystem",
     "read_bytes",
     "write_bytes",
+    "write_file",
 ]

@@ -1,12 +1,11 @@
 """Read, write, list, copy and delete files, on the local disk or on S3.
 
-Transient errors are retried (`persona.storage.retry`): every function here that asks an object store succeeds, or
-raises `StorageError` within `PERSONA_STORAGE_TIMEOUT_S` for each request or file.
+Transient errors are retried (`persona.storage.retry`): every function that uses an object store either succeeds or
+raises `StorageError` within `PERSONA_STORAGE_TIMEOUT_S` per request or file.
 """
 
 import contextlib
 import functools
-import re
 import shutil
 import tempfile
 import uuid
@@ -25,38 +24,30 @@ from persona.storage.uris import is_s3, join
 
 T = TypeVar("T")
 
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_ANSWER_S = 5.0  # how long a store may be silent when `check_reachable` asks it
-_ATTEMPTS = 4  # of that question, before a store that is not heard counts as one that is not there
-_LISTINGS = 100  # of a folder that others make at this moment, before its absence is believed
-# What may stand in the path of an S3 URI. Ray and pyarrow send a URI with other characters silently to the
-# local disk, or read them as a query; both would be found out much later.
-_KEY = re.compile(r"[A-Za-z0-9!_.*'()/=+,:@&$;~-]*")
-
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """A file that exists: where, and how large."""
+    """An existing file and its size."""
 
     uri: str
     size_bytes: int
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file, a folder or any object below `uri`."""
+    """Whether `uri` is a file, a folder, or a prefix with at least one object."""
     if not is_s3(uri):
         return Path(uri).exists()
     what = f"cannot look for {uri}"
-    if _asked(lambda: s3.size_bytes(uri), what) is not None:
+    if _retried(lambda: s3.size_bytes(uri), what) is not None:
         return True
-    return _asked(lambda: any(s3.pages(uri, what=what)), what)
+    return _retried(lambda: any(s3.pages(uri, what=what)), what)
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The Arrow filesystem for `uri` and the path in it. Never send it to another process: it holds the secret key.
 
-    It tries again what fails, a few times; what has to get past more than that is to be wrapped in `retry_transient`.
-    A stream that is closed writes what it has: on an error, an incomplete file is there.
+    It retries a failed request a few times; wrap work that must survive longer outages in `retry_transient`. Closing
+    an output stream writes what it has received: after an error, an incomplete file remains.
     """
     if not is_s3(uri):
         return pafs.LocalFileSystem(), uri
@@ -65,18 +56,18 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def delta_options(uri: str) -> dict[str, str]:
-    """Options for `deltalake`: no secret in them; commits use S3's conditional put, so no lock table is needed.
+    """Options for `deltalake`. They contain no secret; commits use S3's conditional put, so no lock table is needed.
 
-    Requests are tried again for a while, but a commit whose answer is lost is not: it raises, and may have been made.
+    Requests are retried for a while, except a commit whose response is lost: it raises, and may have succeeded.
     """
     return s3.delta_options(uri) if is_s3(uri) else {}
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ("",)) -> list[FileEntry]:
-    """The files at or below `uri` whose names end in one of `suffixes`, sorted.
+    """The files at or below `uri` whose names end in one of `suffixes`, sorted by URI.
 
-    Names that begin with `_` or `.` are hidden, and what is below them. A `uri` that is itself a file is listed
-    whatever its name; nothing there gives an empty list.
+    Files and folders whose names begin with `_` or `.` are skipped. If `uri` itself is a file, it is listed whatever
+    its name. If nothing exists there, the list is empty.
     """
     entries = []
     for name, size_bytes in _listed(uri):
@@ -89,15 +80,15 @@ def list_files(uri: str, suffixes: Sequence[str] = ("",)) -> list[FileEntry]:
 
 
 def _listed(uri: str) -> Iterator[tuple[str, int]]:
-    """Name, relative to `uri`, and size of every file below; a file itself has an empty name."""
+    """Name relative to `uri` and size of every file below it; the name is empty if `uri` itself is a file."""
     if is_s3(uri):
         what = f"cannot list {uri}"
-        own_bytes = _asked(lambda: s3.size_bytes(uri), what)
+        own_bytes = _retried(lambda: s3.size_bytes(uri), what)
         if own_bytes is not None:
             yield "", own_bytes
             return
         start = len(s3.split(uri)[1])
-        for page in _asked(lambda: list(s3.pages(uri, what=what)), what):
+        for page in _retried(lambda: list(s3.pages(uri, what=what)), what):
             yield from ((key[start:].lstrip("/"), size_bytes) for key, size_bytes in page)
         return
     filesystem = pafs.LocalFileSystem()
@@ -111,36 +102,58 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
 
 
 def _below(filesystem: pafs.LocalFileSystem, uri: str) -> list[pafs.FileInfo]:
-    """What lies below a local folder; of one that is made at this moment Arrow says that it is not there, and is."""
+    """The entries below a local folder; an empty list where there is no folder."""
     selector = pafs.FileSelector(uri, allow_not_found=True, recursive=True)
-    for _ in range(_LISTINGS - 1):
-        with contextlib.suppress(FileNotFoundError):
-            return list(filesystem.get_file_info(selector))
-    return list(filesystem.get_file_info(selector))
+    # Despite `allow_not_found`, Arrow raises for a folder that appears or disappears during the call.
+    return retry_transient(
+        lambda: list(filesystem.get_file_info(selector)),
+        f"cannot list {uri}",
+        is_transient=lambda error: isinstance(error, FileNotFoundError),
+        give_up_s=5.0,
+        pauses_s=(0.0001, 0.1),
+    )
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole of a small file."""
-    return _asked(lambda: s3.get(uri) if is_s3(uri) else Path(uri).read_bytes(), f"cannot read {uri}")
+    """The content of a small file."""
+    return _retried(lambda: s3.get(uri) if is_s3(uri) else Path(uri).read_bytes(), f"cannot read {uri}")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a small file so that a reader sees the old bytes or the new ones, never a part."""
+    """Write a small file atomically: a reader sees the old content or the new, never a part."""
     if is_s3(uri):
-        _asked(lambda: s3.put(uri, data), f"cannot write {uri}")
+        _retried(lambda: s3.put(uri, data), f"cannot write {uri}")
         return
     with _draft(Path(uri), data) as draft:
         draft.replace(uri)
 
 
-def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a small file only where there is none; False when there is one.
+@contextlib.contextmanager
+def write_file(uri: str) -> Iterator[Path]:
+    """A local path for a large file that is written piece by piece; needs free disk space for it.
 
-    Of several who try at once, exactly one gets True. Whose answer was lost on the way finds its own bytes there, and
-    that counts as well: `data` should name its writer.
+    When the context ends without an error, the file appears at `uri`, whole or not at all. Errors of the body pass
+    unchanged and leave nothing behind.
     """
     if is_s3(uri):
-        return _asked(lambda: s3.create(uri, data), f"cannot write {uri}")
+        with tempfile.TemporaryDirectory() as folder:
+            draft = Path(folder) / "draft"
+            yield draft
+            _retried(lambda: s3.upload(draft, uri), f"cannot write {uri}")
+        return
+    with _draft(Path(uri), b"") as draft:
+        yield draft
+        _retried(lambda: draft.replace(uri), f"cannot write {uri}")
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a small file unless it exists; returns whether it was written.
+
+    Of several concurrent writers, exactly one gets True. When the response to a write is lost, finding the same bytes
+    counts as success, so `data` must be unique to its writer.
+    """
+    if is_s3(uri):
+        return _retried(lambda: s3.create(uri, data), f"cannot write {uri}")
     with _draft(Path(uri), data) as draft:
         try:
             Path(uri).hardlink_to(draft)
@@ -150,9 +163,9 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
 
 def delete(uri: str) -> None:
-    """Remove a small file; nothing happens where there is none."""
+    """Delete a small file if it exists."""
     if is_s3(uri):
-        _asked(lambda: s3.delete(uri), f"cannot delete {uri}")
+        _retried(lambda: s3.delete(uri), f"cannot delete {uri}")
     else:
         Path(uri).unlink(missing_ok=True)
 
@@ -160,8 +173,8 @@ def delete(uri: str) -> None:
 def copy_folder(source_uri: str, target_uri: str) -> None:
     """Copy the files below `source_uri` to `target_uri`, between disk and object store in any direction.
 
-    A local target appears at once and replaces the former folder; on an object store, where no such thing
-    exists, `.json` files are written last, so that whoever finds one finds the rest.
+    A local target appears whole: the copy is made next to it and then takes its place. An object store has no such
+    operation, so `.json` files are written last: a reader that finds one also finds the other files.
     """
     if is_s3(target_uri):
         _copy_files(source_uri, target_uri)
@@ -183,10 +196,10 @@ def copy_folder(source_uri: str, target_uri: str) -> None:
 def _copy_files(source_uri: str, target_uri: str) -> None:
     files = list_files(source_uri)
     if not files:
-        raise StorageError(f"there is no folder with files at {source_uri}")
+        raise StorageError(f"no files to copy at {source_uri}")
     for file in sorted(files, key=lambda file: (file.uri.endswith(".json"), file.uri)):
         target = join(target_uri, file.uri[len(source_uri) :])
-        _asked(functools.partial(_copy_file, file.uri, target), f"cannot copy {file.uri} to {target}")
+        _retried(functools.partial(_copy_file, file.uri, target), f"cannot copy {file.uri} to {target}")
 
 
 def _copy_file(source: str, target: str) -> None:
@@ -205,7 +218,7 @@ def _copy_file(source: str, target: str) -> None:
 
 @contextlib.contextmanager
 def local_folder(uri: str) -> Iterator[Path]:
-    """The files of a folder as a local path: the folder itself, or a copy for as long as the context is open."""
+    """A folder as a local path: the folder itself, or a copy that is deleted when the context ends."""
     if not is_s3(uri):
         yield Path(uri)
         return
@@ -216,7 +229,7 @@ def local_folder(uri: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _draft(target: Path, data: bytes) -> Iterator[Path]:
-    """A file beside `target` with all of its bytes, for as long as the context is open."""
+    """A temporary file in the folder of `target` that holds `data`; deleted when the context ends."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -226,8 +239,8 @@ def _draft(target: Path, data: bytes) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def _asked(work: Callable[[], T], what: str) -> T:
-    """What `work` gives in the end, or a StorageError that begins with `what`."""
+def _retried(work: Callable[[], T], what: str) -> T:
+    """`retry_transient`, with permanent errors as `StorageError` too; its message begins with `what`."""
     try:
         return retry_transient(work, what)
     except (BotoCoreError, ClientError, OSError) as error:

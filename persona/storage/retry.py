@@ -1,8 +1,8 @@
-"""How long work on an object store is tried again, and at which errors, before it fails with one that says why.
+"""Retry work that fails for a passing reason, with backoff and a time limit.
 
-`PERSONA_STORAGE_TIMEOUT_S` sets for how long one piece of work may go on failing (default: `GIVE_UP_S`). Every client
-of the store takes its own time-outs and its own number of attempts from it, so that no single request uses it up.
-What is bounded is failure: a transfer that goes on, however slowly, is left alone.
+`PERSONA_STORAGE_TIMEOUT_S` (default: `DEFAULT_TIMEOUT_S`) limits how long one piece of storage work may keep failing.
+The timeouts and attempts of every storage client derive from it, so that no single request uses up the limit.
+Only failure is limited: a slow transfer that makes progress is never interrupted.
 """
 
 import itertools
@@ -26,16 +26,15 @@ from persona.errors import PersonaError, StorageError, UsageError
 
 T = TypeVar("T")
 
-GIVE_UP_S = 120.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 8.0
-_PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504}
-# Answers that pass though their status is one of those that do not: 400 for a body that came too slowly, and 404 for an
-# upload whose completion was answered, but not heard. The whole upload has to be done again.
-_PASSING_CODES = {"RequestTimeout", "RequestTimeoutException", "NoSuchUpload", "SlowDown", "Throttling"}
-# How Arrow and delta-rs say it; they raise OSError, DeltaError or ArrowInvalid, whose text alone tells what happened.
-# Of a commit that failed, a number in the place of a reason says that the log's next entry was there already, or that
-# the answer was a 409: object_store takes either for the same.
-_PASSING_TEXT = re.compile(
+DEFAULT_TIMEOUT_S = 120.0
+_TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}
+# Transient errors with another status: 400 for a body that was sent too slowly, and 404 when the response to a
+# completed multipart upload was lost; the whole upload is then repeated.
+_TRANSIENT_CODES = {"RequestTimeout", "RequestTimeoutException", "NoSuchUpload", "SlowDown", "Throttling"}
+# Arrow and delta-rs raise OSError, DeltaError or ArrowInvalid; only the text tells what happened. A failed commit with
+# a bare number as its reason means that the next log entry already exists or that the response was a 409: object_store
+# does not distinguish the two.
+_TRANSIENT_TEXT = re.compile(
     r"AWS Error (INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|NETWORK_CONNECTION|REQUEST_TIMEOUT)"
     r"|AWS Error NO_SUCH_UPLOAD"
     r"|HTTP status (408|409|429|500|502|503|504)\b"
@@ -47,31 +46,75 @@ _PASSING_TEXT = re.compile(
 )
 
 
-def give_up_s() -> float:
-    """For how long work that fails is tried again, in seconds."""
-    told = os.environ.get("PERSONA_STORAGE_TIMEOUT_S", "")
+def timeout_s() -> float:
+    """The time limit for storage work that keeps failing, in seconds."""
+    given = os.environ.get("PERSONA_STORAGE_TIMEOUT_S", "")
     try:
-        bound_s = float(told) if told else GIVE_UP_S
+        seconds = float(given) if given else DEFAULT_TIMEOUT_S
     except ValueError:
-        bound_s = 0.0
-    if not 0 < bound_s < float("inf"):
-        raise UsageError(f"PERSONA_STORAGE_TIMEOUT_S: {told!r} is no number of seconds above 0")
-    return bound_s
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"PERSONA_STORAGE_TIMEOUT_S: must be a number of seconds above 0, got {given!r}")
+    return seconds
 
 
 def silence_s() -> float:
-    """For how long a store may be silent before a request counts as lost, in seconds."""
-    return give_up_s() / 12
+    """How long a store may send nothing before a request counts as lost, in seconds."""
+    return timeout_s() / 12
 
 
-def retry_transient(work: Callable[[], T], what: str) -> T:
-    """The result of `work`, which is repeated on errors that pass by themselves; it must be harmless to repeat.
+def is_transient(error: BaseException) -> bool:
+    """Whether the same storage request may succeed if it is repeated.
 
-    Any other error passes at once, as it is. Raises `StorageError`, beginning with `what` ("cannot read ..."), with the
-    last error as its cause, before a further attempt as long as the longest so far would end after `give_up_s`; there
-    are two attempts at least.
+    True for server errors, throttling, conflicting writes (409), failed or broken connections, and missing or partial
+    responses. False for a denied request, a missing object or bucket, a failed precondition (412) and any
+    `PersonaError`.
     """
-    bound_s, pause_s, longest_s = give_up_s(), _FIRST_PAUSE_S, 0.0
+    if isinstance(error, ClientError):
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return code in _TRANSIENT_CODES or (status in _TRANSIENT_STATUS and not code.startswith("Bucket"))
+    if isinstance(error, BotoCoreError):
+        return isinstance(error, HTTPClientError | BotoConnectionError | IncompleteReadError | FlexibleChecksumError)
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return not isinstance(error, PersonaError) and _TRANSIENT_TEXT.search(_plain(error)) is not None
+
+
+def retry_transient(
+    work: Callable[[], T],
+    what: str,
+    *,
+    is_transient: Callable[[BaseException], bool] = is_transient,
+    give_up_s: float | None = None,
+    pauses_s: tuple[float, float] = (0.1, 8.0),
+    error_class: type[PersonaError] = StorageError,
+) -> T:
+    """Call `work` until it returns, and return its result. `work` must be safe to repeat.
+
+    An error for which `is_transient` is false is raised at once, unchanged. To stop early with a better message, let
+    `work` raise a `PersonaError` that the predicate does not accept. To look before each attempt, do so in `work`:
+
+        def commit() -> None:
+            if not is_committed():
+                transact()
+
+        retry_transient(commit, "cannot write ...", is_transient=lambda e: isinstance(e, CommitFailedError))
+
+    Args:
+        work: What to do; any state it keeps between attempts is its own.
+        what: Start of the message on giving up ("cannot read s3://..."); the time and the last error follow.
+        is_transient: Which errors to retry; by default those of object stores.
+        give_up_s: The time limit in seconds; None for `timeout_s()`. With 0 there is one attempt.
+        pauses_s: The first and the longest pause between attempts. Pauses double and are randomized by half.
+        error_class: What to raise on giving up.
+
+    Raises:
+        error_class: The limit would pass before another attempt, as long as the longest so far, could end. The second
+            attempt need only start in time. The last error is the cause.
+    """
+    limit_s = timeout_s() if give_up_s is None else give_up_s
+    (pause_s, max_pause_s), longest_s = pauses_s, 0.0
     began = time.monotonic()
     for attempt in itertools.count(1):
         started = time.monotonic()
@@ -83,37 +126,20 @@ def retry_transient(work: Callable[[], T], what: str) -> T:
             now = time.monotonic()
             longest_s = max(longest_s, now - started)
             wait_s = random.uniform(pause_s / 2, pause_s)
-            foreseen_s = now - began + wait_s + (longest_s if attempt > 1 else 0)
-            if foreseen_s > bound_s:
-                raise StorageError(f"{what}: tried for {now - began:.0f} s, at last {in_one_line(error)}") from error
+            expected_s = now - began + wait_s + (longest_s if attempt > 1 else 0)
+            if expected_s > limit_s:
+                message = f"{what}: retried for {now - began:.0f} s; last error: {in_one_line(error)}"
+                raise error_class(message) from error
         time.sleep(wait_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-    raise AssertionError
+        pause_s = min(2 * pause_s, max_pause_s)
+    raise AssertionError("unreachable")
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an error says, without its line breaks, cut where it goes on for long."""
+    """An error's class and message without line breaks, at most 400 characters."""
     return f"{type(error).__name__}: {_plain(error)}"[:400]
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may well succeed in a moment.
-
-    So are server errors, requests to slow down, conflicts of two writes at once (409), connections that fail or break,
-    answers that do not come or come in part. A refusal, an object or a bucket that is not there, a condition that does
-    not hold (412) and any `PersonaError` are not.
-    """
-    if isinstance(error, ClientError):
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return code in _PASSING_CODES or (status in _PASSING_STATUS and not code.startswith("Bucket"))
-    if isinstance(error, BotoCoreError):
-        return isinstance(error, HTTPClientError | BotoConnectionError | IncompleteReadError | FlexibleChecksumError)
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    return not isinstance(error, PersonaError) and _PASSING_TEXT.search(_plain(error)) is not None
-
-
 def _plain(error: BaseException) -> str:
-    # delta-rs joins the causes of an error by coloured arrows where others put a colon.
+    # delta-rs joins the causes of an error with colored arrows where other libraries use a colon.
     return " ".join(re.sub(r"\x1b\[[\d;]*m|↳", " ", str(error)).split())

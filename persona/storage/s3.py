@@ -1,6 +1,6 @@
-"""Objects on S3: the clients with their time-outs, and the requests of which `persona.storage` is made.
+"""S3 clients with their timeouts, and the object requests that `persona.storage` is built on.
 
-A request raises what its library raises; `persona.storage.retry` knows which of these errors pass.
+A request raises its library's own errors; `persona.storage.retry` decides which of them are transient.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from persona.errors import StorageError
-from persona.storage.retry import give_up_s, retry_transient, silence_s
+from persona.storage.retry import retry_transient, silence_s, timeout_s
 from persona.storage.uris import S3
 
-_MOST_ATTEMPTS = 5
-_building = threading.Lock()
+_MAX_ATTEMPTS = 5
+_session_lock = threading.Lock()
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -33,38 +33,38 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def endpoint() -> str | None:
-    """The endpoint that the environment names, for a store other than AWS."""
+    """The endpoint URL from the environment, for a store other than AWS."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-def where() -> str:
-    """The store's name in a message."""
+def store_name() -> str:
+    """The store's name for messages, without any credentials in the endpoint URL."""
     url = endpoint()
     return (urlsplit(url).hostname or "the endpoint") if url else "AWS S3"
 
 
 @contextlib.contextmanager
 def client(bucket: str, *, attempts: int = 1, silent_s: float | None = None) -> Iterator[Any]:
-    """A client for `bucket`, which gives up a request after `silent_s` without a byte."""
+    """A client for `bucket` that gives up on a request after `silent_s` seconds without a byte."""
     wait_s = 2 * silence_s() if silent_s is None else silent_s
     config = Config(
         connect_timeout=min(silence_s(), wait_s),
         read_timeout=wait_s,
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
-    with _building:  # the session, which is expensive to make, belongs to all threads and bears one at a time
-        made = boto3.client("s3", region_name=_region(bucket), endpoint_url=endpoint(), config=config)
-    with contextlib.closing(made):
-        yield made
+    with _session_lock:  # all threads share the default session, which is expensive to create and not thread-safe
+        connection = boto3.client("s3", region_name=_region(bucket), endpoint_url=endpoint(), config=config)
+    with contextlib.closing(connection):
+        yield connection
 
 
 def filesystem(bucket: str) -> pafs.S3FileSystem:
-    """The Arrow filesystem. It holds the secret key."""
+    """The Arrow filesystem for `bucket`. It holds the secret key."""
     options: dict[str, Any] = {"region": _region(bucket)}
     if url := endpoint():
         parts = urlsplit(url)
         options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
-    silent_s = max(silence_s(), 1.0)  # curl, which sees to it, counts whole seconds
+    silent_s = max(silence_s(), 1.0)  # curl enforces it, in whole seconds
     return pafs.S3FileSystem(
         connect_timeout=silent_s,
         request_timeout=silent_s,
@@ -79,10 +79,10 @@ def delta_options(uri: str) -> dict[str, str]:
         "AWS_REGION": _region(split(uri)[0]),
         "aws_conditional_put": "etag",
         "connect_timeout": _duration(silence_s()),
-        # The time for one whole request, and that for a request with its repetitions; together half of the bound.
-        "timeout": _duration(give_up_s() / 4),
-        "retry_timeout": _duration(give_up_s() / 4),
-        "backoff_config.max_backoff": _duration(give_up_s() / 16),
+        # The limits for one request and for its retries; together half of the overall limit.
+        "timeout": _duration(timeout_s() / 4),
+        "retry_timeout": _duration(timeout_s() / 4),
+        "backoff_config.max_backoff": _duration(timeout_s() / 16),
     }
     if url := endpoint():
         options |= {"AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": str(url.startswith("http://")).lower()}
@@ -90,28 +90,32 @@ def delta_options(uri: str) -> dict[str, str]:
 
 
 def get(uri: str) -> bytes:
-    """The bytes of an object."""
+    """The content of an object."""
     bucket, key = split(uri)
-    with client(bucket) as asked, contextlib.closing(asked.get_object(Bucket=bucket, Key=key)["Body"]) as body:
+    with (
+        client(bucket) as connection,
+        contextlib.closing(connection.get_object(Bucket=bucket, Key=key)["Body"]) as body,
+    ):
         return bytes(body.read())
 
 
 def put(uri: str, data: bytes) -> None:
     """Write an object."""
     bucket, key = split(uri)
-    with client(bucket) as asked:
-        asked.put_object(Bucket=bucket, Key=key, Body=data)
+    with client(bucket) as connection:
+        connection.put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Write an object where there is none; otherwise whether the one there has the same bytes, as after a lost answer.
+    """Write an object unless it exists; returns whether the object has these bytes.
 
-    A 409, from a store that is busy with another request for this key, is raised: nobody knows yet who comes first.
+    An existing object with the same bytes is our own, written by a request whose response was lost. A 409 (the store is
+    handling another request for this key) is raised, because it does not tell which request wins.
     """
     bucket, key = split(uri)
     try:
-        with client(bucket) as asked:
-            asked.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        with client(bucket) as connection:
+            connection.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
     except ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] != 412:
             raise
@@ -121,25 +125,25 @@ def create(uri: str, data: bytes) -> bool:
         return get(uri) == data
     except ClientError as error:
         if _is_missing(error):
-            return False  # it was there a moment ago
+            return False  # deleted since
         raise
 
 
 def delete(uri: str) -> None:
-    """Remove an object, if there is one."""
+    """Delete an object if it exists."""
     bucket, key = split(uri)
-    with client(bucket) as asked:
-        asked.delete_object(Bucket=bucket, Key=key)
+    with client(bucket) as connection:
+        connection.delete_object(Bucket=bucket, Key=key)
 
 
 def size_bytes(uri: str) -> int | None:
-    """The size of an object; None where there is none."""
+    """The size of an object in bytes; None if it does not exist."""
     bucket, key = split(uri)
     if not key:
         return None
     try:
-        with client(bucket) as asked:
-            return int(asked.head_object(Bucket=bucket, Key=key)["ContentLength"])
+        with client(bucket) as connection:
+            return int(connection.head_object(Bucket=bucket, Key=key)["ContentLength"])
     except ClientError as error:
         if _is_missing(error):
             return None
@@ -147,13 +151,15 @@ def size_bytes(uri: str) -> int | None:
 
 
 def pages(uri: str, *, what: str) -> Iterator[list[tuple[str, int]]]:
-    """The objects below a prefix, key and size of each, as many at once as the store gives in one answer."""
+    """Key and size in bytes of the objects below a prefix, one list per page of the store's response."""
     bucket, key = split(uri)
     more: dict[str, str] = {}
-    with client(bucket) as asked:
+    with client(bucket) as connection:
         while True:
-            ask = functools.partial(asked.list_objects_v2, Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
-            page = retry_transient(ask, what)
+            request = functools.partial(
+                connection.list_objects_v2, Bucket=bucket, Prefix=f"{key}/" if key else "", **more
+            )
+            page = retry_transient(request, what)
             yield [(found["Key"], found["Size"]) for found in page.get("Contents", ()) if found["Key"][-1] != "/"]
             if not page.get("IsTruncated"):
                 return
@@ -161,44 +167,43 @@ def pages(uri: str, *, what: str) -> Iterator[list[tuple[str, int]]]:
 
 
 def download(uri: str, path: Path) -> None:
-    """Write an object of any size as a file, which is there in whole or not at all."""
+    """Download an object of any size to a file that appears whole or not at all."""
     bucket, key = split(uri)
     try:
-        with _carrier(bucket) as carrier:
-            carrier.download_file(bucket, key, str(path))
+        with _transfer_client(bucket) as connection:
+            connection.download_file(bucket, key, str(path))
     except RetriesExceededError as error:
         raise error.last_exception from error
 
 
 def upload(path: Path, uri: str) -> None:
-    """Write a file of any size as an object, which is there in whole or not at all."""
+    """Upload a file of any size to an object that appears whole or not at all."""
     bucket, key = split(uri)
-    with path.open("rb") as file, _carrier(bucket) as carrier:
-        carrier.upload_fileobj(file, bucket, key)
+    with path.open("rb") as file, _transfer_client(bucket) as connection:
+        connection.upload_fileobj(file, bucket, key)
 
 
 def copy(source_uri: str, target_uri: str) -> None:
-    """Have the store itself copy an object."""
+    """Copy an object of any size within the store, without downloading it."""
     (source, source_key), (target, target_key) = split(source_uri), split(target_uri)
-    named = {"Bucket": source, "Key": source_key}
-    with _carrier(target) as carrier, _carrier(source) as reader:
-        carrier.copy(named, target, target_key, SourceClient=reader)
+    with _transfer_client(target) as writer, _transfer_client(source) as reader:
+        writer.copy({"Bucket": source, "Key": source_key}, target, target_key, SourceClient=reader)
 
 
 def _is_missing(error: ClientError) -> bool:
-    """Whether an error says that there is no such object."""
+    """Whether the error means that the object does not exist."""
     return error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey")
 
 
-def _carrier(bucket: str) -> contextlib.AbstractContextManager[Any]:
-    # A large file is many requests: each has attempts of its own, so that not the whole is done again for one of them.
+def _transfer_client(bucket: str) -> contextlib.AbstractContextManager[Any]:
+    # A large file is many requests: retrying each one avoids repeating the whole file.
     return client(bucket, attempts=_attempts(2 * silence_s()))
 
 
 def _attempts(silent_s: float) -> int:
-    """How many attempts fit into half of the bound when all meet silence, and pause for 0 to 1, 2, 4, ... s between."""
-    longest_s = {n: n * silent_s + (2 ** (n - 1) - 1) / 2 for n in range(2, _MOST_ATTEMPTS + 1)}
-    return max((n for n, s in longest_s.items() if s <= give_up_s() / 2), default=1)
+    """How many attempts fit into half of the time limit if each times out, with pauses of up to 1, 2, 4, ... s."""
+    total_s = {n: n * silent_s + (2 ** (n - 1) - 1) / 2 for n in range(2, _MAX_ATTEMPTS + 1)}
+    return max((n for n, s in total_s.items() if s <= timeout_s() / 2), default=1)
 
 
 def _duration(seconds: float) -> str:
@@ -206,9 +211,8 @@ def _duration(seconds: float) -> str:
 
 
 def _region(bucket: str) -> str:
-    named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if named:
-        return named
+    if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+        return region
     return "us-east-1" if endpoint() else _configured_region(bucket)
 
 

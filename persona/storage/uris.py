@@ -1,4 +1,4 @@
-"""Paths and `s3://` URIs in one normal form; what the libraries would misread is refused."""
+"""Normalize local paths and `s3://` URIs, and refuse those that a library would misread."""
 
 import os
 import re
@@ -8,21 +8,21 @@ from persona.errors import UsageError
 
 S3 = "s3://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-# The characters allowed in the path of an S3 URI. Ray and pyarrow silently send a URI with other characters to the
-# local disk, or read them as a query.
+# The characters allowed in the path of an S3 URI. With others, Ray and pyarrow silently use the local disk or parse a
+# query string.
 _KEY = re.compile(r"[A-Za-z0-9!_.*'()/=+,:@&$;~-]*")
 
 
 def is_s3(uri: str) -> bool:
-    """Whether the URI names an object store rather than this machine's disk."""
+    """Whether the URI is on an object store rather than on the local disk."""
     return uri.startswith(S3)
 
 
 def check_uri(uri: str, *, flag: str) -> str:
-    """The URI in its one normal form: no trailing slash, a local path absolute.
+    """The URI in normal form: no trailing slash, and a local path absolute.
 
-    Raises `UsageError`, naming `flag`, for a URI that the libraries below would misunderstand. The text of an
-    S3 URI that may hold a password is not repeated.
+    Raises `UsageError`, naming `flag`, for a URI that a library would misread. The message does not repeat text that
+    may contain a password.
     """
     if not uri.strip():
         raise UsageError(f"{flag}: the path is empty; give a local path or s3://bucket/prefix")
@@ -41,15 +41,15 @@ def check_uri(uri: str, *, flag: str) -> str:
     bad = next((c for c in key if not _KEY.fullmatch(c)), None)
     if bad is not None:
         name = "a space" if bad == " " else f"the character {bad!r}"
-        raise UsageError(f"{flag}: {uri!r} holds {name}; use ASCII letters, digits and - _ . = / in an s3:// path")
+        raise UsageError(f"{flag}: {uri!r} contains {name}; use ASCII letters, digits and - _ . = / in an s3:// path")
     if not _BUCKET.fullmatch(bucket):
-        raise UsageError(f"{flag}: {bucket!r} cannot be a bucket: 3 to 63 of a-z 0-9 . - are allowed")
+        raise UsageError(f"{flag}: {bucket!r} is not a valid bucket name: use 3 to 63 of the characters a-z 0-9 . -")
     parts = [part for part in key.split("/") if part]
     if ".." in parts or "." in parts:
-        raise UsageError(f"{flag}: {uri!r} holds a relative part (. or ..), which object stores take literally")
+        raise UsageError(f"{flag}: {uri!r} contains . or .., which object stores take literally; remove it")
     return join(f"{S3}{bucket}", *parts)
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with the parts behind it, one slash between."""
+    """`uri` followed by the parts, separated by single slashes."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])

@@ -1,7 +1,7 @@
-"""Requests meet histories: each request gets the vectors of the behaviors that it may see, and no others.
+"""Join requests with histories: each request gets the vectors of the behaviors it may see.
 
-Vectors are many and requests few, so vectors are not moved: whoever has the requests of a bucket reads that
-bucket's behaviors of their users from the store. Shape suffixes: N behaviors, U users.
+Vectors are large and requests small, so vectors are not moved: the worker that has the requests of a bucket reads the
+behaviors of their users from the store. Shape suffixes: N behaviors, U users.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from persona.options import PersonaKind
 from persona.store.store import Store
 
-_NEVER = np.iinfo(np.int64).max  # stands for a missing timestamp, behind all others
-_OTHER_BUCKETS = 16  # how many buckets are searched for another user before a request goes without
+_NO_TIME = np.iinfo(np.int64).max  # replaces a null timestamp; sorts last
+_MAX_BUCKETS_SEARCHED = 16  # for another user, before a request gets an empty history
 _EMPTY = memoryview(b"")
-_Place = tuple[int, str]  # a bucket, and a user in it
+_Source = tuple[int, str]  # bucket and user whose history a request sees
 
 
 def join_histories(
@@ -31,57 +31,59 @@ def join_histories(
     max_behaviors: int,
     with_vectors: bool = True,
 ) -> pa.Table:
-    """The requests of one bucket with the history that each may see, in the order they came.
+    """The requests of one bucket, in their order, each with the history that it may see.
 
-    Adds `history` (large_binary: n·2·d bytes, float16 vectors, oldest first), `n_behaviors` and `n_untimed`
-    (int32; behaviors not used because the request has an `as_of` and they have no timestamp), and
-    `history_hash` (over the keys and text hashes of what is seen: when it is the same, so is the history).
-    With an `as_of`, only strictly older behaviors are seen; of what is seen the last `max_behaviors`.
+    With an `as_of`, a request sees only strictly older behaviors; of these, the last `max_behaviors`. `own` and `mean`
+    see the user's own history (the plug weighs it differently), `none` and `bare` an empty one (`bare` runs without the
+    plug), and `other` that of the next user by id who has a behavior to see at that time, wrapping around within the
+    bucket and then searching the following buckets.
 
-    `own` and `mean` see the user's own history (they differ in how the plug weighs it), `none` and `bare` an empty one
-    (of which `bare` does not even tell the plug),
-    `other` that of the user who is next by id, around the bucket and then in those behind it, and has
-    anything to see at that time. Without vectors there is no `history`, and only keys are read.
+    Adds these columns:
+    - `history` (large_binary): n·2·d bytes, float16 vectors, oldest first. Absent without `with_vectors`, which reads
+      keys only.
+    - `n_behaviors` (int32).
+    - `n_untimed` (int32): behaviors skipped because the request has an `as_of` and they have no timestamp.
+    - `history_hash` (string): over the keys and text hashes of the visible behaviors, so equal for equal histories.
     """
     users = requests["user_id"].to_pylist()
     as_of = requests["as_of"].cast(pa.int64()).to_pylist()
-    places: list[_Place | None]
+    sources: list[_Source | None]
     if persona is PersonaKind.OTHER:
-        places = _others(store, bucket, users, as_of)
+        sources = _other_users(store, bucket, users, as_of)
     else:
-        places = [None if persona.sees_no_history else (bucket, user) for user in users]
+        sources = [None if persona.sees_no_history else (bucket, user) for user in users]
 
-    seen = [_Seen() for _ in users]
-    for source in sorted({place[0] for place in places if place is not None}):
-        mine = [(i, place[1]) for i, place in enumerate(places) if place is not None and place[0] == source]
-        of_users = sorted({user for _, user in mine})
-        histories = _Histories.of(store.read_histories(source, of_users, with_vectors=with_vectors))
-        for i, user in mine:
-            seen[i] = histories.see(user, as_of[i], max_behaviors)
+    visible = [_Visible() for _ in users]
+    for source_bucket in sorted({source[0] for source in sources if source is not None}):
+        in_bucket = [(i, source[1]) for i, source in enumerate(sources) if source and source[0] == source_bucket]
+        source_users = sorted({user for _, user in in_bucket})
+        histories = _Histories.of(store.read_histories(source_bucket, source_users, with_vectors=with_vectors))
+        for i, user in in_bucket:
+            visible[i] = histories.visible(user, as_of[i], max_behaviors)
     if with_vectors:
-        requests = requests.append_column("history", _concatenated([s.vectors for s in seen]))
+        requests = requests.append_column("history", _concatenated([v.vectors for v in visible]))
     return (
-        requests.append_column("n_behaviors", pa.array([s.n_behaviors for s in seen], pa.int32()))
-        .append_column("n_untimed", pa.array([s.n_untimed for s in seen], pa.int32()))
-        .append_column("history_hash", pa.array([_digest(s.keys) for s in seen], pa.string()))
+        requests.append_column("n_behaviors", pa.array([v.n_behaviors for v in visible], pa.int32()))
+        .append_column("n_untimed", pa.array([v.n_untimed for v in visible], pa.int32()))
+        .append_column("history_hash", pa.array([_digest(v.keys) for v in visible], pa.string()))
     )
 
 
 def seen_rows(
     requests: pa.Table, store: Store, bucket: int, *, max_behaviors: int, with_vectors: bool = False
 ) -> list[pa.Table]:
-    """For each request the store's rows of the own history that `join_histories` lets it see, in the same order."""
+    """For each request, the stored rows of the user's own history that `join_histories` shows it, in the same order."""
     users = requests["user_id"].to_pylist()
     as_of = requests["as_of"].cast(pa.int64()).to_pylist()
     rows = store.read_histories(bucket, sorted(set(users)), with_vectors=with_vectors)
     histories = _Histories.of(rows)
-    spans = [histories.span(user, limit, max_behaviors) for user, limit in zip(users, as_of, strict=True)]
-    return [rows.slice(first, end - first) for first, end, _ in spans]
+    ranges = [histories.visible_rows(user, limit, max_behaviors) for user, limit in zip(users, as_of, strict=True)]
+    return [rows.slice(start, end - start) for start, end, _ in ranges]
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What one request sees: parts of buffers, nothing copied."""
+class _Visible:
+    """What one request sees; views of shared buffers."""
 
     vectors: memoryview = _EMPTY
     keys: memoryview = _EMPTY
@@ -91,11 +93,11 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Histories:
-    """Users' behaviors as `Store.read_histories` sorts them; rows `start_U[i]` to `start_U[i + 1]` are user i's."""
+    """Behaviors as `Store.read_histories` sorts them; user i has rows `start_U[i]` to `start_U[i + 1]`."""
 
-    number: Mapping[str, int]
+    user_index: Mapping[str, int]
     start_U: np.ndarray
-    time_N: np.ndarray  # microseconds since 1970, or _NEVER
+    time_N: np.ndarray  # microseconds since 1970, or _NO_TIME
     vectors: Callable[[int, int], memoryview]
     keys: Callable[[int, int], memoryview]
 
@@ -104,55 +106,55 @@ class _Histories:
         users, start_U = _runs(rows)
         parts = [rows[name].cast(pa.large_string()) for name in ("user_id", "behavior_id", "text_hash")]
         return _Histories(
-            number={user: i for i, user in enumerate(users)},
+            user_index={user: i for i, user in enumerate(users)},
             start_U=start_U,
             time_N=_times(rows),
-            vectors=_spans(rows["vector"]) if "vector" in rows.column_names else lambda _first, _end: _EMPTY,
-            keys=_spans(pc.binary_join_element_wise(*parts, pa.scalar("\0", pa.large_string()))),
+            vectors=_byte_ranges(rows["vector"]) if "vector" in rows.column_names else lambda _start, _end: _EMPTY,
+            keys=_byte_ranges(pc.binary_join_element_wise(*parts, pa.scalar("\0", pa.large_string()))),
         )
 
-    def see(self, user: str, as_of: int | None, max_behaviors: int) -> _Seen:
-        first, end, n_untimed = self.span(user, as_of, max_behaviors)
-        return _Seen(self.vectors(first, end), self.keys(first, end), end - first, n_untimed)
+    def visible(self, user: str, as_of: int | None, max_behaviors: int) -> _Visible:
+        start, end, n_untimed = self.visible_rows(user, as_of, max_behaviors)
+        return _Visible(self.vectors(start, end), self.keys(start, end), end - start, n_untimed)
 
-    def span(self, user: str, as_of: int | None, max_behaviors: int) -> tuple[int, int, int]:
-        """First row and end of what is seen, and how many rows are not seen for want of a timestamp."""
-        if user not in self.number:
+    def visible_rows(self, user: str, as_of: int | None, max_behaviors: int) -> tuple[int, int, int]:
+        """Start and end of the visible rows, and the number of rows skipped for a missing timestamp."""
+        if user not in self.user_index:
             return 0, 0, 0
-        first, end = self.start_U[self.number[user] :][:2]
+        start, end = self.start_U[self.user_index[user] :][:2]
         n_untimed = 0
         if as_of is not None:
-            time_N = self.time_N[first:end]
-            n_untimed = int(np.count_nonzero(time_N == _NEVER))
-            end = first + np.searchsorted(time_N, as_of, side="left")
-        return int(max(first, end - max_behaviors)), int(end), n_untimed
+            time_N = self.time_N[start:end]
+            n_untimed = int(np.count_nonzero(time_N == _NO_TIME))
+            end = start + np.searchsorted(time_N, as_of, side="left")
+        return int(max(start, end - max_behaviors)), int(end), n_untimed
 
 
-def _others(store: Store, bucket: int, users: Sequence[str], as_of: Sequence[int | None]) -> list[_Place | None]:
-    """For each request somebody else who has a behavior to see; None where nobody near has."""
-    found: list[_Place | None] = [None] * len(users)
+def _other_users(store: Store, bucket: int, users: Sequence[str], as_of: Sequence[int | None]) -> list[_Source | None]:
+    """For each request another user with a behavior to see; None when the searched buckets have none."""
+    found: list[_Source | None] = [None] * len(users)
     filled = store.buckets()
-    around = [b for b in filled if b >= bucket] + [b for b in filled if b < bucket]
-    for source in around[:_OTHER_BUCKETS]:
-        open_requests = [i for i, place in enumerate(found) if place is None]
+    in_search_order = [b for b in filled if b >= bucket] + [b for b in filled if b < bucket]
+    for source_bucket in in_search_order[:_MAX_BUCKETS_SEARCHED]:
+        open_requests = [i for i, source in enumerate(found) if source is None]
         if not open_requests:
             break
-        rows = store.read_histories(source, with_vectors=False)
+        rows = store.read_histories(source_bucket, with_vectors=False)
         names, start_U = _runs(rows)
         earliest_U = _times(rows)[start_U[:-1]]
         for i in open_requests:
             limit = as_of[i]
-            able = np.arange(len(names)) if limit is None else np.flatnonzero(earliest_U < limit)
-            after = int(np.searchsorted(able, bisect_right(names, users[i])))
-            # Around the ids, from the one behind the user's own, which comes last.
-            nearest = names[able[after % len(able)]] if len(able) else users[i]
+            candidates = np.arange(len(names)) if limit is None else np.flatnonzero(earliest_U < limit)
+            after = int(np.searchsorted(candidates, bisect_right(names, users[i])))
+            # Wrap around from the id after the user's own; the user itself comes last.
+            nearest = names[candidates[after % len(candidates)]] if len(candidates) else users[i]
             if nearest != users[i]:
-                found[i] = (source, nearest)
+                found[i] = (source_bucket, nearest)
     return found
 
 
 def _runs(rows: pa.Table) -> tuple[list[str], np.ndarray]:
-    """The users of sorted rows, and where each begins (and the last ends)."""
+    """The users of sorted rows, and the first row of each, followed by the number of rows."""
     if not rows.num_rows:
         return [], np.zeros(1, np.int64)
     runs = pc.run_end_encode(rows["user_id"].combine_chunks())
@@ -160,16 +162,16 @@ def _runs(rows: pa.Table) -> tuple[list[str], np.ndarray]:
 
 
 def _times(rows: pa.Table) -> np.ndarray:
-    return np.asarray(rows["timestamp"].cast(pa.int64()).fill_null(_NEVER).to_numpy())
+    return np.asarray(rows["timestamp"].cast(pa.int64()).fill_null(_NO_TIME).to_numpy())
 
 
-def _spans(column: pa.ChunkedArray) -> Callable[[int, int], memoryview]:
-    """The bytes of rows `first` to `end` of a column of 64-bit offsets, as a view."""
+def _byte_ranges(column: pa.ChunkedArray) -> Callable[[int, int], memoryview]:
+    """A function that returns the bytes of rows `start` to `end` of a column with 64-bit offsets, as a view."""
     array = column.combine_chunks()
-    _, offsets, data = array.buffers()
-    place = np.frombuffer(offsets, np.int64)[array.offset :] if len(array) else np.zeros(1, np.int64)
+    _, offset_buffer, data = array.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int64)[array.offset :] if len(array) else np.zeros(1, np.int64)
     view = memoryview(data if data is not None else b"")
-    return lambda first, end: view[place[first] : place[end]]
+    return lambda start, end: view[offsets[start] : offsets[end]]
 
 
 def _concatenated(pieces: Sequence[memoryview]) -> pa.Array:

@@ -1,10 +1,10 @@
-"""The right to write to a table: a numbered object that only one process could create, and that it renews.
+"""The lease of a table: a numbered object that makes its creator the only writer, and that it renews.
 
-    <store>/_leases/<table>/00000012.json    who holds it, since when, until when
+    <store>/_leases/<table>/00000012.json    holder, start, expiry
 
-Whoever wants to write creates the next number once the last one is released or has run out. Clocks and expiry only
-decide how long others wait. What keeps a holder that was paused from writing after it was replaced is the number: every
-commit carries it (`tables.Table.commit`), and the table's log refuses one that is no longer the highest.
+A writer creates the next number once the last lease is released or expired. Clocks and expiry only decide how long
+others wait. Safety comes from the number: a commit goes through only while the committer's number is the ruling one in
+the table's log (`log.Log.commit`), so a holder that was paused and replaced cannot write.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from persona import storage
 from persona.errors import LeaseHeld, LeaseLost, StorageError
 
 TTL_S = 60.0
-_RENEWALS = 4  # within the time a lease lives
+_RENEWALS = 4  # per TTL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,47 +34,47 @@ class _Entry:
     pid: int
     since: str
     expires: str
-    token: str  # or two threads that write at the same moment would both find their own bytes
+    token: str  # unique, or two threads that write in the same instant would both read back their own bytes
     released: bool = False
 
     @property
     def holder(self) -> str:
         return f"{self.job} (process {self.pid} on {self.host})"
 
-    def is_over(self) -> bool:
-        """Whether nobody can be holding it: given back, run out, or left by a process of this machine that is gone."""
-        gone = self.host == socket.gethostname() and not _is_running(self.pid)
-        return self.released or gone or datetime.fromisoformat(self.expires) < datetime.now(UTC)
+    def is_free(self) -> bool:
+        """Whether it can have no holder: it was released, it expired, or its process on this machine has ended."""
+        ended = self.host == socket.gethostname() and not _is_running(self.pid)
+        return self.released or ended or datetime.fromisoformat(self.expires) < datetime.now(UTC)
 
 
 class Lease:
-    """Held from `acquire` on; a context that gives it back, and that renews it from a thread of its own until then."""
+    """A lease that `acquire` took. Its context renews it from a thread, and releases it at the end."""
 
     def __init__(self, folder: str, entry: _Entry, ttl_s: float) -> None:
-        """For `acquire`."""
+        """Use `acquire`."""
         self.number = entry.number
         self._folder = folder
         self._entry = entry
         self._ttl_s = ttl_s
-        self._ended = threading.Event()
-        self._lost_to: _Entry | None = None
-        self._thread = threading.Thread(target=self._keep, daemon=True, name=f"lease of {folder}")
+        self._stop = threading.Event()
+        self._successor: _Entry | None = None
+        self._thread = threading.Thread(target=self._keep_renewing, daemon=True, name=f"lease of {folder}")
 
     @staticmethod
     def acquire(store_uri: str, table: str, *, job: str, above: int = 0, ttl_s: float = TTL_S) -> "Lease":
-        """Become the one writer of a table.
+        """Become the only writer of a table.
 
-        A lease that nobody can be holding is taken over at once. One that might be held is watched until it is renewed
-        or has not been for `ttl_s`: a run that died on another machine delays its successor by no more than that. The
-        number is `above` what the log knows of, also where somebody has deleted the leases.
+        A free lease is taken at once. One that may be held is watched until it is renewed or `ttl_s` have passed, so a
+        run that died on another machine delays its successor by at most that. The new number is greater than `above`,
+        the one in the log, even if the lease objects have been deleted.
 
-        Raises LeaseHeld, with the holder and since when, for one that is renewed.
+        Raises `LeaseHeld`, with the holder and its start, when the lease is renewed.
         """
         folder = storage.join(store_uri, "_leases", table)
         while True:
-            last = _last(folder)
-            if last is not None and not last.is_over():
-                _watch(folder, last, table, ttl_s)
+            last = _latest(folder)
+            if last is not None and not last.is_free():
+                _wait_until_free(folder, last, table, ttl_s)
             now = datetime.now(UTC)
             entry = _Entry(
                 number=max(last.number if last else 0, above) + 1,
@@ -85,11 +85,11 @@ class Lease:
                 expires=(now + timedelta(seconds=ttl_s)).isoformat(),
                 token=uuid.uuid4().hex,
             )
-            if not storage.create_bytes(_uri(folder, entry.number), _written(entry)):
+            if not storage.create_bytes(_uri(folder, entry.number), _to_bytes(entry)):
                 continue
             numbers = _numbers(folder)
             if max(numbers) > entry.number:
-                # It was free only because it is so old that its entry has been deleted: nobody may have it again.
+                # The number was used before, and its entry deleted since: numbers must not be reused.
                 storage.delete(_uri(folder, entry.number))
                 continue
             for number in numbers:
@@ -104,42 +104,42 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
+        self._stop.set()
         self._thread.join()
-        if self._lost_to is not None:
+        if self._successor is not None:
             return
-        with contextlib.suppress(StorageError, OSError):  # what was done is done, and the lease runs out by itself
-            storage.write_bytes(_uri(self._folder, self.number), _written(replace(self._entry, released=True)))
+        with contextlib.suppress(StorageError, OSError):  # the commits are done, and the lease expires without help
+            storage.write_bytes(_uri(self._folder, self.number), _to_bytes(replace(self._entry, released=True)))
 
     def check(self) -> None:
-        """Raises LeaseLost when somebody else has taken over, as far as this process has noticed."""
-        if self._lost_to is not None:
+        """Raise `LeaseLost` if this process has noticed that another one took over."""
+        if self._successor is not None:
             raise LeaseLost(
-                f"{self._lost_to.holder} took over the lease {_uri(self._folder, self.number)}, which was not renewed "
-                f"for {self._ttl_s:.0f} s; nothing was written since, run the same command again"
+                f"{self._successor.holder} took over the lease {_uri(self._folder, self.number)}, which was not "
+                f"renewed for {self._ttl_s:.0f} s; nothing was written since, run the same command again"
             )
 
-    def _keep(self) -> None:
-        while not self._ended.wait(self._ttl_s / _RENEWALS):
+    def _keep_renewing(self) -> None:
+        while not self._stop.wait(self._ttl_s / _RENEWALS):
             try:
-                last = _last(self._folder)
+                last = _latest(self._folder)
                 if last is not None and last.number > self.number:
-                    self._lost_to = last
+                    self._successor = last
                     return
                 expires = datetime.now(UTC) + timedelta(seconds=self._ttl_s)
                 self._entry = replace(self._entry, expires=expires.isoformat())
-                storage.write_bytes(_uri(self._folder, self.number), _written(self._entry))
+                storage.write_bytes(_uri(self._folder, self.number), _to_bytes(self._entry))
             except (StorageError, OSError):
-                continue  # an object store that is away for a while; whoever takes over meanwhile is seen at a commit
+                continue  # try again at the next renewal; if another run takes over before that, commits are refused
 
 
-def _watch(folder: str, seen: _Entry, table: str, ttl_s: float) -> None:
-    """Returns when the lease is free; raises LeaseHeld as soon as it is renewed."""
+def _wait_until_free(folder: str, seen: _Entry, table: str, ttl_s: float) -> None:
+    """Return when the lease is free or has not been renewed for `ttl_s`. Raises `LeaseHeld` once it is renewed."""
     until = time.monotonic() + ttl_s
-    while time.monotonic() < until and not seen.is_over():
+    while time.monotonic() < until and not seen.is_free():
         time.sleep(min(1.0, ttl_s / (4 * _RENEWALS)))
-        now = _last(folder)
-        if now is None or now.is_over():
+        now = _latest(folder)
+        if now is None or now.is_free():
             return
         if now != seen:
             raise LeaseHeld(
@@ -148,15 +148,15 @@ def _watch(folder: str, seen: _Entry, table: str, ttl_s: float) -> None:
             )
 
 
-def _last(folder: str) -> _Entry | None:
-    """The entry with the highest number; None where there is none yet."""
+def _latest(folder: str) -> _Entry | None:
+    """The entry with the highest number, or None when there is none."""
     while numbers := _numbers(folder):
         uri = _uri(folder, max(numbers))
         try:
             return _Entry(**json.loads(storage.read_bytes(uri)))
         except StorageError:
             if storage.exists(uri):
-                raise  # and not just replaced by the next one
+                raise  # otherwise it was deleted by the holder of the next number
         except (ValueError, TypeError) as error:
             raise StorageError(
                 f"{uri} cannot be read as a lease ({error}); if no run is writing to this table, delete it"
@@ -173,7 +173,7 @@ def _uri(folder: str, number: int) -> str:
     return storage.join(folder, f"{number:08d}.json")
 
 
-def _written(entry: _Entry) -> bytes:
+def _to_bytes(entry: _Entry) -> bytes:
     return json.dumps(asdict(entry)).encode()
 
 

@@ -1,11 +1,11 @@
-"""Looking after a store: what is in it, whether it keeps its promises, and who is to be forgotten.
+"""Inspect and verify the tables of a store, and find and remove the rows of users.
 
-Everything works on one file or one partition at a time, so that many can do it side by side.
+Every function works on one file or one partition, so that many can run in parallel.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -14,20 +14,32 @@ import pyarrow.compute as pc
 from persona.errors import StorageError
 from persona.inputs.histories import bucket_of
 from persona.store import vectors
-from persona.store.schema import LAYOUTS, DataFile
+from persona.store.changes import key_strings
+from persona.store.data_files import DataFile
+from persona.store.schema import LAYOUTS
 from persona.store.store import Store
 from persona.store.table import Table
-from persona.store.writer import Rewritten, key_strings
+from persona.store.writer import Rewritten
 
 TABLES = tuple(LAYOUTS)
-OF_USERS = ("behaviors", "personas", "generations")  # tables that hold rows of users
-_ROWS_AT_ONCE = 65_536
-# Unit vectors in float16: each of d numbers is off by at most 2^-11 of itself, so the norm by no more than that.
+OF_USERS = ("behaviors", "personas", "generations")  # tables with rows of users
+_BATCH_ROWS = 65_536
+# Rounding to float16 changes each component of a unit vector by at most a factor of 1 ± 2^-11, and so does its norm.
 _NORM_TOLERANCE = 2e-3
 
 
-def facts(store: Store, name: str) -> dict[str, Any]:
-    """Rows, bytes, files and version of a table, and its rows by partition; read from the log alone."""
+class TableFacts(TypedDict):
+    """The size of a table, as reported by `jobs.store show`."""
+
+    version: int
+    rows: int
+    bytes: int
+    files: int
+    rows_by_partition: dict[str, int]
+
+
+def facts(store: Store, name: str) -> TableFacts:
+    """Version and size of a table; reads only the log."""
     table = store.table(name)
     files = table.files()
     by_partition: Counter[str] = Counter()
@@ -43,83 +55,86 @@ def facts(store: Store, name: str) -> dict[str, Any]:
 
 
 def verify(store: Store, name: str, partition: str) -> tuple[int, list[str]]:
-    """Checks one partition of a table, file by file; how many rows, and what is wrong, in words."""
+    """Check one partition of a table, file by file; returns its number of rows and the problems found."""
     table = store.table(name)
     problems: list[str] = []
-    seen: list[pa.Array] = []
-    rows = 0
-    for file in table.files(table.partition_values([partition])):
+    keys_by_file: list[pa.Array] = []
+    n_rows = 0
+    for file in table.files(table.layout.partition_values([partition])):
         where = f"{name}/{file.path}"
         try:
-            read = table.read_file(file)
+            rows = table.read_file(file)
         except StorageError as error:
             problems.append(f"{where}: {error}")
             continue
-        if read.num_rows != file.n_rows:
-            problems.append(f"{where}: has {read.num_rows:,} rows, and {file.n_rows:,} by the log")
-        rows += read.num_rows
-        problems += [f"{where}: {problem}" for problem in _wrong(store, table, read)]
-        seen.append(key_strings(read.select([key for key in table.layout.key if key != table.layout.partition])))
-    keys = pa.chunked_array(seen, pa.large_string())
-    if twice := len(keys) - pc.count_distinct(keys, mode="all").as_py():
-        problems.append(
-            f"{name}, {table.layout.partition} {partition}: {twice:,} rows have a key that is there already"
-        )
-    return rows, problems
+        if rows.num_rows != file.n_rows:
+            problems.append(f"{where}: has {rows.num_rows:,} rows, but {file.n_rows:,} according to the log")
+        n_rows += rows.num_rows
+        problems += [f"{where}: {problem}" for problem in _row_problems(store, table, rows)]
+        keys_by_file.append(key_strings(rows.select(table.layout.row_key)))
+    keys = pa.chunked_array(keys_by_file, pa.large_string())
+    if n_duplicates := len(keys) - pc.count_distinct(keys, mode="all").as_py():
+        problems.append(f"{name}, {table.layout.partition} {partition}: {n_duplicates:,} rows have a duplicate key")
+    return n_rows, problems
 
 
-def _wrong(store: Store, table: Table, rows: pa.Table) -> list[str]:
-    """What is wrong with the rows of one file, keys aside."""
+def _row_problems(store: Store, table: Table, rows: pa.Table) -> list[str]:
+    """Problems with the rows of one file, except duplicate keys."""
     nulls = {key: rows[key].null_count for key in table.layout.key}
     found = [f"{n:,} rows have no {key}" for key, n in nulls.items() if n]
     buckets = bucket_of(rows["user_id"].drop_null(), store.n_buckets)
-    if not rows["user_id"].null_count and (astray := int((buckets != rows["bucket"].to_numpy()).sum())):
-        found.append(f"{astray:,} rows are not in their user's bucket")
+    if not rows["user_id"].null_count and (n_misplaced := int((buckets != rows["bucket"].to_numpy()).sum())):
+        found.append(f"{n_misplaced:,} rows are not in their user's bucket")
     if "vector" in rows.column_names:
-        size = vectors.n_bytes(store.identity.width)
-        fits = pc.fill_null(pc.equal(pc.binary_length(rows["vector"]), size), False)
-        if not pc.all(fits).as_py():
-            found.append(f"{rows.num_rows - pc.sum(fits).as_py():,} vectors are not {size} bytes long")
-        for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
-            good = rows["vector"].filter(fits).slice(start, _ROWS_AT_ONCE).to_pylist()
-            vectors_Nd = vectors.from_column(good, store.identity.width).astype(np.float32)
-            norms_N = np.linalg.norm(vectors_Nd, axis=1)
-            # A text of which the encoder makes nothing has the vector 0.
-            if off := int(((np.abs(norms_N - 1) > _NORM_TOLERANCE) & (norms_N != 0) | np.isnan(norms_N)).sum()):
-                found.append(f"{off:,} vectors are no unit vectors")
+        found += _vector_problems(rows["vector"], store.identity.width)
+    return found
+
+
+def _vector_problems(column: pa.ChunkedArray, width: int) -> list[str]:
+    size = vectors.n_bytes(width)
+    fits = pc.fill_null(pc.equal(pc.binary_length(column), size), False)
+    found = []
+    if not pc.all(fits).as_py():
+        found.append(f"{len(column) - pc.sum(fits).as_py():,} vectors are not {size} bytes long")
+    for start in range(0, len(column), _BATCH_ROWS):
+        batch = column.filter(fits).slice(start, _BATCH_ROWS).to_pylist()
+        norms_N = np.linalg.norm(vectors.from_column(batch, width).astype(np.float32), axis=1)
+        # The zero vector is valid: the encoder returns it for a text with nothing to encode.
+        is_wrong = (np.abs(norms_N - 1) > _NORM_TOLERANCE) & (norms_N != 0) | np.isnan(norms_N)
+        if n_wrong := int(is_wrong.sum()):
+            found.append(f"{n_wrong:,} vectors are not unit vectors")
     return found
 
 
 def files_of_users(store: Store, name: str, users: Sequence[str]) -> list[DataFile]:
-    """The files of a table that may hold rows of these users, as far as the log tells."""
+    """The files of a table that may hold rows of these users, judging by the log."""
     table = store.table(name)
     buckets = bucket_of(users, store.n_buckets)
     by_bucket: dict[int, list[str]] = {}
     for bucket, user in zip(buckets.tolist(), users, strict=True):
         by_bucket.setdefault(bucket, []).append(user)
-    wanted = sorted(by_bucket)
-    files = table.files(wanted if table.layout.partition == "bucket" else None)
+    files = table.files(sorted(by_bucket) if table.layout.partition == "bucket" else None)
     return [file for file in files if _may_hold(file, table, by_bucket)]
 
 
 def _may_hold(file: DataFile, table: Table, by_bucket: dict[int, list[str]]) -> bool:
     if table.layout.partition == "bucket":
-        first, last = file.span.get("user_id", (None, None))
+        first, last = file.stats.get("user_id", (None, None))
         return any(first is None or first <= user <= last for user in by_bucket[int(file.partition)])
-    first, last = file.span.get("bucket", (None, None))
+    first, last = file.stats.get("bucket", (None, None))
     return first is None or any(first <= bucket <= last for bucket in by_bucket)
 
 
 def rows_of_users(table: Table, file: DataFile, users: Sequence[str]) -> int:
-    """How many rows of a file are theirs."""
-    theirs = pc.is_in(table.read_file(file, ["user_id"])["user_id"], value_set=pa.array(users, pa.string()))
-    return pc.sum(theirs).as_py() or 0
+    """The number of rows of these users in a file."""
+    is_theirs = pc.is_in(table.read_file(file, ["user_id"])["user_id"], value_set=pa.array(users, pa.string()))
+    return pc.sum(is_theirs).as_py() or 0
 
 
 def without_users(table: Table, file: DataFile, users: Sequence[str]) -> Rewritten | None:
-    """The file without the rows of these users, as a new one that nobody sees yet; None where it has none."""
+    """Stage a copy of a file without the rows of these users; None when it has none."""
     if not rows_of_users(table, file, users):
         return None
     rows = table.read_file(file)
-    left = rows.filter(pc.invert(pc.is_in(rows["user_id"], value_set=pa.array(users, pa.string()))))
-    return file, table.write_file(left) if left.num_rows else None
+    rest = rows.filter(pc.invert(pc.is_in(rows["user_id"], value_set=pa.array(users, pa.string()))))
+    return file, table.write_file(rest) if rest.num_rows else None

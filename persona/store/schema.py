@@ -1,46 +1,22 @@
-"""What the tables of a store look like: their columns, their keys, and how their rows lie in files."""
+"""The tables of a store: format version, columns, keys, partitions and the order of rows in a file."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from persona.inputs.cells import TIME
-from persona.inputs.files import REJECTS
+from persona.inputs.records import REJECTS
 
-
-@dataclass(frozen=True, kw_only=True)
-class DataFile:
-    """A Parquet file of a table: its path, its partition's value, its size, and between which keys its rows lie."""
-
-    path: str
-    partition: str
-    n_rows: int
-    size_bytes: int
-    span: Mapping[str, tuple[Any, Any]]
-
-    def to_json(self) -> str:
-        """As text, to travel between processes."""
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "DataFile":
-        """From `to_json`."""
-        fields = json.loads(text)
-        return cls(**{**fields, "span": {name: tuple(ends) for name, ends in fields["span"].items()}})
-
-    def may_share_rows(self, other: "DataFile") -> bool:
-        """Whether both may hold a row of the same key, as far as their spans tell."""
-        both = self.span.keys() & other.span.keys()
-        apart = any(self.span[n][1] < other.span[n][0] or other.span[n][1] < self.span[n][0] for n in both)
-        return self.partition == other.partition and not apart
+# Version of everything below and of the vector codec, recorded in each store. Raise it when older code would misread
+# or damage a store written by newer code. A store without a recorded version has version 1.
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a table is laid out: its key, the order of rows in a file, and of which columns the log keeps the span."""
+    """The layout of one table. `order` sorts the rows of a file; tables without a `key` only grow."""
 
     schema: pa.Schema
     partition: str
@@ -48,9 +24,23 @@ class Layout:
     order: tuple[str, ...]
 
     @property
-    def spans(self) -> tuple[str, ...]:
-        """The columns of the key that tell files of one partition apart, by which readers skip what they can."""
+    def row_key(self) -> list[str]:
+        """The key within a partition."""
+        return [name for name in self.key if name != self.partition]
+
+    @property
+    def stats_columns(self) -> tuple[str, ...]:
+        """Key columns whose range differs between files, so that their min and max let readers skip files."""
         return tuple(name for name in self.key if name in self.order and name != self.partition)
+
+    @property
+    def partition_type(self) -> pa.DataType:
+        """The type of the partition column."""
+        return self.schema.field(self.partition).type
+
+    def partition_values(self, texts: Iterable[str]) -> list[Any]:
+        """Partition values in the column's own type, from their text in paths and in `DataFile`."""
+        return [int(text) if pa.types.is_integer(self.partition_type) else text for text in texts]
 
 
 LAYOUTS = {

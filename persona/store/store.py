@@ -1,17 +1,15 @@
-"""The store: what is known of every user, in Delta tables that only one encoder writes to.
+"""The store: everything known about every user, in Delta tables written with the vectors of one encoder.
 
-    <store>/behaviors    a row a behavior with its vector, by bucket
-    <store>/personas     a row a user and plug
-    <store>/generations  a row an answer, by variant
-    <store>/rejects      a row a bad input row, by job
+    <store>/behaviors    a row per behavior with its vector, by bucket
+    <store>/personas     a row per user and plug, by bucket
+    <store>/generations  a row per answer, by variant
+    <store>/rejects      a row per bad input row, by job
 
-A user's bucket is `histories.bucket_of`; whoever works on one bucket reads that part of the tables and
-nothing else.
+A user's bucket is `histories.bucket_of`. A worker reads one bucket at a time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import reduce
 
@@ -20,39 +18,27 @@ import pyarrow.compute as pc
 
 from persona.errors import InputError, StoreMismatch
 from persona.inputs.cells import TIME
-from persona.inputs.histories import KEY, in_order, latest
+from persona.inputs.histories import KEY, in_order
 from persona.storage import join
-from persona.store import vectors
+from persona.store import identity as identities, vectors
+from persona.store.changes import behavior_changes, persona_changes
+from persona.store.identity import Identity
 from persona.store.lease import Lease
 from persona.store.schema import LAYOUTS
-from persona.store.table import Table, one_of
-from persona.store.writer import CHANGES, Writer, key_strings, staged_files
+from persona.store.table import Table, sql_in
+from persona.store.writer import Writer, staged_files
 
 DEFAULT_BUCKETS = 64
-_PREFIX = "persona."  # of our keys among the table properties, most of which are Delta's
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What made the vectors of a store; vectors of two identities cannot be compared, so a store has one."""
-
-    encoder: str
-    revision: str
-    fingerprint: str
-    width: int
-    pooling: str
-    max_tokens: int
-    text_rule: str
 
 
 class Store:
-    """An open store. It may travel to another process, being a URI and an identity, and opens its tables there.
+    """An open store. It can be sent to another process, which opens its own tables.
 
-    What it reads of a table is the newest version, or, of those in `versions`, that one: see `snapshot`.
+    It reads the newest version of each table, or the one in `versions`; see `snapshot`.
     """
 
     def __init__(self, uri: str, identity: Identity, n_buckets: int, versions: Mapping[str, int] | None = None) -> None:
-        """For `open`, `create` and `at`."""
+        """Use `open`, `create`, `open_or_create`, `find` or `at`."""
         self.uri = uri
         self.identity = identity
         self.n_buckets = n_buckets
@@ -60,40 +46,39 @@ class Store:
         self._tables: dict[str, Table] = {}
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int, dict[str, int]]]:
-        """Tables stay behind: they hold connections."""
+        """Without open tables, which hold connections."""
         return Store, (self.uri, self.identity, self.n_buckets, self.versions)
 
     def __repr__(self) -> str:
-        """Where, and by which encoder."""
         return f"Store({self.uri!r}, encoder={self.identity.encoder!r}, n_buckets={self.n_buckets})"
 
     @staticmethod
     def create(uri: str, identity: Identity, n_buckets: int) -> "Store":
-        """Create the empty tables, or open the store when another process has just done so.
+        """Create the empty tables, or open the store if another process has just created it.
 
-        Raises `StoreMismatch` when that one has another identity or number of buckets.
+        Raises `StoreMismatch` when that store has another identity or number of buckets.
         """
         if n_buckets < 1:
-            raise ValueError(f"n_buckets must be at least 1, not {n_buckets}")
-        properties = {f"{_PREFIX}{k}": str(v) for k, v in {**asdict(identity), "buckets": n_buckets}.items()}
-        # The table with the identity comes last: where it is, the store is whole.
+            raise ValueError(f"n_buckets must be at least 1, got {n_buckets}")
+        properties = identities.to_properties(identity, n_buckets)
+        # `behaviors`, with the identity, comes last: once it exists, the store is complete.
         for name in reversed(LAYOUTS):
             Table.create(join(uri, name), name, properties if name == "behaviors" else {})
-        return _same(Store.open(uri), identity, n_buckets)
+        return _matching(Store.open(uri), identity, n_buckets)
 
     @staticmethod
     def open(uri: str) -> "Store":
-        """Open an existing store. Raises `InputError` when there is none."""
+        """Open an existing store. Raises `InputError` when there is none, and as `find`."""
         store = _find(uri)
         if store is None:
-            raise InputError(f"there is no store at {uri}; make one with: python -m jobs.embed --store {uri} ...")
+            raise InputError(f"there is no store at {uri}; create one with: python -m jobs.embed --store {uri} ...")
         return store
 
     @staticmethod
     def open_or_create(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store":
-        """Open the store that `identity` may write to, or create it.
+        """Open the store for an encoder, or create it.
 
-        Without `n_buckets`, an existing store keeps its own and a new one gets `DEFAULT_BUCKETS`. Raises as `find`.
+        Without `n_buckets`, an existing store keeps its number and a new one has `DEFAULT_BUCKETS`. Raises as `find`.
         """
         store = Store.find(uri, identity, n_buckets)
         if store is None:
@@ -102,157 +87,145 @@ class Store:
 
     @staticmethod
     def find(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store | None":
-        """The store that `identity` may write to; None where there is none yet.
+        """The store for an encoder, or None when there is no store yet.
 
-        Raises `StoreMismatch`: where the store and the wish differ, and what to do; `InputError` for a table of others.
+        Raises:
+            StoreMismatch: The store has another identity or number of buckets, or a newer format.
+            InputError: The table there is not one of ours.
         """
         store = _find(uri)
-        return None if store is None else _same(store, identity, n_buckets)
+        return None if store is None else _matching(store, identity, n_buckets)
 
     def version(self, table: str) -> int:
-        """Which version of a table is read."""
+        """The version of a table that is read."""
         return self.table(table).version()
 
     def at(self, **versions: int) -> "Store":
-        """The same store, of which these tables are read as of these versions, whoever commits meanwhile."""
+        """The same store with some tables fixed at these versions."""
         return Store(self.uri, self.identity, self.n_buckets, {**self.versions, **versions})
 
     def snapshot(self, *tables: str) -> "Store":
-        """The same store, of which these tables are read as they are now: the same rows at any time, in any process."""
+        """The same store with some tables fixed at their current version: any process reads the same rows."""
         return self.at(**{name: self.version(name) for name in tables})
 
-    def missing(self, bucket: int, rows: pa.Table, *, sync: bool = False) -> tuple[pa.Table, dict[str, int]]:
-        """What has to be done so that the store has a bucket's valid `rows` (`histories.SCHEMA`), each key once.
+    def table(self, name: str) -> Table:
+        """An open table, one of `schema.LAYOUTS`."""
+        if name not in self._tables:
+            self._tables[name] = Table(join(self.uri, name), name, self.versions.get(name))
+        return self._tables[name]
 
-        Reads keys, hashes and timestamps, no vectors. Returns the rows to work on with a string `change`: `new` ones,
-        `edited` ones (stored with another text or timestamp), and, with `sync`, the `gone` ones that are stored and not
-        among `rows`, with neither text nor hash. And how many were `known`, `new`, `edited`, `gone`, and `duplicates`
-        within the input, of which the latest counts (of the same time, the one with the greatest text hash). The same
-        rows and the same version of the table give the same answer, in the same order.
+    def missing(self, bucket: int, rows: pa.Table, *, sync: bool = False) -> tuple[pa.Table, dict[str, int]]:
+        """Compare valid `rows` (`histories.SCHEMA`) of one bucket with the store; reads no vectors.
+
+        Returns the rows that need work, with a string column `change`, each key once:
+        - `new`: not stored;
+        - `edited`: stored with another text or timestamp;
+        - `gone`, only with `sync`: stored but not among `rows`; text and hash are null.
+
+        Also returns the counts of `known`, `new`, `edited`, `gone`, and `duplicates` within the input. Of duplicates
+        the latest counts (at the same time, the one with the greatest text hash). The result, order included, depends
+        only on the set of rows and the table's version.
         """
-        wanted = latest(rows)
         columns = [*KEY, "text_hash", "timestamp"]
-        stored = self.table("behaviors").scan(columns, one_of("bucket", [bucket]))
-        keys, stored_keys = (key_strings(rows.select(KEY)) for rows in (wanted, stored))
-        # Where each row is stored; a table of strings takes a fraction of the memory of a join.
-        place = pc.index_in(keys, value_set=stored_keys)
-        old = stored.select(["text_hash", "timestamp"]).take(place)
-        same_time = pc.or_(
-            pc.fill_null(pc.equal(old["timestamp"], wanted["timestamp"]), False),
-            pc.and_(old["timestamp"].is_null(), wanted["timestamp"].is_null()),
-        )
-        same = pc.and_(pc.fill_null(pc.equal(old["text_hash"], wanted["text_hash"]), False), same_time)
-        work = wanted.append_column("change", pc.if_else(place.is_valid(), "edited", "new")).filter(pc.invert(same))
-        n_known = wanted.num_rows - work.num_rows
-        if sync:
-            gone = stored.select(KEY).filter(pc.invert(pc.is_in(stored_keys, value_set=keys)))
-            gone = in_order(gone, dict.fromkeys(KEY, "ascending"))
-            work = pa.concat_tables([work, _gone(gone, bucket, work.schema)])
-        counts = {name: pc.sum(pc.equal(work["change"], name)).as_py() or 0 for name in CHANGES}
-        return work, {"known": n_known, **counts, "duplicates": rows.num_rows - wanted.num_rows}
+        stored = self.table("behaviors").scan(columns, sql_in("bucket", [bucket]))
+        return behavior_changes(rows, stored, bucket, sync=sync)
+
+    def personas_to_make(self, bucket: int, plug: str) -> pa.Table:
+        """The users of one bucket whose persona under a plug (its fingerprint) is missing, out of date or `gone`.
+
+        Returns `user_id`, `bucket` and `change`. Reads user ids and times, no vectors: a persona is out of date when
+        the user's number of behaviors has changed, or one was encoded later than the persona.
+        """
+        where = sql_in("bucket", [bucket])
+        behaviors = self.table("behaviors").scan(["user_id", "embedded_at"], where)
+        columns = ["user_id", "n_behaviors", "updated_at"]
+        personas = self.table("personas").scan(columns, f"{where} AND {sql_in('plug', [plug])}")
+        return persona_changes(behaviors, personas, bucket)
 
     def stage(self, table: str, rows: pa.Table) -> pa.Table:
-        """Write rows (all columns of the table but its time stamp, and `change`) to files that no reader sees yet.
+        """Write rows to files that readers do not see until a `Writer` commits them.
 
-        Returns a row a file, for `Writer`. Rows `gone` need their key only. A file holds rows of one bucket and one
-        change. Raises `StoreMismatch` for vectors of another width.
+        `rows` has `change` and all columns of the table except its write time; `gone` rows need only their key.
+        Returns a row per file (`writer.staged_files`). A file holds rows of one bucket and one change.
+        Raises `StoreMismatch` for vectors of another width.
         """
         layout = LAYOUTS[table]
         if table == "behaviors":
             rows = self._checked(rows)
-        (stamp,) = set(layout.schema.names) - set(rows.column_names)
-        rows = rows.append_column(stamp, _now(rows.num_rows))
-        places = list(dict.fromkeys((layout.partition, "bucket", "change")))
+        (write_time,) = set(layout.schema.names) - set(rows.column_names)
+        rows = rows.append_column(write_time, pa.repeat(pa.scalar(datetime.now(UTC), TIME), rows.num_rows))
+        grouping = list(dict.fromkeys((layout.partition, "bucket", "change")))
         staged = []
-        for place in rows.group_by(places).aggregate([]).to_pylist():
-            mine = rows.filter(reduce(pc.and_, (pc.equal(rows[name], value) for name, value in place.items())))
-            staged.append((self.table(table).write_file(mine), place["change"]))
+        for group in rows.group_by(grouping).aggregate([]).to_pylist():
+            of_group = rows.filter(reduce(pc.and_, (pc.equal(rows[name], value) for name, value in group.items())))
+            staged.append((self.table(table).write_file(of_group), group["change"]))
         return staged_files(staged)
 
     def _checked(self, rows: pa.Table) -> pa.Table:
         size = vectors.n_bytes(self.identity.width)
-        stored = rows["vector"].cast(pa.large_binary())
-        encoded = stored.filter(pc.not_equal(rows["change"], "gone"))
+        column = rows["vector"].cast(pa.large_binary())
+        encoded = column.filter(pc.not_equal(rows["change"], "gone"))
         other = next((n for n in pc.unique(pc.binary_length(encoded).fill_null(0)).to_pylist() if n != size), None)
         if other is not None:
             raise StoreMismatch(
                 f"a vector has {other} bytes; the store at {self.uri} holds float16 vectors of width "
                 f"{self.identity.width}, {size} bytes each"
             )
-        return rows.set_column(rows.column_names.index("vector"), "vector", stored)
-
-    def write(self, table: str, rows: pa.Table) -> None:
-        """`stage` and commit, in this process alone: what a job does with many."""
-        if rows.num_rows:
-            with self.writer(table, job="a single write") as writer:
-                writer.commit(self.stage(table, rows))
+        return rows.set_column(rows.column_names.index("vector"), "vector", column)
 
     @contextmanager
-    def writer(self, table: str, *, job: str) -> Iterator["Writer"]:
-        """The right to commit to a table, for as long as the context is open. Raises `LeaseHeld`: by whom."""
+    def writer(self, table: str, *, job: str) -> Iterator[Writer]:
+        """The only writer of a table, until the context ends. Raises `LeaseHeld`, naming the current one."""
         opened = Table(join(self.uri, table), table)
         with Lease.acquire(self.uri, table, job=job, above=opened.lease()) as lease:
             opened.fence(lease.number, job=job)
             yield Writer(opened, lease)
 
+    def write_rejects(self, rows: pa.Table) -> None:
+        """Commit bad input rows (`inputs.REJECTS`) that are not recorded yet."""
+        if not rows.num_rows:
+            return
+        key = ["job", "source", "row", "reason"]
+        where = " AND ".join(sql_in(name, pc.unique(rows[name]).to_pylist()) for name in ("job", "source"))
+        known = self.table("rejects").scan(key, where)
+        fresh = rows.join(known, key, join_type="left anti", use_threads=False).select(rows.column_names)
+        if fresh.num_rows:
+            self.table("rejects").append(fresh)
+
     def read_histories(
         self, bucket: int, user_ids: Sequence[str] | None = None, *, with_vectors: bool = True
     ) -> pa.Table:
-        """The behaviors of a bucket, or of some of its users: user_id, behavior_id, timestamp, text_hash (, vector).
+        """The behaviors of one bucket, or of some users in it: user_id, behavior_id, timestamp, text_hash (, vector).
 
-        Sorted by user_id, timestamp (none last) and behavior_id; `vector` is `large_binary`.
+        Sorted by user_id, timestamp (nulls last) and behavior_id. `vector` is `large_binary`.
         """
-        where = one_of("bucket", [bucket])
+        where = sql_in("bucket", [bucket])
         if user_ids is not None:
-            where += f" AND {one_of('user_id', user_ids)}"
+            where += f" AND {sql_in('user_id', user_ids)}"
         columns = [*KEY, "timestamp", "text_hash", *(["vector"] if with_vectors else [])]
         table = self.table("behaviors").scan(columns, where)
         return in_order(table, dict.fromkeys(["user_id", "timestamp", "behavior_id"], "ascending"))
 
     def users(self, bucket: int) -> list[str]:
-        """Who has behaviors in a bucket, sorted."""
-        found = self.table("behaviors").scan(["user_id"], one_of("bucket", [bucket]))
+        """The users with behaviors in one bucket, sorted."""
+        found = self.table("behaviors").scan(["user_id"], sql_in("bucket", [bucket]))
         return sorted(pc.unique(found["user_id"]).to_pylist())
 
     def buckets(self) -> list[int]:
-        """The buckets that hold behaviors, sorted; read from the log alone."""
+        """The buckets with behaviors, sorted; reads only the log."""
         return self.table("behaviors").partitions()
 
     def persona_buckets(self) -> list[int]:
-        """The buckets that hold personas, sorted."""
+        """The buckets with personas, sorted; reads only the log."""
         return self.table("personas").partitions()
 
-    def personas_to_make(self, bucket: int, plug: str) -> pa.Table:
-        """The users of a bucket whose persona under a plug (its fingerprint) is missing or out of date, or who left.
-
-        Rows with `user_id`, `bucket` and `change`. Reads user ids and times, no vectors: a persona is out of date when
-        the user has another number of behaviors now, or one that was encoded later.
-        """
-        where = one_of("bucket", [bucket])
-        behaviors = self.table("behaviors").scan(["user_id", "embedded_at"], where)
-        now = behaviors.group_by("user_id").aggregate([("embedded_at", "max"), ("embedded_at", "count")])
-        made = self.table("personas").scan(
-            ["user_id", "n_behaviors", "updated_at"], f"{where} AND {one_of('plug', [plug])}"
-        )
-        both = now.join(made, "user_id", join_type="full outer", use_threads=False).sort_by("user_id")
-        is_new, is_gone = both["n_behaviors"].is_null(), both["embedded_at_count"].is_null()
-        is_old = pc.or_(
-            pc.not_equal(both["embedded_at_count"], both["n_behaviors"].cast(pa.int64())),
-            pc.greater(both["embedded_at_max"], both["updated_at"]),
-        )
-        cases = pc.make_struct(is_new, is_gone, pc.fill_null(is_old, False))
-        change = pc.case_when(cases, "new", "gone", "edited", pa.scalar(None, pa.string()))
-        buckets = pa.repeat(pa.scalar(bucket, pa.int32()), both.num_rows)
-        users = pa.table({"user_id": both["user_id"], "bucket": buckets, "change": change})
-        return users.filter(users["change"].is_valid())
-
     def answers(self, variant: str, bucket: int) -> pa.Table:
-        """`request_id`, `fingerprint` and `plug` of what has been answered."""
-        where = f"{one_of('variant', [variant])} AND {one_of('bucket', [bucket])}"
+        """`request_id`, `fingerprint` and `plug` of the stored answers."""
+        where = f"{sql_in('variant', [variant])} AND {sql_in('bucket', [bucket])}"
         return self.table("generations").scan(["request_id", "fingerprint", "plug"], where)
 
     def variants(self) -> list[str]:
-        """The variants that have answers, sorted; read from the log alone."""
+        """The variants with answers, sorted; reads only the log."""
         return self.table("generations").partitions()
 
     def read_generations(
@@ -262,70 +235,25 @@ class Store:
         *,
         buckets: Sequence[int] | None = None,
     ) -> pa.Table:
-        """Answers of some variants and buckets, or of all."""
+        """The answers of some variants and buckets; None means all."""
         wanted = {"variant": variants, "bucket": buckets}
-        where = [one_of(name, values) for name, values in wanted.items() if values is not None]
+        where = [sql_in(name, values) for name, values in wanted.items() if values is not None]
         return self.table("generations").scan(columns, " AND ".join(where) or None)
-
-    def write_rejects(self, rows: pa.Table) -> None:
-        """Commit bad input rows (`inputs.REJECTS`); what an earlier run has already noted stays one row."""
-        if not rows.num_rows:
-            return
-        place = ["job", "source", "row", "reason"]
-        where = " AND ".join(one_of(name, pc.unique(rows[name]).to_pylist()) for name in ("job", "source"))
-        known = self.table("rejects").scan(place, where)
-        fresh = rows.join(known, place, join_type="left anti", use_threads=False).select(rows.column_names)
-        if fresh.num_rows:
-            self.table("rejects").append(fresh)
-
-    def table(self, name: str) -> Table:
-        """One of the tables of `layouts.LAYOUTS`, open."""
-        if name not in self._tables:
-            self._tables[name] = Table(join(self.uri, name), name, self.versions.get(name))
-        return self._tables[name]
 
 
 def _find(uri: str) -> Store | None:
     table = Table.find(join(uri, "behaviors"), "behaviors")
     if table is None:
         return None
-    kept = {k.removeprefix(_PREFIX): v for k, v in table.properties().items() if k.startswith(_PREFIX)}
-    try:
-        identity = Identity(
-            encoder=kept["encoder"],
-            revision=kept["revision"],
-            fingerprint=kept["fingerprint"],
-            width=int(kept["width"]),
-            pooling=kept["pooling"],
-            max_tokens=int(kept["max_tokens"]),
-            text_rule=kept["text_rule"],
-        )
-        store = Store(uri, identity, int(kept["buckets"]))
-    except KeyError as error:
-        raise InputError(f"the table {table.uri} does not say {error}: it is no store of this project") from error
-    return store
+    return Store(uri, *identities.from_properties(table.properties(), table.uri))
 
 
-def _same(store: Store, identity: Identity, n_buckets: int | None) -> Store:
-    mine = {**asdict(store.identity), "buckets": store.n_buckets}
-    asked = {**asdict(identity), "buckets": store.n_buckets if n_buckets is None else n_buckets}
-    differing = [
-        f"{name} is {mine[name]!r} in the store and {asked[name]!r} here" for name in mine if mine[name] != asked[name]
-    ]
-    if differing:
+def _matching(store: Store, identity: Identity, n_buckets: int | None) -> Store:
+    """The store itself. Raises `StoreMismatch` when it is not one of this identity and number of buckets."""
+    wanted_buckets = store.n_buckets if n_buckets is None else n_buckets
+    if difference := identities.describe_difference(store.identity, store.n_buckets, identity, wanted_buckets):
         raise StoreMismatch(
             f"the store at {store.uri} was made by encoder {store.identity.encoder} and cannot be used with "
-            f"{identity.encoder}: {'; '.join(differing)}. Use the store's own settings, or another --store for these"
+            f"{identity.encoder}: {difference}. Use the store's own settings, or another --store for these"
         )
     return store
-
-
-def _gone(keys: pa.Table, bucket: int, schema: pa.Schema) -> pa.Table:
-    """Rows of `schema` with nothing but key, bucket and change."""
-    known = {"bucket": pa.repeat(pa.scalar(bucket, pa.int32()), keys.num_rows), "change": ["gone"] * keys.num_rows}
-    columns = {**{name: keys[name] for name in keys.column_names}, **known}
-    return pa.table([columns.get(f.name, pa.nulls(keys.num_rows, f.type)) for f in schema], schema=schema)
-
-
-def _now(n: int) -> pa.Array:
-    return pa.repeat(pa.scalar(datetime.now(UTC), TIME), n)

@@ -31,9 +31,7 @@ def train_step(
     parts = [rows[start : start + options.micro_batch] for start in range(0, len(rows), options.micro_batch)]
     pairs = [with_other_histories(part) if options.contrast else ([], []) for part in parts]
     # The engine is called once a micro-batch, so rows with other histories are appended to it.
-    batches = [
-        model.collate([*part, *others], with_targets=True) for part, (_, others) in zip(parts, pairs, strict=True)
-    ]
+    batches = [model.collate([*part, *others]) for part, (_, others) in zip(parts, pairs, strict=True)]
     own_targets = [batch.targets[: len(part)] for part, batch in zip(parts, batches, strict=True)]
     n_tokens = sum_over_workers(sum(len(target) for part in own_targets for target in part), model.llm.device)
     factor = learning_rate_factor(step, n_steps, options.warmup)
@@ -82,7 +80,7 @@ def validation_loss(engine: Any, rows: Sequence[Row], *, micro_batch: int) -> fl
     batches = [ordered[start : start + micro_batch] for start in range(0, len(ordered), micro_batch)]
     total, n_tokens = 0.0, 0
     for i in range(int(max_over_workers(len(batches), device))):
-        batch = model.collate(batches[min(i, len(batches) - 1)], with_targets=True)
+        batch = model.collate(batches[min(i, len(batches) - 1)])
         nll = float(engine(batch).sum())
         if i < len(batches):
             total += nll

@@ -24,18 +24,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persona.evaluation.scores import bootstrap
+from persona.evaluation.intervals import bootstrap
 from persona.inputs.histories import bucket_of
 from persona.models import packaged, resolve as models
 from persona.models.encoder import TextEncoder
-from persona.options import Retrieval, Retriever
+from persona.options import RetrievalOptions, Retriever
 from persona.store.join import seen_rows
 from persona.store.store import Store
 
 _TITLES = re.compile(r'\[1\]: "(.*)" \[2\]: "(.*)"$', re.DOTALL)
 
 
-_NOTHING = Retrieval()
+_NOTHING = RetrievalOptions()
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Row:
     """Of training; None is the LLM without a plug."""
     train: Sequence[str] = ()
     personas: Sequence[str] = ("own", "none", "other")
-    retrieval: Retrieval = _NOTHING
+    retrieval: RetrievalOptions = _NOTHING
     """Past texts in the prompt, in training, answers and judgement alike."""
     one_seed: bool = False
 
@@ -65,8 +65,8 @@ class Experiment:
     """Each request has a user of its own, whose whole history is the right answer."""
 
 
-def _texts(n: int, retriever: Retriever, tokens: int) -> Retrieval:
-    return Retrieval(retrieve=n, retriever=retriever, retrieve_tokens=tokens)
+def _texts(n: int, retriever: Retriever, tokens: int) -> RetrievalOptions:
+    return RetrievalOptions(retrieve=n, retriever=retriever, retrieve_tokens=tokens)
 
 
 def _tokens(n: int) -> Sequence[str]:
@@ -77,7 +77,7 @@ def _rate(rate: str) -> Sequence[str]:
     return "--learning-rate", rate
 
 
-def _bare(retrieval: Retrieval = _NOTHING) -> Row:
+def _bare(retrieval: RetrievalOptions = _NOTHING) -> Row:
     return Row(personas=("bare",), retrieval=retrieval, one_seed=True)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.runtime import session
 from tests.benchmarks import corpus, data_path, encoding, llm_work
@@ -38,7 +39,9 @@ class Line:
     limit_share: float | None
     ours: str
     theirs: str
-    memory_mib: str = ""
+    limit: str = ""
+    ours_mib: float | None = None
+    theirs_mib: float | None = None
 
     @property
     def misses(self) -> bool:
@@ -121,7 +124,7 @@ def path(arguments: argparse.Namespace) -> Iterable[Line]:
         limit_share=ours.rate / limit.rate,
         ours=f"{ours.rate / _CORES:,.0f}/s a core",
         theirs=f"{limit.rate:,.0f}/s (pyarrow, one process)",
-        memory_mib=f"{ours.peak_mib:,.0f}",
+        ours_mib=ours.peak_mib,
     )
 
 
@@ -139,7 +142,7 @@ def refresh(arguments: argparse.Namespace) -> Iterable[Line]:
         limit_share=ours.rate / 100,
         ours=f"1/{ours.rate:.1f} of the build",
         theirs="the build",
-        memory_mib=f"{ours.peak_mib:,.0f}",
+        ours_mib=ours.peak_mib,
     )
 
 
@@ -161,16 +164,13 @@ def gpus(arguments: argparse.Namespace) -> Iterable[Line]:
 def start(arguments: argparse.Namespace) -> Iterable[Line]:
     """From the command to the first encoded batch."""
     ours_s, alone_s, beyond_s = data_path.time_to_first_batch(min(arguments.turns, 2))
+    work = "from the command to the first encoded batch"
+    nothing: dict[str, Any] = {"ratio": None, "goal": None, "noise": None, "limit_share": None}
+    alone = f"{alone_s:.1f} s"
     yield Line(
-        work="from the command to the first encoded batch",
-        peer="Ray's start and the model's load alone",
-        ratio=None,
-        goal=None,
-        noise=None,
-        limit_share=None,
-        ours=f"{ours_s:.1f} s, {beyond_s:.1f} s beyond (goal 3)",
-        theirs=f"{alone_s:.1f} s",
+        work=work, peer="Ray's start and the model's load alone", ours=f"{ours_s:.1f} s", theirs=alone, **nothing
     )
+    yield Line(work=f"{work}, beyond those", peer="-", ours=f"{beyond_s:.1f} s", theirs="goal 3 s", **nothing)
 
 
 _WORKS: dict[str, Callable[[argparse.Namespace], Iterable[Line]]] = {
@@ -198,7 +198,7 @@ def main() -> int:
         begun = time.perf_counter()
         for line in _WORKS[name](arguments):
             lines.append(line)
-            print(_row(line), flush=True)
+            print(" | ".join((*_rates(line), *_goals(line)[2:], *_memory(line)[2:])), flush=True)
         print(f"  ({name}: {time.perf_counter() - begun:,.0f} s)", file=sys.stderr, flush=True)
     if not arguments.only:
         _write(lines, time.perf_counter() - started)
@@ -218,28 +218,35 @@ def _line(work: str, ours: Contender, peer: Contender, goal: float, limit: Conte
         noise=noise,
         limit_share=ratio(ours, limit)[0],
         ours=f"{ours.rate:,.4g}/s",
-        theirs=f"{peer.rate:,.4g}/s (limit {limit.rate:,.4g}/s)",
-        memory_mib=f"{ours.peak_mib:,.0f} / {peer.peak_mib:,.0f}",
+        theirs=f"{peer.rate:,.4g}/s",
+        limit=f"{limit.rate:,.4g}/s",
+        ours_mib=ours.peak_mib,
+        theirs_mib=peer.peak_mib,
     )
 
 
-def _row(line: Line) -> str:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
+
+def _rates(line: Line) -> Sequence[str]:
+    noise = "" if line.noise is None else f" ± {line.noise:.2f}"
+    return line.work, line.peer, line.ours, line.theirs, f"{_number(line.ratio, '.2f')}{noise}"
+
+
+def _goals(line: Line) -> Sequence[str]:
     goal = "" if line.goal is None else f"≥ {line.goal:g}{' **missed**' if line.misses else ''}"
-    measured = f"{number(line.ratio, '.2f')}{'' if line.noise is None else f' ± {line.noise:.2f}'}"
-    cells = (
-        line.work,
-        line.peer,
-        line.ours,
-        line.theirs,
-        measured,
-        goal,
-        number(line.limit_share, ".2f"),
-        line.memory_mib,
-    )
-    return f"| {' | '.join(cells)} |"
+    return line.work, line.peer, goal, line.limit, _number(line.limit_share, ".2f")
+
+
+def _memory(line: Line) -> Sequence[str]:
+    return line.work, line.peer, _number(line.ours_mib, ",.0f"), _number(line.theirs_mib, ",.0f")
+
+
+def _table(heads: Sequence[str], lines: Sequence[Line], cells: Callable[[Line], Sequence[str]]) -> str:
+    """A Markdown table of the lines that have anything beyond their two names."""
+    rows = [heads, ["---"] * len(heads), *(row for row in map(cells, lines) if any(row[2:]))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _write(lines: Sequence[Line], seconds: float) -> None:
@@ -247,13 +254,18 @@ def _write(lines: Sequence[Line], seconds: float) -> None:
     facts = ("work", "peer", "ratio", "goal", "noise", "limit_share")
     found = [json.dumps({name: _rounded(getattr(line, name)) for name in facts}, ensure_ascii=False) for line in lines]
     (_HERE / "results.json").write_text("[\n" + ",\n".join(found) + "\n]\n")
-    names = ("work", "peer", "ours", "peer's", "ratio", "goal", "share of the limit", "peak MiB, ours / peer's")
-    table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *map(_row, lines)]
-    rows = "\n".join(table)
-    text = f"""{rows}
+    text = f"""{_table(("work", "compared with", "ours", "theirs", "ratio"), lines, _rates)}
 
-Last run: {seconds / 60:.0f} minutes, {_CORES} cores, Python {platform.python_version()}. Rates are medians over turns,
-a ratio the median of the ratios of each turn, ± half the distance between their quartiles.
+Goals, and the limit of the hardware for the same work:
+
+{_table(("work", "compared with", "goal for the ratio", "limit", "share of the limit"), lines, _goals)}
+
+Peak memory in MiB:
+
+{_table(("work", "compared with", "ours", "theirs"), lines, _memory)}
+
+Last run: {seconds / 60:.0f} minutes, {_CORES} cores, Python {platform.python_version()}. Rates are medians over turns.
+A ratio is the median of the ratios of each turn, ± half the distance between their quartiles.
 """
     results = _HERE / "RESULTS.md"
     before, rest = results.read_text().split(_BEGIN)

@@ -187,7 +187,8 @@ _linear_batches: list[Any] = []
 def _load_linear(texts: list[str]) -> None:
     import torch
 
-    from persona.models.encoder import TextEncoder, pad, token_batches
+    from persona.models.batching import pad, token_batches
+    from persona.models.encoder import TextEncoder
     from persona.models.resolve import resolve
 
     torch.set_num_threads(1)

@@ -33,12 +33,15 @@ from transformers import (
 
 from jobs.runtime import session
 from persona import cost
+from persona.engines.local import LocalEngine
 from persona.models import attention, packaged
-from persona.models.encoder import TextEncoder, choose_precision
+from persona.models.device import choose_precision
+from persona.models.encoder import TextEncoder
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder, resolve
 from persona.options import Decoding, TrainingOptions
-from persona.plug.personalized import PersonalizedLLM
+from persona.plug.answerer import Answerer
+from persona.plug.personalized import PersonalizedLLM, prepare_for_inference
 from persona.training.deepspeed import deepspeed_settings, new_optimizer
 from persona.training.step import train_step
 from tests import models, plugs
@@ -163,7 +166,8 @@ def compare(folder: Path) -> None:
                 Decoding(beams=1),
                 Decoding(),
             )  # a sampled answer is drawn from other numbers on each kind of device
-            said.append([answer.text for way in ways for answer in model.answer(plugs.ROWS, way)])
+            answerer = plugs.new_answerer(model)
+            said.append([answer.text for way in ways for answer in answerer.answer(plugs.ROWS, way)])
         same = sum(one == other for one, other in zip(*said, strict=True))
         apart = float((losses[0] - losses[1]).abs().max())
         print(f"{make.__name__}: losses at most {apart:.0e} nats apart, {same} of {len(said[0])} answers the same")
@@ -200,7 +204,7 @@ def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLL
     for micro_batch in sizes.micro_batches:
         engine, options = new_engine(llm, encoder, micro_batch)
         some = rows(micro_batch, encoder.config["hidden_size"])
-        targets = llm.tokenize_targets([row["target"] for row in some])
+        targets = llm.tokenizer.targets([row["target"] for row in some])
         flops = cost.training_flops(
             llm.model.config.to_dict(),
             encoder.config,
@@ -223,16 +227,19 @@ def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLL
 def generate(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLLM) -> None:
     """Answers as `jobs.generate` makes them, beside `transformers.generate` on the same texts without a plug."""
     n = sizes.answers
-    model = new_model(llm, encoder).only_answering()
+    model = new_model(llm, encoder)
+    plug, engine = prepare_for_inference(model.plug, dtype=llm.dtype, device=llm.device), LocalEngine(llm, batch_size=n)
+    answerer = Answerer(plug, engine, model.query_text, batch_size=n)
     some = rows(n, encoder.config["hidden_size"])
-    ids = torch.tensor([row[:_INPUT_TOKENS] for row in llm.tokenize_inputs([row["input"] for row in some])]).to(_DEVICE)
+    inputs = llm.tokenizer.inputs([row["input"] for row in some])
+    ids = torch.tensor([row[:_INPUT_TOKENS] for row in inputs]).to(_DEVICE)
     config = llm.model.config.to_dict()
     prefill_s = cost.llm_flops(config, n_requests=n, inputs=_INPUT_TOKENS, outputs=0) / gpu.flops
     for beams in (1, 4):
         decoding = Decoding(beams=beams, max_new_tokens=_OUTPUT_TOKENS)
-        plainly = partial(generate_plainly, llm, decoding, input_ids=ids, attention_mask=torch.ones_like(ids))
-        said = [answer.n_tokens for answer in model.answer(some, decoding)]
-        rate = n / median_s(partial(model.answer, some, decoding), sizes.turns)
+        plainly = partial(generate_plainly, engine, decoding, input_ids=ids, attention_mask=torch.ones_like(ids))
+        said = [answer.n_tokens for answer in answerer.answer(some, decoding)]
+        rate = n / median_s(partial(answerer.answer, some, decoding), sizes.turns)
         plain = n / median_s(plainly, 1)
         floor = n / (prefill_s + max(said) * bytes_a_token(llm) / gpu.bytes)
         work = f"{n} answers of {statistics.mean(said):.0f} tokens, {name}, {beams} beam{'s' * (beams > 1)}"

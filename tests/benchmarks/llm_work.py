@@ -12,20 +12,23 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from persona.engines.local import LocalEngine
 from persona.models import packaged
 from persona.models.encoder import pool
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
-from persona.options import Decoding, Precision, Retrieval, TrainingOptions
-from persona.plug.personalized import PersonalizedLLM
+from persona.options import Decoding, Precision, RetrievalOptions, TrainingOptions
+from persona.plug.answerer import Answerer
+from persona.plug.personalized import PersonalizedLLM, prepare_for_inference
 from persona.training.deepspeed import new_optimizer, trainable
 from tests import plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
 
 _ROWS, _COMPARED = 32, 2
+_BATCH_SIZE = 32
 _ROW_TOKENS = 266
-_FRONT_TEXTS, _FRONT_TOKENS = 4, Retrieval().retrieve_tokens
+_PREFIX_TEXTS, _PREFIX_TOKENS = 4, RetrievalOptions().retrieve_tokens
 _BEHAVIORS = 512
 _WIDTH = 384
 Row = Mapping[str, Any]
@@ -95,7 +98,7 @@ class Step:
 
     def loss(self) -> Tensor:
         """Nats a token."""
-        batch = self.model.collate(self.rows, with_targets=True)
+        batch = self.model.collate(self.rows)
         nll_B: Tensor = self.model(batch)
         return nll_B.sum() / batch.n_target_tokens
 
@@ -114,9 +117,9 @@ class ReferenceStep(Step):
     def loss(self) -> Tensor:
         """Nats a token, the mean that transformers' own loss takes."""
         llm = self.model.llm
-        inputs = llm.tokenize_inputs([row["input"] for row in self.rows])
-        targets = llm.tokenize_targets([row["target"] for row in self.rows])
-        ids_BT = torch.full((len(inputs), _ROW_TOKENS), llm.pad_id)
+        inputs = llm.tokenizer.inputs([row["input"] for row in self.rows])
+        targets = llm.tokenizer.targets([row["target"] for row in self.rows])
+        ids_BT = torch.full((len(inputs), _ROW_TOKENS), llm.tokenizer.pad_id)
         labels_BT = torch.full_like(ids_BT, -100)
         mask_BT = torch.zeros_like(ids_BT)
         for i, (text, target) in enumerate(zip(inputs, targets, strict=True)):
@@ -141,9 +144,9 @@ class StepWithTexts(Step):
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
-        past = iter(corpus.texts("abstracts", _ROWS + _FRONT_TEXTS * n)[_ROWS:])
-        self.rows = [{**row, "retrieved": [next(past) for _ in range(_FRONT_TEXTS)]} for row in self.rows]
-        self.model.front_tokens = _FRONT_TOKENS
+        past = iter(corpus.texts("abstracts", _ROWS + _PREFIX_TEXTS * n)[_ROWS:])
+        self.rows = [{**row, "retrieved": [next(past) for _ in range(_PREFIX_TEXTS)]} for row in self.rows]
+        self.model.prefix_tokens = _PREFIX_TOKENS
 
 
 class StepReadAtOnce(StepWithTexts):
@@ -151,8 +154,8 @@ class StepReadAtOnce(StepWithTexts):
 
     def loss(self) -> Tensor:
         """Nats a token."""
-        llm, batch = self.model.llm, self.model.collate(self.rows, with_targets=True)
-        texts_BFD = llm.embed(torch.tensor(batch.fronts))
+        llm, batch = self.model.llm, self.model.collate(self.rows)
+        texts_BFD = llm.embed(torch.tensor(batch.prefix_ids))
         prompt_BLD = torch.cat([texts_BFD, self.model.soft_tokens(batch).to(texts_BFD.dtype)], dim=1)
         return llm.nll(prompt_BLD, batch.inputs, batch.targets).sum() / batch.n_target_tokens
 
@@ -163,8 +166,8 @@ class FrozenStep(Step):
     def loss(self) -> Tensor:
         """Nats a token of random soft tokens."""
         llm = self.model.llm
-        inputs = llm.tokenize_inputs([row["input"] for row in self.rows])
-        targets = llm.tokenize_targets([row["target"] for row in self.rows])
+        inputs = llm.tokenizer.inputs([row["input"] for row in self.rows])
+        targets = llm.tokenizer.targets([row["target"] for row in self.rows])
         soft_BSD = torch.randn(len(inputs), self.model.plug.options.n_soft, llm.width, requires_grad=True)
         return llm.nll(soft_BSD, inputs, targets).sum() / sum(map(len, targets))
 
@@ -204,10 +207,13 @@ class Answers:
         self.beams = beams
         self.decoding = Decoding(beams=beams, max_new_tokens=24)
         self.model = self.load(precision)
+        self.engine = LocalEngine(self.model.llm, batch_size=_BATCH_SIZE)
 
     def load(self, precision: Precision) -> PersonalizedLLM:
         """As `jobs.generate` has it."""
-        return new_model(precision).only_answering()
+        model = new_model(precision)
+        prepare_for_inference(model.plug, dtype=model.llm.dtype, device=model.llm.device)
+        return model
 
     def found(self) -> list[str]:
         """What the LLM says to the first requests, in float32: in bf16 padding alone can turn one word into another."""
@@ -224,7 +230,8 @@ class Answers:
 
         from persona.plug.request_tables import answer_all
 
-        found = answer_all(self.model, pa.Table.from_pylist(self.rows), self.decoding, batch_size=32)
+        answerer = Answerer(self.model.plug, self.engine, self.model.query_text, batch_size=_BATCH_SIZE)
+        found = answer_all(answerer, pa.Table.from_pylist(self.rows), self.decoding)
         return [str(text) for text in found["output"].to_pylist()]
 
 
@@ -247,15 +254,15 @@ class ReferenceAnswers(PlainAttention):
         llm = self.model.llm
         said = []
         for row in self.rows:
-            [ids] = llm.tokenize_inputs([row["input"]])
+            [ids] = llm.tokenizer.inputs([row["input"]])
             n_padded = _ROW_TOKENS - len(ids)
             soft_BSD = reference_soft_tokens(self.model, [row]).to(llm.model.dtype)
-            padding_BLD = llm.embed(torch.full((1, n_padded), llm.pad_id))
+            padding_BLD = llm.embed(torch.full((1, n_padded), llm.tokenizer.pad_id))
             embeds_BLD = torch.cat([padding_BLD, soft_BSD, llm.embed(torch.tensor([ids]))], dim=1)
             mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long)
             mask_BL[:, :n_padded] = 0
-            [output] = generate_plainly(llm, self.decoding, inputs_embeds=embeds_BLD, attention_mask=mask_BL)
-            said.append(str(llm.tokenizer.decode(output, skip_special_tokens=True)).strip())
+            [output] = generate_plainly(self.engine, self.decoding, inputs_embeds=embeds_BLD, attention_mask=mask_BL)
+            said.append(llm.tokenizer.decode(output))
         return said
 
 
@@ -270,22 +277,22 @@ class PlainAnswers(PlainAttention):
     def answer(self) -> list[str]:
         """What the LLM said, in order of the length of the requests."""
         llm = self.model.llm
-        ids = llm.tokenize_inputs([row["input"] for row in self.rows])
+        ids = llm.tokenizer.inputs([row["input"] for row in self.rows])
         length = max(map(len, ids))
-        ids_BL = torch.tensor([[llm.pad_id] * (length - len(row)) + row for row in ids])
+        ids_BL = torch.tensor([[llm.tokenizer.pad_id] * (length - len(row)) + row for row in ids])
         mask_BL = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
-        output = generate_plainly(llm, self.decoding, input_ids=ids_BL, attention_mask=mask_BL)[:, length:]
-        return [str(text) for text in llm.tokenizer.batch_decode(output, skip_special_tokens=True)]
+        output = generate_plainly(self.engine, self.decoding, input_ids=ids_BL, attention_mask=mask_BL)[:, length:]
+        return [str(text) for text in llm.tokenizer.pretrained.batch_decode(output, skip_special_tokens=True)]
 
 
-def generate_plainly(llm: FrozenLLM, decoding: Decoding, **inputs: Tensor) -> Tensor:
+def generate_plainly(engine: LocalEngine, decoding: Decoding, **inputs: Tensor) -> Tensor:
     """What `transformers.generate` makes of the same settings."""
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.beams,
         do_sample=False,
-        eos_token_id=llm.eos_ids,
-        pad_token_id=llm.pad_id,
+        eos_token_id=engine.eos_ids,
+        pad_token_id=engine.tokenizer.pad_id,
     )
-    output: Tensor = llm.model.generate(**inputs, generation_config=config)
+    output: Tensor = engine.llm.model.generate(**inputs, generation_config=config)
     return output

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from jobs import embed
 from jobs.runtime import joining, session
-from jobs.runtime.tally import new_tally
-from persona.inputs import files as inputs
+from jobs.runtime.tally import Tally
+from persona.inputs.splits import plan_splits
 from persona.models import packaged
 from persona.options import PersonaKind
 from persona.store.store import Store
@@ -92,13 +92,10 @@ def _join(folder: Path) -> int:
     """The requests of `generate` with all their vectors, thrown away as they come; returns how many came."""
     store = Store.open(str(folder / "store")).snapshot("behaviors")
     joined = joining.requests_with_histories(
-        inputs.plan_splits(str(folder / "requests.parquet"), flag="--requests"),
+        plan_splits(str(folder / "requests.parquet"), flag="--requests"),
         store,
-        new_tally(),
-        job="generate",
-        personas=[PersonaKind.OWN],
-        max_behaviors=512,
-        needs_target=False,
+        Tally.start(),
+        joining.JoinPlan(job="generate", personas=[PersonaKind.OWN], max_behaviors=512, needs_target=False),
     )
     return sum(table.num_rows for table in joined.iter_batches(batch_size=None, batch_format="pyarrow"))
 

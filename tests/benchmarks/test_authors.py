@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.runtime.cli import read_config
+from jobs.runtime.configuration import read_config
 from tests.benchmarks.authors import EXPERIMENTS, Run
 
 

@@ -1,4 +1,4 @@
-"""The models, the Ray and the ways to call a job of `tests/jobs`."""
+"""Fixtures of `tests/jobs`: models, a local Ray, and functions that run a job."""
 
 from tests.jobs.conftest import do, filled_store, local_ray, models, refuse, store
 

@@ -1,8 +1,8 @@
-"""The fields of KubeRay's resources as its reference of v1.7 lists them, and what in a file is not one of them.
+"""The fields of KubeRay's resources (API reference of v1.7), and a check of a file against them.
 
-A type is a name from below, a plain type, `k8s:` and a type of Kubernetes itself, `map` (of text to text), a tuple of
-the words that are allowed, or a list of one of these. Types that we do not use are named and not written down: whoever
-uses one writes it down first, from the reference.
+A type is a name defined below, a plain type, `k8s:` and a type of Kubernetes itself, `map` (of text to text), a tuple
+of allowed words, or a list of one of these. Types that no file uses are named but not defined; define one from the
+reference before you use it.
 """
 
 from collections.abc import Iterator
@@ -124,41 +124,41 @@ REQUIRED = {
 }
 
 
-def problems(value: Any, kind: Any, place: str = "") -> Iterator[str]:
-    """What in `value` is no `kind`, each with its place."""
+def problems(value: Any, kind: Any, path: str = "") -> Iterator[str]:
+    """Everything in `value` that is not a valid `kind`, each with its path."""
     if isinstance(kind, list):
         if not isinstance(value, list):
-            yield f"{place}: a list, not {value!r}"
+            yield f"{path}: a list, not {value!r}"
             return
         for index, one in enumerate(value):
-            yield from problems(one, kind[0], f"{place}[{index}]")
+            yield from problems(one, kind[0], f"{path}[{index}]")
     elif isinstance(kind, tuple):
         if value not in kind:
-            yield f"{place}: one of {kind}, not {value!r}"
+            yield f"{path}: one of {kind}, not {value!r}"
     elif kind == "map":
         if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
-            yield f"{place}: a mapping of text to text (quote the numbers), not {value!r}"
+            yield f"{path}: a mapping of text to text (quote the numbers), not {value!r}"
     elif kind in _PLAIN:
         if not isinstance(value, _PLAIN[kind]) or (kind != "boolean" and isinstance(value, bool)):
-            yield f"{place}: {kind}, not {value!r}"
+            yield f"{path}: {kind}, not {value!r}"
     elif kind.startswith("k8s:"):
-        yield from _kubernetes_problems(value, kind.removeprefix("k8s:"), place)
+        yield from _kubernetes_problems(value, kind.removeprefix("k8s:"), path)
     elif kind not in TYPES:
-        yield f"{place}: {kind} is not written down yet"
+        yield f"{path}: {kind} is not defined here yet"
     elif not isinstance(value, dict):
-        yield f"{place}: a {kind}, not {value!r}"
+        yield f"{path}: a {kind}, not {value!r}"
     else:
         for name in REQUIRED.get(kind, set()) - value.keys():
-            yield f"{place}.{name}: is required"
+            yield f"{path}.{name}: is required"
         for name, one in value.items():
             if name in TYPES[kind]:
-                yield from problems(one, TYPES[kind][name], f"{place}.{name}")
+                yield from problems(one, TYPES[kind][name], f"{path}.{name}")
             else:
-                yield f"{place}.{name}: no such field of {kind}"
+                yield f"{path}.{name}: no such field of {kind}"
 
 
-def _kubernetes_problems(value: Any, kind: str, place: str) -> Iterator[str]:
-    """The same for a part of Kubernetes' own, inside the smallest object that has such a part."""
+def _kubernetes_problems(value: Any, kind: str, path: str) -> Iterator[str]:
+    """The same for a type of Kubernetes itself, checked inside the smallest object that contains it."""
     box: dict[str, Any] = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}}
     container: dict[str, Any] = {"name": "a", "image": "a"}
     if kind == "ObjectMeta":
@@ -170,9 +170,9 @@ def _kubernetes_problems(value: Any, kind: str, place: str) -> Iterator[str]:
     elif kind == "EnvVarSource":
         box["spec"] = {"containers": [{**container, "env": [{"name": "A", "valueFrom": value}]}]}
     else:
-        yield f"{place}: {kind} is not checked yet"
+        yield f"{path}: {kind} is not checked yet"
         return
     try:
         kubernetes_validate.validate(box, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
-        yield f"{place}: {error}"
+        yield f"{path}: {error}"

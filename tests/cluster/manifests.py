@@ -1,4 +1,4 @@
-"""What lies in `cluster/`, read once for all tests: documents, pods, and commands that call jobs."""
+"""The files of `cluster/`, read once for all tests: documents, pods, and the commands that call jobs."""
 
 import importlib
 import json
@@ -10,26 +10,25 @@ from typing import Any
 
 import yaml
 
-from jobs.runtime.cli import read_config
+from jobs.runtime.configuration import read_config
+from tests.pages import PAGES, ROOT, name, shell_lines
 
-ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
-READMES = [ROOT / "README.md", CLUSTER / "README.md"]
 KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 RAY_KINDS = ("RayCluster", "RayJob", "RayCronJob")
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """The documents of a YAML file. Raises for a key that stands there twice."""
+    """The documents of a YAML file. Raises for a duplicate key."""
     return list(yaml.load_all(path.read_text(), Loader=_Strict))
 
 
 class _Strict(yaml.SafeLoader):
-    """Refuses a mapping with a key twice, of which YAML would take the last."""
+    """Refuses a duplicate key, of which YAML would take the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        assert len(names) == len(set(names)), f"line {node.start_mark.line + 1}: a key stands there twice: {names}"
+        assert len(names) == len(set(names)), f"line {node.start_mark.line + 1}: duplicate key in {names}"
         return super().construct_mapping(node, deep)
 
 
@@ -46,7 +45,7 @@ def every(name: str, value: Any) -> Iterator[Any]:
 
 
 def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
-    """Every RayClusterSpec with the file it stands in."""
+    """Every RayClusterSpec, with the name of its file."""
     found = []
     for path in KUBERAY:
         for document in documents(path):
@@ -57,7 +56,7 @@ def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
 
 
 def containers() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Every container, with the file it stands in and its pod's spec."""
+    """Every container, with the name of its file and the spec of its pod."""
     return [
         (path.stem, pod, container)
         for path in KUBERAY
@@ -70,21 +69,20 @@ def containers() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
 
 
 def entrypoints() -> list[tuple[str, str]]:
-    """Every command that calls a job, in every file of cluster/ and in the READMEs, with the place it stands at."""
+    """Every command that calls a job, in every file of cluster/ and in the pages, with the name of its file."""
     found = []
     for path in KUBERAY:
         for document in documents(path):
             found += [(path.stem, one) for one in every("entrypoint", document)]
             found += [(path.stem, shlex.join(one)) for one in every("command", document) if "jobs.submit" in one]
     found += [("crontab", line) for line in crontab_commands()]
-    for readme in READMES:
-        name = str(readme.relative_to(ROOT))
-        found += [(name, line) for line in shell_lines(readme) if "-m jobs." in line]
+    for page in PAGES:
+        found += [(name(page), line) for line in shell_lines(page) if calls_job(shlex.split(line))]
     return found
 
 
 def crontab_commands() -> list[str]:
-    """What cron would give to the shell, its variables filled in."""
+    """What cron gives to the shell, with its variables filled in."""
     commands, variables = [], {}
     for line in (CLUSTER / "ray-up" / "crontab").read_text().splitlines():
         if setting := re.fullmatch(r"([A-Z_]+)=(.*)", line):
@@ -95,34 +93,40 @@ def crontab_commands() -> list[str]:
             # An unescaped % ends the command.
             assert not re.search(r"(?<!\\)%", schedule[1]), line
             text = re.sub(r"\$\(.*?\)", "2026-11-21T02", schedule[1].replace("\\%", "%"))
-            commands.append(re.sub(r"\$([A-Z_]+)", lambda name: variables[name[1]], text))
+            commands.append(re.sub(r"\$([A-Z_]+)", lambda variable: variables[variable[1]], text))
     return commands
 
 
-def shell_lines(readme: Path) -> list[str]:
-    """The commands of a README's shell blocks, a command a line; comments, output and prompts left out."""
-    lines = []
-    for kind, block in re.findall(r"```(bash|console)\n(.*?)```", readme.read_text(), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if kind == "console" and not line.startswith("$ "):
-                continue
-            if text := shlex.join(shlex.split(line.removeprefix("$ "), comments=True)):
-                lines.append(text)
-    return lines
+def calls_job(words: list[str]) -> tuple[int, str, list[str]] | None:
+    """Where a command calls a job, the job's module, and its flags: `python -m jobs.X …` or `persona-plug X …`."""
+    n_before = 1 + sum("=" in word for word in words) if words[0] == "env" else 0
+    if words[n_before : n_before + 1] == ["persona-plug"]:
+        return n_before, f"jobs.{words[n_before + 1]}", words[n_before + 2 :]
+    for at, word in enumerate(words):
+        if word == "-m" and words[at + 1].startswith("jobs."):
+            return at - 1, words[at + 1], words[at + 2 :]
+    return None
 
 
 def parse_job(text: str) -> Any:
-    """The config that a command makes of its flags, by the parser of the job itself; of `jobs.submit`, both."""
-    words = shlex.split(text)
-    module = words[words.index("-m") + 1]
+    """The config that the job's own parser makes of a command; the entrypoint of `jobs.submit` is parsed, too."""
+    call = calls_job(shlex.split(text))
+    assert call is not None, text
+    _, module, flags = call
     job = importlib.import_module(module)
-    flags = ["id" if "$(" in word else word for word in words[words.index("-m") + 2 :]]
+    flags = ["id" if "$(" in word else _recipe(word) for word in flags]
     # `jobs.store` takes its action without a flag, too.
-    config = read_config(job.Config, getattr(job, "_action_first", list)(flags))
+    config = read_config(job.Config, flags)
     assert config is not None
     if module == "jobs.submit":
         parse_job(config.entrypoint)
     return config
+
+
+def _recipe(word: str) -> str:
+    """The file of a recipe that is given by name."""
+    file = ROOT / "jobs" / "recipes" / f"{word}.yaml"
+    return str(file) if file.is_file() else word
 
 
 def policy(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Nodes with addresses of their own, of which one is cut off from the others in the middle of `embed` and of `train`.
+"""A node is cut off from the network in the middle of `embed` and of `train`.
 
-Each worker node lives in a network namespace, joined to the head's by a bridge; taking down its end of the cable is
-what a broken switch does: no process ends, nobody says goodbye. Needs root and `ip`, or else it is skipped.
+Each worker node has its own network namespace, connected to the head's by a bridge. Taking its interface down is what a
+broken switch does: no process ends and no connection is closed. Skipped without root and `ip`.
 """
 
 import json
@@ -32,9 +32,9 @@ pytestmark = [
     pytest.mark.timeout(1200),
     pytest.mark.skipif(not CAN, reason="network namespaces need root and `ip`"),
 ]
-# A node is given up after five seconds of silence; by default after half a minute. Who waits for the answer of a worker
-# on it learns of that by pings that get none: here within five seconds, in our image within a minute, by Ray's default
-# within seven.
+# Ray gives up a silent node after five seconds; by default after half a minute. A caller that waits for a worker on it
+# finds out by pings without an answer: here within five seconds, in our image within a minute, by Ray's default within
+# seven.
 QUICK = {
     "RAY_grpc_client_keepalive_time_ms": "2000",
     "RAY_grpc_client_keepalive_timeout_ms": "3000",
@@ -49,9 +49,9 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
-def wait(is_so: Callable[[], bool], within_s: float = 240, of: "subprocess.Popen[str] | None" = None) -> None:
+def wait(condition: Callable[[], bool], within_s: float = 240, of: "subprocess.Popen[str] | None" = None) -> None:
     until = time.monotonic() + within_s
-    while not is_so():
+    while not condition():
         assert time.monotonic() < until
         assert of is None or of.poll() is None, of.communicate()
         time.sleep(0.2)
@@ -62,7 +62,7 @@ def _lines(path: Path) -> int:
 
 
 class Network:
-    """A head and two workers, one a namespace."""
+    """A head and two workers, each worker in its own namespace."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,7 +83,7 @@ class Network:
         }
 
     def start(self) -> None:
-        """Bridge, cables, namespaces, and a Ray node in each."""
+        """Creates bridge, cables and namespaces, and starts a Ray node in each."""
         ip("link", "add", self.bridge, "type", "bridge")
         ip("addr", "add", f"{NET}.1/24", "dev", self.bridge)
         ip("link", "set", self.bridge, "up")
@@ -105,7 +105,7 @@ class Network:
 
     def _node(self, flags: tuple[str, ...], address: str, interface: str, within: tuple[str, ...] = ()) -> None:
         given = [f"--node-ip-address={address}", "--object-store-memory=100000000", f"--temp-dir={self.folder}/ray"]
-        given.append("--dashboard-agent-listen-port=52399")  # the usual one is that of any other Ray on this machine
+        given.append("--dashboard-agent-listen-port=52399")  # another Ray on this machine may have the default port
         command = [*within, str(BIN / "ray"), "start", *flags, *given, "--block", "--disable-usage-stats"]
         environment = {**self.environment, "GLOO_SOCKET_IFNAME": interface}
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
@@ -113,29 +113,29 @@ class Network:
         self.nodes.append(node)
 
     def n_alive(self) -> int:
-        """Nodes that the head believes to be alive."""
+        """The number of nodes that the head considers alive."""
         request = Request(f"{self.api}/nodes?view=summary", headers={"Authorization": f"Bearer {'c' * 64}"})
         with urlopen(request, timeout=30) as answer:
             found = json.load(answer)["data"]["summary"]
         return sum(node["raylet"].get("state") == "ALIVE" for node in found)
 
     def at_work(self, title: str) -> list[str]:
-        """The namespaces in which a process of that title runs."""
+        """The namespaces in which a process with that title runs."""
         pids = {space: ip("netns", "pids", space).split() for space in self.spaces}
         return [space for space, found in pids.items() if any(title in _title(int(pid)) for pid in found)]
 
     def cut(self, space: str) -> None:
-        """Takes down the cable."""
+        """Takes the node's interface down."""
         ip("link", "set", f"{space}c", "down")
 
     def submit(self, name: str, *words: str) -> "subprocess.Popen[str]":
-        """`jobs.submit`, which waits for the job."""
+        """Starts `jobs.submit`, which waits for the job."""
         command = [sys.executable, "-m", "jobs.submit", "--id", name, "--entrypoint", " ".join(words)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
     def end(self) -> None:
-        """The nodes, the namespaces and the bridge."""
+        """Stops the nodes and removes the namespaces and the bridge."""
         end_groups(self.nodes)
         for space in self.spaces:
             subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
@@ -163,15 +163,13 @@ def network() -> Iterator[Network]:
 
 
 def result(job: "subprocess.Popen[str]") -> dict[str, Any]:
-    out, said = job.communicate(timeout=600)
-    assert job.returncode == 0, said[-4000:]
+    out, stderr = job.communicate(timeout=600)
+    assert job.returncode == 0, stderr[-4000:]
     found: dict[str, Any] = json.loads(out.splitlines()[-1])["result"]
     return found
 
 
-def test_a_node_that_is_cut_off_in_the_middle_of_embed(
-    network: Network, models: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_node_is_cut_off_during_embed(network: Network, models: dict[str, str], tmp_path: Path) -> None:
     rows = behaviors(40, 8)
     histories = write(str(tmp_path / "histories.jsonl"), rows)
     flags: dict[str, Any] = {"histories": histories, "store": tmp_path / "store", "encoder": models["encoder"]}
@@ -186,14 +184,12 @@ def test_a_node_that_is_cut_off_in_the_middle_of_embed(
     wait(lambda: network.n_alive() == 2)
 
 
-def test_a_node_that_is_cut_off_in_the_middle_of_train(
-    network: Network, store: Path, models: dict[str, str], tmp_path: Path
-) -> None:
-    asked = write(str(tmp_path / "asked.jsonl"), requests(n_each=8))
+def test_a_node_is_cut_off_during_train(network: Network, store: Path, models: dict[str, str], tmp_path: Path) -> None:
+    requests_file = write(str(tmp_path / "requests.jsonl"), requests(n_each=8))
     runs = tmp_path / "runs"
-    flags: dict[str, Any] = {**TRAINING, "requests": asked, "store": store, "llm": models["llama"], "workers": 2}
-    flags |= {"runs": runs, "plug": tmp_path / "plug", "epochs": 3, "encoder": models["encoder"]}
-    flags["validation"] = asked
+    flags: dict[str, Any] = {**TRAINING, "requests": requests_file, "store": store, "llm": models["llama"]}
+    flags |= {"workers": 2, "runs": runs, "plug": tmp_path / "plug", "epochs": 3, "encoder": models["encoder"]}
+    flags["validation"] = requests_file
     job = network.submit("cut-train", sys.executable, "-m", "jobs.train", *arguments(**flags))
     wait(lambda: n_reports(runs) >= 2 and bool(network.at_work("RayTrainWorker")), of=job)
     network.cut(network.at_work("RayTrainWorker")[0])

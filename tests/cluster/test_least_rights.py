@@ -1,4 +1,4 @@
-"""The policy of `cluster/aws` is what the jobs need: with it they all pass, and without any one right they say so."""
+"""The policy of `cluster/aws` is minimal: all jobs pass with it, and a job without one of its permissions says so."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from tests.cluster.policy_s3 import PolicyS3, action_of, actions, without
 from tests.jobs.conftest import TRAINING, Job, arguments, behaviors, requests, write
 
 POLICY = policy("store-policy.json")
-RIGHTS = [(one["Sid"], action) for one in POLICY["Statement"] for action in one["Action"]]
+PERMISSIONS = [(one["Sid"], action) for one in POLICY["Statement"] for action in one["Action"]]
 
 
 @pytest.fixture
 def guarded(s3: str) -> Iterator[PolicyS3]:
-    """A proxy that allows what the policy allows, for this bucket in the place of `corp`; this process goes past it."""
+    """A proxy that applies the policy to this bucket instead of `corp`. This process bypasses it."""
     mine = json.loads(json.dumps(POLICY).replace(":::corp", f":::{s3.removeprefix('s3://')}"))
     with PolicyS3(os.environ["AWS_ENDPOINT_URL"], mine) as proxy:
         yield proxy
@@ -39,15 +39,15 @@ def guarded(s3: str) -> Iterator[PolicyS3]:
         ("DELETE /b/a?uploadId=x", "s3:AbortMultipartUpload"),
         ("POST /b?delete", "s3:DeleteObject"),
         ("DELETE /b/a", "s3:DeleteObject"),
-        ("GET /b?location", "another right: GET /b?location"),
+        ("GET /b?location", "another permission: GET /b?location"),
     ],
 )
-def test_a_request_asks_for_a_right(request_line: str, action: str) -> None:
+def test_a_request_requires_a_permission(request_line: str, action: str) -> None:
     assert action_of(*request_line.split(" ", 1)) == action
 
 
-@pytest.mark.parametrize(("sid", "action"), RIGHTS)
-def test_without_a_right_a_job_says_what_was_refused(
+@pytest.mark.parametrize(("sid", "action"), PERMISSIONS)
+def test_a_job_without_a_permission_says_what_was_refused(
     sid: str,
     action: str,
     guarded: PolicyS3,
@@ -60,18 +60,18 @@ def test_without_a_right_a_job_says_what_was_refused(
     store = join(s3, "persona/store")
     refresh = {"histories": join(s3, "histories"), "store": store, "encoder": models["encoder"], "buckets": 4}
     if action == "s3:DeleteObject":
-        assert do(embed, **refresh).code == 0  # nothing but forgetting and cleaning up deletes
+        assert do(embed, **refresh).code == 0  # only forget and vacuum delete
     guarded.policy = without(guarded.policy, sid, action)
     monkeypatch.setenv("AWS_ENDPOINT_URL", guarded.url)
     done = do(forget, store=store, user="user-1") if action == "s3:DeleteObject" else do(embed, **refresh)
     assert done.code != 0 and action in actions(guarded.refused)
-    # Which place, and that it is a matter of rights: nobody should have to look at a traceback.
+    # The message names the object and the refusal; no traceback is needed.
     assert "s3://" in done.said and "Traceback" not in done.said
     assert any(word in done.said for word in ("AccessDenied", "Access Denied", "ACCESS_DENIED", "403", "denied"))
 
 
 def run(guarded: PolicyS3, job: str, *words: str, **flags: Any) -> dict[str, Any]:
-    """A job in a process of its own, with a Ray of its own, all of which has its store behind the proxy."""
+    """Runs a job in a new process with its own Ray; its storage requests go through the proxy."""
     environment = {**os.environ, "AWS_ENDPOINT_URL": guarded.url, "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", f"jobs.{job}", *words, *arguments(**flags)]
@@ -83,28 +83,28 @@ def run(guarded: PolicyS3, job: str, *words: str, **flags: Any) -> dict[str, Any
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_all_jobs_pass_with_the_policy_and_use_every_right_of_it(
+def test_all_jobs_pass_with_the_policy_and_use_every_permission(
     guarded: PolicyS3, s3: str, models: dict[str, str], tmp_path: Path
 ) -> None:
     for name in ("encoder", "llama"):
         copy_folder(models[name], join(s3, "persona/models", name))
     encoder, llm = (join(s3, "persona/models", name) for name in ("encoder", "llama"))
-    places = {"store": join(s3, "persona/store"), "plug": join(s3, "persona/plug")}
-    histories, store = join(s3, "histories"), places["store"]
+    outputs = {"store": join(s3, "persona/store"), "plug": join(s3, "persona/plug")}
+    histories, store = join(s3, "histories"), outputs["store"]
     write(join(histories, "a.parquet"), behaviors())
-    asked = write(join(s3, "requests/a.jsonl"), requests())
+    file = write(join(s3, "requests/a.jsonl"), requests())
     refresh: dict[str, Any] = {"histories": histories, "store": store, "encoder": encoder, "max_tokens": 32}
     run(guarded, "embed", **refresh, buckets=4)
-    training = {**TRAINING, "validation": asked, "runs": join(s3, "persona/runs")}
-    run(guarded, "train", requests=asked, llm=llm, **places, **training)
-    run(guarded, "generate", requests=asked, persona=("own", "none", "other"), beams=1, max_new_tokens=4, **places)
-    run(guarded, "evaluate", requests=asked, out=join(s3, "persona/report"), **places)
+    training = {**TRAINING, "validation": file, "runs": join(s3, "persona/runs")}
+    run(guarded, "train", requests=file, llm=llm, **outputs, **training)
+    run(guarded, "generate", requests=file, persona=("own", "none", "other"), beams=1, max_new_tokens=4, **outputs)
+    run(guarded, "evaluate", requests=file, out=join(s3, "persona/report"), **outputs)
     edited = [{**row, "text": f"{row['text']} indeed"} for row in behaviors()[:-3]]
     write(join(histories, "a.parquet"), edited)
-    run(guarded, "embed", **refresh, sync=True, plug=places["plug"])
+    run(guarded, "embed", **refresh, sync=True, plug=outputs["plug"])
     for action in ("compact", "vacuum", "verify", "show"):
         run(guarded, "store", action, store=store)
     run(guarded, "forget", store=store, user="user-1")
-    # Arrow asks for a bucket that cannot be there, to learn what kind of server this is; S3 refuses that, too.
-    assert {place for _, place in guarded.refused} <= {"$extremelyunlikelytoexist$"}
-    assert actions(guarded.asked) == {action for _, action in RIGHTS}
+    # Arrow requests a bucket that cannot exist, to find out what kind of server this is. S3 refuses that, too.
+    assert {key for _, key in guarded.refused} <= {"$extremelyunlikelytoexist$"}
+    assert actions(guarded.allowed) == {action for _, action in PERMISSIONS}

@@ -1,4 +1,4 @@
-"""`cluster/local.sh`: three nodes, every job by `jobs.submit`, a schedule that comes twice, and nothing left behind."""
+"""`cluster/local.sh`: three nodes, every job by `jobs.submit`, a repeated schedule, and no processes left behind."""
 
 import json
 import os
@@ -24,7 +24,7 @@ UP_WITHIN_S = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """The script while its command runs, and the environment that the command was given."""
+    """The running script, and the environment that it gave to its command."""
 
     process: subprocess.Popen[bytes]
     environment: dict[str, str]
@@ -38,10 +38,10 @@ class Local:
         return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
 
     def job(self, submission: str, job: str, **flags: object) -> dict[str, Any]:
-        """What a job of ours found, which must end well."""
+        """The result of one of our jobs, which must succeed."""
         words = ["python", "-m", f"jobs.{job}", *arguments(**flags)]
-        code, result, said = self.submit(submission, " ".join(words))
-        assert code == 0, said[-4000:]
+        code, result, stderr = self.submit(submission, " ".join(words))
+        assert code == 0, stderr[-4000:]
         found: dict[str, Any] = result["result"]
         return found
 
@@ -75,7 +75,7 @@ def _folder(local: Local) -> str:
 
 @pytest.fixture
 def corp(local: Local, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The bucket of the script's own S3 server, which the environment of this process names, too."""
+    """The bucket of the script's S3 server; this process gets the same environment."""
     for name, value in local.environment.items():
         if name.startswith("AWS_"):
             monkeypatch.setenv(name, value)
@@ -84,22 +84,22 @@ def corp(local: Local, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_wrong_token_is_refused(local: Local, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("b" * 64)
-    code, result, said = local.submit("wrong", "true", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
-    assert (code, result) == (2, {}) and "wants its token" in said
-    code, result, said = local.submit("none", "true", RAY_AUTH_MODE="disabled")
-    assert (code, result) == (2, {}) and "wants its token" in said
+    code, result, stderr = local.submit("wrong", "true", RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert (code, result) == (2, {}) and "requires a token" in stderr
+    code, result, stderr = local.submit("none", "true", RAY_AUTH_MODE="disabled")
+    assert (code, result) == (2, {}) and "requires a token" in stderr
 
 
-def test_the_exit_code_is_the_jobs_own_and_an_id_is_started_once(local: Local, tmp_path: Path) -> None:
+def test_the_exit_code_is_the_jobs_own_and_an_id_starts_once(local: Local, tmp_path: Path) -> None:
     log = tmp_path / "log"
     code, result, _ = local.submit("seven", f"sh -c 'echo ran >> {log}; exit 7'")
     assert (code, result["status"], result["started"]) == (7, "FAILED", True)
-    code, result, said = local.submit("seven", f"sh -c 'echo ran >> {log}; exit 7'")
+    code, result, stderr = local.submit("seven", f"sh -c 'echo ran >> {log}; exit 7'")
     assert (code, result["status"], result["started"]) == (7, "FAILED", False)
-    assert "not started again" in said and log.read_text() == "ran\n"
+    assert "not started again" in stderr and log.read_text() == "ran\n"
 
 
-def test_a_job_that_is_stopped_did_not_succeed(local: Local) -> None:
+def test_a_stopped_job_did_not_succeed(local: Local) -> None:
     command = [sys.executable, "-m", "jobs.submit", "--id", "stopped", "--entrypoint", "sleep 600"]
     with subprocess.Popen(command, env=local.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=-3) as waiting:
         stop = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "stopped"]
@@ -109,39 +109,39 @@ def test_a_job_that_is_stopped_did_not_succeed(local: Local) -> None:
         assert waiting.wait(120) == 1
 
 
-def test_all_jobs_and_a_schedule_that_comes_twice(local: Local, corp: str, tmp_path: Path) -> None:
+def test_all_jobs_and_a_repeated_schedule(local: Local, corp: str, tmp_path: Path) -> None:
     for name, make in (("encoder", tiny_encoder), ("llama", tiny_llama)):
         copy_folder(str(make(tmp_path / name)), f"{corp}/models/{name}")
     store, plug, encoder = f"{corp}/persona/store", f"{corp}/persona/plug", f"{corp}/models/encoder"
     write(f"{corp}/histories/a.parquet", behaviors())
-    asked = write(f"{corp}/requests/train.jsonl", requests())
+    train_file = write(f"{corp}/requests/train.jsonl", requests())
     held_out = write(f"{corp}/requests/test.jsonl", requests(2, 6))
     refresh = {"histories": f"{corp}/histories/", "store": store, "encoder": encoder, "sync": True}
     first = local.job("refresh-1", "embed", **refresh, max_tokens=32, buckets=4, block_rows=16)
     assert first["committed"] == len(behaviors())
     training = {"epochs": 1, "global_batch": 8, "micro_batch": 4, "workers": 2, "validate_every": 2}
-    places = {"store": store, "plug": plug}
+    outputs = {"store": store, "plug": plug}
     trained = local.job(
         "train",
         "train",
-        requests=asked,
+        requests=train_file,
         validation=held_out,
         run="r",
         runs=f"{corp}/persona/runs",
         llm=f"{corp}/models/llama",
-        **places,
+        **outputs,
         **training,
     )
     assert trained["steps"] == len(requests()) // 8
     kinds = ("own", "none", "other")
     answered = local.job(
-        "generate", "generate", requests=held_out, persona=kinds, beams=1, max_new_tokens=4, actors=2, **places
+        "generate", "generate", requests=held_out, persona=kinds, beams=1, max_new_tokens=4, actors=2, **outputs
     )
     assert answered["answered"] == 3 * len(requests(2, 6))
-    judged = local.job("evaluate", "evaluate", requests=held_out, out=f"{corp}/persona/report", **places)
+    judged = local.job("evaluate", "evaluate", requests=held_out, out=f"{corp}/persona/report", **outputs)
     assert set(judged["scores"]) == set(kinds)
 
-    # The next night: the same command under another id finds nothing to do.
+    # The next night, the same command under another id finds nothing to do.
     second = local.job("refresh-2", "embed", **refresh, max_tokens=32, block_rows=16)
     assert (second["encoded"], second["committed"], second["gone"]) == (0, 0, 0)
     assert second["known"] == first["committed"]

@@ -1,4 +1,4 @@
-"""Dashboard and alarms look at metrics that exist, and the metrics are those that a real Ray exports."""
+"""Dashboard and alerts use metrics that exist, and a real Ray exports exactly those metrics."""
 
 import json
 import re
@@ -15,34 +15,34 @@ from tests.cluster.manifests import CLUSTER, ROOT, documents, every
 
 MONITORING = CLUSTER / "monitoring"
 ELSEWHERE = {"kube_cronjob_status_last_successful_time"}  # kube-state-metrics
-# PromQL's own words; what is left of an expression without labels and these is a metric.
+# PromQL's own words; every other word of an expression, labels aside, is a metric.
 WORDS = {
     *("absent_over_time", "and", "by", "histogram_quantile", "increase", "le", "max", "rate", "stage", "sum", "time"),
 }
 
-# What workers would note, in a Ray of its own whose metrics are then read; prints them.
+# Notes what workers would note, in its own Ray, and prints the metrics that Ray exports.
 PROGRAM = """
 import sys, time, urllib.request
 import ray
-from jobs.runtime.tally import new_tally, note
+from jobs.runtime.tally import Tally
 from jobs.runtime.telemetry import exported_names
 
 port = int(sys.argv[1])
 ray.init(address="local", num_cpus=2, include_dashboard=False, _metrics_export_port=port, log_to_driver=False)
-tally = new_tally()
+tally = Tally.start()
 model = {"seconds": 1.5, "waiting": 0.5, "tokens": 90}
 for stage, unit, counts in (
     ("read", "a", {"rows": 10, "rejects": 2, "unreadable": 1}),
     ("compare", "0", {"known": 1, "new": 8, "edited": 1, "gone": 0}),
     ("encode", "u", {"rows": 9, **model}),
-    ("encode", "u", {"rows": 9, **model}),  # the same block once more, after a failure
+    ("encode", "u", {"rows": 9, **model}),  # the same block again, after a failure
     ("generate", "u", {"answers": 9, **model}),
     ("time", "since step 0", {"step": 3.0, "waiting": 1.0}),
     ("time", "since step 0", {"step": 5.0, "waiting": 1.0}),
     ("train", "now", {"step": 3, "of": 10, "loss": 1.0, "validation": 2.0, "requests_per_s": 4.0}),
     ("commit", "commit 1", {"new": 5, "edited": 1, "gone": 0, "rows": 6}),
 ):
-    note(tally, stage, unit, counts)
+    tally.note(stage, unit, counts)
 text, until = "", time.monotonic() + 60
 while time.monotonic() < until and not all(f"{name}{{" in text for name in exported_names()):
     time.sleep(0.5)
@@ -72,22 +72,22 @@ def test_every_query_names_metrics_that_exist(query: str) -> None:
     assert query.count("(") == query.count(")")
 
 
-def test_every_metric_is_looked_at() -> None:
+def test_every_metric_is_used() -> None:
     seen = {name for query in queries() for name in metrics_in(query)}
-    parts = {"ray_persona_batch_seconds_count", "ray_persona_batch_seconds_sum"}  # a histogram's, which has its buckets
+    parts = {"ray_persona_batch_seconds_count", "ray_persona_batch_seconds_sum"}  # the buckets are used
     assert exported_names() - parts <= seen
 
 
-def test_every_alarm_says_what_to_do() -> None:
-    alarms = [rule for group in documents(MONITORING / "alerts.yaml")[0]["groups"] for rule in group["rules"]]
-    names = {alarm["alert"] for alarm in alarms}
+def test_every_alert_says_what_to_do() -> None:
+    alerts = [rule for group in documents(MONITORING / "alerts.yaml")[0]["groups"] for rule in group["rules"]]
+    names = {alert["alert"] for alert in alerts}
     assert {"PersonaRefreshLate", "PersonaManyRejects", "PersonaNoProgress"} <= names
-    for alarm in alarms:
-        assert alarm["annotations"].keys() == {"summary", "action"}
-        assert alarm["labels"]["severity"] in {"page", "ticket"}
+    for alert in alerts:
+        assert alert["annotations"].keys() == {"summary", "action"}
+        assert alert["labels"]["severity"] in {"page", "ticket"}
 
 
-def test_panels_do_not_lie_on_each_other() -> None:
+def test_panels_do_not_overlap() -> None:
     panels = json.loads((MONITORING / "dashboard.json").read_text())["panels"]
     cells = [
         (x, y)
@@ -101,7 +101,7 @@ def test_panels_do_not_lie_on_each_other() -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """What Ray exports of a run: names, with the stage where there is one, and sums over all that report them."""
+    """What Ray exports of a run: metric names, with the stage if there is one, and their sums over all reporters."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -129,7 +129,7 @@ def test_ray_exports_the_metrics_under_these_names(exported: dict[str, float]) -
     assert {name.split("/")[0] for name in exported} == exported_names()
 
 
-def test_the_metrics_are_what_was_noted_and_a_block_that_is_done_again_counts_once(exported: dict[str, float]) -> None:
+def test_the_metrics_are_what_was_noted_and_a_repeated_block_counts_once(exported: dict[str, float]) -> None:
     assert exported["ray_persona_behaviors_encoded_total"] == 9
     assert exported["ray_persona_behaviors_compared_total"] == 10
     assert exported["ray_persona_rows_rejected_total"] == 2

@@ -21,15 +21,17 @@ from deltalake import DeltaTable
 
 from jobs.runtime.cli import run
 from persona.inputs import histories
-from persona.inputs.files import Records, rejects
+from persona.inputs.records import Records, rejects
 from persona.models.encoder import TextEncoder
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.plug import folder as plug_folder
 from persona.storage import delta_options, join, write_bytes
-from persona.store.store import Identity, Store
+from persona.store.identity import Identity
+from persona.store.store import Store
 from tests.models import ENCODER_WIDTH, tiny_encoder, tiny_llama, tiny_t5
 from tests.plugs import new_model, record_of
+from tests.stores import write_rows
 from tests.warm_workers import warm_workers
 
 Row = dict[str, Any]
@@ -211,7 +213,7 @@ def fill_store(uri: Path, encoder: str, rows: Sequence[Row]) -> Path:
         text_rule="text as given, cut to max_tokens",
     )
     store = Store.open_or_create(str(uri), identity, BUCKETS)
-    store.write("behaviors", encoded(encoder, rows))
+    write_rows(store, "behaviors", encoded(encoder, rows))
     return uri
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from jobs import embed, evaluate, generate, train
+from jobs import demo, embed, evaluate, generate, import_lamp, train
+from persona.errors import UsageError
 from persona.storage import write_bytes
 from tests.jobs.conftest import START, Job, behaviors, new_plug, requests, write
 from tests.models import tiny_encoder, tiny_llama
@@ -126,13 +127,13 @@ def test_s3_without_credentials_or_bucket(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     said = refused(embed, **{**embedding, "store": f"{s3}/store"})
-    assert "needs credentials and there are none" in said
+    assert "needs credentials and none were found" in said
     assert "AWS_ACCESS_KEY_ID" in said
 
 
 def test_a_uri_with_a_space(refused: Any, embedding: dict[str, str]) -> None:
     said = refused(embed, **{**embedding, "store": "s3://bucket/my store"})
-    assert "--store: 's3://bucket/my store' holds a space" in said
+    assert "--store: 's3://bucket/my store' contains a space" in said
 
 
 def test_an_input_without_any_row(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_an_input_without_any_row(refused: Any, embedding: dict[str, str], tmp_p
     assert "does not exist" in refused(embed, **{**embedding, "histories": str(tmp_path / "nowhere")})
     (tmp_path / "empty").mkdir()
     said = refused(embed, **{**embedding, "histories": str(tmp_path / "empty")})
-    assert "holds no file to read; files must end in one of" in said
+    assert "has no file to read; file names must end in one of" in said
 
 
 def test_batch_sizes_that_do_not_multiply_out(refused: Any, training: dict[str, str]) -> None:
@@ -157,14 +158,14 @@ def test_batch_sizes_that_do_not_multiply_out(refused: Any, training: dict[str, 
         (
             train,
             {"weights": "mean", "learn_temperature": True},
-            "--learn-temperature does nothing under --weights mean",
+            "--learn-temperature has no effect with --weights mean",
         ),
         (train, {"validation_fraction": 0}, "--validation-fraction 0.0: must be above 0 and below 1"),
-        (generate, {"sample": True, "beams": 2}, "--sample draws one answer a request and takes --beams 1, not 2"),
+        (generate, {"sample": True, "beams": 2}, "--sample draws one answer per request and needs --beams 1, not 2"),
         (generate, {"persona": ("own", "own")}, "--persona own own: give one or more of own, none, other, mean"),
         (generate, {"persona": ("own", "none"), "variant": "x"}, "--variant names the answers of one persona"),
         (generate, {"limit": 0}, "--limit 0: must be 1 or more"),
-        (evaluate, {"out": "o", "losses_only": True, "variants": ("own",)}, "--losses-only scores none; give one"),
+        (evaluate, {"out": "o", "losses_only": True, "variants": ("own",)}, "--losses-only scores none; remove one"),
     ],
 )
 def test_values_that_cannot_work(
@@ -172,6 +173,27 @@ def test_values_that_cannot_work(
 ) -> None:
     works = training if job is train else generating
     assert message in refused(job, **{**works, **flags})
+
+
+@pytest.mark.parametrize("job", [embed, evaluate, generate, import_lamp, train], ids=lambda job: job.__name__)
+@pytest.mark.parametrize("fraction", ["-1", "1.1"])
+def test_a_share_of_rejects_that_is_no_share(refused: Any, job: Any, fraction: str) -> None:
+    flags = {
+        embed: {"histories": "h", "store": "s"},
+        evaluate: {"requests": "r", "store": "s", "plug": "p", "out": "o"},
+        generate: {"requests": "r", "store": "s", "plug": "p"},
+        import_lamp: {"task": "LaMP_5", "questions": "q", "out": "o"},
+        train: {"requests": "r", "store": "s", "plug": "p", "run": "a", "runs": "k"},
+    }
+    said = refused(job, **flags[job], max_reject_fraction=fraction)
+    assert said == f"error: --max-reject-fraction {float(fraction)}: must be from 0 to 1\n"
+
+
+def test_a_config_that_is_made_in_python_is_checked_as_well() -> None:
+    with pytest.raises(UsageError, match="--batch-size 0: must be 1 or more"):
+        generate.Config(requests="r", store="s", plug="p", batch_size=0)
+    with pytest.raises(UsageError, match="--limit 0: must be 1 or more"):
+        demo.Config(limit=0)
 
 
 def test_a_model_that_is_not_there_or_is_pickled(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:

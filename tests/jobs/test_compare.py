@@ -1,4 +1,4 @@
-"""`compare` on the files that `evaluate` writes: what it prints and writes, and what it does without."""
+"""`compare` on the files that `evaluate` writes: what it prints and writes, and what it does not import."""
 
 import json
 import subprocess
@@ -16,23 +16,23 @@ from tests.persona.evaluation.test_many_runs import NONE, OWN, files
 ROOT = Path(__file__).parents[2]
 
 
-def lay(root: Any, name: str, **changes: Any) -> str:
-    """The folder of an evaluation."""
-    place = join(str(root), name)
+def save(root: Any, name: str, **changes: Any) -> str:
+    """Writes an evaluation and returns its folder."""
+    folder = join(str(root), name)
     found = files({"own": OWN, "none": NONE}, **changes)
     for file, data in zip(("metrics.json", "losses.parquet"), found, strict=True):
-        write_bytes(join(place, file), data)
-    return place
+        write_bytes(join(folder, file), data)
+    return folder
 
 
-def test_seeds_and_controls_stand_in_one_table_and_on_one_page(refuse: Job, s3: str) -> None:
-    best = [lay(s3, f"best-{seed}", seed=seed) for seed in range(2)]
-    tuning = lay(s3, "tuning", training={"empty_history": 1.0}, limited=True)
+def test_seeds_and_controls_share_one_table_and_one_page(refuse: Job, s3: str) -> None:
+    best = [save(s3, f"best-{seed}", seed=seed) for seed in range(2)]
+    tuning = save(s3, "tuning", training={"empty_history": 1.0}, limited=True)
     done = refuse(compare, evaluations=(*best, tuning), out=f"{s3}/compared")
     assert done.code == 0
     heads, *rows = done.table.splitlines()
     assert heads.split("  ")[0] == "4 requests of 2 users"
-    assert "less best-0/own" in heads
+    assert "difference to best-0/own" in heads
     assert [row.split()[0] for row in rows] == ["best-0/own", "best-0/none", "tuning/own", "tuning/none"]
     assert "warning: tuning was evaluated with --limit" in done.said
     found = json.loads(read_bytes(f"{s3}/compared/comparison.json"))
@@ -42,22 +42,22 @@ def test_seeds_and_controls_stand_in_one_table_and_on_one_page(refuse: Job, s3: 
     assert b"best-0" in read_bytes(f"{s3}/compared/comparison.html")
 
 
-def test_names_are_given_and_a_row_is_chosen(refuse: Job, tmp_path: Path) -> None:
-    places = (lay(tmp_path, "a"), lay(tmp_path, "b", training={"epochs": 3}))
-    flags: dict[str, Any] = {"evaluations": places, "out": str(tmp_path / "out"), "names": ("ours", "theirs")}
+def test_names_and_the_reference_can_be_given(refuse: Job, tmp_path: Path) -> None:
+    folders = (save(tmp_path, "a"), save(tmp_path, "b", training={"epochs": 3}))
+    flags: dict[str, Any] = {"evaluations": folders, "out": str(tmp_path / "out"), "names": ("ours", "theirs")}
     done = refuse(compare, **flags, against="theirs/none", dry_run=True)
     assert (done.code, done.result["against"]) == (0, "theirs/none")
     assert not (tmp_path / "out").exists()
     few = refuse(compare, **{**flags, "names": ("ours",)})
     assert (few.code, "as many as --evaluations, 2, not 1" in few.said) == (2, True)
-    nobody = refuse(compare, **flags, against="nobody")
-    assert (nobody.code, "ours/own, ours/none, theirs/own" in nobody.said) == (2, True)
-    nothing = refuse(compare, **{**flags, "evaluations": (str(tmp_path / "c"), places[0])})
+    unknown = refuse(compare, **flags, against="unknown")
+    assert (unknown.code, "ours/own, ours/none, theirs/own" in unknown.said) == (2, True)
+    nothing = refuse(compare, **{**flags, "evaluations": (str(tmp_path / "c"), folders[0])})
     assert (nothing.code, "metrics.json does not exist" in nothing.said) == (2, True)
 
 
 def test_it_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
-    flags = arguments(evaluations=(lay(tmp_path, "a"),), out=str(tmp_path / "out"))
+    flags = arguments(evaluations=(save(tmp_path, "a"),), out=str(tmp_path / "out"))
     code = (
         "import sys\nfrom jobs import compare\nfrom jobs.runtime import cli\n"
         f"assert cli.run(compare.Config, compare.main, {flags}) == 0\n"

@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 
 from jobs import embed
 from jobs.runtime.session import Threads
-from jobs.runtime.tally import new_tally, note
+from jobs.runtime.tally import Tally
 from persona.models import resolve as persona_models
 from persona.models.encoder import TextEncoder
 from persona.storage import delta_options, exists, join, read_bytes, write_bytes
@@ -170,20 +170,20 @@ def test_sync_takes_nothing_out_when_a_file_is_replaced_between_listing_and_read
     done = do(embed, sync=True, **flags)
     assert (done.result["gone"], done.result["new"]) == (0, len(rows) - len(behaviors()))
     assert set(stored(store, "behaviors")) == {(row["user_id"], row["behavior_id"]) for row in rows}
-    assert "file was changed meanwhile" in done.table and "taken out" in done.table
+    assert "file changed during the run" in done.table and "taken out" in done.table
 
 
 def test_a_model_that_is_alone_takes_the_cores_of_those_that_may_still_come(
     local_ray: None, models: dict[str, str], filled_store: Path
 ) -> None:
     config = embed.Config(histories="", store=str(filled_store), encoder=models["encoder"], precision="fp32")
-    tally, n_before = new_tally(), torch.get_num_threads()
+    tally, n_before = Tally.start(), torch.get_num_threads()
     rows = pa.table({"user_id": ["u"], "behavior_id": ["b"], "text": ["a title of it"], "change": ["new"]})
     try:
         threads = Threads(model=1, alone=2, tokenizing=1)
         encode = embed.Encode(config, Store.open(str(filled_store)).identity, tally, threads)
         alone, n_alone = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
-        note(tally, "encoders", "another", {})
+        tally.note("encoders", "another", {})
         beside, n_beside = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
     finally:
         torch.set_num_threads(n_before)

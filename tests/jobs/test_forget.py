@@ -1,4 +1,4 @@
-"""`forget` on a real Ray: nothing of the users is left in any byte below the store, and nothing else is touched."""
+"""`forget` on a real Ray: no byte below the store still holds the users' data, and other rows are not touched."""
 
 import json
 import logging
@@ -13,21 +13,21 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import forget
-from persona.inputs.files import rejects
+from persona.inputs.records import rejects
 from persona.plug.user_personas import UserPersonas
 from persona.storage import write_bytes
 from persona.store.store import Store
 from tests.jobs.conftest import Job, Row, behaviors, encoded, fill_store, write
-from tests.stores import answers
+from tests.stores import answers, write_rows
 
 TABLES = ("behaviors", "personas", "generations")
-# Alone in a bucket; between others; and one whose id needs care in SQL, in JSON and in paths.
+# Alone in a bucket; among other users; and with an id that must be escaped in SQL, in JSON and in paths.
 ALONE, JOHN, OBRIEN = "user-5", "john.doe+7@example.org", 'O\'Brien "x"/ü\\%20'
 LEAVING = (ALONE, JOHN, OBRIEN)
 
 
 def rows_of(user: str) -> list[Row]:
-    """Four behaviors whose ids and texts nobody else has."""
+    """Four behaviors with ids and texts of this user only."""
     return [
         {**row, "user_id": user, **{name: f"{row[name]} of {user}" for name in ("behavior_id", "text")}}
         for row in behaviors(1, 4)
@@ -36,28 +36,31 @@ def rows_of(user: str) -> list[Row]:
 
 def answers_of(users: list[str], variant: str, output: str, change: str = "new") -> pa.Table:
     rows = answers(*users, variant=variant, changes=[change] * len(users))
-    said = {"request_id": [f"request of {user}" for user in users], "output": [f"{output}, {user}" for user in users]}
-    for name, values in said.items():
+    columns = {
+        "request_id": [f"request of {user}" for user in users],
+        "output": [f"{output}, {user}" for user in users],
+    }
+    for name, values in columns.items():
         rows = rows.set_column(rows.column_names.index(name), name, pa.array(values))
     return rows
 
 
 @pytest.fixture
 def store(models: dict[str, str], plug: str, tmp_path: Path) -> Path:
-    """A store with a past: rows that were replaced, files that no version has any more, and one that none has yet."""
+    """A store with a history: replaced rows, data files that only old versions have, and one never committed."""
     rows = [*behaviors(5), *(row for user in LEAVING for row in rows_of(user))]
     uri = fill_store(tmp_path / "store", models["encoder"], rows)
     opened = Store.open(str(uri))
     edited = [{**row, "text": f"after all, {row['text']}"} for row in rows if row["behavior_id"].startswith("b0")]
-    opened.write("behaviors", encoded(models["encoder"], edited, change="edited"))
+    write_rows(opened, "behaviors", encoded(models["encoder"], edited, change="edited"))
     model = UserPersonas.load(Path(plug))
     for bucket in opened.buckets():
         users = opened.personas_to_make(bucket, model.fingerprint)
-        opened.write("personas", model.make(users, opened.read_histories(bucket)))
+        write_rows(opened, "personas", model.make(users, opened.read_histories(bucket)))
     names = sorted({row["user_id"] for row in rows})
     for variant in ("own", "a/b c"):
-        opened.write("generations", answers_of(names, variant, "first"))
-        opened.write("generations", answers_of([*LEAVING, "user-1"], variant, "second", "edited"))
+        write_rows(opened, "generations", answers_of(names, variant, "first"))
+        write_rows(opened, "generations", answers_of([*LEAVING, "user-1"], variant, "second", "edited"))
     opened.stage("generations", answers_of(names, "never committed", "third"))
     opened.write_rejects(rejects("embed", ["in.jsonl"], [3], ["text is empty"]))
     return uri
@@ -77,7 +80,7 @@ def versions(store: Path) -> dict[str, int]:
 
 
 def traces(store: Path, user: str) -> set[bytes]:
-    """What only rows of this user hold, or have ever held: ids, hashes, outputs, vectors and personas."""
+    """What only this user's rows contain, in any version: ids, hashes, outputs, vectors and personas."""
     found = {user.encode()}
     for name, latest in versions(store).items():
         for version in range(latest + 1):
@@ -89,7 +92,7 @@ def traces(store: Path, user: str) -> set[bytes]:
 
 
 def leaves(value: Any) -> Iterator[bytes]:
-    """All that stands in a value, also where it is JSON in JSON."""
+    """The bytes of all values in a nested value, including JSON within strings."""
     if isinstance(value, bytes):
         yield value
     elif isinstance(value, str):
@@ -105,7 +108,7 @@ def leaves(value: Any) -> Iterator[bytes]:
 
 
 def everything(folder: Path) -> bytes:
-    """Each byte of each file below, as it is and unpacked."""
+    """All bytes of all files below the folder, raw and decoded."""
     parts = []
     for path in folder.rglob("*"):
         if path.is_dir():
@@ -116,12 +119,12 @@ def everything(folder: Path) -> bytes:
         elif path.suffix == ".json":
             parts += [leaf for line in path.read_text().splitlines() for leaf in leaves(json.loads(line))]
         else:
-            assert path.name == "_last_checkpoint", f"{path} may hold anything"
+            assert path.name == "_last_checkpoint", f"the test cannot decode {path}"
     return b"\n".join(parts)
 
 
 def ray_log_lines() -> list[str]:
-    """What Ray has written on this machine since it was started, but for what is said to developers of Ray."""
+    """Everything Ray has logged on this machine since it started, except debug lines."""
     import ray
 
     logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
@@ -132,17 +135,17 @@ def ray_log_lines() -> list[str]:
     return [line for line in lines if "DEBUG" not in line]
 
 
-def test_rows_bytes_and_versions_go_and_nothing_else(
+def test_rows_bytes_and_versions_are_deleted_and_nothing_else(
     do: Job, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, rejected = stored(store), DeltaTable(f"{store}/rejects").to_pyarrow_table()
     marks = {user: traces(store, user) for user in LEAVING}
-    # 5 versions of behaviors' vectors and hashes, a persona, and two outputs beside the id
+    # The id, 5 versions of vectors and hashes of behaviors, a persona, and two outputs
     assert {user: len(found) for user, found in marks.items()} == dict.fromkeys(LEAVING, 14)
     whole = everything(store)
-    assert all(mark in whole for found in marks.values() for mark in found), "what is searched for can be found"
+    assert all(mark in whole for found in marks.values() for mark in found), "the search finds what is there"
     old = versions(store)
-    listed = write(str(tmp_path / "users.parquet"), [{"user_id": JOHN, "why": 1}, {"user_id": "of whom nobody knows"}])
+    listed = write(str(tmp_path / "users.parquet"), [{"user_id": JOHN, "why": 1}, {"user_id": "unknown to the store"}])
     caplog.set_level(logging.INFO)
 
     dry = do(forget, store=store, user=ALONE, users=listed, dry_run=True)
@@ -168,7 +171,7 @@ def test_rows_bytes_and_versions_go_and_nothing_else(
     assert JOHN not in outputs
 
 
-def test_an_id_that_needs_care_and_a_second_run(do: Job, store: Path, tmp_path: Path) -> None:
+def test_an_id_with_special_characters_and_a_second_run(do: Job, store: Path, tmp_path: Path) -> None:
     before, marks = stored(store), traces(store, OBRIEN)
     listed = write(str(tmp_path / "users.jsonl"), [{"user_id": OBRIEN}])
     done = do(forget, store=store, users=listed)
@@ -189,14 +192,14 @@ def test_an_id_that_needs_care_and_a_second_run(do: Job, store: Path, tmp_path: 
     [
         (
             b'{"user_id": "user-1"}\n{"user_id": null}\n',
-            "rows without a readable user_id: 1; nobody has been forgotten",
+            "rows without a readable user_id: 1; no user has been forgotten",
         ),
-        (b'{"user_id": "user-1"}\n{"user_i', "rows without a readable user_id: 1; nobody has been forgotten"),
+        (b'{"user_id": "user-1"}\n{"user_i', "rows without a readable user_id: 1; no user has been forgotten"),
         (b'{"user": "user-1"}\n', "no column 'user_id'"),
         (b"[]\n", "no row can be read"),
     ],
 )
-def test_a_bad_file_of_users_forgets_nobody(
+def test_with_a_bad_file_of_users_nothing_is_deleted(
     refuse: Job, store: Path, tmp_path: Path, lines: bytes, message: str
 ) -> None:
     before = versions(store)
@@ -207,7 +210,7 @@ def test_a_bad_file_of_users_forgets_nobody(
     assert versions(store) == before
 
 
-def test_nobody_to_forget_is_wrong_usage(refuse: Job, store: Path, tmp_path: Path) -> None:
-    assert "--user or --users must say whom to forget" in refuse(forget, store=store).said
+def test_no_users_are_wrong_usage(refuse: Job, store: Path, tmp_path: Path) -> None:
+    assert "name those to forget with --user or --users" in refuse(forget, store=store).said
     assert "there is no store at" in refuse(forget, store=tmp_path, user="a").said
     assert "--user: an id is empty" in refuse(forget, store=store, user="").said

@@ -10,11 +10,11 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import generate
+from persona.engines.base import new_engine
 from persona.inputs import histories as persona_histories
 from persona.inputs.requests import SCHEMA
 from persona.models import resolve as persona_models
 from persona.models.encoder import TextEncoder
-from persona.models.frozen_llm import FrozenLLM
 from persona.options import Decoding, PersonaKind
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.request_tables import answer_all
@@ -42,15 +42,15 @@ def expected(uri: str, plug: str, asked: list[Row], persona: Any, decoding: Deco
     store, folder = Store.open(uri), Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
-    model = plug_folder.load(folder, encoder=encoder, llm=frozen)
+    engine = new_engine("local", llm, max_input_tokens=record.max_input_tokens, precision="fp32", batch_size=1)
+    answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1)
     found = {}
     for row in asked:
         bucket = int(persona_histories.bucket_of([row["user_id"]], BUCKETS)[0])
         table = pa.Table.from_pylist([{**row, "query": row["input"], "bucket": bucket}], schema=SCHEMA)
         joined = join_histories(table, store, bucket, persona=PersonaKind(persona), max_behaviors=record.max_behaviors)
         joined = joined.append_column("persona", pa.array([persona]))
-        found[row["request_id"]] = answer_all(model, joined, decoding, batch_size=1)["output"][0].as_py()
+        found[row["request_id"]] = answer_all(answerer, joined, decoding)["output"][0].as_py()
     return found
 
 
@@ -99,7 +99,7 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
     record = plug_record.read(Path(plug))
     where = {"fingerprint": plug_record.fingerprint(Path(plug)), "record": record}
     other = Path(new_plug(tmp_path / "other", models["encoder"], models["llama"], seed=1))
-    config = generate.Config(requests="r", store="s", plug="p", beams=1)
+    config = generate.Config(requests="r", store="s", plug="p", decoding=Decoding(beams=1))
     row = {"input": "a", "query": "b", "history_hash": "c", "persona": "own", "as_of": None}
 
     def fingerprint(row: Row = row, config: generate.Config = config, **changed: Any) -> str:
@@ -107,16 +107,19 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
 
     same = [
         fingerprint({**row, "as_of": START}),
-        fingerprint(config=replace(config, batch_size=1, seed=7, top_p=0.5, requests="elsewhere")),
+        fingerprint(config=replace(config, batch_size=1, requests="elsewhere")),
     ]
     assert set(same) == {fingerprint()}
-    sampling = replace(config, sample=True)
+
+    def decoding(**changed: Any) -> generate.Config:
+        return replace(config, decoding=replace(config.decoding, **changed))
+
     different = [
         *(fingerprint({**row, name: "else"}) for name in ("input", "query", "history_hash", "persona")),
-        fingerprint(config=replace(config, max_new_tokens=9)),
-        fingerprint(config=replace(config, beams=2)),
-        fingerprint(config=sampling),
-        fingerprint(config=replace(sampling, seed=7)),
+        fingerprint(config=decoding(max_new_tokens=9)),
+        fingerprint(config=decoding(beams=2)),
+        fingerprint(config=decoding(sample=True)),
+        fingerprint(config=decoding(sample=True, seed=7)),
         fingerprint(fingerprint=plug_record.fingerprint(other)),
         fingerprint(record=replace(record, llm={**record.llm, "fingerprint": "else"})),
     ]
@@ -173,8 +176,8 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     folder = Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    frozen = FrozenLLM.load(llm, max_input_tokens=record.max_input_tokens, precision="fp32")
-    model = plug_folder.load(folder, encoder=encoder, llm=frozen, front_tokens=24)
+    engine = new_engine("local", llm, max_input_tokens=record.max_input_tokens, precision="fp32", batch_size=1)
+    answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1, prefix_tokens=24)
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0
     for row in asked:
@@ -189,7 +192,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
         history = vectors_Nd.astype("<f2").tobytes()
         for name, kind in zip(names, (PersonaKind.BARE, PersonaKind.OWN), strict=True):
             rows = [{**row, "query": row["input"], "history": history, "retrieved": found}]
-            said = model.answer(rows, Decoding(beams=1, max_new_tokens=8), persona=kind)[0]
+            said = answerer.answer(rows, Decoding(beams=1, max_new_tokens=8), persona=kind)[0]
             assert answers[row["request_id"], name]["output"] == said.text
 
     again = do(generate, **given, texts=histories)
@@ -207,10 +210,13 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     [
         ({"retrieve": 2}, "--retrieve 2 needs --texts"),
         ({"retrieve": -1}, "--retrieve -1: must be 0"),
-        ({"texts": "h.parquet"}, "--texts does nothing without --retrieve"),
-        ({"retriever": "bm25"}, "--retriever bm25 does nothing without --retrieve"),
+        ({"texts": "h.parquet"}, "--texts has no effect without --retrieve"),
+        ({"retriever": "bm25"}, "--retriever bm25 has no effect without --retrieve"),
         ({"columns": "text=body"}, "--columns names the columns of --texts"),
-        ({"retrieve": 9, "retrieve_tokens": 8, "texts": "h.parquet"}, "--retrieve-tokens 8: must be one a text"),
+        (
+            {"retrieve": 9, "retrieve_tokens": 8, "texts": "h.parquet"},
+            "--retrieve-tokens 8: must be at least one a text",
+        ),
     ],
 )
 def test_retrieval_that_cannot_work_is_refused(

@@ -1,4 +1,4 @@
-"""The real job on small generated files, on disk and on an object store."""
+"""`import_lamp` on small generated files, on disk and on an object store."""
 
 import gzip
 import json
@@ -13,6 +13,7 @@ import pytest
 from jobs import import_lamp
 from jobs.import_lamp import Config, main
 from jobs.runtime.cli import run
+from jobs.runtime.job_options import InputRows
 from persona.errors import InputError, UsageError
 from persona.inputs.lamp import TASKS
 from persona.storage import join, list_files, open_filesystem, write_bytes
@@ -38,7 +39,7 @@ def question(number: int, n_items: int = 3, **fields: Any) -> dict[str, Any]:
 
 
 def files(root: str, questions: Any, golds: dict[str, str] | None = None, *, gz: bool = False) -> Config:
-    """The config of an import of these questions into `root`/out, outputs only if there are golds."""
+    """Writes the questions, and the outputs if there are golds; returns the config of their import into `root`/out."""
     suffix, pack = (".json.gz", gzip.compress) if gz else (".json", bytes)
     config = Config(task="LaMP_5", questions=join(root, f"questions{suffix}"), out=join(root, "out"))
     write_bytes(config.questions, pack(questions if isinstance(questions, bytes) else json.dumps(questions).encode()))
@@ -96,26 +97,28 @@ def test_without_outputs_there_are_no_targets(tmp_path: Path) -> None:
 
 
 def test_the_files_are_what_embed_and_train_read(tmp_path: Path) -> None:
-    from persona.inputs import files as inputs, histories, requests
+    from persona.inputs import histories, requests
+    from persona.inputs.reader import read_split
+    from persona.inputs.splits import plan_splits
 
     config = files(str(tmp_path), [question(1, user_id="ann", date=2012), question(2)], {"1": "One", "2": "Two"})
     main(config)
-    splits = inputs.plan_splits(join(config.out, "histories.parquet"), flag="--histories")
+    splits = plan_splits(join(config.out, "histories.parquet"), flag="--histories")
     histories.check_columns(splits, histories.Columns())
-    good, bad = histories.validate(next(inputs.read_split(splits[0])), histories.Columns(), 4)
+    good, bad = histories.validate(next(read_split(splits[0])), histories.Columns(), 4)
     assert (good.num_rows, bad.num_rows) == (6, 0)
-    splits = inputs.plan_splits(join(config.out, "requests.parquet"), flag="--requests")
+    splits = plan_splits(join(config.out, "requests.parquet"), flag="--requests")
     requests.check_columns(splits, needs_target=True)
-    good, bad = requests.validate(next(inputs.read_split(splits[0])), 4, needs_target=True)
+    good, bad = requests.validate(next(read_split(splits[0])), 4, needs_target=True)
     assert (good.num_rows, bad.num_rows) == (2, 0)
 
 
-def test_a_bad_question_is_a_reject_and_nothing_else_is_lost(tmp_path: Path) -> None:
+def test_a_bad_question_is_rejected_and_no_other_is_lost(tmp_path: Path) -> None:
     item = {"id": "x", "title": "No abstract"}
     bad = [["not a question"], question(1, profile="none"), question(9), {"input": "no id"}, question(2)]
     questions = [question(1), *bad, question(2), question(3, profile=[item, *question(3)["profile"]])]
     config = files(str(tmp_path), questions, {"1": "One", "2": "Two", "3": "Three", "lost with its id": "?"})
-    summary = main(replace(config, max_reject_fraction=1.0))
+    summary = main(replace(config, rows=InputRows(max_reject_fraction=1.0)))
     assert summary.exit_code == 0
     assert [one["request_id"] for one in rows(config, "requests.parquet")] == ["1", "2", "3"]
     assert len(rows(config, "histories.parquet")) == 9
@@ -126,10 +129,10 @@ def test_a_bad_question_is_a_reject_and_nothing_else_is_lost(tmp_path: Path) -> 
         rejects,
         [
             "must be an object",
-            "stands there before",
+            "duplicate id",
             "no gold",
             "'id'",
-            "stands there before",
+            "duplicate id",
             "profile item 0",
         ],
         strict=True,
@@ -138,25 +141,25 @@ def test_a_bad_question_is_a_reject_and_nothing_else_is_lost(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("allowed", "exit_code"), [(0.25, 0), (0.24, 3)])
-def test_too_many_rejected_questions_end_with_exit_3_and_the_good_ones_written(
+def test_too_many_rejected_questions_give_exit_code_3_and_the_others_are_written(
     tmp_path: Path, allowed: float, exit_code: int
 ) -> None:
     config = files(str(tmp_path), [*map(question, range(3)), question(3, input="of another task")])
-    summary = main(replace(config, max_reject_fraction=allowed))
+    summary = main(replace(config, rows=InputRows(max_reject_fraction=allowed)))
     assert (summary.exit_code, summary.result["reject_fraction"]) == (exit_code, 0.25)
     assert len(rows(config, "requests.parquet")) == 3
 
 
-def test_too_many_rejected_profile_items_end_with_exit_3(tmp_path: Path) -> None:
+def test_too_many_rejected_profile_items_give_exit_code_3(tmp_path: Path) -> None:
     broken = question(1, n_items=4)
     del broken["profile"][0]["title"]
     summary = main(files(str(tmp_path), [broken]))
     assert (summary.exit_code, summary.result["reject_fraction"]) == (3, 0.25)
 
 
-def test_limit_takes_the_first_questions_and_leaves_the_other_golds_alone(tmp_path: Path) -> None:
+def test_limit_takes_the_first_questions_and_ignores_the_golds_of_the_others(tmp_path: Path) -> None:
     config = files(str(tmp_path), [question(n) for n in range(5)], {str(n): "Gold" for n in range(5)})
-    summary = main(replace(config, limit=2))
+    summary = main(replace(config, rows=InputRows(limit=2)))
     assert summary.result["questions"] == 2
     assert [one["request_id"] for one in rows(config, "requests.parquet")] == ["0", "1"]
 
@@ -168,7 +171,7 @@ def test_a_dry_run_reads_everything_and_writes_nothing(root: str) -> None:
     assert list_files(config.out) == []
 
 
-def test_importing_again_replaces_what_was_there(root: str) -> None:
+def test_a_second_import_replaces_the_first(root: str) -> None:
     main(files(root, [question(1), question(2, profile=0)]))
     config = files(root, [question(3)])
     main(config)
@@ -179,12 +182,12 @@ def test_importing_again_replaces_what_was_there(root: str) -> None:
 @pytest.mark.parametrize(
     ("questions", "golds", "message"),
     [
-        (b'{"task": "LaMP_5", "golds": []}', None, "no LaMP questions file"),
+        (b'{"task": "LaMP_5", "golds": []}', None, "not a LaMP questions file"),
         (b"[]", None, "empty list"),
         (
             json.dumps([question(1), question(2)]).encode()[:-9],
             None,
-            "breaks off after 1 questions; is it whole",
+            "cannot be read after 1 questions; is it complete",
         ),
         (
             [question(1, input="Generate a headline for the following article: x")],
@@ -195,15 +198,15 @@ def test_importing_again_replaces_what_was_there(root: str) -> None:
     ],
     ids=["outputs as questions", "empty", "truncated", "another task", "outputs of other questions"],
 )
-def test_a_file_that_cannot_be_used_leaves_the_former_import_in_place(
+def test_an_unusable_file_leaves_the_previous_import_in_place(
     root: str, questions: Any, golds: dict[str, str] | None, message: str
 ) -> None:
-    former = files(root, [question(5)])
-    main(former)
+    previous = files(root, [question(5)])
+    main(previous)
     with pytest.raises(InputError, match=message):
         main(files(root, questions, golds))
-    assert [one["request_id"] for one in rows(former, "requests.parquet")] == ["5"]
-    filesystem, path = open_filesystem(former.out)
+    assert [one["request_id"] for one in rows(previous, "requests.parquet")] == ["5"]
+    filesystem, path = open_filesystem(previous.out)
     assert sorted(info.base_name for info in filesystem.get_file_info(pa.fs.FileSelector(path))) == NAMES
 
 
@@ -211,13 +214,13 @@ def test_a_truncated_gz_is_an_error(tmp_path: Path) -> None:
     config = files(str(tmp_path), [question(n, n_items=50) for n in range(50)], gz=True)
     whole = Path(config.questions).read_bytes()
     Path(config.questions).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="is it whole"):
+    with pytest.raises(InputError, match="is it complete"):
         main(config)
 
 
 def test_outputs_of_another_task_are_refused(tmp_path: Path) -> None:
     config = replace(files(str(tmp_path), [question(1)], {"1": "One"}), task="LaMP_4")
-    with pytest.raises(InputError, match="is of task 'LaMP_5', not 'LaMP_4'"):
+    with pytest.raises(InputError, match="has the task 'LaMP_5', not 'LaMP_4'"):
         main(config)
 
 
@@ -277,10 +280,10 @@ def test_a_wrong_value_is_refused_by_name(capsys: pytest.CaptureFixture[str], fl
     assert message in err
 
 
-def test_labels_come_into_the_texts_when_asked_for(tmp_path: Path) -> None:
+def test_labels_are_added_to_the_texts_with_the_flag(tmp_path: Path) -> None:
     item = {"id": "1", "text": "Broke at once.", "score": "2", "date": "2020-01-01"}
-    asked = {"id": "q", "input": "What is the score of the following review? review: Works.", "profile": [item]}
-    config = replace(files(str(tmp_path), [asked]), task="LaMP_3")
+    one = {"id": "q", "input": "What is the score of the following review? review: Works.", "profile": [item]}
+    config = replace(files(str(tmp_path), [one]), task="LaMP_3")
     main(config)
     assert [row["text"] for row in rows(config, "histories.parquet")] == ["Broke at once."]
     main(replace(config, labels=True))

@@ -1,8 +1,8 @@
-"""Whatever is killed, and whenever: the same command again, and the tables are those of an undisturbed run.
+"""Kill anything at any moment, run the same command again: the tables equal those of an undisturbed run.
 
-A cluster of three nodes. In each campaign an actor, another process of a worker and a node are ended, and the driver,
-in an order and at moments that the campaign's seed decides: somewhere in the middle, as soon as files have been staged
-or committed, right before or after a commit.
+On a cluster of three nodes. Each campaign kills an actor, another worker process, a node and the driver, in an order
+and at moments that depend on the campaign's name: somewhere in the middle, right after files were staged or committed,
+or right before or after a commit.
 """
 
 import json
@@ -30,7 +30,7 @@ from persona.store import maintenance as housekeeping
 from persona.store.store import Store
 from tests.jobs.conftest import TRAINING, arguments, behaviors, fill_store, n_reports, new_plug, requests, stored, write
 from tests.killable import LOG
-from tests.stores import answers
+from tests.stores import answers, write_rows
 from tests.warm_workers import warm_workers
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +38,12 @@ SHORT = {"embed-before-replace"}
 BLOCK_ROWS = {"embed": 32, "generate": 8}
 ACTORS, WORKERS = 2, 2
 N_USERS, N_EACH = 60, 20
-# Blocks that a kill may cost: each actor has one in hand and one that waits; and where the driver is gone, beside that,
-# those that wait to be staged or committed. On two cores for three nodes, that takes long compared to a tiny model.
+# Blocks that a kill may waste: one in work and one waiting per actor; if the driver dies, also those that wait to be
+# staged or committed. With three nodes on two cores, that wait is long compared to a tiny model's work.
 IN_ACTORS, ON_THE_WAY = 2 * ACTORS, 8
 STEPS = 12
 ENDS_WITHIN_S = 300
-# By their names; a worker is none of those by which Ray itself lives (without its agents, a node ends, too).
+# Patterns of process titles. A "worker" is not one of Ray's own processes, without which a node ends.
 NAMES = {
     "actor": r"ray::MapWorker",
     "train": r"ray::RayTrain",
@@ -54,7 +54,7 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """What is ended, when (the moment), and after how many seconds or files or commits (at)."""
+    """What is killed, at which kind of moment, and after how many seconds, files or commits (`at`)."""
 
     victim: str
     moment: str
@@ -63,7 +63,7 @@ class Kill:
 
 @dataclass(frozen=True, kw_only=True)
 class Campaign:
-    """Kills of one job, one after the other; and at which of its commits the first driver ends itself, if it does."""
+    """Kills of one job, in order, and at which commit the first driver kills itself ('never' if it does not)."""
 
     job: str
     name: str
@@ -80,7 +80,7 @@ AROUND_COMMITS = ["before", "after", "before-replace", "after-replace"]
 
 
 def campaigns() -> list[Any]:
-    """All of them, by what becomes of the driver; those that are not in SHORT are for `make soak`."""
+    """All campaigns, by how the driver is killed; those that are not in SHORT run with `make soak`."""
     found = []
     for job, ends in (
         ("embed", [*MOMENTS, *AROUND_COMMITS]),
@@ -108,7 +108,7 @@ def _kill(victim: str, moment: str, chance: random.Random) -> Kill:
 
 
 class Nodes:
-    """Three nodes of a Ray of this test's own, and the process that its workers descend from."""
+    """A Ray of three nodes for this module, and the process that its workers are forked from."""
 
     def __init__(self, workers_of: int) -> None:
         from ray.cluster_utils import Cluster
@@ -124,18 +124,18 @@ class Nodes:
         return self.cluster.add_node(num_cpus=2, object_store_memory=150_000_000)
 
     def lose_one(self, chance: random.Random) -> None:
-        """One is gone without a word; another comes in its place."""
+        """Kill a node, and add another."""
         lost = self.others.pop(chance.randrange(len(self.others)))
         self.cluster.remove_node(lost, allow_graceful=False)
         self.others.append(self._add())
 
-    def lose_process(self, kind: str, chance: random.Random) -> bool:
-        """One process that is at work, whose name is of this kind, is gone; False where there is none."""
+    def lose_process(self, pattern: str, chance: random.Random) -> bool:
+        """Kill a process whose title matches the pattern; False if there is none."""
         found = []
         for process in psutil.Process(self.workers_of).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 name = " ".join(process.cmdline())
-                if re.match(kind, name):
+                if re.match(pattern, name):
                     found.append((name, process.pid, process))
         if found:
             with suppress(psutil.NoSuchProcess):
@@ -155,9 +155,9 @@ def nodes() -> Iterator[Nodes]:
             "RAY_AUTH_MODE": "disabled",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
             "RAY_BACKEND_LOG_LEVEL": "fatal",
-            # Processes that start before they are needed take the cores from those that are.
+            # Processes that start before they are needed would take cores away from the others.
             "RAY_prestart_worker_first_driver": "0",
-            # A node that is gone is to be missed soon, and one that has too few cores is not gone.
+            # Notice a dead node soon, but do not take a slow node for dead.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "15",
         }
@@ -170,13 +170,13 @@ def nodes() -> Iterator[Nodes]:
 
 
 class Work:
-    """A job over a folder of its own, from the same beginning each time."""
+    """Runs of a job in one folder, from a copy of a given initial store."""
 
-    def __init__(self, job: str, folder: Path, beginning: Path, flags: dict[str, Any], nodes: Nodes) -> None:
+    def __init__(self, job: str, folder: Path, initial_store: Path, flags: dict[str, Any], nodes: Nodes) -> None:
         self.job = job
         self.folder = folder
         self.nodes = nodes
-        shutil.copytree(beginning, folder / "store")
+        shutil.copytree(initial_store, folder / "store")
         own = {"store": folder / "store"}
         if job == "train":
             own |= {"plug": folder / "plug", "runs": folder / "runs"}
@@ -185,21 +185,21 @@ class Work:
     def start(self, kill: str = "never", **flags: Any) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "tests.killable", kill, self.job, *arguments(**{**self.flags, **flags})]
         environment = {**os.environ, "RAY_ADDRESS": self.nodes.cluster.address}
-        with (self.folder / "said").open("ab") as said:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+        with (self.folder / "output").open("ab") as output:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
     def finish(self, process: "subprocess.Popen[bytes]") -> int:
-        """The exit code; the output is in the test's report."""
+        """Wait for the exit code; a job that hangs is killed."""
         try:
             return process.wait(ENDS_WITHIN_S)
         finally:
             process.kill()
 
-    def said(self) -> str:
-        return (self.folder / "said").read_text(errors="replace")[-6000:]
+    def output(self) -> str:
+        return (self.folder / "output").read_text(errors="replace")[-6000:]
 
     def n_rows_worked_on(self) -> int:
-        """Rows of the blocks that actors have begun, in all runs."""
+        """Rows of the blocks that actors have begun, over all runs."""
         log = self.folder / LOG
         return sum(map(int, log.read_text().split())) if log.exists() else 0
 
@@ -207,7 +207,7 @@ class Work:
         return self.folder / "store" / {"embed": "behaviors", "generate": "generations"}[self.job]
 
     def progress(self, moment: str) -> int:
-        """How often that has happened so far."""
+        """How often that event has happened so far."""
         if self.job == "train":
             return self._train_progress(moment)
         if moment == "random":
@@ -224,9 +224,9 @@ class Work:
 def attack(
     pending: list[Kill], work: Work, driver: "subprocess.Popen[bytes]", nodes: Nodes, *, ends_itself: bool = False
 ) -> int:
-    """Takes one kill after the other off the list when its moment has come, until the driver ends; its exit code.
+    """Execute the pending kills, each when its moment has come, until the driver ends; returns its exit code.
 
-    Without its tally a run ends, too: one that is to end itself keeps it, and the next one loses it.
+    A run also ends when its tally dies: so if the driver is to kill itself, the tally is killed in the next run.
     """
     chance, give_up = random.Random(str(pending)), time.monotonic() + ENDS_WITHIN_S
 
@@ -256,7 +256,7 @@ def attack(
             at = time.monotonic() + kill.at
             came = came and in_time(lambda at=at: time.monotonic() >= at)
         else:
-            # It counts from now on; and a run's first commit only says that it has begun.
+            # Count from now on. A run's first commit contains no rows, only its lease.
             first = work.progress(kill.moment) + (kill.moment == "committed" and work.job != "train")
             came = in_time(lambda kill=kill, first=first: work.progress(kill.moment) >= first + kill.at)
         if not came or not in_time(lambda kill=kill: strike(kill.victim)):
@@ -266,35 +266,35 @@ def attack(
 
 
 @pytest.fixture(scope="module")
-def beginnings(
+def initial_states(
     models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """For each job, the store at its beginning and its flags."""
-    folder = tmp_path_factory.mktemp("beginnings")
+    """The initial store and the flags of each job."""
+    folder = tmp_path_factory.mktemp("initial")
     now = behaviors(N_USERS, N_EACH)
-    # As of yesterday: a third is there, some of it with other texts, and what has left since.
+    # The store of yesterday has four behaviors per user, one of them with another text, and one that is gone today.
     old = [row for row in now if row["behavior_id"] in {"b0", "b1", "b2", "b3"}]
     old = [{**row, "text": "of yesterday"} if row["behavior_id"] == "b1" else row for row in old]
     old += [{**row, "behavior_id": "left"} for row in behaviors(N_USERS, 1)]
     yesterday = fill_store(folder / "yesterday", models["encoder"], old)
     today = fill_store(folder / "today", models["encoder"], now)
-    asked = requests(N_USERS, 3)
-    stale = [row["request_id"] for row in asked if row["request_id"].endswith("-0")]
+    request_rows = requests(N_USERS, 3)
+    stale = [row["request_id"] for row in request_rows if row["request_id"].endswith("-0")]
     written = answers(*stale, fingerprint="of yesterday", output="old", users=[f"user-{n}" for n in range(N_USERS)])
-    Store.open(str(today)).write("generations", written)
+    write_rows(Store.open(str(today)), "generations", written)
     plug = new_plug(folder / "plug", models["encoder"], models["llama"])
     embedding = {
         "histories": write(str(folder / "histories.jsonl"), now),
         "encoder": models["encoder"],
         "max_tokens": 32,
         "precision": "fp32",
-        "token_budget": 1,  # each text alone, so that vectors are the same to the last bit
+        "token_budget": 1,  # each text in its own batch, so that vectors are equal to the last bit
         "block_rows": BLOCK_ROWS["embed"],
         "actors": ACTORS,
         "sync": True,
     }
     generating = {
-        "requests": write(str(folder / "requests.parquet"), asked),
+        "requests": write(str(folder / "requests.parquet"), request_rows),
         "plug": plug,
         "beams": 1,
         "max_new_tokens": 8,
@@ -315,14 +315,14 @@ def beginnings(
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    nodes: Nodes, beginnings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    nodes: Nodes, initial_states: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> "dict[str, Work]":
-    """What each job makes when nothing happens, made when it is asked for first."""
+    """What each job makes without kills; computed on first use."""
 
     class Undisturbed(dict[str, Work]):
         def __missing__(self, job: str) -> Work:
-            work = Work(job, tmp_path_factory.mktemp(job), *beginnings[job], nodes)
-            assert work.finish(work.start()) == 0, work.said()
+            work = Work(job, tmp_path_factory.mktemp(job), *initial_states[job], nodes)
+            assert work.finish(work.start()) == 0, work.output()
             self[job] = work
             return work
 
@@ -330,7 +330,7 @@ def undisturbed(
 
 
 def check_tables(work: Work, same: Work) -> None:
-    """All rows, each once, nothing that breaks a promise, and no file that is not needed after a vacuum."""
+    """The same rows, each once; `verify` finds no problem; after a vacuum there is no unneeded file."""
     of_work, of_same = (
         stored(one.folder / "store", one.table().name, ["embedded_at", "created_at"]) for one in (work, same)
     )
@@ -347,42 +347,43 @@ def check_tables(work: Work, same: Work) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("campaign", campaigns())
-def test_the_same_command_again_ends_as_if_nothing_had_happened(
-    campaign: Campaign, nodes: Nodes, undisturbed: dict[str, Work], beginnings: dict[str, Any], tmp_path: Path
+def test_the_same_command_again_gives_the_result_of_an_undisturbed_run(
+    campaign: Campaign, nodes: Nodes, undisturbed: dict[str, Work], initial_states: dict[str, Any], tmp_path: Path
 ) -> None:
     same = undisturbed[campaign.job]
-    work = Work(campaign.job, tmp_path, *beginnings[campaign.job], nodes)
+    work = Work(campaign.job, tmp_path, *initial_states[campaign.job], nodes)
     pending, codes = list(campaign.kills), []
     while not codes or codes[-1] != 0:
-        assert len(codes) <= campaign.n_kills, work.said()
+        assert len(codes) <= campaign.n_kills, work.output()
         commit = campaign.commit if not codes else "never"
         codes.append(attack(pending, work, work.start(commit), nodes, ends_itself=commit != "never"))
-    assert not pending, "the job had ended before their moment came"
-    assert codes[0] == -signal.SIGKILL or campaign.commit == "never", work.said()
+    assert not pending, "the job ended before these kills were due"
+    assert codes[0] == -signal.SIGKILL or campaign.commit == "never", work.output()
     print(f"{campaign.name}: {campaign.n_kills} kills ({campaign.commit}, {campaign.kills}), exit codes {codes}")
     if campaign.job == "train":
         check_plug(work, same, campaign.n_kills)
         return
     check_tables(work, same)
-    again = work.n_rows_worked_on() - same.n_rows_worked_on()
-    print(f"{again} of {same.n_rows_worked_on()} rows again")
+    n_again = work.n_rows_worked_on() - same.n_rows_worked_on()
+    print(f"{n_again} of {same.n_rows_worked_on()} rows were processed again")
     blocks = IN_ACTORS * campaign.n_kills + ON_THE_WAY * (len(codes) - 1)
-    # Rows that replace others, one in each user's history, wait until their old files are written without them.
-    assert 0 <= again <= blocks * BLOCK_ROWS[campaign.job] + N_USERS * (len(codes) - 1)
+    # Rows that replace others, one per user, are committed only after the old files have been rewritten.
+    assert 0 <= n_again <= blocks * BLOCK_ROWS[campaign.job] + N_USERS * (len(codes) - 1)
 
 
 def check_plug(work: Work, same: Work, n_kills: int) -> None:
-    """The same weights, and no step done twice but one a kill: each step has a checkpoint."""
+    """The same weights, and at most one repeated step per kill; each step has a checkpoint."""
     expected = load_file(same.folder / "plug" / "plug.safetensors")
     found = load_file(work.folder / "plug" / "plug.safetensors")
     assert found.keys() == expected.keys()
     for name in expected:
-        # To the last bit while the driver lives. A new one counts the nodes that are left, and with another number of
-        # threads sums have another order; a step that was lost or done twice would be some 1e-3. The bias of the keys
-        # moves all scores of a query alike, which no softmax sees: its gradient is rounding and no more, of which AdamW
-        # makes whole steps. In another order of the sums it ended 5e-4 apart after eight steps, all else 6e-7.
-        apart = STEPS * TRAINING["query_learning_rate"] if name.endswith(".key.bias") else 1e-6
-        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=apart, err_msg=name)
+        # Equal to the last bit if the driver survives. A new driver may count fewer nodes and so use another number of
+        # threads, which changes the order of sums. A lost or repeated step would differ by about 1e-3. The key bias
+        # shifts all scores of a query by the same amount, which softmax ignores: its gradient is only rounding noise,
+        # which AdamW scales up to full steps. With another order of sums it differed by 5e-4 after eight steps, all
+        # other weights by 6e-7.
+        tolerance = STEPS * TRAINING["query_learning_rate"] if name.endswith(".key.bias") else 1e-6
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance, err_msg=name)
     curve = json.loads((work.folder / "plug" / "plug.json").read_text())["training"]["training_curve"]
     assert [step for step, _ in curve] == list(range(1, STEPS + 1))
     print(f"{n_reports(work.folder / 'runs')} checkpoints of {STEPS} steps")
@@ -390,17 +391,17 @@ def check_plug(work: Work, same: Work, n_kills: int) -> None:
 
 
 @pytest.mark.soak
-def test_training_goes_on_with_another_number_of_workers(
-    nodes: Nodes, undisturbed: dict[str, Work], beginnings: dict[str, Any], tmp_path: Path
+def test_training_resumes_with_another_number_of_workers(
+    nodes: Nodes, undisturbed: dict[str, Work], initial_states: dict[str, Any], tmp_path: Path
 ) -> None:
-    work = Work("train", tmp_path, *beginnings["train"], nodes)
+    work = Work("train", tmp_path, *initial_states["train"], nodes)
     pending = [Kill(victim="driver", moment="committed", at=3)]
     driver = work.start()
     attack(pending, work, driver, nodes)
     assert not pending
-    assert work.finish(work.start(workers=1)) == 0, work.said()
+    assert work.finish(work.start(workers=1)) == 0, work.output()
     expected = load_file(undisturbed["train"].folder / "plug" / "plug.safetensors")
     for name, value in load_file(tmp_path / "plug" / "plug.safetensors").items():
-        # The order of float32 sums; see test_two_workers_train_the_plug_that_one_trains.
+        # Another order of float32 sums; see test_two_workers_train_the_plug_that_one_trains.
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-4, err_msg=name)
     assert n_reports(tmp_path / "runs") <= STEPS + 1

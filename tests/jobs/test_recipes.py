@@ -1,4 +1,4 @@
-"""A recipe is one file for all jobs, each of which accepts its section, and the paper's is the paper's."""
+"""Recipes: every job accepts its section, `paper` has the settings of PPlug, and a name finds its file."""
 
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from jobs import embed, evaluate, generate, import_lamp, train
-from jobs.runtime.cli import JOBS, read_config
+from jobs.runtime import catalog
+from jobs.runtime.configuration import read_config
+from jobs.runtime.job_options import flat_settings
 from persona.errors import UsageError
 from persona.inputs.lamp import TASKS
 
@@ -31,7 +33,7 @@ def read(job: ModuleType, recipe: Path, *flags: str) -> Any:
     return read_config(job.Config, ["--config", str(recipe), *PLACES[job], *flags])
 
 
-def test_every_task_and_the_acl_set_have_both_settings() -> None:
+def test_every_task_and_the_acl_set_have_both_recipes() -> None:
     folders = [f"lamp_{task.removeprefix('LaMP_')}" for task in TASKS] + ["acl_next_title", "acl_which"]
     assert {name(recipe) for recipe in RECIPES} == {
         f"{folder}/{how}" for folder in folders for how in ("paper", "best")
@@ -46,35 +48,36 @@ def test_every_job_accepts_its_section_of_every_recipe(job: ModuleType, recipe: 
     if section not in written:
         assert (section, recipe.parent.name[:3]) == ("import_lamp", "acl")
         return
-    config = read(job, recipe)
+    settings = flat_settings(read(job, recipe))
     for key, value in written[section].items():
-        assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value)
+        assert settings[key] == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_paper_is_the_papers(task: str) -> None:
+def test_paper_has_the_settings_of_the_paper(task: str) -> None:
     recipe = FOLDER / f"lamp_{task.removeprefix('LaMP_')}" / "paper.yaml"
     config = read(train, recipe)
     assert config.llm == "google/flan-t5-xxl"
-    assert (config.weights, config.persona_tokens, config.instruction, config.warm_start) == (
+    plug, training = config.plug_options, config.training
+    assert (plug.weights, plug.persona_tokens, plug.instruction, training.warm_start) == (
         "attention",
         1,
         "projected",
         "none",
     )
-    assert (config.temperature, config.learn_temperature, config.recency) == (1.0, False, False)
-    assert (config.persona_gain, config.alignment, config.contrast) == (1.0, 0.0, 0.0)
-    # Epochs over data written eleven times; one of them for LaMP-3, two for the others.
-    assert config.epochs == 11 * (1 if task == "LaMP_3" else 2)
-    assert (config.history_dropout, config.empty_history) == (0.5, 0.0)
-    assert (config.global_batch, config.zero_stage, config.precision) == (64, 1, "bf16")
-    assert (config.learning_rate, config.query_learning_rate, config.weight_decay) == (1e-4, 1e-4, 1e-4)
-    assert (config.warmup, config.max_behaviors) == (0.05, 512)
+    assert (plug.temperature, plug.learn_temperature, plug.recency) == (1.0, False, False)
+    assert (plug.persona_gain, training.alignment, training.contrast) == (1.0, 0.0, 0.0)
+    # The paper repeats its data eleven times and trains one epoch for LaMP-3, two for the others.
+    assert training.epochs == 11 * (1 if task == "LaMP_3" else 2)
+    assert (training.history_dropout, training.empty_history) == (0.5, 0.0)
+    assert (training.global_batch, training.zero_stage, config.precision) == (64, 1, "bf16")
+    assert (training.learning_rate, training.query_learning_rate, training.weight_decay) == (1e-4, 1e-4, 1e-4)
+    assert (training.warmup, config.max_behaviors) == (0.05, 512)
     assert (config.max_input_tokens, config.max_query_tokens) == (256, 276)
     assert config.query_prefix == "Represent this sentence for searching relevant passages: "
     encoder = read(embed, recipe)
     assert (encoder.encoder, encoder.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
-    answers = read(generate, recipe)
+    answers = read(generate, recipe).decoding
     assert (answers.beams, answers.sample, answers.max_new_tokens) == (4, False, TASKS[task].max_new_tokens)
 
 
@@ -89,12 +92,28 @@ def test_a_recipe_names_one_task_and_scores_what_it_generates(recipe: Path) -> N
 
 def test_a_flag_wins_over_the_recipe() -> None:
     config = read(train, FOLDER / "lamp_4" / "paper.yaml", "--llm", "google/flan-t5-xl", "--no-learn-temperature")
-    assert (config.llm, config.global_batch) == ("google/flan-t5-xl", 64)
+    assert (config.llm, config.training.global_batch) == ("google/flan-t5-xl", 64)
 
 
-def test_the_sections_of_a_recipe_are_the_jobs() -> None:
-    files = Path(train.__file__).parent.glob("*.py")
-    assert {path.stem for path in files if 'if __name__ == "__main__"' in path.read_text()} == {*JOBS, "submit"}
+def test_a_recipe_is_found_by_its_name() -> None:
+    assert catalog.recipe_names() == sorted(map(name, RECIPES))
+    by_name = read_config(train.Config, ["--config", "lamp_4/best", *PLACES[train]])
+    assert by_name == read(train, FOLDER / "lamp_4" / "best.yaml")
+
+
+def test_an_unknown_recipe_lists_those_that_exist() -> None:
+    with pytest.raises(UsageError) as refused:
+        read_config(train.Config, ["--config", "lamp_4/bets", *PLACES[train]])
+    said = str(refused.value)
+    assert said.startswith("--config lamp_4/bets: is neither a file nor a recipe; did you mean lamp_4/best?")
+    assert all(recipe in said for recipe in catalog.recipe_names())
+
+
+def test_a_file_wins_over_a_recipe_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lamp_4").mkdir()
+    (tmp_path / "lamp_4" / "best").write_text("train: {epochs: 99}")
+    monkeypatch.chdir(tmp_path)
+    assert read_config(train.Config, ["--config", "lamp_4/best", *PLACES[train]]).training.epochs == 99
 
 
 @pytest.mark.parametrize(
@@ -103,13 +122,13 @@ def test_the_sections_of_a_recipe_are_the_jobs() -> None:
         ("embed: {pooling: cls}", "has no section train, only embed"),
         ("train: {epochs: 1}\ntrian: {}", "unknown section trian; did you mean train?"),
         ("train: {epochs: 1}\nepochs: 3", "unknown section epochs"),
-        ("train: {epochs: 1}\ntrain: {epochs: 2}", "the section train stands there 2 times"),
+        ("train: {epochs: 1}\ntrain: {epochs: 2}", "duplicate section train"),
         ("train: {epochs: 1}\nstore: s", "the section store must be a mapping of keys to values"),
         ("train: {epoch: 1}", "train: unknown key epoch; did you mean epochs?"),
-        ("train: {epochs: 1, epochs: 2}", "train: the key epochs stands there 2 times"),
+        ("train: {epochs: 1, epochs: 2}", "train: duplicate key epochs"),
     ],
 )
-def test_a_wrong_recipe_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_an_error_in_a_recipe_names_its_section(tmp_path: Path, text: str, message: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     with pytest.raises(UsageError) as refused:

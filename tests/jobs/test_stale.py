@@ -1,6 +1,5 @@
 """Answers that are out of date, on a real Ray: exactly those are made again, and a reader can tell which they were."""
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,9 @@ from jobs import generate
 from persona.storage import copy_folder, join
 from persona.store.store import Store
 from persona.store.writer import merge
+from tests import pages
 from tests.jobs.conftest import Job, Row, behaviors, changed, encoded, new_plug, requests, stored, write
-from tests.stores import IDENTITY, answers
+from tests.stores import IDENTITY, answers, write_rows
 
 
 @pytest.fixture
@@ -27,10 +27,9 @@ def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def changed_since(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], list[Row]]:
-    """The function that the README shows."""
+    """The function that docs/data.md shows."""
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if "def changed_since" in block)
+    (block,) = (block for block in pages.blocks(pages.DATA, "python") if "def changed_since" in block)
     names: dict[str, Any] = {}
     exec(block, names)
     return lambda uri, version: names["changed_since"](uri, version).to_pylist()
@@ -69,7 +68,7 @@ def test_exactly_the_answers_that_are_out_of_date_are_made_again(
     # What user-1 wrote on the second day is seen from the third day on, until three later texts stand before it.
     edited = next(row for row in behaviors() if (row["user_id"], row["behavior_id"]) == ("user-1", "b1"))
     rows = encoded(models["encoder"], [{**edited, "text": "something else"}], change="edited")
-    Store.open(str(store)).write("behaviors", rows)
+    write_rows(Store.open(str(store)), "behaviors", rows)
     asked = {row["request_id"]: row for row in requests(2, 5)}
     asked["r0-2"] |= {"input": "another title"}
     write(flags["requests"], [*asked.values(), *requests(1, 1, first_user=4)])
@@ -121,13 +120,13 @@ def test_a_reader_asks_for_what_has_changed_since_a_version(
     names = [f"request {number}" for number in range(8)]
     # The second one is no name of a folder. Both are staged together, with one time stamp.
     variants = [answers(*names, variant=variant, fingerprint=variant) for variant in ("own", "a/b c")]
-    store.write("generations", pa.concat_tables(variants))
+    write_rows(store, "generations", pa.concat_tables(variants))
     since = store.version("generations")
     assert changed_since(uri, since) == []
     assert len(changed_since(uri, 0)) == 16
-    store.write("generations", answers(*names[:2], output="second", changes=["edited"] * 2))
-    store.write("generations", answers(names[2], variant="a/b c", output="third", changes=["edited"]))
-    store.write("generations", answers("request 9", output="fourth"))
+    write_rows(store, "generations", answers(*names[:2], output="second", changes=["edited"] * 2))
+    write_rows(store, "generations", answers(names[2], variant="a/b c", output="third", changes=["edited"]))
+    write_rows(store, "generations", answers("request 9", output="fourth"))
     expected = [
         ("request 0", "own", "second"),
         ("request 1", "own", "second"),

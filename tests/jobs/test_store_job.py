@@ -1,4 +1,4 @@
-"""`jobs.store` on a real Ray: it tells what is there, finds what is broken, and tidies up without losing a row."""
+"""`jobs.store` on a real Ray: it shows the contents, finds what is broken, and maintains without losing a row."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,10 @@ from deltalake import DeltaTable, write_deltalake
 
 from jobs import store as job
 from jobs.runtime.cli import run
-from jobs.store import _action_first
 from persona.store.store import Store
 from tests.jobs.conftest import Job, behaviors, encoded
 from tests.models import tiny_encoder
-from tests.stores import answers
+from tests.stores import answers, write_rows
 
 
 def rows(store: Path, name: str = "behaviors") -> list[dict[str, Any]]:
@@ -27,70 +26,70 @@ def files(store: Path, name: str = "behaviors") -> list[Path]:
 
 
 def refreshed(store: Path, encoder: str, times: int = 3) -> None:
-    """What a few refreshes leave: small files, and old versions of rows."""
+    """Add what a few refreshes leave: small files, and old versions of rows."""
     opened = Store.open(str(store))
     for day in range(times):
         more = [{**row, "behavior_id": f"day {day}"} for row in behaviors(6, 1)]
-        opened.write("behaviors", encoded(encoder, more))
+        write_rows(opened, "behaviors", encoded(encoder, more))
     edited = [{**row, "text": f"no, {row['text']}"} for row in behaviors(2, 1)]
-    opened.write("behaviors", encoded(encoder, edited, change="edited"))
+    write_rows(opened, "behaviors", encoded(encoder, edited, change="edited"))
 
 
-def test_show_tells_what_is_there(do: Job, store: Path, models: dict[str, str]) -> None:
+def test_show_reports_the_contents(do: Job, store: Path, models: dict[str, str]) -> None:
     refreshed(store, models["encoder"])
-    Store.open(str(store)).write("generations", answers("a", "b"))
+    write_rows(Store.open(str(store)), "generations", answers("a", "b"))
     done = do(job, action="show", store=store)
     assert done.code == 0
     found = done.result
     assert (found["users"], found["buckets"]) == (6, 4)
     now = DeltaTable(f"{store}/behaviors")
     size = sum(pa.table(now.get_add_actions(flatten=True))["size_bytes"].to_pylist())
-    told = found["tables"]["behaviors"]
-    assert (told["rows"], told["version"]) == (48, now.version())
-    assert (told["files"], told["bytes"]) == (len(now.file_uris()), size)
-    assert sum(told["rows_by_partition"].values()) == 48
+    facts = found["tables"]["behaviors"]
+    assert (facts["rows"], facts["version"]) == (48, now.version())
+    assert (facts["files"], facts["bytes"]) == (len(now.file_uris()), size)
+    assert sum(facts["rows_by_partition"].values()) == 48
     assert found["tables"]["generations"]["rows"] == 2
     assert {run["table"] for run in found["runs"]} == {"behaviors", "generations"}
     assert found["runs"] == sorted(found["runs"], key=lambda run: run["at"], reverse=True)
-    assert "encoder" in done.table and "32 wide, cls pooling" in done.table
+    assert "encoder" in done.table and "width 32, cls pooling" in done.table
 
 
-def test_a_sound_store_is_verified(do: Job, store: Path, models: dict[str, str]) -> None:
+def test_verify_passes_for_a_sound_store(do: Job, store: Path, models: dict[str, str]) -> None:
     refreshed(store, models["encoder"])
-    Store.open(str(store)).write("generations", answers("a", "b"))
+    write_rows(Store.open(str(store)), "generations", answers("a", "b"))
     done = do(job, action="verify", store=store, encoder=models["encoder"])
     assert (done.code, done.result["n_problems"]) == (0, 0)
     assert done.result["checked"] == {"behaviors": 48, "personas": 0, "generations": 2}
 
 
-def test_what_is_broken_is_found_and_named(do: Job, store: Path, tmp_path: Path) -> None:
+def test_verify_names_every_kind_of_damage(do: Job, store: Path, tmp_path: Path) -> None:
     table = DeltaTable(f"{store}/behaviors")
     row = table.to_pyarrow_table().slice(0, 1)
 
     def changed(**cells: Any) -> pa.Table:
         return pa.Table.from_pylist([{**row.to_pylist()[0], **cells}], row.schema)
 
-    twice = row
-    astray = changed(user_id="user-0", behavior_id="astray", bucket=(row["bucket"][0].as_py() + 1) % 4)
-    long = changed(behavior_id="long", vector=bytes(10))
-    loud = changed(behavior_id="loud", vector=np.full(32, 3, "<f2").tobytes())
-    for bad in (twice, astray, long, loud):
+    duplicate = row
+    misplaced = changed(user_id="user-0", behavior_id="misplaced", bucket=(row["bucket"][0].as_py() + 1) % 4)
+    wrong_size = changed(behavior_id="wrong size", vector=bytes(10))
+    wrong_norm = changed(behavior_id="wrong norm", vector=np.full(32, 3, "<f2").tobytes())
+    for bad in (duplicate, misplaced, wrong_size, wrong_norm):
         write_deltalake(table, bad, mode="append")
-    lost = sorted(table.file_uris())[0]
-    Path(lost.removeprefix("file://")).unlink()
+    missing = sorted(table.file_uris())[0]
+    Path(missing.removeprefix("file://")).unlink()
     done = do(job, action="verify", store=store, encoder=str(tiny_encoder(tmp_path / "other", seed=9)))
     assert done.code == 1
-    said = "\n".join(done.result["problems"])
-    expected = ["have a key that is there already", "not in their user's bucket", "are not 64 bytes long"]
-    expected += ["are no unit vectors", "cannot read", "and --encoder has"]
-    assert [part for part in expected if part not in said] == []
+    problems = "\n".join(done.result["problems"])
+    expected = ["have a duplicate key", "not in their user's bucket", "are not 64 bytes long"]
+    expected += ["are not unit vectors", "cannot read", "and --encoder has"]
+    assert [part for part in expected if part not in problems] == []
 
 
-def test_compacting_and_vacuuming_leave_every_row_and_no_small_file(
+def test_compact_and_vacuum_keep_every_row_and_leave_no_small_file(
     do: Job, store: Path, models: dict[str, str]
 ) -> None:
     refreshed(store, models["encoder"])
-    Store.open(str(store)).stage("behaviors", encoded(models["encoder"], behaviors(3, 1)))  # of a run that died
+    Store.open(str(store)).stage("behaviors", encoded(models["encoder"], behaviors(3, 1)))  # from a killed run
     before, version = rows(store), DeltaTable(f"{store}/behaviors").version()
     n_before = len(DeltaTable(f"{store}/behaviors").file_uris())
     done = do(job, action="compact", store=store)
@@ -108,12 +107,12 @@ def test_compacting_and_vacuuming_leave_every_row_and_no_small_file(
     assert do(job, action="verify", store=store).code == 0
 
 
-def test_the_action_may_stand_first(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(job.Config, job.main, _action_first(["compact", "--store", str(store), "--dry-run"])) == 0
+def test_the_action_may_be_given_first(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(job.Config, job.main, ["compact", "--store", str(store), "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["would"].startswith("compact the store")
 
 
-def test_bad_use(refuse: Job, store: Path, tmp_path: Path) -> None:
+def test_wrong_usage(refuse: Job, store: Path, tmp_path: Path) -> None:
     assert "there is no store" in refuse(job, action="show", store=tmp_path).said
     assert "--encoder goes with verify" in refuse(job, action="show", store=store, encoder="x").said
     assert "--keep-hours goes with vacuum" in refuse(job, action="compact", store=store, keep_hours=0).said

@@ -1,4 +1,4 @@
-"""All jobs by `ray job submit` on a cluster of two nodes, every path on S3, and no one gets in without the token."""
+"""All jobs by `ray job submit` on a cluster of two nodes, every path on S3, and token authentication."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from persona.storage import copy_folder, join
+from tests import pages
 from tests.jobs.conftest import behaviors, end_groups, requests, write
 from tests.warm_workers import ray_command, warm_workers
 
@@ -36,7 +37,7 @@ def free_ports(n: int) -> list[int]:
 
 
 class Cluster:
-    """A head and a worker node, as `cluster/README.md` starts them."""
+    """A head and a worker node, started as in `cluster/README.md`."""
 
     def __init__(self, folder: Path, token: str, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -47,7 +48,7 @@ class Cluster:
         self.api = f"http://127.0.0.1:{self.dashboard}"
 
     def start(self) -> None:
-        """Both nodes, and waits until they take jobs."""
+        """Start both nodes, and wait until they accept jobs."""
         self._start("--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}", ports=self.ports[:3], cpus=4)
         self._wait(lambda: self.submit("true", log=False).returncode == 0)
         self._start(f"--address=127.0.0.1:{self.gcs}", ports=self.ports[3:], cpus=3)
@@ -79,14 +80,14 @@ class Cluster:
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
     def submit(self, *entrypoint: str, log: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit`, waiting for the job; its log is in the output."""
+        """Run `ray job submit`, which waits for the job; the job's log is in the output."""
         files = ["--working-dir", str(ROOT)] if log else []
         command = [str(BIN / "ray"), "job", "submit", "--address", self.api, *files, "--", *entrypoint]
         env = {**self.environment, **environment}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
     def job(self, name: str, **flags: Any) -> Any:
-        """A job of ours and the JSON of its last line."""
+        """Run one of our jobs; returns the JSON of its last line."""
         given: list[str] = []
         for flag, value in flags.items():
             given += [f"--{flag.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
@@ -96,13 +97,13 @@ class Cluster:
         return json.loads(lines[-1])
 
     def end(self) -> None:
-        """Ends the two nodes and nothing else: each is a process group of its own."""
+        """Stop the two nodes and nothing else: each has its own process group."""
         end_groups(self.nodes)
 
 
 @pytest.fixture(scope="module")
 def cluster(s3_server: str) -> Iterator[Cluster]:
-    # Below /tmp, since the path of a Unix socket may have no more than 107 characters.
+    # Directly in /tmp, because the path of a Unix socket is limited to 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="pp-", dir="/tmp"))
     token = "a" * 64
     (folder / "token").write_text(token)
@@ -112,7 +113,7 @@ def cluster(s3_server: str) -> Iterator[Cluster]:
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hf"),
         "OMP_NUM_THREADS": "1",
-        # A process for each CPU of a node is otherwise there for each job before it has asked for any.
+        # Otherwise Ray starts a process per CPU of a node for each job, before the job needs any.
         "RAY_prestart_worker_first_driver": "0",
     }
     with warm_workers():
@@ -126,7 +127,7 @@ def cluster(s3_server: str) -> Iterator[Cluster]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_without_the_token_nothing_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_submission_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("b" * 64)
     wrong = cluster.submit("true", log=False, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
     none = cluster.submit("true", log=False, RAY_AUTH_MODE="disabled")
@@ -135,7 +136,7 @@ def test_without_the_token_nothing_is_submitted(cluster: Cluster, tmp_path: Path
         assert why in (refused.stdout + refused.stderr).lower()
 
 
-def test_a_scheduler_gets_the_jobs_own_exit_code_and_an_id_is_started_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_submit_exits_with_the_jobs_exit_code_and_starts_an_id_once(cluster: Cluster, tmp_path: Path) -> None:
     entrypoint = f"sh -c 'echo ran >> {tmp_path}/log; echo {{}}; exit 7'"
     for started in (True, False):
         command = [sys.executable, "-m", "jobs.submit", "--id", "night-1", "--entrypoint", entrypoint]
@@ -155,7 +156,7 @@ def test_the_whole_pipeline_on_s3(
         copy_folder(models[name], join(s3, "models", name))
     store, plug = join(s3, "store"), join(s3, "plug")
     write(join(s3, "histories/a.parquet"), behaviors())
-    asked = write(join(s3, "requests/train.jsonl"), requests())
+    train_requests = write(join(s3, "requests/train.jsonl"), requests())
     held_out = write(join(s3, "requests/test.jsonl"), requests(2, 6))
 
     encoder, llm = join(s3, "models/encoder"), join(s3, "models/llama")
@@ -172,7 +173,7 @@ def test_the_whole_pipeline_on_s3(
     assert embedded["committed"] == embedded["read"] == len(behaviors())
     trained = cluster.job(
         "train",
-        requests=asked,
+        requests=train_requests,
         validation=held_out,
         store=store,
         plug=plug,
@@ -191,31 +192,30 @@ def test_the_whole_pipeline_on_s3(
         "generate", requests=held_out, store=store, plug=plug, persona=kinds, beams=1, max_new_tokens=4, actors=2
     )
     assert answered["answered"] == 3 * answered["requests"] == 3 * len(requests(2, 6))
-    judged = cluster.job(
+    evaluated = cluster.job(
         "evaluate", requests=held_out, store=store, plug=plug, out=join(s3, "report"), metric="text", actors=1
     )
-    assert set(judged["scores"]) == set(judged["loss"]) == set(kinds)
+    assert set(evaluated["scores"]) == set(evaluated["loss"]) == set(kinds)
 
-    found = traces(cluster.folder)
-    assert not {name for name, line in found if "test-secret" in line}
-    assert not [line for _, line in found if re.search(r"\buser-\d\b|likes the paper", line)], "ids or texts in a log"
+    logged = logged_lines(cluster.folder)
+    assert not {name for name, line in logged if "test-secret" in line}
+    assert not [line for _, line in logged if re.search(r"\buser-\d\b|likes the paper", line)], "ids or texts in a log"
 
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")  # deltalake wants it said when an endpoint has no TLS
-    read_with_the_lines_of_the_readme(store, n_answers=answered["answered"], n_behaviors=embedded["committed"])
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")  # deltalake requires it for an endpoint without TLS
+    read_as_in_the_docs(store, n_answers=answered["answered"], n_behaviors=embedded["committed"])
 
 
-def traces(folder: Path) -> list[tuple[str, str]]:
-    """Every line that Ray or a job has written below a folder, but for what Ray says to its own developers."""
+def logged_lines(folder: Path) -> list[tuple[str, str]]:
+    """Every line that Ray or a job has logged below a folder, except debug lines."""
     files = [path for path in folder.rglob("logs/**/*") if path.is_file() and not path.is_symlink()]
     lines = [(path.name, line) for path in files for line in path.read_text(errors="replace").splitlines()]
     assert len(lines) > 100
     return [(name, line) for name, line in lines if "DEBUG" not in line]
 
 
-def read_with_the_lines_of_the_readme(store: str, *, n_answers: int, n_behaviors: int) -> None:
-    """The Python of the README's section on reading, with this store in the place of its own."""
-    section = (ROOT / "README.md").read_text().split("## Reading the tables")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+def read_as_in_the_docs(store: str, *, n_answers: int, n_behaviors: int) -> None:
+    """Run the Python blocks of docs/data.md that read tables, on this store."""
+    blocks = pages.python_blocks(pages.section(pages.DATA, "Reading the tables"))
     assert blocks
     names: dict[str, Any] = {}
     for block in blocks:

@@ -18,13 +18,14 @@ import torch
 from safetensors.numpy import load_file
 
 from jobs import train
+from jobs.runtime.configuration import read_config
 from jobs.runtime.training import inputs as train_data
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.storage import join, list_files, local_folder
 from persona.store.store import Store
-from tests.jobs.conftest import START, TRAINING, Job, behaviors, fill_store, n_reports, requests, seen, write
+from tests.jobs.conftest import START, TRAINING, Job, arguments, behaviors, fill_store, n_reports, requests, seen, write
 
 # 24 requests in batches of 4 are 6 steps an epoch.
 STEPS = 12
@@ -51,7 +52,7 @@ def places(root: Any) -> dict[str, str]:
 def undisturbed(local_ray: None, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of one worker."""
     root = tmp_path_factory.mktemp("undisturbed")
-    train.main(train.Config(**SETTINGS, **inputs, **places(root)))
+    train.main(read_config(train.Config, arguments(**SETTINGS, **inputs, **places(root))))
     return root
 
 
@@ -192,7 +193,7 @@ def test_prompt_tuning_alone_trains_and_is_judged_without_any_history(
     encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
     frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])
     model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen)
-    batch = model.collate([{**row, "history": b""} for row in held_out], with_targets=True)
+    batch = model.collate([{**row, "history": b""} for row in held_out])
     with torch.inference_mode():
         loss = model(batch).sum().item() / batch.n_target_tokens
     # The summary keeps 5 decimals; the run adds up the same float32 numbers in batches of two.
@@ -215,19 +216,20 @@ def test_texts_of_the_history_may_stand_in_the_prompts(
     assert [training[name] for name in ("retrieve", "retriever", "retrieve_tokens")] == [1, "recency", 12]
     encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
     frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])
-    model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen, front_tokens=12)
+    model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen, prefix_tokens=12)
     rows = []
     for row in held_out:
         vectors = seen(inputs["store"], row, 512)
         texts = [one["text"] for one in written if one["user_id"] == row["user_id"]]
         rows.append({**row, "history": b"".join(vectors), "retrieved": texts[len(vectors) - 1 : len(vectors)]})
-    batch = model.collate(rows, with_targets=True)
+    batch = model.collate(rows)
     with torch.inference_mode():
         loss = model(batch).sum().item() / batch.n_target_tokens
     assert done.result["validation_loss"] == pytest.approx(loss, abs=2e-5)
     other = refuse(train, **{**flags, "retriever": "bm25"})
     assert (other.code, "retriever was 'recency' and is 'bm25'" in other.said) == (2, True)
-    assert "--texts does nothing without --retrieve" in refuse(train, **{**flags, "retrieve": 0}).said
+    unused = refuse(train, **{**flags, "retrieve": 0, "retrieve_tokens": None})
+    assert "--texts has no effect without --retrieve" in unused.said
 
 
 def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:

@@ -1,5 +1,6 @@
-"""Tiny models and empty stores for the tests of classes; nobody may change the models."""
+"""Tiny models and empty stores for unit tests. Tests must not change the models."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,11 @@ import torch
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder, resolve
 from persona.storage import join
-from persona.store import table as tables
 from persona.store.store import Store
 from tests.models import tiny_encoder, tiny_llama, tiny_t5
 from tests.stores import IDENTITY
 
-# Models so small are computed faster than threads can be started, and another process may need the cores.
+# For models this small, starting threads takes longer than computing.
 torch.set_num_threads(1)
 
 
@@ -46,17 +46,17 @@ def llm(llm_folder: ModelFolder) -> FrozenLLM:
 
 @pytest.fixture
 def store(root: str) -> Store:
-    """A fresh store of four buckets, once on the disk and once on the S3 server."""
+    """A fresh store with four buckets, on disk and on S3 in turn."""
     return Store.create(join(root, "store"), IDENTITY, 4)
 
 
 @pytest.fixture
 def local(tmp_path: Path) -> Store:
-    """A fresh store of four buckets on the disk."""
+    """A fresh store with four buckets, on disk."""
     return Store.create(str(tmp_path / "store"), IDENTITY, 4)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pause between two attempts to commit."""
-    monkeypatch.setattr(tables.random, "uniform", lambda low, high: 0.0)
+    """No pauses between attempts."""
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)

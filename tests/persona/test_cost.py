@@ -1,4 +1,4 @@
-"""Costs are what torch counts when the models really run, and hours and money follow from them."""
+"""Estimated operations equal those that torch counts when the models run."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_a_decoder_costs_what_torch_counts(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "llama")
     expected = counted(load(AutoModelForCausalLM, folder), input_ids=ids(3, 20))
     found = cost.llm_flops(config(folder), n_requests=3, inputs=15, outputs=5)
-    assert found == pytest.approx(expected, rel=0.01)  # of the rotary embedding torch counts a few products
+    assert found == pytest.approx(expected, rel=0.01)  # torch counts a few products of the rotary embedding
 
 
 def test_an_encoder_decoder_costs_what_torch_counts(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_training_goes_through_the_frozen_model_and_back(tmp_path: Path) -> None
     assert found == 2 * (2 * forward + 3 * queries)
 
 
-def test_beams_cost_what_is_written_and_not_what_is_read(tmp_path: Path) -> None:
+def test_beams_multiply_the_cost_of_the_output_only(tmp_path: Path) -> None:
     llm = config(tiny_llama(tmp_path / "llama"))
     greedy, four, read = (
         cost.llm_flops(llm, n_requests=1, inputs=50, outputs=outputs, beams=beams)
@@ -73,10 +73,5 @@ def test_beams_cost_what_is_written_and_not_what_is_read(tmp_path: Path) -> None
 def test_hours_fall_with_the_rate() -> None:
     assert cost.gpu_hours(3600 * 40e12, tflops=40) == 1.0
     assert cost.gpu_hours(3600 * 40e12, tflops=80) == 0.5
-    with pytest.raises(ValueError, match="does no work"):
+    with pytest.raises(ValueError, match="must be above 0"):
         cost.gpu_hours(1e12, tflops=0)
-
-
-def test_a_million_users_of_a_hundred_texts() -> None:
-    assert cost.buckets(100_000_000) == 1000 and cost.buckets(10) == 64
-    assert cost.store_bytes(n_behaviors=100_000_000, width=768) == pytest.approx(160e9, rel=0.01)

@@ -15,16 +15,17 @@ import torch
 
 import persona
 from persona.errors import InputError, PlugMismatch, UsageError
-from persona.inputs import histories
-from persona.inputs.files import Records, rejects
 from persona.models.encoder import TextEncoder
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder, resolve
 from persona.options import PersonaKind
 from persona.plug import folder as plug_folder
-from persona.store.store import Identity, Store
+from persona.store.identity import Identity
+from persona.store.store import Store
+from persona.store.vectors import to_column
 from tests.models import ENCODER_WIDTH, LLM_WIDTH, tiny_encoder
-from tests.plugs import new_model, save
+from tests.plugs import new_answerer, new_model, save
+from tests.stores import behaviors, write_rows
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "python.md").read_text()
@@ -66,15 +67,10 @@ def store_uri(encoder_folder: ModelFolder, tmp_path_factory: pytest.TempPathFact
     )
     uri = str(tmp_path_factory.mktemp("api") / "store")
     store = Store.create(uri, identity, 4)
-    table = pa.Table.from_pylist(rows())
-    table = table.append_column("_row", pa.array(range(len(table)))).append_column(
-        "_source", pa.repeat("test", len(table))
-    )
-    good, _ = histories.validate(Records(table=table, rejects=rejects("", [], [], [])), histories.Columns(), 4)
-    vectors = text_encoder(encoder_folder).encode(good["text"].to_pylist()).vectors
-    good = good.append_column("vector", pa.array([vector.tobytes() for vector in vectors], pa.binary()))
-    with store.writer("behaviors", job="test") as writer:
-        writer.commit(store.stage("behaviors", good.append_column("change", pa.repeat("new", good.num_rows))))
+    table = behaviors(*((row["user_id"], row["behavior_id"], row["text"], row["timestamp"]) for row in rows()))
+    vectors = text_encoder(encoder_folder).encode(table["text"].to_pylist()).vectors
+    table = table.append_column("vector", to_column(vectors))
+    write_rows(store, "behaviors", table.append_column("change", pa.repeat("new", table.num_rows)))
     return uri
 
 
@@ -153,7 +149,7 @@ def test_a_persona_gives_what_the_model_gives(
     row["history"] = b"" if kind.sees_no_history else history
     llm = FrozenLLM.load(llama_folder, precision="fp32", device="cpu")
     model = plug_folder.load(Path(plug_uri), encoder=encoder_folder, llm=llm)
-    batch = model.collate([row], with_targets=True, persona=kind)
+    batch = model.collate([row], persona=kind)
     found = plug.persona("ada", kind=kind.value)
     assert found.vectors.tobytes() == row["history"]
     with torch.inference_mode():
@@ -162,7 +158,10 @@ def test_a_persona_gives_what_the_model_gives(
         soft_SD = model.soft_tokens(batch)[0].numpy()
     np.testing.assert_array_equal(found.soft_tokens("a title", query="a paper"), soft_SD)
     assert soft_SD.shape == (0 if kind is PersonaKind.BARE else plug.record.options.n_soft, LLM_WIDTH)
-    assert found.answer("a title", query="a paper", decoding=SHORT) == model.answer([row], SHORT, persona=kind)[0]
+    assert (
+        found.answer("a title", query="a paper", decoding=SHORT)
+        == new_answerer(model).answer([row], SHORT, persona=kind)[0]
+    )
 
 
 def test_as_of_hides_what_is_not_older(plug: persona.LoadedPlug):

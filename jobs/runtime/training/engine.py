@@ -56,15 +56,15 @@ def _new_model(settings: WorkerSettings, encoder: "ModelFolder") -> "Personalize
     if spec.activation_checkpointing:
         llm.checkpoint_activations()
     plug = Plug(
-        spec.plug,
-        query_encoder=plug_folder.new_query_encoder(encoder, spec.plug, pretrained=True),
+        spec.plug_options,
+        query_encoder=plug_folder.new_query_encoder(encoder, spec.plug_options, pretrained=True),
         pooling=cast("Pooling", identity.pooling),
         width=identity.width,
         llm_width=llm.width,
         token_norm=llm.token_norm(),
     )
     query_text = plug_folder.new_query_text(encoder, spec.query_prefix, spec.max_query_tokens)
-    return PersonalizedLLM(plug.to(llm.device), llm, query_text, front_tokens=spec.retrieval.front_tokens)
+    return PersonalizedLLM(plug.to(llm.device), llm, query_text, prefix_tokens=spec.retrieval.front_tokens)
 
 
 def _initialize(model: "PersonalizedLLM", encoder: "ModelFolder", settings: WorkerSettings) -> None:

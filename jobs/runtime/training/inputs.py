@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import joining, retrieval
+from jobs.runtime.tally import Tally
 from persona.errors import InputError
 from persona.options import PersonaKind
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from jobs.runtime.training.spec import RunSpec
-    from persona.inputs.files import Split
+    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.store.store import Store
 
@@ -62,24 +63,22 @@ class TrainingRequests:
             )
 
 
-def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: int, tally: Any) -> TrainingRequests:
+def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: int, tally: Tally) -> TrainingRequests:
     """Joins the requests with the histories at a version of the behaviors, once for all epochs."""
     store = inputs.store.at(behaviors=behaviors_version)
     where = {"encoder": inputs.encoder.name, "record": spec}
 
     def joined(splits: "list[Split]", held_out: str = "", limit: int | None = None) -> "Dataset":
-        return joining.requests_with_histories(
-            splits,
-            store,
-            tally,
+        plan = joining.JoinPlan(
             job="train",
             personas=[PersonaKind.OWN],
             max_behaviors=spec.max_behaviors,
             needs_target=True,
-            stage=f"join{held_out}",
             limit=limit,
             texts=retrieval.best_of(inputs.histories, spec.retrieval, where, tally, stage=f"texts{held_out}"),
+            stage=f"join{held_out}",
         )
+        return joining.requests_with_histories(splits, store, tally, plan)
 
     train = joined(inputs.requests, limit=spec.limit).materialize()
     if inputs.validation is not None:

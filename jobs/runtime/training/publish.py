@@ -107,7 +107,7 @@ def _record(
 
     identity = inputs.store.identity
     return PlugRecord(
-        options=spec.plug,
+        options=spec.plug_options,
         encoder={"name": identity.encoder, "revision": identity.revision, "fingerprint": identity.fingerprint},
         encoder_width=identity.width,
         pooling=cast("Pooling", identity.pooling),
@@ -122,7 +122,7 @@ def _record(
         max_behaviors=spec.max_behaviors,
         training={
             **asdict(spec.training),
-            **{name: getattr(spec.retrieval, name) for name in ("retrieve", "retriever", "retrieve_tokens")},
+            **asdict(spec.retrieval),
             "run": spec.run,
             "requests": n_requests,
             "best_step": best.step,

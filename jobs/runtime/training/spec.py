@@ -3,14 +3,16 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from persona.options import PlugOptions, Precision, Retrieval, TrainingOptions
+from jobs.runtime.job_options import PastTexts
+from persona.options import PlugOptions, Precision, RetrievalOptions, TrainingOptions
 
 if TYPE_CHECKING:
+    from jobs.runtime.tally import Tally
     from persona.models.resolve import ModelFolder
-    from persona.store.store import Identity
+    from persona.store.identity import Identity
 
 # Options whose defaults mean "off", so that a run from before one of them can be resumed.
-OPTIONS = (PlugOptions, TrainingOptions, Retrieval)
+OPTIONS = (PlugOptions, TrainingOptions, RetrievalOptions, PastTexts)
 # What else must stay the same when a run is resumed.
 _FIXED = (
     "requests",
@@ -31,9 +33,10 @@ class RunSpec:
     """The choices behind a plug; fields are named like the flags of jobs.train, which describes them."""
 
     run: str
-    plug: PlugOptions
+    plug_options: PlugOptions
     training: TrainingOptions
-    retrieval: Retrieval
+    retrieval: RetrievalOptions
+    past_texts: PastTexts
     requests: str
     limit: int | None
     validation: str | None
@@ -49,7 +52,7 @@ class RunSpec:
 
     def fixed(self) -> dict[str, Any]:
         """What must stay the same when the run is resumed, by name."""
-        options = (self.plug, self.training, self.retrieval)
+        options = (self.plug_options, self.training, self.retrieval, self.past_texts)
         values = {name: value for part in options for name, value in asdict(part).items()}
         return values | {name: getattr(self, name) for name in _FIXED}
 
@@ -75,7 +78,7 @@ class WorkerSettings:
     llm: "ModelFolder"
     identity: "Identity"
     behaviors: bytes
-    tally: Any
+    tally: "Tally"
 
     @property
     def n_steps(self) -> int:

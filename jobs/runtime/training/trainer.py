@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.session import Machines
+from jobs.runtime.tally import Tally
 from jobs.runtime.training.inputs import TrainingInputs, TrainingRequests, epoch_of, some_behaviors
 from jobs.runtime.training.spec import RunSpec, WorkerSettings
 
@@ -15,7 +16,7 @@ def fit(
     spec: RunSpec,
     inputs: TrainingInputs,
     requests: TrainingRequests,
-    tally: Any,
+    tally: Tally,
     machines: Machines,
     *,
     n_workers: int,

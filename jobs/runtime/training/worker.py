@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime.tally import note
 from jobs.runtime.training.engine import local_model, start_engine, store_encoder
 from jobs.runtime.training.spec import WorkerSettings
 
@@ -48,14 +47,14 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
         seconds = stopwatch.lap("step")
         progress.add_step(loss, n_tokens=n_tokens, seconds=seconds)
         if rank == 0:
-            tally.add.remote("train", "now", _status(settings, progress, loss=loss, seconds=seconds))
+            tally.note_soon("train", "now", _status(settings, progress, loss=loss, seconds=seconds))
         if progress.step % spec.validate_every == 0 or progress.step == settings.n_steps:
             progress.add_validation(validation_loss(engine, held_out, micro_batch=spec.training.micro_batch))
             stopwatch.lap("validate")
             _report(engine, progress, write=rank == 0)
             stopwatch.lap("save")
             if rank == 0:
-                note(tally, "time", f"since step {begun}", stopwatch.seconds)
+                tally.note("time", f"since step {begun}", stopwatch.seconds)
 
 
 class Stopwatch:

@@ -1,4 +1,4 @@
-"""How a job reads its configuration, what it says when that is wrong, and how it ends."""
+"""How a job reads its configuration, which errors it reports, and its exit codes."""
 
 import json
 import math
@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
 
-from jobs.runtime.cli import Summary, find_persona_error, run
-from persona.errors import InputError, StorageError, UsageError
+from jobs.runtime.cli import Summary, run
+from jobs.runtime.job_options import FLAT, InputRows, flat_settings
+from jobs.runtime.remote_errors import find_persona_error
+from persona.errors import InputError, PersonaError, StorageError, UsageError
 
 REQUIRED = ["--histories", "h", "--store", "s"]
 ROOT = Path(__file__).parents[3]
@@ -24,29 +27,28 @@ ROOT = Path(__file__).parents[3]
 @dataclass(frozen=True, kw_only=True)
 class Config:
     histories: str
-    """Where the texts lie."""
+    """The texts."""
     store: str
     """Root of the tables."""
     pooling: Literal["cls", "mean"] = "cls"
     """How token vectors become one."""
     personas: tuple[Literal["own", "none", "other"], ...] = ("own",)
-    """Whose history is shown."""
+    """Histories to use."""
     actors: Literal["auto"] | int = "auto"
-    """Encoders side by side."""
+    """Number of encoders."""
     learning_rate: float = 1e-3
     """Step size."""
-    limit: int | None = None
-    """Only so many rows."""
+    rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     dry_run: bool = False
-    """Say it, do not do it."""
+    """Show it, do not do it."""
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise UsageError(f"--learning-rate {self.learning_rate}: must be above 0")
 
 
 def echo(config: Config) -> Summary:
-    return Summary(table=[("store", config.store)], result=asdict(config))
+    return Summary(table=[("store", config.store)], result=flat_settings(config))
 
 
 @pytest.fixture
@@ -82,6 +84,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(answer, file):
         "personas": ["none", "other"],
         "actors": "auto",
         "learning_rate": 1e-4,
+        "max_reject_fraction": 0.01,
         "limit": 7,
         "dry_run": True,
     }
@@ -120,7 +123,7 @@ class Trial:
     ("argv", "expected"),
     [([], Trial()), (["--limit", "2"], Trial(limit=2)), (["--config"], Trial(out="there"))],
 )
-def test_a_job_may_need_nothing(argv: Sequence[str], expected: Trial, file):
+def test_a_job_may_have_no_required_flag(argv: Sequence[str], expected: Trial, file):
     seen: list[Trial] = []
 
     def main(config: Trial) -> Summary:
@@ -137,7 +140,7 @@ def test_json_is_a_configuration_file_too(answer, file):
     assert answer("--config", path)[1]["dry_run"] is True
 
 
-def test_a_configuration_file_may_lie_on_s3(answer, s3: str):
+def test_a_configuration_file_may_be_on_s3(answer, s3: str):
     from persona.storage import write_bytes
 
     write_bytes(f"{s3}/recipes/embed.yaml", b"histories: h\nstore: s\nlimit: 3\n")
@@ -173,7 +176,7 @@ def test_a_configuration_file_may_lie_on_s3(answer, s3: str):
         ([*REQUIRED, "stray"], "unexpected 'stray'"),
     ],
 )
-def test_wrong_usage_is_one_line_that_says_what_is_right(answer, argv: Sequence[str], message: str):
+def test_wrong_usage_is_one_line_with_the_rule(answer, argv: Sequence[str], message: str):
     assert answer(*argv) == (2, None, f"error: {message}\n")
 
 
@@ -183,7 +186,7 @@ def test_wrong_usage_is_one_line_that_says_what_is_right(answer, argv: Sequence[
         ("sotre: s", "unknown key sotre; did you mean store?"),
         ("dry-run: true", "unknown key dry-run; did you mean dry_run?"),
         ("config: other.yaml", "unknown key config; see --help"),
-        ("limit: 1\nlimit: 2", "the key limit stands there 2 times"),
+        ("limit: 1\nlimit: 2", "duplicate key limit"),
         ("limit: 2.5", "limit '2.5': must be a whole number or none"),
         ("limit: {at: 3}", "limit: a mapping does not fit here; see --help"),
         ("limit: [3]", "limit '[3]': must be a whole number or none"),
@@ -194,14 +197,14 @@ def test_wrong_usage_is_one_line_that_says_what_is_right(answer, argv: Sequence[
         ("limit: [", "is neither YAML nor JSON"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_key(answer, file, text: str, message: str):
+def test_an_error_in_a_file_names_file_and_key(answer, file, text: str, message: str):
     path = file(text)
     code, result, err = answer(*REQUIRED, "--config", path)
     assert (code, result) == (2, None)
     assert err.startswith(f"error: --config {path}: {message}")
 
 
-def test_a_file_that_is_missing_or_no_text_is_refused(answer, tmp_path: Path):
+def test_a_missing_or_binary_file_is_refused(answer, tmp_path: Path):
     code, _, err = answer(*REQUIRED, "--config", str(tmp_path / "none.yaml"))
     assert (code, "No such file" in err) == (2, True)
     (tmp_path / "binary.yaml").write_bytes(b"store: \xff")
@@ -216,7 +219,7 @@ def test_help_shows_the_fields_with_their_docstrings(
     assert run(Config, echo, ["--help"]) == 0
     out = capsys.readouterr().out
     for text in (
-        "How a job reads its configuration",
+        "How a job reads its configuration, which errors it reports",
         "--learning-rate",
         "Step size.",
         "[choices: cls, mean]",
@@ -251,7 +254,7 @@ def raises(error: BaseException):
     return main
 
 
-def test_an_error_of_ours_is_a_message_and_its_exit_code(capsys: pytest.CaptureFixture[str]):
+def test_our_error_becomes_a_message_and_its_exit_code(capsys: pytest.CaptureFixture[str]):
     assert run(Config, raises(StorageError("the bucket is away")), REQUIRED) == 1
     assert capsys.readouterr().err == "error: the bucket is away\n"
     assert run(Config, raises(InputError("no column text")), REQUIRED) == 2
@@ -272,12 +275,29 @@ def test_a_bug_keeps_its_traceback():
         run(Config, raises(ZeroDivisionError("bug")), REQUIRED)
 
 
-def test_a_bug_in_the_handling_of_our_error_is_a_bug():
+def test_a_bug_while_handling_our_error_is_a_bug():
     error = KeyError("bug")
     error.__context__ = InputError("bad input")
     assert find_persona_error(error) is None
     error.__cause__ = InputError("bad input")
     assert find_persona_error(error) is error.__cause__
+
+
+class _LimitReached(InputError):
+    """An error of ours that some other module defines."""
+
+
+@pytest.mark.parametrize("kind", [PersonaError, *PersonaError.__subclasses__(), _LimitReached])
+def test_an_error_that_ray_keeps_as_text_alone_is_found_by_its_class(kind: type[PersonaError]):
+    """By the name that a traceback prints for the class, wherever the class is defined."""
+    wrapper = type("RaySystemError", (Exception,), {"__module__": "ray.exceptions"})
+    found = find_persona_error(wrapper("".join(traceback.format_exception(kind("two\nlines")))))
+    assert (type(found), str(found)) == (kind, "two\nlines")
+
+
+def test_an_error_of_ours_that_is_only_quoted_is_none():
+    wrapper = type("RaySystemError", (Exception,), {"__module__": "ray.exceptions"})
+    assert find_persona_error(wrapper("ValueError: not a persona.errors.InputError: x")) is None
 
 
 def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path):
@@ -290,7 +310,7 @@ def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path):
         "class Config:\n"
         "    limit: int | None = None\n"
         "def main(config):\n"
-        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it\n"
         "    print('ready', flush=True)\n"
         "    signal.pause()\n"
         "sys.exit(run(Config, main))\n"
@@ -310,10 +330,11 @@ def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path):
 
 
 RAY_JOB = '''
-"""Let workers fail in every way that Ray knows, and say what is found in the errors that arrive here."""
+"""Let workers fail in every way that Ray knows, and report what is found in the errors that arrive here."""
 import sys
 from dataclasses import dataclass
-from jobs.command import Summary, find_persona_error, run
+from jobs.runtime.cli import Summary, run
+from jobs.runtime.remote_errors import find_persona_error
 from persona.errors import InputError, StorageError
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,7 +395,7 @@ sys.exit(run(Config, main))
 '''
 
 
-def test_an_error_of_ours_in_a_worker_keeps_its_message_and_exit_code_through_ray(tmp_path: Path):
+def test_our_error_in_a_worker_keeps_its_message_and_exit_code_through_ray(tmp_path: Path):
     script = tmp_path / "job.py"
     script.write_text(RAY_JOB)
     done = subprocess.run(

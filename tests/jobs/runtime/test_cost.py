@@ -1,4 +1,4 @@
-"""What a job says of its cost, before and after: work from the models' sizes, hours from a rate, money from a price."""
+"""The cost of a job, planned and spent: work from model sizes, hours from a measured speed, money from a price."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,7 @@ from tests.jobs.conftest import TRAINING, Job, behaviors, requests, write
 ON_GPUS, ON_CPUS = Machines(cores=8, gpus=4), Machines(cores=8, gpus=0)
 
 
-def test_a_dry_run_says_what_the_work_would_cost(
-    refuse: Job, store: Path, plug: str, models: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_dry_run_shows_the_cost(refuse: Job, store: Path, plug: str, models: dict[str, str], tmp_path: Path) -> None:
     priced: dict[str, Any] = {"dry_run": True, "tflops": 1e-6, "gpu_hour_price": 2.0}
     asked = write(str(tmp_path / "asked.jsonl"), requests())
     histories = write(str(tmp_path / "histories.jsonl"), behaviors())
@@ -39,21 +37,21 @@ def test_a_dry_run_says_what_the_work_would_cost(
     for done in answers:
         assert done.code == 0, done.said
         found = done.result["cost"]
-        # To the three digits of the work that are shown.
+        # `tflop` is rounded to three digits.
         assert found["gpu_hours"] == pytest.approx(found["tflop"] / 1e-6 / 3600, abs=0.0005 / 1e-6 / 3600)
         assert found["gpu_hours"] > 0
         assert found["price"] == pytest.approx(2.0 * found["gpu_hours"], abs=1e-3)
         assert "at your price" in done.table
 
 
-def test_without_a_rate_there_are_no_hours_and_no_price(refuse: Job, models: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_speed_there_are_neither_hours_nor_price(refuse: Job, models: dict[str, str], tmp_path: Path) -> None:
     histories = write(str(tmp_path / "histories.jsonl"), behaviors())
     store = tmp_path / "store"
     done = refuse(embed, histories=histories, store=store, encoder=models["encoder"], dry_run=True, gpu_hour_price=1.0)
     assert done.result["cost"].keys() == {"tflop"} and "--tflops" in done.table
 
 
-def test_a_run_on_gpus_costs_their_hours_also_while_they_wait() -> None:
+def test_waiting_gpus_cost_their_hours_too() -> None:
     done = cost.spent(
         Summary(table=[], result={}),
         CostOptions(gpu_hour_price=2.5),
@@ -66,20 +64,20 @@ def test_a_run_on_gpus_costs_their_hours_also_while_they_wait() -> None:
     assert done.result["cost"] == {"gpu_hours": 2.0, "price": 5.0, "tflops": 22.5}
 
 
-def test_on_cpus_there_are_no_gpu_hours_but_a_rate() -> None:
+def test_on_cpus_there_is_a_speed_but_no_gpu_hours() -> None:
     empty, options = Summary(table=[], result={}), CostOptions(gpu_hour_price=2.5)
     assert cost.spent(empty, options, ON_CPUS, n_models=4, seconds=9.0) == empty
     found = cost.spent(empty, options, ON_CPUS, n_models=4, seconds=9.0, flops=9e12, model_s=3.0)
     assert found.result["cost"] == {"tflops": 3.0}
 
 
-def test_of_a_model_with_other_names_for_its_sizes_nothing_is_said() -> None:
+def test_a_model_of_unknown_size_has_no_cost() -> None:
     assert cost.known(lambda: {}["hidden_size"]) == 0.0
     empty = Summary(table=[], result={})
     assert cost.planned(empty, CostOptions(), flops=0.0, if_all="") == empty
 
 
 @pytest.mark.parametrize("flag", ["gpu_hour_price", "tflops"])
-def test_a_price_or_a_rate_of_nothing_is_refused(refuse: Job, flag: str) -> None:
+def test_a_price_or_a_speed_of_zero_is_refused(refuse: Job, flag: str) -> None:
     done = refuse(embed, histories="a", store="b", **{flag: 0})
     assert done.code == 2 and f"--{flag.replace('_', '-')} 0" in done.said

@@ -1,4 +1,4 @@
-"""A job waits for the GPUs that PERSONA_GPUS asks for, and an autoscaler brings them."""
+"""A job waits for the number of GPUs in PERSONA_GPUS, and an autoscaler adds them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
-# Ray takes any number of GPUs for there, as long as nobody uses them.
+# Ray believes any number of GPUs, as long as no task uses them.
 WITH_TWO = "import ray; ray.init(address='local', num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)"
 CONNECT = "from jobs.runtime import session; print(session.connect().gpus)"
 
@@ -31,16 +31,16 @@ def python(*lines: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_it_goes_on_with_fewer_than_asked_and_says_so() -> None:
+def test_it_continues_with_fewer_gpus_and_warns() -> None:
     done = python(WITH_TWO, CONNECT, PERSONA_GPUS="3", PERSONA_GPUS_WITHIN_S="1", PERSONA_LOG="json")
     assert done.stdout.splitlines()[-1] == "2", done.stderr
-    said = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"time"')]
-    assert [(one["level"], one["message"][:6]) for one in said] == [("warning", "2 of 3")]
+    logged = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"time"')]
+    assert [(one["level"], one["message"][:6]) for one in logged] == [("warning", "2 of 3")]
 
 
 REFUSED = """
 import os
-from jobs import session
+from jobs.runtime import session
 from persona.errors import UsageError
 
 for value in ("two", "1"):
@@ -52,17 +52,17 @@ for value in ("two", "1"):
 """
 
 
-def test_what_cannot_be_had_is_refused() -> None:
+def test_invalid_numbers_and_missing_gpus_are_refused() -> None:
     done = python(WITH_TWO.replace("num_gpus=2", "num_gpus=0"), REFUSED, PERSONA_GPUS_WITHIN_S="0")
-    no_number, none_there = done.stdout.splitlines()[-2:]
-    assert no_number == "PERSONA_GPUS=two: must be a whole number"
-    assert none_there.startswith("PERSONA_GPUS=1: no GPU has come")
+    not_a_number, none_came = done.stdout.splitlines()[-2:]
+    assert not_a_number == "PERSONA_GPUS=two: must be a whole number"
+    assert none_came.startswith("PERSONA_GPUS=1: no GPU has come")
 
 
 @pytest.fixture
 def scaling(tmp_path: Path) -> Iterator[str]:
-    """The address of a head without GPUs whose autoscaler may bring two nodes with one; they are processes here."""
-    folder = tempfile.mkdtemp(prefix="pps-", dir="/tmp")  # short, for the paths of its sockets
+    """The address of a head without GPUs, whose autoscaler may add two nodes with one GPU each, as processes."""
+    folder = tempfile.mkdtemp(prefix="pps-", dir="/tmp")  # a short path, because those of sockets are limited
     held = [socket.socket() for _ in range(5)]
     for one in held:
         one.bind(("127.0.0.1", 0))
@@ -77,7 +77,7 @@ def scaling(tmp_path: Path) -> Iterator[str]:
         "max_workers": 2,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 1,
-        # All nodes have the address of this machine.
+        # All nodes share the address of this machine.
         "provider": {
             "type": "fake_multinode",
             "gcs_address": f"127.0.0.1:{port}",
@@ -125,7 +125,7 @@ def scaling(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.soak
-def test_an_autoscaler_brings_them(scaling: str) -> None:
+def test_an_autoscaler_adds_them(scaling: str) -> None:
     without = python(CONNECT, RAY_ADDRESS=scaling)
     assert without.stdout.splitlines()[-1] == "0", without.stderr
     done = python(CONNECT, RAY_ADDRESS=scaling, PERSONA_GPUS="2", PERSONA_GPUS_WITHIN_S="120")

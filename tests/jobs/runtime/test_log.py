@@ -1,4 +1,4 @@
-"""What a job says on stderr, for people and, with PERSONA_LOG=json, for programs."""
+"""Log lines on stderr: plain text, and JSON with PERSONA_LOG=json."""
 
 import json
 
@@ -14,13 +14,13 @@ def broken(_config: embed.Config) -> Summary:
     raise ZeroDivisionError("a bug")
 
 
-def test_for_people_it_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_plain_text_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     log.say("embed: 3 of 4")
     log.say("no such file", level="error")
     assert capsys.readouterr().err == "embed: 3 of 4\nerror: no such file\n"
 
 
-def test_for_programs_every_line_is_an_object(
+def test_with_persona_log_json_every_line_is_an_object(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, refuse: Job
 ) -> None:
     monkeypatch.setenv("PERSONA_LOG", "json")

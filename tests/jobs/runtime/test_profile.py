@@ -1,4 +1,4 @@
-"""`--profile`: which stage is named, by numbers that leave no doubt; and that the jobs fill in real ones."""
+"""`--profile`: which stage it names as the bottleneck, and that the jobs report real numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,14 @@ def found(stages: dict[str, tuple[float, int]], *, wall_s: float, waited_s: floa
         ({"encode": (0.0, 2), "read": (1.0, 4)}, 10.0, 0.0, "start", "the start and the end of the run"),
     ],
 )  # fmt: skip
-def test_what_held_the_run_up_is_named_with_what_helps(stages, wall_s, waited_s, name, text):
+def test_the_bottleneck_is_named_with_what_helps(stages, wall_s, waited_s, name, text):
     got = found(stages, wall_s=wall_s, waited_s=waited_s)
     assert got[0] == name
     assert got[1].startswith(text)
-    assert got[1].endswith(("help encode", "help read", "feed it", "makes less of them"))
+    assert got[1].endswith(("help encode", "help read", "feed it", "put more work into one run"))
 
 
-def test_jobs_tell_where_their_time_went(
+def test_jobs_report_where_their_time_went(
     do: Job, store: Path, plug: str, models: dict[str, str], tmp_path: Path
 ) -> None:
     histories, new = write(str(tmp_path / "histories.parquet"), behaviors()), str(tmp_path / "new-store")

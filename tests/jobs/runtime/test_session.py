@@ -1,4 +1,4 @@
-"""What a Ray of our own takes the machine for."""
+"""How many cores and threads a local run uses."""
 
 import os
 import subprocess
@@ -11,17 +11,17 @@ from jobs.runtime import session
 PINNED = """
 import os
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-from jobs.session import usable_cores
+from jobs.runtime.session import usable_cores
 print(usable_cores())
 """
 
-# Threads that rayon has started, beside those that were there.
+# Prints how many threads rayon uses.
 TOKENIZING = """
 import os, sys
 import psutil
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tokenizers import Tokenizer, models
-from jobs import session
+from jobs.runtime import session
 session.usable_cores = lambda: 4
 session.tokenize_with(int(sys.argv[1]))
 before = psutil.Process().num_threads()
@@ -30,18 +30,18 @@ print(max(1, psutil.Process().num_threads() - before))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
-def test_a_process_that_is_pinned_to_one_core_counts_one() -> None:
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to a core")
+def test_a_process_pinned_to_one_core_may_use_one() -> None:
     done = subprocess.run([sys.executable, "-c", PINNED], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
 
 
-def test_where_no_process_can_be_pinned_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pinning_all_cores_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert session.usable_cores() == os.cpu_count()
 
 
-def test_a_gpu_has_its_share_of_the_cores_to_tokenize_for_it_and_a_core_has_none_to_spare() -> None:
+def test_on_gpus_the_cores_are_shared_out_for_tokenizing_and_on_cpus_one_thread_tokenizes() -> None:
     on_gpus, on_cores = (
         session.Machines(cores=16, gpus=2, is_ours=True),
         session.Machines(cores=16, gpus=0, is_ours=True),
@@ -51,7 +51,7 @@ def test_a_gpu_has_its_share_of_the_cores_to_tokenize_for_it_and_a_core_has_none
     assert session.Machines(cores=2, gpus=8).threads(1).tokenizing == 1
 
 
-@pytest.mark.parametrize(("asked", "found"), [(1, 1), (2, 2)])
-def test_a_process_tokenizes_with_as_many_threads_as_it_was_given(asked: int, found: int) -> None:
-    done = subprocess.run([sys.executable, "-c", TOKENIZING, str(asked)], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(("given", "found"), [(1, 1), (2, 2)])
+def test_a_process_tokenizes_with_the_given_number_of_threads(given: int, found: int) -> None:
+    done = subprocess.run([sys.executable, "-c", TOKENIZING, str(given)], capture_output=True, text=True, check=True)
     assert int(done.stdout) == found

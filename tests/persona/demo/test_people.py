@@ -13,7 +13,9 @@ import pytest
 
 from persona.demo import people as demo
 from persona.inputs import histories, requests
-from persona.inputs.files import Records, plan_splits, read_split
+from persona.inputs.reader import read_split
+from persona.inputs.records import Records
+from persona.inputs.splits import plan_splits
 
 SMALL = demo.Sizes(train=40, validation=5, test=10)
 

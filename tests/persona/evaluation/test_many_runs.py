@@ -1,8 +1,7 @@
-"""Evaluations side by side, on a few requests whose numbers can be worked out by hand."""
+"""Several evaluations side by side, on a few requests whose numbers can be worked out by hand."""
 
 import io
 import json
-import re
 from dataclasses import asdict
 from typing import Any
 
@@ -11,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from persona.errors import InputError, UsageError
-from persona.evaluation.many_runs import Evaluation, compare
+from persona.evaluation.many_runs import compare
+from persona.evaluation.saved_run import Evaluation
 from persona.options import PlugOptions, TrainingOptions
-from persona.report import charts, comparison_page
-from tests.persona.report.test_pages import EVIL, read
 
 # Requests a and b are of user u, c and d of v; they have 4, 5, 1 and 2 tokens.
 USERS, TOKENS = {"a": "u", "b": "u", "c": "v", "d": "v"}, {"a": 4, "b": 5, "c": 1, "d": 2}
@@ -31,7 +29,7 @@ def files(
     settings: dict[str, Any] | None = None,
     **metrics: Any,
 ) -> tuple[bytes, bytes]:
-    """What `evaluate` would have written: metrics.json and losses.parquet, the requests in no order."""
+    """What `evaluate` writes: metrics.json and losses.parquet, the requests out of order."""
     ids = list(tokens)[::-1]
     rows = [
         {"request_id": one, "user_id": USERS[one], "persona": persona, "n_behaviors": 1}
@@ -78,7 +76,7 @@ def interval(mean: float, low: float, high: float) -> Any:
     return pytest.approx({"mean": mean, "low": low, "high": high})
 
 
-def test_plugs_that_differ_in_their_seed_alone_are_one_row_and_their_spread() -> None:
+def test_plugs_that_differ_only_in_the_seed_share_a_row_with_their_spread() -> None:
     found = rows_of(evaluation("s0"), evaluation("s1", {"own": [10.0, 10.0, 1.0, 4.0], "none": NONE}, seed=1))
     assert list(found) == ["s0/own", "s0/none"]
     own, none = found.values()
@@ -91,12 +89,12 @@ def test_plugs_that_differ_in_their_seed_alone_are_one_row_and_their_spread() ->
         "deviation": pytest.approx(1 / 12 * 2**0.5),
         "values": pytest.approx([23 / 12, 25 / 12]),
     }
-    # Paired: none costs u 4 nats more than the mean own does, and v 6.
-    assert none["above_reference"] == interval(10 / 12, 4 / 9, 2.0)
+    # Paired: under none, u takes 4 nats more than the mean of own, and v 6 more.
+    assert none["above_reference"] == none["above_own"] == interval(10 / 12, 4 / 9, 2.0)
     assert none["loss_of_seeds"]["deviation"] == 0
 
 
-def test_whatever_else_differs_makes_another_row_and_is_named() -> None:
+def test_any_other_difference_makes_another_row_and_is_listed() -> None:
     plain, slower = evaluation("plain"), evaluation("slower", training={"learning_rate": 1e-3})
     retrieving = evaluation("bm25", settings={"retrieve": 4, "retriever": "bm25"})
     found = compare([plain, slower, retrieving, evaluation("other data", seed=0)], against=None, seed=0)
@@ -112,7 +110,7 @@ def test_whatever_else_differs_makes_another_row_and_is_named() -> None:
     assert found["differing"]["bm25"]["retriever"] == "bm25"
 
 
-def test_a_plug_from_before_an_option_is_one_that_has_it_off() -> None:
+def test_an_option_that_an_older_plug_lacks_has_its_default() -> None:
     old = evaluation("old")
     for options in (old.metrics["training"], old.metrics["settings"]["plug_options"]):
         for name in ("alignment", "contrast", "recency"):
@@ -121,35 +119,39 @@ def test_a_plug_from_before_an_option_is_one_that_has_it_off() -> None:
     assert "new/own" in rows_of(old, evaluation("new", seed=1, training={"alignment": 0.3}))
 
 
-def test_the_reference_is_a_row_by_its_name() -> None:
+def test_the_reference_is_chosen_by_name() -> None:
     first, second = evaluation("a"), evaluation("b", {"none": NONE}, training={"empty_history": 1.0})
     # own saves u 5 nats of 9 tokens, and v 6 of 3.
     below = interval(-11 / 12, -2.0, -5 / 9)
+    above = interval(11 / 12, 5 / 9, 2.0)
     for against in ("b", "b/none"):
         found = rows_of(first, second, against=against)
         assert found["b/none"]["above_reference"] is None
         assert found["a/own"]["above_reference"] == below
         assert found["a/none"]["above_reference"] == interval(0, 0, 0)
+        # The own row of the same plug, whatever the reference; b has none.
+        assert (found["a/own"]["above_own"], found["b/none"]["above_own"]) == (None, None)
+        assert found["a/none"]["above_own"] == above
     assert rows_of(second, first, against="a")["a/own"]["above_reference"] is None
     for against, evaluations in (("c", (first, second)), (None, (second, first))):
-        with pytest.raises(UsageError, match=r"there is no such row; there are .*b/none"):
+        with pytest.raises(UsageError, match=r"no such row; the rows are .*b/none"):
             compare(evaluations, against=against, seed=0)
 
 
-def test_requests_that_are_not_the_same_are_refused_and_counted() -> None:
+def test_different_requests_are_refused_with_their_number() -> None:
     whole = evaluation("whole")
     fewer = {"a": 4, "b": 5, "c": 1}
     part = evaluation("part", {"own": OWN[:3]}, tokens=fewer, limited=True)
     with pytest.raises(InputError, match="1 of 4 are only in whole, 0 of 3 only in part; .* without --limit"):
         compare([whole, part], against=None, seed=0)
-    with pytest.raises(InputError, match="do not agree on the tokens of 1 requests, the first is 'b'"):
+    with pytest.raises(InputError, match="differ in the tokens of 1 requests, the first is 'b'"):
         compare([whole, evaluation("another", tokens={**TOKENS, "b": 6}, seed=1)], against=None, seed=0)
 
 
-def test_a_limit_is_a_warning_and_one_name_for_two_plugs_is_refused() -> None:
+def test_a_limit_is_a_warning_and_two_plugs_with_one_name_are_refused() -> None:
     found = compare([evaluation("x"), evaluation("y", limited=True, seed=1)], against=None, seed=0)
     assert found["warnings"] == ["y was evaluated with --limit: not the numbers of the whole set"]
-    with pytest.raises(UsageError, match="both called 'x'; give --names"):
+    with pytest.raises(UsageError, match="both named 'x'; give --names"):
         compare([evaluation("x"), evaluation("x", training={"epochs": 9})], against=None, seed=0)
 
 
@@ -159,9 +161,9 @@ def test_rankings_are_means_over_the_seeds() -> None:
     one = evaluation("a", nats, rejected={"own": right, "none": NONE})
     two = evaluation("b", nats, rejected={"own": [9.0, 9.0, 0.0, 4.0], "none": NONE}, seed=1)
     own = rows_of(one, two)["a/own"]["ranking"]
-    # All four right with one seed; with the other right, wrong, wrong, a tie.
+    # With one seed all four right; with the other right, wrong, wrong, tie.
     assert own["likelier"] == interval((1 + 0.375) / 2, 0.625, 0.75)
-    # Calibrated by `none`, under which each pair is a tie: the same as by nats.
+    # Under `none` each pair is a tie, so the gain over none ranks as the loss does.
     assert own["calibrated"] == own["likelier"]
     assert rows_of(one, evaluation("b", nats, seed=1))["a/own"]["ranking"] == {}
     assert rows_of(evaluation("a", nats, rejected={"own": wrong, "none": NONE}))["a/own"]["ranking"]["likelier"][
@@ -169,7 +171,7 @@ def test_rankings_are_means_over_the_seeds() -> None:
     ] == pytest.approx(0)
 
 
-def test_scores_are_those_of_the_variant_that_was_evaluated() -> None:
+def test_scores_are_those_of_the_evaluated_variant() -> None:
     scored = {"scores": {"own": {"rouge1": 0.2}, "own-bm25-4": {"rouge1": 0.4}}}
     scored["score_intervals"] = {"own": {"rouge1": {"mean": 0.2, "low": 0.1, "high": 0.3}}}
     alone = rows_of(evaluation("a", **scored))
@@ -182,7 +184,7 @@ def test_scores_are_those_of_the_variant_that_was_evaluated() -> None:
     assert (found["value"], found["interval"], found["of_seeds"]["high"]) == (pytest.approx(0.25), None, 0.3)
 
 
-def test_files_that_are_something_else_are_refused() -> None:
+def test_other_files_are_refused() -> None:
     metrics, losses = files({"own": OWN})
     for broken in ((b"{", losses), (metrics, b"PAR1"), (b"{}", losses)):
         with pytest.raises(InputError, match="^there: metrics.json"):
@@ -194,25 +196,7 @@ def test_files_that_are_something_else_are_refused() -> None:
         Evaluation.read("x", metrics, sink.getvalue(), source="there")
 
 
-def test_the_page_says_what_was_found_and_fetches_and_runs_nothing() -> None:
-    nats = {"own": OWN, "none": NONE}
-    scored = {"scores": {"own": {"rouge1": 0.2}}, "score_intervals": {}, "rejected": {"own": NONE, "none": OWN}}
-    evaluations = [evaluation(EVIL, nats, **scored), evaluation("y", nats, limited=True, training={"epochs": 7})]
-    found = compare(evaluations, against=None, seed=0)
-    tags, words = read(comparison_page.page(found))
-    assert not tags & {"script", "img", "link", "iframe", "object", "form"}
-    above = found["rows"][1]["above_reference"]
-    for part in (EVIL, "y was evaluated with --limit", "epochs", f"{above['mean']:+.4f}", "the reference", "Ranking"):
-        assert part in words
-    lonely = compare([evaluation("x", {"own": OWN})], against=None, seed=0)
-    assert "Nothing to draw here." in read(comparison_page.page(lonely))[1]
-
-
-def test_a_forest_has_a_row_each_with_its_dot_where_the_value_is() -> None:
-
-    chart = charts.forest([("a/none", "none", (1.0, 0.5, 2.0)), ("b/own", "own", (-1.0, -2.0, -0.5))], x="nats")
-    first, second = (float(x) for x in re.findall(r'<circle class="dot \w+" cx="([^"]+)"', chart))
-    zero = float(re.findall(r'class="zero" x1="([^"]+)"', chart)[0])
-    assert first - zero == pytest.approx(zero - second, abs=0.2)
-    assert chart.count("whisker") == 2
-    assert charts.forest([], x="nats") == ""
+def test_a_plug_that_was_trained_without_history_is_marked_as_the_control() -> None:
+    found = rows_of(evaluation("a"), evaluation("b", training={"empty_history": 1.0}))
+    controls = [label for label, row in found.items() if row["trained_without_history"]]
+    assert controls == ["b/own", "b/none"]

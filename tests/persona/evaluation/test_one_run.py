@@ -1,13 +1,11 @@
-"""What is said about losses and answers, on a few requests whose numbers can be worked out by hand."""
+"""The summary of one evaluation, on a few requests whose numbers can be worked out by hand."""
 
-from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pytest
 
 from persona.errors import InputError
-from persona.evaluation import one_run as comparison
+from persona.evaluation.one_run import summarize
 from persona.evaluation.scores import Metric
 
 PERSONAS = ("own", "none", "other")
@@ -22,7 +20,7 @@ REQUESTS = [
 
 
 def losses() -> dict[str, list[Any]]:
-    """Rows as actors send them: in no order."""
+    """Rows as actors send them: in any order."""
     rows = [
         {
             "request_id": one[0],
@@ -40,15 +38,15 @@ def losses() -> dict[str, list[Any]]:
 
 
 def answers(own: str = "a b", none: str = "a") -> dict[str, dict[str, str]]:
-    return {name: {one[0]: said for one in REQUESTS} for name, said in (("own", own), ("none", none))}
+    return {name: {one[0]: answer for one in REQUESTS} for name, answer in (("own", own), ("none", none))}
 
 
 def test_losses_are_nats_a_token_and_differences_are_paired() -> None:
-    found = comparison.compare(losses(), PERSONAS, answers(), TEXT, seed=0)
+    found = summarize(losses(), PERSONAS, answers(), TEXT, seed=0)
     assert (found["requests"], found["users"]) == (4, 2)
     assert found["loss"]["own"]["mean"] == pytest.approx(23 / 12, abs=1e-5)
     assert found["loss_saved_by_own"]["other"]["mean"] == pytest.approx((38 - 23) / 12, abs=1e-5)
-    # One user of nine tokens saves 14 nats, the other of three saves one: either may be drawn twice.
+    # User u saves 14 nats of nine tokens, user v one nat of three: a sample may be the same user twice.
     assert found["loss_saved_by_own"]["other"]["low"] == pytest.approx(1 / 3, abs=1e-5)
     assert found["loss_saved_by_own"]["other"]["high"] == pytest.approx(14 / 9, abs=1e-5)
     assert found["scores"]["own"]["rouge1"] == 1
@@ -56,8 +54,8 @@ def test_losses_are_nats_a_token_and_differences_are_paired() -> None:
     assert found["score_intervals"]["none"]["rouge1_mean"]["mean"] == pytest.approx(2 / 3, abs=1e-5)
 
 
-def test_gains_are_grouped_by_what_the_own_persona_sees() -> None:
-    groups = comparison.compare(losses(), PERSONAS, {}, TEXT, seed=0)["gain_by_history_length"]
+def test_gains_are_grouped_by_the_length_of_the_history() -> None:
+    groups = summarize(losses(), PERSONAS, {}, TEXT, seed=0)["gain_by_history_length"]
     assert [(one["from"], one["to"], one["requests"], one["users"]) for one in groups] == [
         (0, 0, 1, 1),
         (1, 2, 2, 1),
@@ -66,68 +64,15 @@ def test_gains_are_grouped_by_what_the_own_persona_sees() -> None:
     assert groups[1]["saved_by_own"]["none"]["mean"] == pytest.approx((11 - 5) / 3, abs=1e-5)
 
 
-def test_largest_gains_and_losses_are_against_another_user() -> None:
-    shown = comparison.shown(losses(), PERSONAS)
-    # a saves 1 nat a token, b and c 2, d loses half a nat.
-    assert (shown["largest_gains"], shown["largest_losses"]) == (["b", "c", "a"], ["d"])
-    assert sorted(shown["even"]) == ["a", "b", "c", "d"]
-    assert len(shown["map"]) == 2
-    without = comparison.shown(losses(), ("none", "other"))
-    assert without["largest_gains"] == without["map"] == []
-
-
-def test_an_example_stands_side_by_side() -> None:
-    one = comparison.example(losses(), PERSONAS, answers(), "b", "Title?")
-    assert (one["input"], one["own"], one["none"], one["target"]) == ("Title?", "a b", "a", "a b")
-    assert (one["user_id"], one["n_behaviors"]) == ("u", 7)
-    assert one["nats_a_token"] == {"own": 2.0, "none": 3.0, "other": 4.0}
-
-
-def test_the_heaviest_behaviors_are_named_first_and_missing_texts_stay_unknown() -> None:
-    when = datetime(2024, 5, 6, tzinfo=UTC)
-    seen = {"weights": [0.1, 0.7, 0.2], "behavior_id": ["x", "y", "z"], "timestamp": [when, None, when]}
-    found = comparison.listened_to({**seen, "texts": ["one", None, "three " * 100]})
-    assert [(one["behavior_id"], one["weight"], one["written"]) for one in found] == [
-        ("y", 0.7, None),
-        ("z", 0.2, "2024-05-06"),
-        ("x", 0.1, "2024-05-06"),
-    ]
-    assert found[0]["text"] is None
-    assert len(found[1]["text"]) <= comparison.N_CHARACTERS
-    assert {one["text"] for one in comparison.listened_to(seen)} == {None}
-
-
-def test_the_map_keeps_the_distances_of_personas_that_lie_in_a_plane() -> None:
-    plane = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 1.0]])
-    turned_UF = plane @ np.linalg.qr(np.random.default_rng(0).normal(size=(9, 2)))[0].T + 5
-    places = comparison.persona_map(turned_UF, ["u", "v", "w"], with_third_user(), PERSONAS)
-    xy = np.array([[one["x"], one["y"]] for one in places])
-    wide, high = np.linalg.norm(xy[1] - xy[0]), np.linalg.norm(xy[2] - xy[0])
-    assert wide / high == pytest.approx(4, rel=1e-3)
-    # The mean over the requests of u: (1 + 2) / 2.
-    assert places[0]["saved"] == pytest.approx(1.5)
-    assert places[0]["n_behaviors"] == 7
-    assert comparison.persona_map(turned_UF[:2], ["u", "v"], losses(), PERSONAS) == []
-    assert comparison.persona_map(turned_UF, ["u", "v", "w"], with_third_user(), ["none"]) == []
-
-
-def with_third_user() -> dict[str, list[Any]]:
-    found = losses()
-    found["user_id"] = [
-        "w" if request == "d" else user for request, user in zip(found["request_id"], found["user_id"], strict=True)
-    ]
-    return found
-
-
-def test_one_id_for_two_users_is_refused() -> None:
+def test_one_request_id_for_two_users_is_refused() -> None:
     rows = losses()
     rows["request_id"] = ["a" if one == "b" else one for one in rows["request_id"]]
     with pytest.raises(InputError, match="make the ids unique"):
-        comparison.compare(rows, PERSONAS, {}, TEXT, seed=0)
+        summarize(rows, PERSONAS, {}, TEXT, seed=0)
 
 
 def with_rejected() -> dict[str, list[Any]]:
-    """Nats of a rejected text by persona and request; user u asks a and b, user v asks c and d."""
+    """Nats of a rejected text by persona and request; a and b are requests of user u, c and d of user v."""
     rejected = {
         "own": {"a": 9.0, "b": 9.0, "c": 1.0, "d": 5.0},  # against 8, 10, 1 and 4: right, wrong, a tie, right
         "none": {"a": 9.0, "b": 12.0, "c": 5.0, "d": 7.5},  # against 8, 15, 5 and 6: right, wrong, a tie, right
@@ -138,19 +83,19 @@ def with_rejected() -> dict[str, list[Any]]:
     return {**rows, "rejected_nats": [rejected[persona][request] for persona, request in pairs]}
 
 
-def test_the_ranking_is_the_share_of_targets_that_are_likelier_and_ties_count_half() -> None:
-    found = comparison.compare(with_rejected(), PERSONAS, {}, TEXT, seed=0)["ranking"]
-    # Of u one of two, of v one and a half: users are drawn, so a sample is all u, all v, or half of each.
+def test_the_ranking_by_loss_is_the_share_of_likelier_targets_and_a_tie_counts_half() -> None:
+    found = summarize(with_rejected(), PERSONAS, {}, TEXT, seed=0)["ranking"]
+    # u has one of two, v one and a half: a sample of two users is only u, only v, or both.
     assert found["own"]["likelier"] == {"mean": 0.625, "low": 0.5, "high": 0.75}
     assert found["none"]["likelier"]["mean"] == 0.625
     assert found["other"]["likelier"]["mean"] == 0
-    # What the own history adds to the target and to the rejected text, in nats (less is likelier):
+    # Nats that the own history adds to the target and to the rejected text (the lower one wins):
     # a: 0 and 0, a tie; b: -5 and -3, right; c: -4 and -4, a tie; d: -2 and -2.5, wrong.
     assert found["own"]["calibrated"] == {"mean": 0.5, "low": 0.25, "high": 0.75}
     assert set(found["none"]) == {"likelier"}
 
 
-def test_a_ranking_is_calibrated_only_by_what_was_measured() -> None:
-    found = comparison.compare(with_rejected(), ("own", "other"), {}, TEXT, seed=0)["ranking"]
+def test_a_ranking_by_gain_over_none_needs_none_to_be_measured() -> None:
+    found = summarize(with_rejected(), ("own", "other"), {}, TEXT, seed=0)["ranking"]
     assert {p: set(ways) for p, ways in found.items()} == {"own": {"likelier"}, "other": {"likelier"}}
-    assert "ranking" not in comparison.compare(losses(), PERSONAS, {}, TEXT, seed=0)
+    assert "ranking" not in summarize(losses(), PERSONAS, {}, TEXT, seed=0)

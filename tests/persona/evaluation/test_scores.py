@@ -1,4 +1,4 @@
-"""Scores and intervals on cases small enough to work out by hand."""
+"""LaMP's scores on cases small enough to work out by hand."""
 
 import math
 
@@ -8,7 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.scoring import BootstrapAggregator
 
 from persona.errors import InputError
-from persona.evaluation.scores import Metric, bootstrap, paired_bootstrap, score, score_intervals, score_requests
+from persona.evaluation.scores import Metric, score, score_intervals, score_requests
 from persona.inputs.lamp import TASKS
 
 CITATION = Metric(kind="label", labels=("[1]", "[2]"))
@@ -32,12 +32,12 @@ def test_case_matters_in_labels() -> None:
     assert score(metric, by_id("Comedy"), by_id("comedy"))["accuracy"] == 0
 
 
-def test_a_label_that_nobody_gave_or_wanted_counts_zero_in_f1() -> None:
+def test_a_label_in_neither_answers_nor_golds_counts_zero_in_f1() -> None:
     metric = Metric(kind="label", labels=("comedy", "action", "classic", "violence"))
     assert score(metric, by_id("comedy", "action"), by_id("comedy", "action"))["f1"] == 2 / 4
 
 
-def test_f1_is_that_of_scikit_learn() -> None:
+def test_f1_equals_that_of_scikit_learn() -> None:
     golds, predictions = by_id(*"aabbbccabc"), by_id(*"abbbxcdada")
     # scikit-learn 1.9.1: f1_score(golds, predictions, labels=list("abcd"), average="macro", zero_division=0)
     expected = 0.43452380952380953
@@ -78,14 +78,14 @@ def test_rouge_does_not_stem() -> None:
     assert score_requests(TEXT, by_id("running"), by_id("runs"))["rouge1"] == [0.0]
 
 
-def test_rouge_median_is_seeded_and_the_plain_mean_needs_no_seed() -> None:
+def test_the_rouge_median_depends_on_the_seed_and_the_mean_does_not() -> None:
     answers = [" ".join(["word"] * n) for n in range(1, 40)]
     predictions, golds = by_id(*answers), by_id(*["word word word"] * 39)
     first, again, other = (score(TEXT, predictions, golds, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first["rouge1"] != other["rouge1"]
     assert first["rouge1_mean"] == other["rouge1_mean"] == score_requests(TEXT, predictions, golds)["rouge1"].mean()
-    # the median of 1000 resampled means lies well within a standard error of the mean
+    # the median of 1000 resampled means is well within a standard error of the mean
     spread = score_requests(TEXT, predictions, golds)["rouge1"].std() / math.sqrt(39)
     assert abs(first["rouge1"] - first["rouge1_mean"]) < spread / 2
 
@@ -112,104 +112,24 @@ def test_answers_and_golds_must_be_for_the_same_requests(
 
 
 @pytest.mark.parametrize(("metric", "gold"), [(CITATION, "[3]"), (RATING, "five")])
-def test_a_gold_that_the_metric_does_not_know_is_an_error(metric: Metric, gold: str) -> None:
+def test_a_gold_that_the_metric_does_not_allow_is_refused(metric: Metric, gold: str) -> None:
     with pytest.raises(InputError, match="gold"):
         score(metric, by_id("[1]"), by_id(gold))
 
 
-def test_bootstrap_of_two_users_spans_both() -> None:
-    # the three equally possible kinds of sample have means 0, 1/2 and 1
-    interval = bootstrap([0.0, 1.0], ["u", "v"])
-    assert (interval.mean, interval.low, interval.high) == (0.5, 0.0, 1.0)
-
-
-def test_bootstrap_resamples_users_not_requests() -> None:
-    values = [0.0] * 100 + [1.0] * 100
-    same_user = bootstrap(values, ["u"] * 100 + ["v"] * 100)
-    assert (same_user.low, same_user.high) == (0.0, 1.0)
-    own_users = bootstrap(values, [str(position) for position in range(200)])
-    assert 0.4 < own_users.low < own_users.high < 0.6
-
-
-def test_bootstrap_interval_is_that_of_the_normal_distribution_for_many_users() -> None:
-    values = np.random.default_rng(5).normal(size=4000)
-    interval = bootstrap(values, [str(position) for position in range(4000)])
-    half = 1.96 * values.std() / math.sqrt(4000)
-    # 2000 samples place a 2.5 % quantile to about 3 % of the half width; allow three times that
-    assert interval.low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert interval.high == pytest.approx(values.mean() + half, abs=0.1 * half)
-
-
-def test_weights_make_the_mean_a_ratio_of_sums() -> None:
-    interval = bootstrap([10.0, 2.0, 3.0], ["u", "u", "v"], weights=[4, 1, 5])
-    assert interval.mean == 15 / 10
-    assert (interval.low, interval.high) == (3 / 5, 12 / 5)
-
-
-def test_a_single_user_gives_no_interval() -> None:
-    interval = bootstrap([1.0, 2.0], ["u", "u"])
-    assert interval.mean == 1.5
-    assert math.isnan(interval.low)
-    assert math.isnan(interval.high)
-
-
-def test_pairing_cancels_what_is_hard_for_both() -> None:
-    rng = np.random.default_rng(3)
-    hardness = rng.normal(scale=10, size=300)
-    users = [str(position // 3) for position in range(300)]
-    difference = paired_bootstrap(hardness + 0.5, hardness, users)
-    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.5, 0.5, 0.5))
-
-
-def test_paired_losses_are_weighted_by_tokens_and_swap_sign() -> None:
-    a, b, users, tokens = [4.0, 9.0, 1.0], [5.0, 6.0, 2.0], ["u", "v", "w"], [2, 3, 1]
-    forth = paired_bootstrap(a, b, users, weights=tokens, seed=7)
-    back = paired_bootstrap(b, a, users, weights=tokens, seed=7)
-    assert forth.mean == pytest.approx((14 - 13) / 6)
-    assert (back.low, back.high) == pytest.approx((-forth.high, -forth.low))
-
-
-def test_the_same_seed_gives_the_same_interval() -> None:
-    values, users = np.arange(50.0), [str(position) for position in range(50)]
-    assert bootstrap(values, users, seed=1) == bootstrap(values, users, seed=1)
-    assert bootstrap(values, users, seed=1) != bootstrap(values, users, seed=2)
-
-
-@pytest.mark.parametrize(
-    ("values", "users", "weights", "message"),
-    [
-        ([], [], None, "at least one request"),
-        ([1.0], ["u", "v"], None, "one user a request"),
-        ([1.0, 2.0], ["u", "v"], [1.0], "one weight"),
-        ([1.0, math.nan], ["u", "v"], None, "finite"),
-        ([1.0, 2.0], ["u", "v"], [1.0, 0.0], "above 0"),
-    ],
-)
-def test_bootstrap_refuses_what_has_no_mean(
-    values: list[float], users: list[str], weights: list[float] | None, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        bootstrap(values, users, weights=weights)
-
-
-def test_a_pair_needs_the_same_requests() -> None:
-    with pytest.raises(ValueError, match="same requests"):
-        paired_bootstrap([1.0], [1.0, 2.0], ["u", "v"])
-
-
-F_2_OF_3 = 2 * 2 / (2 + 3)  # two words in common, of two answered and three wanted
-# Worked out by hand: answers, golds, and all scores that no seed can move.
+F_2_OF_3 = 2 * 2 / (2 + 3)  # two words in common, of two in the answer and three in the gold
+# Worked out by hand: answers, golds, and all scores that depend on no seed.
 BY_HAND = {
     "LaMP_1": (
         ["[1]", " [2] ", "[1", "2"],
         ["[1]", "[1]", "[1]", "[2]"],
-        # [1]: 1 hit, 1 answer, 3 golds; [2]: no hit. "[1" and "2" are no answers.
+        # [1]: 1 hit, 1 answer, 3 golds; [2]: no hit. "[1" and "2" are not labels.
         {"accuracy": 1 / 4, "f1": (2 / 4 + 0) / 2},
     ),
     "LaMP_2": (
         ["sci-fi", "Comedy", "a comedy", "violence\n"],
         ["sci-fi", "comedy", "comedy", "violence"],
-        # Two of fifteen tags have F1 1; comedy was only wanted, twelve nobody spoke of.
+        # Two of fifteen tags have F1 1; comedy is only among the golds, twelve are nowhere.
         {"accuracy": 2 / 4, "f1": 2 / 15},
     ),
     "LaMP_3": (
@@ -222,7 +142,7 @@ BY_HAND = {
         f"LaMP_{task}": (
             ["Big News!", "", "three blind mice", "cats"],
             ["big news today", "something", "mice, blind: three", "cat"],
-            # Case and punctuation do not count, an order does for ROUGE-L only, and nothing is stemmed.
+            # Case and punctuation do not count, order counts for ROUGE-L only, and there is no stemming.
             {"rouge1_mean": (F_2_OF_3 + 0 + 1 + 0) / 4, "rougeL_mean": (F_2_OF_3 + 0 + 1 / 3 + 0) / 4},
         )
         for task in (4, 5, 7)
@@ -247,19 +167,19 @@ def test_every_task_refuses_unequal_ids(task: str) -> None:
         score(TASKS[task].metric, by_id(*predictions), by_id(*golds[:3]))
 
 
-def test_rouge_median_is_that_of_the_official_aggregator() -> None:
+def test_the_rouge_median_equals_that_of_the_official_aggregator() -> None:
     words = list("abcdefgh")
     rng = np.random.default_rng(0)
     golds = by_id(*(" ".join(rng.choice(words, 5)) for _ in range(60)))
     predictions = by_id(*(" ".join(rng.choice(words, 5)) for _ in range(60)))
-    np.random.seed(3)  # noqa: NPY002 - the aggregator draws from it
+    np.random.seed(3)  # noqa: NPY002 - the aggregator uses it
     aggregator = BootstrapAggregator(confidence_interval=0.95, n_samples=1000)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     for name, gold in golds.items():
         aggregator.add_scores(scorer.score(gold, predictions[name]))
     official, ours = aggregator.aggregate(), score(TEXT, predictions, golds)
     for name, values in score_requests(TEXT, predictions, golds).items():
-        # The standard error of a median of 1000 draws, on both sides; four of them.
+        # Four standard errors of the difference of two medians of 1000 draws each.
         error = 4 * math.sqrt(2) * 1.2533 * values.std() / math.sqrt(60) / math.sqrt(1000)
         assert ours[name] == pytest.approx(official[name].mid.fmeasure, abs=error)
 
@@ -275,7 +195,7 @@ def test_an_interval_is_around_the_score_itself(task: str) -> None:
     assert all(interval.low <= interval.mean <= interval.high for interval in intervals.values())
 
 
-def test_the_interval_of_f1_draws_users() -> None:
+def test_the_interval_of_f1_is_over_users() -> None:
     # With u alone F1 is 1, with v alone 0, with both: [1] has 1 hit in 2 answers and 1 gold, [2] none.
     interval = score_intervals(CITATION, by_id("[1]", "[1]"), by_id("[1]", "[2]"), ["u", "v"])["f1"]
     assert (interval.low, interval.mean, interval.high) == pytest.approx((0, (2 / 3) / 2, 1 / 2))

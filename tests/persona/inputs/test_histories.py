@@ -1,4 +1,4 @@
-"""Behaviors out of raw records: both layouts, every kind of column, and a reason for each bad row."""
+"""Behaviors from raw records: both layouts, every type of column, and a reason for each bad row."""
 
 import hashlib
 import zlib
@@ -14,14 +14,17 @@ import pytest
 from hypothesis import given, strategies as st
 
 from persona.errors import InputError, UsageError
-from persona.inputs.files import Records, json_array, plan_splits, read_split, rejects
 from persona.inputs.histories import SCHEMA, Columns, bucket_of, check_columns, text_hash, validate
+from persona.inputs.json_columns import json_array
+from persona.inputs.reader import read_split
+from persona.inputs.records import Records, rejects
+from persona.inputs.splits import plan_splits
 
 PLAIN = Columns()
 
 
 def records(**columns: Any) -> Records:
-    """Raw rows as `read_split` gives them."""
+    """Raw rows as `read_split` yields them."""
     table = pa.table(columns)
     n = table.num_rows
     table = table.append_column("_row", pa.array(range(n), pa.int64())).append_column("_source", pa.array(["file"] * n))
@@ -40,7 +43,7 @@ def file_of(folder: Path, *lines: Any) -> list[Any]:
     return plan_splits(str(folder), flag="--histories")
 
 
-def test_a_behavior_gets_its_bucket_its_hash_and_where_it_has_none_an_id() -> None:
+def test_a_behavior_gets_a_bucket_a_hash_and_if_needed_an_id() -> None:
     good, bad = check(
         records(user_id=["ann", "ann"], behavior_id=["1", " "], text=["Hello", " Hello "], timestamp=[0, None])
     )
@@ -63,7 +66,7 @@ def test_both_layouts_give_the_same_behaviors() -> None:
     assert validate(nested, PLAIN, 16)[0].equals(validate(flat, PLAIN, 16)[0])
 
 
-def test_any_list_of_structs_that_has_the_text_is_found() -> None:
+def test_any_list_of_structs_with_the_text_column_is_found() -> None:
     raw = records(author=["a"], tags=[["t"]], papers=[[{"id": 7, "title": "T"}]])
     good, bad = check(raw, Columns.parse("user_id=author, text=title,behavior_id=id", "--columns"))
     assert (good[0]["user_id"], good[0]["behavior_id"], good[0]["text"], bad) == ("a", "7", "T", [])
@@ -82,7 +85,7 @@ def test_a_row_without_text_is_a_reject(text: str | None) -> None:
     assert len(good) == 1 and [row for row, _ in bad] == [1] and bad[0][1].startswith("text is")
 
 
-def test_types_that_differ_from_row_to_row_are_judged_row_by_row(tmp_path: Path) -> None:
+def test_mixed_types_are_checked_row_by_row(tmp_path: Path) -> None:
     splits = file_of(
         tmp_path,
         {"user_id": 7, "text": "a", "timestamp": "2024-01-01T01:00:00+01:00"},
@@ -97,17 +100,17 @@ def test_types_that_differ_from_row_to_row_are_judged_row_by_row(tmp_path: Path)
     good, bad = check(raw)
     assert [(row["user_id"], row["text"]) for row in good] == [("7", "a"), ("u", "c")]
     assert {row["timestamp"] for row in good} == {datetime(2024, 1, 1, tzinfo=UTC)}
-    said = [
+    expected = [
         "text is a number",
         "user_id is a boolean",
         "timestamp is a list",
         "timestamp is out of range",
         "text is an object",
     ]
-    assert all(s in reason for s, (_, reason) in zip(said, bad, strict=True))
+    assert all(s in reason for s, (_, reason) in zip(expected, bad, strict=True))
 
 
-def test_a_bad_item_of_a_list_does_not_cost_its_neighbours(tmp_path: Path) -> None:
+def test_a_bad_list_item_does_not_affect_the_others(tmp_path: Path) -> None:
     splits = file_of(
         tmp_path,
         {"user_id": "u", "behaviors": [{"text": "a"}, {"text": 5}, 7, {"text": "b"}]},
@@ -142,7 +145,7 @@ def test_a_bad_item_of_a_list_does_not_cost_its_neighbours(tmp_path: Path) -> No
     ],
     ids=lambda column: str(column.type),
 )
-def test_a_moment_may_come_in_any_of_these_types(column: pa.Array) -> None:
+def test_timestamps_of_all_supported_types(column: pa.Array) -> None:
     good, bad = check(records(user_id=["a", "b"], text=["x", "y"], timestamp=column))
     assert bad == []
     assert [row["timestamp"] for row in good] == [datetime(2024, 2, 29, tzinfo=UTC), None]
@@ -163,30 +166,30 @@ def test_a_moment_may_come_in_any_of_these_types(column: pa.Array) -> None:
     ],
     ids=str,
 )
-def test_an_unreadable_moment_rejects_its_row_only(column: pa.Array) -> None:
+def test_an_unreadable_timestamp_rejects_its_row_only(column: pa.Array) -> None:
     good, bad = check(records(user_id=["a", "b"], text=["x", "y"], timestamp=column))
     assert [row["user_id"] for row in good] == ["a"]
     assert [row for row, _ in bad] == [1] and bad[0][1].startswith("timestamp is")
 
 
-def test_bytes_that_are_no_text_reject_their_row_only() -> None:
+def test_invalid_utf8_rejects_its_row_only() -> None:
     good, bad = check(records(user_id=pa.array([b"a", b"\xff", b"b"]), text=pa.array([b"x", b"y", b"\xc3("])))
     assert [row["user_id"] for row in good] == ["a"]
     assert bad == [(1, "user_id is not valid UTF-8"), (2, "text is not valid UTF-8")]
 
 
-def test_rejects_of_reading_are_passed_on() -> None:
+def test_rejects_from_reading_are_kept() -> None:
     raw = records(user_id=["a"], text=["x"])
     raw = Records(table=raw.table, rejects=rejects("embed", ["file"], [-1], ["cut"]))
     assert check(raw)[1] == [(-1, "cut")]
 
 
-def test_no_rows_are_no_behaviors() -> None:
+def test_no_rows_give_no_behaviors() -> None:
     assert check(records(user_id=pa.array([], pa.string()), text=pa.array([], pa.string()))) == ([], [])
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
-def test_buckets_are_crc32_of_the_users_utf8(user_ids: list[str]) -> None:
+def test_buckets_are_crc32_of_utf8(user_ids: list[str]) -> None:
     found = bucket_of(user_ids, 7)
     assert found.dtype == np.int32
     assert found.tolist() == [zlib.crc32(user.encode()) % 7 for user in user_ids]
@@ -211,7 +214,7 @@ _JSON = st.recursive(
         max_size=6,
     )
 )
-def test_whatever_json_holds_each_row_is_good_or_a_reject(objects: list[dict[str, Any]]) -> None:
+def test_each_row_of_any_json_is_good_or_a_reject(objects: list[dict[str, Any]]) -> None:
     names = sorted({name for o in objects for name in o} - {"behaviors"} | {"text"})
     raw = records(**{name: json_array([o.get(name) for o in objects]) for name in names})
     good, bad = check(raw)
@@ -220,19 +223,19 @@ def test_whatever_json_holds_each_row_is_good_or_a_reject(objects: list[dict[str
     check(nested)
 
 
-def test_the_column_map_is_parsed() -> None:
+def test_the_column_mapping_is_parsed() -> None:
     assert Columns.parse("text = body,user_id=author", "--columns") == Columns(text="body", user_id="author")
     assert Columns.parse("", "--columns") == PLAIN
 
 
 @pytest.mark.parametrize("spec", ["body", "text=", "txt=body", "text=a,text=b"])
-def test_a_wrong_column_map_names_flag_and_fields(spec: str) -> None:
+def test_an_invalid_column_mapping_names_flag_and_fields(spec: str) -> None:
     with pytest.raises(UsageError, match=r"--columns: .*behavior_id"):
         Columns.parse(spec, "--columns")
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "expected"),
     [
         (
             {"user_id": "a", "body": "x"},
@@ -246,8 +249,8 @@ def test_a_wrong_column_map_names_flag_and_fields(spec: str) -> None:
         ({"user_id": "a", "behaviors": [{"text": 5}]}, r"'text'.*is int64"),
     ],
 )
-def test_columns_that_cannot_work_are_refused(tmp_path: Path, row: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_unusable_columns_are_refused(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
         check_columns(file_of(tmp_path, row), PLAIN)
 
 

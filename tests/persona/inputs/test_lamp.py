@@ -1,4 +1,4 @@
-"""The six tasks in their official forms, and the promise that a question sees its own profile only."""
+"""The six tasks in their official formats, and that a question sees only its own profile."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from persona.errors import InputError
 from persona.inputs.lamp import TASKS, Rows, outputs_json, parse_date, question_to_rows, read_golds, read_questions
 from tests import lamp_form
 
-PAPER = TASKS["LaMP_5"]
+LAMP_5 = TASKS["LaMP_5"]
 
 # task, profile item, text of the behavior, input, query, a gold
 OFFICIAL = [
@@ -77,7 +77,7 @@ OFFICIAL = [
 
 
 def question(*dates: Any, **fields: Any) -> dict[str, Any]:
-    """A LaMP-5 question whose profile has one item for each date, called p0, p1, …"""
+    """A LaMP-5 question whose profile has an item (p0, p1, …) for each date."""
     profile = [
         {"id": f"p{n}", "title": f"Title {n}", "abstract": "Text.", "date": date} for n, date in enumerate(dates)
     ]
@@ -85,11 +85,11 @@ def question(*dates: Any, **fields: Any) -> dict[str, Any]:
 
 
 def convert(question: Any) -> Rows:
-    return question_to_rows(PAPER, question, None)
+    return question_to_rows(LAMP_5, question, None)
 
 
 def visible(rows: Rows, behaviors: list[dict[str, Any]]) -> list[str]:
-    """The ids that a store of these behaviors shows to the request: its user's, strictly before `as_of`."""
+    """The ids of the behaviors visible to the request: those of its user, strictly before `as_of`."""
     request = rows.request
     seen = [one for one in behaviors if one["user_id"] == request["user_id"]]
     if request["as_of"] is not None:
@@ -103,15 +103,15 @@ def test_the_tasks_are_the_public_ones() -> None:
     assert [task.max_new_tokens for task in TASKS.values()] == [128, 128, 10, 128, 128, 128]
 
 
-@pytest.mark.parametrize(("name", "item", "text", "asked", "query", "gold"), OFFICIAL, ids=list(TASKS))
-def test_official_texts(name: str, item: dict[str, str], text: str, asked: str, query: str, gold: str) -> None:
+@pytest.mark.parametrize(("name", "item", "text", "prompt", "query", "gold"), OFFICIAL, ids=list(TASKS))
+def test_official_texts(name: str, item: dict[str, str], text: str, prompt: str, query: str, gold: str) -> None:
     profile = [{"id": "7", **item}]
-    rows = question_to_rows(TASKS[name], {"id": "10", "input": asked, "profile": profile}, gold)
+    rows = question_to_rows(TASKS[name], {"id": "10", "input": prompt, "profile": profile}, gold)
     assert rows.behaviors == [{"user_id": "10", "behavior_id": "7", "text": text, "timestamp": None}]
     assert rows.request == {
         "request_id": "10",
         "user_id": "10",
-        "input": asked,
+        "input": prompt,
         "query": query,
         "target": gold,
         "as_of": None,
@@ -120,7 +120,7 @@ def test_official_texts(name: str, item: dict[str, str], text: str, asked: str, 
 
 
 @pytest.mark.parametrize(
-    ("asked", "query"),
+    ("prompt", "query"),
     [
         (
             'the title "On "Fish" and Chips", which reference is related? [1]: "A" [2]: "B"',
@@ -129,8 +129,8 @@ def test_official_texts(name: str, item: dict[str, str], text: str, asked: str, 
         ('the title "Deep Nets"; [1] or [2]?', "Deep Nets"),
     ],
 )
-def test_a_citation_title_may_hold_quotation_marks(asked: str, query: str) -> None:
-    assert TASKS["LaMP_1"].query(asked) == query
+def test_a_citation_title_may_contain_quotation_marks(prompt: str, query: str) -> None:
+    assert TASKS["LaMP_1"].query(prompt) == query
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,12 @@ def test_dates_become_the_first_instant_in_utc(value: Any, expected: datetime | 
 @pytest.mark.parametrize(
     "value", ["soon", "2014-13", "2014-02-30", "14-02-03", "2014-07-05 25:00", True, 20.5, ["2014"]]
 )
-def test_a_date_that_is_none_is_refused(value: Any) -> None:
+def test_an_invalid_date_is_refused(value: Any) -> None:
     with pytest.raises(InputError, match="date"):
         parse_date(value)
 
 
-def test_items_of_the_questions_own_month_are_seen_in_profile_order() -> None:
+def test_items_of_the_questions_month_are_visible_in_profile_order() -> None:
     rows = convert(question("2023-06", "2023-07", "2023-07", user_id="ann", date="2023-07"))
     assert visible(rows, rows.behaviors) == ["p0", "p1", "p2"]
     july = datetime(2023, 7, 1, tzinfo=UTC)
@@ -169,8 +169,8 @@ def test_items_of_the_questions_own_month_are_seen_in_profile_order() -> None:
     assert rows.request["as_of"] == july + timedelta(microseconds=2)
 
 
-def test_parts_of_a_time_split_see_their_own_profiles_in_one_store() -> None:
-    """Each part's answer is in the next part's profile, often under the same month."""
+def test_questions_of_one_user_see_their_own_profiles_in_one_store() -> None:
+    """Each question's answer is in the next question's profile, often with the same month."""
     months = ["2022-11", "2023-07", "2023-07", "2023-07", "2023-07", "2024-01"]
     parts = [convert(question(*months[:n], id=f"q{n}", user_id="ann", date=months[n])) for n in range(len(months))]
     store = {one["behavior_id"]: one for rows in parts for one in rows.behaviors}
@@ -182,7 +182,7 @@ def test_parts_of_a_time_split_see_their_own_profiles_in_one_store() -> None:
 @pytest.mark.parametrize(
     ("dates", "fields"),
     [
-        (["2023-06", "2023-07"], {"date": "2023-07"}),  # LaMP itself: no user
+        (["2023-06", "2023-07"], {"date": "2023-07"}),  # as in the public LaMP
         (["2023-06", "2023-07"], {"user_id": "ann"}),
         (["2023-06", None], {"user_id": "ann", "date": "2023-07"}),
         (["2023-06", "2023-08"], {"user_id": "ann", "date": "2023-07"}),
@@ -190,9 +190,7 @@ def test_parts_of_a_time_split_see_their_own_profiles_in_one_store() -> None:
     ],
     ids=["no user", "no date", "undated item", "item from the future", "newest first"],
 )
-def test_a_question_that_time_cannot_place_keeps_its_profile_to_itself(
-    dates: list[Any], fields: dict[str, str]
-) -> None:
+def test_a_question_without_a_place_in_time_becomes_a_separate_user(dates: list[Any], fields: dict[str, str]) -> None:
     rows = convert(question(*dates, **fields))
     assert rows.request["user_id"] == "q"
     assert rows.request["as_of"] is None
@@ -200,27 +198,27 @@ def test_a_question_that_time_cannot_place_keeps_its_profile_to_itself(
     assert visible(rows, rows.behaviors + others.behaviors) == ["p0", "p1"]
 
 
-def test_an_empty_profile_is_a_user_who_has_not_written_yet() -> None:
+def test_an_empty_profile_is_allowed() -> None:
     rows = convert(question(user_id="ann", date="2023-07"))
     assert rows.behaviors == []
     assert (rows.request["user_id"], rows.request["as_of"]) == ("ann", datetime(2023, 7, 1, tzinfo=UTC))
 
 
-def test_numbers_as_ids_become_text() -> None:
+def test_integer_ids_become_strings() -> None:
     item = {"id": 7, "title": "T", "abstract": "A"}
     rows = convert(question(id=12, user_id=3, date="2020", profile=[item | {"date": 2019}]))
     assert (rows.request["request_id"], rows.request["user_id"]) == ("12", "3")
     assert rows.behaviors[0]["behavior_id"] == "7"
 
 
-def test_a_profile_item_that_stands_there_twice_is_one_behavior() -> None:
+def test_a_duplicate_profile_item_is_one_behavior() -> None:
     item = {"id": "7", "title": "a", "abstract": "b"}
     rows = convert(question(profile=[item, item]))
     assert len(rows.behaviors) == 1
     assert rows.rejects == []
 
 
-def test_a_bad_profile_item_is_left_out_alone_with_its_reason() -> None:
+def test_only_bad_profile_items_are_rejected_each_with_a_reason() -> None:
     good = {"id": "1", "title": "T", "abstract": "A"}
     bad = [
         "text",
@@ -248,31 +246,31 @@ def test_a_bad_profile_item_is_left_out_alone_with_its_reason() -> None:
         (["a list"], "must be an object"),
         ({"id": None}, "'id' must be"),
         ({"id": True}, "'id' must be"),
-        ({"input": 3}, "input must be a text"),
-        ({"input": "Write a title."}, "not one of LaMP_5"),
-        ({"input": "abstract of a paper:  \n"}, "not one of LaMP_5"),
+        ({"input": 3}, "input must be a string"),
+        ({"input": "Write a title."}, "does not belong to LaMP_5"),
+        ({"input": "abstract of a paper:  \n"}, "does not belong to LaMP_5"),
         ({"profile": None}, "profile must be a list"),
         ({"user_id": ["ann"]}, "'user_id' must be"),
         ({"date": "soon"}, "date must be like"),
     ],
 )
-def test_a_malformed_question_says_why(bad: Any, reason: str) -> None:
+def test_a_malformed_question_is_refused_with_a_reason(bad: Any, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         convert(question(**bad) if isinstance(bad, dict) else bad)
 
 
 @pytest.mark.parametrize(("name", "gold"), [("LaMP_1", "[3]"), ("LaMP_2", "Comedy"), ("LaMP_3", "6")])
-def test_a_gold_that_is_no_label_of_the_task_is_refused(name: str, gold: str) -> None:
-    asked = next(asked for task, _, _, asked, _, _ in OFFICIAL if task == name)
+def test_a_gold_must_be_a_label_of_the_task(name: str, gold: str) -> None:
+    prompt = next(prompt for task, _, _, prompt, _, _ in OFFICIAL if task == name)
     with pytest.raises(InputError, match="gold"):
-        question_to_rows(TASKS[name], {"id": "1", "input": asked, "profile": []}, gold)
+        question_to_rows(TASKS[name], {"id": "1", "input": prompt, "profile": []}, gold)
 
 
 def read(data: bytes) -> list[Any]:
     return list(read_questions(io.BytesIO(data), name="questions.json"))
 
 
-def test_questions_are_read_as_json_reads_them() -> None:
+def test_questions_equal_those_of_the_json_module() -> None:
     questions = [question("2014", 2014, None, extra={"a": [1.5, True, {}]}), "text", 3, [], {"é\n": "😀"}]
     assert read(json.dumps(questions, indent=1).encode()) == questions
 
@@ -282,7 +280,7 @@ def test_questions_come_one_at_a_time() -> None:
         chunk = b"["
 
         def read(self, size: int) -> bytes:
-            if not size:  # the parser asks for nothing first, to see whether it gets bytes
+            if not size:  # the parser first reads nothing, to see whether it gets bytes
                 return b""
             chunk, self.chunk = self.chunk, b'{"id": "1"},' * 1000
             return chunk
@@ -296,22 +294,22 @@ def test_questions_come_one_at_a_time() -> None:
     [
         (b"", "cannot be read as JSON"),
         (b"id,input\n", "cannot be read as JSON"),
-        (b'{"task": "LaMP_5", "golds": []}', "no LaMP questions file"),
-        (b'"text"', "no LaMP questions file"),
-        (b'[{"id": "1"}, {"id": "2', "breaks off after 1 questions"),
-        (b'[{"id": "1"}] [', "breaks off after 1 questions"),
+        (b'{"task": "LaMP_5", "golds": []}', "not a LaMP questions file"),
+        (b'"text"', "not a LaMP questions file"),
+        (b'[{"id": "1"}, {"id": "2', "cannot be read after 1 questions"),
+        (b'[{"id": "1"}] [', "cannot be read after 1 questions"),
         (b'[{"id": "\xff"}]', "cannot be read as JSON"),
         (b"[" * 1_000_000, "nest deeper"),
     ],
 )
-def test_a_file_that_is_no_list_of_questions_is_refused_as_a_whole(data: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_list_of_questions_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(InputError, match=f"questions.json.*{message}|{message}"):
         read(data)
 
 
 def golds(outputs: Any) -> dict[str, str]:
     data = outputs if isinstance(outputs, bytes) else json.dumps(outputs).encode()
-    return read_golds(io.BytesIO(data), PAPER, name="outputs.json")
+    return read_golds(io.BytesIO(data), LAMP_5, name="outputs.json")
 
 
 def test_golds_are_answers_by_id() -> None:
@@ -324,27 +322,27 @@ def test_golds_are_answers_by_id() -> None:
     [
         (b"[", "cannot be read as JSON"),
         (b'{"task": "LaMP_5", "golds": []}}', "cannot be read as JSON"),
-        ([], "no LaMP outputs file"),
-        ({"task": "LaMP_5"}, "no LaMP outputs file"),
-        ({"task": "LaMP_4", "golds": []}, "is of task 'LaMP_4', not 'LaMP_5'"),
+        ([], "not a LaMP outputs file"),
+        ({"task": "LaMP_5"}, "not a LaMP outputs file"),
+        ({"task": "LaMP_4", "golds": []}, "has the task 'LaMP_4', not 'LaMP_5'"),
         ({"task": "LaMP_5", "golds": [{"id": "1"}]}, "gold 0"),
         ({"task": "LaMP_5", "golds": [{"output": "A"}]}, "'id' must be"),
         (
             {"task": "LaMP_5", "golds": [{"id": "1", "output": "A"}, {"id": 1, "output": "A"}]},
-            "'1' occurs twice",
+            "duplicate id '1'",
         ),
     ],
 )
-def test_an_outputs_file_that_is_none_of_this_task_is_refused(outputs: Any, message: str) -> None:
+def test_an_outputs_file_of_another_task_or_format_is_refused(outputs: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         golds(outputs)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_answers_are_written_in_the_form_of_lamp_and_read_back(task: str) -> None:
+def test_answers_are_written_in_the_lamp_format_and_read_back(task: str) -> None:
     answers = {"310": "[1]", "12": 'two\nlines, "quotes" and 👍', "7": ""}
     written = outputs_json(TASKS[task], answers)
-    assert lamp_form.read(written, task) == answers == read_golds(io.BytesIO(written), TASKS[task], name="ours")
+    assert lamp_form.read(written, task) == answers == read_golds(io.BytesIO(written), TASKS[task], name="outputs.json")
 
 
 @pytest.mark.parametrize(
@@ -370,11 +368,11 @@ def test_the_strict_reader_is_strict(data: bytes) -> None:
         ("LaMP_5", {"title": "Attention", "abstract": "We attend."}, "Attention We attend."),
     ],
 )
-def test_the_label_stands_in_the_text_only_when_asked_for(task: str, item: dict[str, Any], text: str) -> None:
+def test_the_label_is_in_the_text_only_with_labels(task: str, item: dict[str, Any], text: str) -> None:
     labelled = TASKS[task].with_labels()
     assert labelled.behavior_text(item) == text
     assert TASKS[task].behavior_text(item) == " ".join(item[field] for field in TASKS[task].behavior_fields)
     assert labelled.metric == TASKS[task].metric
     if labelled != TASKS[task]:
-        with pytest.raises(InputError, match=f"'{TASKS[task].label_field}' must be a text"):
+        with pytest.raises(InputError, match=f"'{TASKS[task].label_field}' must be a string"):
             labelled.behavior_text({name: item[name] for name in TASKS[task].behavior_fields})

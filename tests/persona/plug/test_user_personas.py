@@ -42,7 +42,7 @@ def test_a_persona_equals_the_soft_tokens_without_a_request(
 ) -> None:
     model = new_model(encoder_folder, llm, **options, recency=recency)
     save(tmp_path, model, encoder_folder, llm_folder)
-    batch = model.collate(ROWS, with_targets=False)
+    batch = model.collate(ROWS)
     with torch.no_grad():
         personas_BKD = model.plug(batch.history_Md, batch.lengths_B, None)[:, 1:]
         if model.plug.options.weights == "mean":  # answers then use the same soft tokens

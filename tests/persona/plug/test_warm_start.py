@@ -141,7 +141,7 @@ def test_soft_tokens_have_mean_and_spread_of_the_word_embeddings(encoder):
         torch.testing.assert_close(spread, (tokens - tokens.mean(0)).norm(dim=-1).mean(), rtol=1e-3, atol=0)
         # GELU of a mean differs from the mean of GELU, but not by much.
         assert (typical[0, k] - tokens.mean(0)).norm() < spread / 4
-    torch.testing.assert_close(typical[0, 0], llm.embed(torch.tensor(llm.separator))[0])
+    torch.testing.assert_close(typical[0, 0], llm.embed(torch.tensor(llm.tokenizer.separator))[0])
 
 
 def test_the_start_does_not_depend_on_the_gain(encoder):

@@ -1,53 +1,43 @@
-"""Which of a user's texts are retrieved: the latest, the best by words, the nearest; and only those that are known."""
+"""Ranking retrieved texts: order, ties, unknown texts, and retrievers found by name."""
+
+import sys
+from types import ModuleType
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from persona.retrieval.ranking import TextLookup, best_texts
+from persona.errors import UsageError
+from persona.retrieval.ranking import Candidates, best_texts, needs_vectors
 
 TEXTS = ["the parser of trees", "a corpus of essays", "trees and more trees", "speech", "a corpus"]
 
 
-def test_recency_takes_the_latest_first() -> None:
-    assert best_texts(TEXTS, 2, "recency", query="trees") == ["a corpus", "speech"]
-    assert best_texts(TEXTS, 9, "recency", query="") == TEXTS[::-1]
-
-
-def test_bm25_takes_those_with_the_rarest_words_of_the_query() -> None:
-    assert best_texts(TEXTS, 2, "bm25", query="Trees?") == ["trees and more trees", "the parser of trees"]
-    # "speech" stands in one text, "corpus" in two.
-    assert best_texts(TEXTS, 1, "bm25", query="corpus of speech") == ["speech"]
-    # Of two that have the word once, the shorter one is more about it.
-    assert best_texts(TEXTS, 2, "bm25", query="corpus") == ["a corpus", "a corpus of essays"]
-
-
-def test_of_equals_the_later_is_better() -> None:
+def test_of_equally_good_texts_the_later_comes_first() -> None:
     assert best_texts(TEXTS, 2, "bm25", query="nothing like it") == ["a corpus", "speech"]
     assert best_texts(["cat one", "dog", "cat two"], 2, "bm25", query="cat") == ["cat two", "cat one"]
 
 
-@pytest.mark.parametrize("query", ["", "?!", "x"])
-@pytest.mark.parametrize("texts", [[], ["..."], ["", "!"], [None, "word"], [None]])
-def test_texts_and_queries_without_a_word_break_nothing(texts: list[str | None], query: str) -> None:
-    known = [text for text in texts if text is not None]
-    assert best_texts(texts, 3, "bm25", query=query) == known[::-1]
+def test_a_retriever_is_found_by_its_name_and_gets_the_known_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Candidates] = []
+
+    def scores(candidates: Candidates) -> np.ndarray:
+        given.append(candidates)
+        return np.array([len(text) for text in candidates.texts])
+
+    module = ModuleType("persona.retrieval.longest")
+    module.scores, module.NEEDS_VECTORS = scores, True
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vectors_Nd, query_d = np.eye(3, 2, dtype=np.float32), np.ones(2, np.float32)
+    found = best_texts(["b", None, "long"], 3, "longest", query="q", query_d=query_d, vectors_Nd=vectors_Nd)
+    assert found == ["long", "b"]
+    assert needs_vectors("longest")
+    [candidates] = given
+    assert (candidates.texts, candidates.query) == (["b", "long"], "q")
+    np.testing.assert_array_equal(candidates.vectors_Nd, vectors_Nd[[0, 2]])
+    np.testing.assert_array_equal(candidates.query_d, query_d)
 
 
-def test_dense_takes_the_nearest_and_skips_the_unknown() -> None:
-    vectors_Nd = np.array([[1, 0], [0.6, 0.8], [0, 1], [0.8, 0.6], [-1, 0]], np.float32)
-    query_d = np.array([1, 0], np.float32)
-    texts = [None, *TEXTS[1:]]
-    found = best_texts(texts, 2, "dense", query="", query_d=query_d, vectors_Nd=vectors_Nd)
-    assert found == [TEXTS[3], TEXTS[1]]
-    with pytest.raises(ValueError, match="dense retrieval needs"):
-        best_texts(texts, 2, "dense", query="", query_d=query_d, vectors_Nd=vectors_Nd[:2])
-
-
-def test_a_text_counts_only_with_the_stored_hash() -> None:
-    columns = ("user_id", "behavior_id", "text_hash", "text")
-    rows = [("u", "a", "1", "first"), ("u", "b", "2", "second"), ("v", "a", "3", "another's")]
-    lookup = TextLookup(pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows]))
-    stored = [("u", "b", "2"), ("u", "a", "edited since"), ("v", "b", "2"), ("v", "a", "3")]
-    table = pa.Table.from_pylist([dict(zip(columns, row, strict=False)) for row in stored])
-    assert lookup.texts(table) == ["second", None, None, "another's"]
+@pytest.mark.parametrize("name", ["unheard_of", "lookup"])
+def test_a_name_that_is_no_retriever_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown name '{name}'"):
+        best_texts(TEXTS, 2, name, query="")

@@ -1,4 +1,4 @@
-"""Storage on bad days: behind a proxy that fails, delays or cuts requests, work ends well or says in time why not."""
+"""Storage behind a proxy that fails, delays or cuts requests: work succeeds, or fails in time and says why."""
 
 import os
 import socket
@@ -12,14 +12,14 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from persona import storage
-from persona.errors import StorageError, UsageError
+from persona.errors import LeaseHeld, StorageError, UsageError
 from persona.storage import s3 as objects
-from persona.storage.retry import give_up_s, is_transient, retry_transient
+from persona.storage.retry import is_transient, retry_transient, timeout_s
 from persona.store.store import Store
 from tests.faulty_s3 import TRANSIENT, FaultyS3
 from tests.stores import IDENTITY, answers
 
-# boto3 leaves the connection of a download that was cut to the garbage collector.
+# boto3 leaves the connection of an interrupted download to the garbage collector.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
@@ -29,7 +29,7 @@ ROWS = pa.table({"n": list(range(100))})
 
 @pytest.fixture
 def bad(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """A proxy, without faults as yet, between each server and all that the test does."""
+    """A proxy between the test and each server; it starts without faults."""
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"], seed=7) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy
@@ -37,7 +37,7 @@ def bad(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small file, one that is so large that it goes in parts, and one that is to come last."""
+    """A small file, one large enough for a multipart upload, and a .json file, which must be copied last."""
     folder = tmp_path / "plug"
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "weights").write_bytes(os.urandom(9 * 2**20))
@@ -46,12 +46,12 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def bound(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+def set_time_limit(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setenv("PERSONA_STORAGE_TIMEOUT_S", str(seconds))
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2])
-def test_work_ends_well_where_some_requests_fail(
+def test_work_succeeds_although_some_requests_fail(
     each_s3: str, bad: FaultyS3, share: float, folder: Path, tmp_path: Path
 ) -> None:
     bad.share, bad.delay_s = share, 0.1
@@ -59,7 +59,7 @@ def test_work_ends_well_where_some_requests_fail(
     for uri, data in files.items():
         storage.write_bytes(uri, data)
         assert storage.create_bytes(f"{uri}.lease", data)
-        assert not storage.create_bytes(f"{uri}.lease", b"of another writer")
+        assert not storage.create_bytes(f"{uri}.lease", b"another writer")
     assert [file.uri for file in storage.list_files(f"{each_s3}/in", (".json",))] == list(files)
     for uri, data in files.items():
         assert storage.read_bytes(uri) == data
@@ -71,24 +71,24 @@ def test_work_ends_well_where_some_requests_fail(
     storage.copy_folder(f"{each_s3}/copy", str(tmp_path / "back"))
     for path in ("sub/weights", "card.md", "plug.json"):
         assert (tmp_path / "back" / path).read_bytes() == (folder / path).read_bytes()
-    assert bad.faults > 0.5 * share * bad.done.total(), bad.done  # of what it may be by chance, as the seed has it
+    assert bad.faults > 0.5 * share * bad.done.total(), bad.done  # half of the expected number, for this seed
 
 
-def test_a_store_that_answers_with_errors_is_reachable_once_it_answers_well(
+def test_a_store_that_responds_with_errors_becomes_reachable(
     each_s3: str, bad: FaultyS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad.share, bad.kinds, bad.most = 1.0, ("error", "slow_down"), 6  # more than the client itself tries again
+    bad.share, bad.kinds, bad.max_faults = 1.0, ("error", "slow_down"), 6  # more than the client itself retries
     storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
     assert bad.done.total() == 7
 
-    bad.most = float("inf")
-    bound(monkeypatch, 1.0)
-    with pytest.raises(StorageError, match=r"--store: .* cannot list .*/x: tried for "):
+    bad.max_faults = float("inf")
+    set_time_limit(monkeypatch, 1.0)
+    with pytest.raises(StorageError, match=r"--store: .* cannot list .*/x: retried for "):
         storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
 
 
 def everything(s3: str, folder: Path) -> dict[str, Callable[[], object]]:
-    """Every way to ask an object store, by the words with which it says that it failed."""
+    """Every kind of storage work, by the beginning of its error message."""
     uri = f"{s3}/x/file"
     return {
         f"cannot read {uri}": lambda: storage.read_bytes(uri),
@@ -113,62 +113,60 @@ def arrow_read(uri: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["error", "slow_down", "reset", "delay"])
-def test_a_store_that_only_fails_ends_all_work_within_the_bound(
+def test_a_store_that_always_fails_ends_all_work_within_the_time_limit(
     s3: str, monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str
 ) -> None:
-    bound(monkeypatch, 3.0)
+    set_time_limit(monkeypatch, 3.0)
     works = everything(s3, folder)
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"], seed=7, share=1.0, kinds=(kind,)) as bad:
         monkeypatch.setenv("AWS_ENDPOINT_URL", bad.url)
         bad.delay_s = 60.0
-        assert_all_give_up_within_the_bound(works)
+        assert_all_give_up_in_time(works)
         assert bad.done.total() >= 2 * len(works)
 
 
-def test_a_store_where_nobody_listens_is_asked_again_within_the_bound(
-    s3: str, monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
-    bound(monkeypatch, 3.0)
+def test_a_closed_port_is_retried_within_the_time_limit(s3: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    set_time_limit(monkeypatch, 3.0)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        assert_all_give_up_within_the_bound(everything(s3, folder))
+        assert_all_give_up_in_time(everything(s3, folder))
 
 
-def assert_all_give_up_within_the_bound(works: Mapping[str, Callable[[], object]]) -> None:
-    def fail(said: str) -> float:
+def assert_all_give_up_in_time(works: Mapping[str, Callable[[], object]]) -> None:
+    def fail(what: str) -> float:
         began = time.monotonic()
         with pytest.raises(StorageError) as caught:
-            works[said]()
-        assert str(caught.value).startswith(f"{said}: tried for "), caught.value
+            works[what]()
+        assert str(caught.value).startswith(f"{what}: retried for "), caught.value
         assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
         return time.monotonic() - began
 
     with ThreadPoolExecutor(len(works)) as pool:
         took_s = list(pool.map(fail, works))
-    # Two seconds for the threads, which share the processor with whatever else this machine does.
-    assert max(took_s) < give_up_s() + 2.0, dict(zip(works, took_s, strict=True))
+    # Two seconds of slack for threads on a busy machine.
+    assert max(took_s) < timeout_s() + 2.0, dict(zip(works, took_s, strict=True))
 
 
-def test_a_refusal_is_not_asked_for_again(each_s3: str, bad: FaultyS3, folder: Path) -> None:
+def test_a_denied_request_is_not_retried(each_s3: str, bad: FaultyS3, folder: Path) -> None:
     bad.share, bad.kinds = 1.0, ("denied",)
-    for said, work in everything(each_s3, folder).items():
+    for what, work in everything(each_s3, folder).items():
         bad.done.clear()
         with pytest.raises((StorageError, OSError), match="(?i)access.?denied|Forbidden") as caught:
             work()
         if isinstance(caught.value, StorageError):
-            assert str(caught.value).startswith(said) and "tried for" not in str(caught.value)
-        assert bad.done == {"denied": 1}, said
+            assert str(caught.value).startswith(what) and "tried for" not in str(caught.value)
+        assert bad.done == {"denied": 1}, what
 
 
-def ask_for_names(bucket: str) -> None:
+def list_objects(bucket: str) -> None:
     with objects.client(bucket) as client:
         client.list_objects_v2(Bucket=bucket)
 
 
 @pytest.mark.parametrize("kind", [*TRANSIENT, "denied"])
-def test_the_errors_of_every_library_are_told_apart(s3: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    bound(monkeypatch, 8.0)
+def test_transient_errors_of_every_library_are_recognized(s3: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    set_time_limit(monkeypatch, 8.0)
     objects.put(f"{s3}/file", b"12")
     write_deltalake(f"{s3}/t", ROWS, storage_options=storage.delta_options(s3))
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"], seed=7, kinds=(kind,)) as bad:
@@ -181,7 +179,7 @@ def test_the_errors_of_every_library_are_told_apart(s3: str, monkeypatch: pytest
             lambda: objects.get(f"{s3}/file"),
             lambda: objects.put(f"{s3}/file", b"12"),
             lambda: objects.size_bytes(f"{s3}/file"),
-            lambda: ask_for_names(s3[5:]),
+            lambda: list_objects(s3[5:]),
             lambda: filesystem.get_file_info(f"{path}/file"),
             lambda: arrow_read(f"{s3}/file"),
             lambda: filesystem.open_output_stream(f"{path}/new").close(),
@@ -199,57 +197,57 @@ def test_the_errors_of_every_library_are_told_apart(s3: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", ["lost", "false_error", "cut"])
-def test_who_created_a_file_has_won_though_the_answer_was_lost(each_s3: str, bad: FaultyS3, kind: str) -> None:
-    bad.share, bad.kinds, bad.most = 1.0, (kind,), 1
+def test_a_creator_wins_even_if_the_response_is_lost(each_s3: str, bad: FaultyS3, kind: str) -> None:
+    bad.share, bad.kinds, bad.max_faults = 1.0, (kind,), 1
     assert storage.create_bytes(f"{each_s3}/lease", b"mine")
     assert bad.done[kind] == 1 and storage.read_bytes(f"{each_s3}/lease") == b"mine"
 
 
-def test_a_conflict_is_not_taken_for_a_file_that_is_there(each_s3: str, bad: FaultyS3) -> None:
-    bad.share, bad.kinds, bad.most = 1.0, ("conflict",), 2
+def test_a_conflict_is_not_mistaken_for_an_existing_file(each_s3: str, bad: FaultyS3) -> None:
+    bad.share, bad.kinds, bad.max_faults = 1.0, ("conflict",), 2
     assert storage.create_bytes(f"{each_s3}/lease", b"mine")
-    bad.most = 2
-    assert not storage.create_bytes(f"{each_s3}/lease", b"of another writer")
+    bad.max_faults = 2
+    assert not storage.create_bytes(f"{each_s3}/lease", b"another writer")
     assert bad.done["conflict"] == 4 and storage.read_bytes(f"{each_s3}/lease") == b"mine"
 
 
-def test_a_conflict_is_not_taken_for_a_commit_of_another_run(each_s3: str, bad: FaultyS3) -> None:
-    bad.share, bad.kinds, bad.only = 1.0, ("conflict",), r"PUT .*/generations/_delta_log/"
-    bad.most = 2
-    store = Store.create(f"{each_s3}/store", IDENTITY, 4)  # its tables
+def test_a_conflict_is_not_mistaken_for_a_commit_of_another_run(each_s3: str, bad: FaultyS3) -> None:
+    bad.share, bad.kinds, bad.pattern = 1.0, ("conflict",), r"PUT .*/generations/_delta_log/"
+    bad.max_faults = 2
+    store = Store.create(f"{each_s3}/store", IDENTITY, 4)
     assert bad.done["conflict"] == 2
-    bad.most = 2
-    with store.writer("generations", job="jobs.generate") as writer:  # a commit that says who writes
+    bad.max_faults = 2
+    with store.writer("generations", job="jobs.generate") as writer:  # claiming the lease is a commit
         assert bad.done["conflict"] == 4
-        bad.most = 2
-        writer.commit(store.stage("generations", answers("r-1", "r-2")))
+        bad.max_faults = 2
+        writer.add(store.stage("generations", answers("r-1", "r-2")))
     assert bad.done["conflict"] == 6
     assert sorted(store.read_generations()["request_id"].to_pylist()) == ["r-1", "r-2"]
 
 
-def test_a_large_file_is_there_in_whole_or_not_at_all(
+def test_a_large_file_appears_whole_or_not_at_all(
     each_s3: str, bad: FaultyS3, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad.kinds, bad.only = ("reset",), "partNumber=2"
+    bad.kinds, bad.pattern = ("reset",), "partNumber=2"
     bad.share = 1.0
-    bound(monkeypatch, 2.0)
+    set_time_limit(monkeypatch, 2.0)
     with pytest.raises(StorageError, match="cannot copy .*weights"):
         storage.copy_folder(str(folder), f"{each_s3}/there")
     assert [file.uri for file in storage.list_files(f"{each_s3}/there")] == [f"{each_s3}/there/card.md"]
     bad.share = 0.0
     monkeypatch.delenv("PERSONA_STORAGE_TIMEOUT_S")
     storage.copy_folder(str(folder), f"{each_s3}/there")
-    bad.share, bad.kinds, bad.only = 1.0, ("cut",), "GET .*weights"
-    bound(monkeypatch, 2.0)
+    bad.share, bad.kinds, bad.pattern = 1.0, ("cut",), "GET .*weights"
+    set_time_limit(monkeypatch, 2.0)
     (tmp_path / "back").mkdir()
-    (tmp_path / "back" / "former").touch()
+    (tmp_path / "back" / "previous").touch()
     with pytest.raises(StorageError, match="cannot copy .*weights"):
         storage.copy_folder(f"{each_s3}/there", str(tmp_path / "back"))
-    assert [path.name for path in (tmp_path / "back").iterdir()] == ["former"]
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["previous"]
 
 
-def test_work_is_repeated_until_it_succeeds() -> None:
-    answers = iter([ConnectionResetError("gone"), TimeoutError("late"), None])
+def test_work_is_retried_until_it_succeeds() -> None:
+    answers = iter([ConnectionResetError("reset"), TimeoutError("timeout"), None])
 
     def work() -> str:
         if error := next(answers):
@@ -259,20 +257,50 @@ def test_work_is_repeated_until_it_succeeds() -> None:
     assert retry_transient(work, "cannot work") == "done"
 
 
-def test_an_error_that_stays_passes_at_once() -> None:
-    tries = []
+def test_a_permanent_error_is_raised_at_once() -> None:
+    attempts = []
 
     def work() -> None:
-        tries.append(1)
-        raise PermissionError("not yours")
+        attempts.append(1)
+        raise PermissionError("denied")
 
-    with pytest.raises(PermissionError, match="not yours"):
+    with pytest.raises(PermissionError, match="denied"):
         retry_transient(work, "cannot work")
-    assert len(tries) == 1
+    assert len(attempts) == 1
 
 
-@pytest.mark.parametrize("told", ["soon", "0", "-1", "inf", "nan"])
-def test_a_bound_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
-    monkeypatch.setenv("PERSONA_STORAGE_TIMEOUT_S", told)
+def test_the_caller_decides_what_is_retried_how_long_and_what_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_time_limit(monkeypatch, 3600)
+    attempts = []
+
+    def work() -> None:
+        attempts.append(1)
+        raise KeyError("key") if len(attempts) < 9 else ConnectionError("connection")
+
+    def is_key_error(error: BaseException) -> bool:
+        return isinstance(error, KeyError)
+
+    with pytest.raises(ConnectionError):
+        retry_transient(work, "cannot work", is_transient=is_key_error, give_up_s=5.0, pauses_s=(0.001, 0.001))
+    assert len(attempts) == 9
+
+    for limit_s in (0.0, 0.4):
+        attempts.clear()
+        with pytest.raises(LeaseHeld, match="^cannot work: retried for 0 s; last error: KeyError: 'key'$") as caught:
+            retry_transient(
+                work,
+                "cannot work",
+                is_transient=is_key_error,
+                give_up_s=limit_s,
+                pauses_s=(0.1, 0.1),
+                error_class=LeaseHeld,
+            )
+        assert isinstance(caught.value.__cause__, KeyError)
+        assert len(attempts) > 1 if limit_s else len(attempts) == 1
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-1", "inf", "nan"])
+def test_an_invalid_time_limit_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("PERSONA_STORAGE_TIMEOUT_S", given)
     with pytest.raises(UsageError, match="PERSONA_STORAGE_TIMEOUT_S"):
-        give_up_s()
+        timeout_s()

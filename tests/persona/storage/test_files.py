@@ -1,4 +1,4 @@
-"""Paths and object stores: what is refused, what is written, and that no secret is told."""
+"""Paths and object stores: refused URIs, reading and writing, and no leaked secrets."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ from persona.errors import PersonaError, StorageError, UsageError
 from persona.storage import s3
 
 
-def names(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -30,26 +30,26 @@ def test_an_s3_uri_loses_its_extra_slashes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "said"),
+    ("uri", "expected"),
     [
         ("", "empty"),
         ("  ", "empty"),
         ("s3://", "no bucket"),
         ("s3:///key", "no bucket"),
-        ("s3://Bucket_1/x", "cannot be a bucket"),
+        ("s3://Bucket_1/x", "not a valid bucket name"),
         ("s3://bucket/a b", "a space"),
         ("s3://bucket/é", "'é'"),
         ("s3://bucket/a\nb", r"\n"),
         ("s3://bucket/x?region=y", "'?'"),
-        ("s3://bucket/../x", "relative"),
+        ("s3://bucket/../x", "contains . or .."),
         ("gs://bucket/x", "gs://"),
         ("s3a://bucket/x", "s3a://"),
     ],
 )
-def test_a_uri_that_would_be_misread_is_refused_by_flag(uri: str, said: str) -> None:
+def test_a_uri_that_would_be_misread_is_refused_by_flag(uri: str, expected: str) -> None:
     with pytest.raises(UsageError, match="^--store: ") as caught:
         storage.check_uri(uri, flag="--store")
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_secret_in_a_uri_is_not_repeated() -> None:
@@ -58,7 +58,7 @@ def test_a_secret_in_a_uri_is_not_repeated() -> None:
     assert "hush" not in str(caught.value)
 
 
-def test_what_is_written_is_read_and_listed(each_root: str) -> None:
+def test_written_files_are_read_and_listed(each_root: str) -> None:
     for name in ["b.jsonl", "sub/a.jsonl", "sub/x.txt", "_hidden/c.jsonl", ".d.jsonl"]:
         storage.write_bytes(storage.join(each_root, "in", name), name.encode())
     folder = storage.join(each_root, "in")
@@ -71,29 +71,29 @@ def test_what_is_written_is_read_and_listed(each_root: str) -> None:
     assert storage.exists(folder) and not storage.exists(storage.join(each_root, "nowhere"))
 
 
-def test_writing_replaces_and_leaves_no_draft(tmp_path: Path) -> None:
+def test_writing_replaces_the_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "state.json"
     storage.write_bytes(str(target), b"1")
     storage.write_bytes(str(target), b"2")
-    assert target.read_bytes() == b"2" and names(tmp_path) == ["state.json"]
+    assert target.read_bytes() == b"2" and file_names(tmp_path) == ["state.json"]
 
 
-def test_of_twelve_that_create_a_file_one_wins(each_root: str) -> None:
+def test_one_of_twelve_concurrent_creators_wins(each_root: str) -> None:
     uri, writers = storage.join(each_root, "lease.json"), [f"writer {i}".encode() for i in range(12)]
-    together = threading.Barrier(len(writers))
+    barrier = threading.Barrier(len(writers))
 
     def create(data: bytes) -> bool:
-        together.wait()
+        barrier.wait()
         return storage.create_bytes(uri, data)
 
     with ThreadPoolExecutor(len(writers)) as pool:
-        won = [data for data, ok in zip(writers, pool.map(create, writers), strict=True) if ok]
-    assert won == [storage.read_bytes(uri)]
-    assert not storage.create_bytes(uri, b"late") and storage.read_bytes(uri) == won[0]
+        winners = [data for data, ok in zip(writers, pool.map(create, writers), strict=True) if ok]
+    assert winners == [storage.read_bytes(uri)]
+    assert not storage.create_bytes(uri, b"late") and storage.read_bytes(uri) == winners[0]
     assert [entry.uri for entry in storage.list_files(each_root)] == [uri]
 
 
-def test_what_is_deleted_is_gone_and_may_be_deleted_again(each_root: str) -> None:
+def test_deleting_is_idempotent(each_root: str) -> None:
     uri, other = storage.join(each_root, "file"), storage.join(each_root, "file-2")
     for name in (uri, other):
         storage.write_bytes(name, b"1")
@@ -103,13 +103,13 @@ def test_what_is_deleted_is_gone_and_may_be_deleted_again(each_root: str) -> Non
     assert storage.create_bytes(uri, b"2") and storage.read_bytes(uri) == b"2"
 
 
-def test_a_name_that_only_begins_like_another_is_another(each_root: str) -> None:
+def test_a_common_name_prefix_is_not_a_folder(each_root: str) -> None:
     storage.write_bytes(storage.join(each_root, "a-b", "file"), b"1")
     storage.write_bytes(storage.join(each_root, "a.txt"), b"1")
     assert not storage.exists(storage.join(each_root, "a")) and storage.list_files(storage.join(each_root, "a")) == []
 
 
-def test_more_files_than_one_answer_holds_are_listed(other_s3: str) -> None:
+def test_listing_follows_all_pages(other_s3: str) -> None:
     with s3.client(other_s3[5:]) as client:
         for i in range(1003):
             client.put_object(Bucket=other_s3[5:], Key=f"many/{i:04d}", Body=b"")
@@ -117,7 +117,7 @@ def test_more_files_than_one_answer_holds_are_listed(other_s3: str) -> None:
 
 
 def test_a_folder_is_copied_within_the_store(each_s3: str) -> None:
-    data = os.urandom(9 * 2**20)  # large enough to go in parts
+    data = os.urandom(9 * 2**20)  # large enough for a multipart upload
     storage.write_bytes(f"{each_s3}/plug/weights", data)
     storage.write_bytes(f"{each_s3}/plug/sub/plug.json", b"{}")
     storage.copy_folder(f"{each_s3}/plug", f"{each_s3}/copy")
@@ -125,7 +125,7 @@ def test_a_folder_is_copied_within_the_store(each_s3: str) -> None:
     assert storage.read_bytes(f"{each_s3}/copy/sub/plug.json") == b"{}"
 
 
-def test_reading_what_is_not_there_is_a_storage_error(each_root: str) -> None:
+def test_reading_a_missing_file_is_a_storage_error(each_root: str) -> None:
     with pytest.raises(StorageError, match="nothing-here"):
         storage.read_bytes(storage.join(each_root, "nothing-here"))
 
@@ -137,12 +137,12 @@ def test_a_folder_goes_to_the_store_and_back(each_root: str, tmp_path: Path) -> 
     (plug / "sub" / "weights").write_bytes(os.urandom(100_000))
     there, back = storage.join(each_root, "there"), tmp_path / "back"
     back.mkdir()
-    (back / "old").write_bytes(b"of a former copy")
+    (back / "old").write_bytes(b"of an earlier copy")
     storage.copy_folder(str(plug), there)
     storage.copy_folder(there, str(back))
     assert (back / "sub" / "weights").read_bytes() == (plug / "sub" / "weights").read_bytes()
-    assert names(back) == ["plug.json", "sub"]
-    assert not [name for name in names(tmp_path) if name.startswith(".")]
+    assert file_names(back) == ["plug.json", "sub"]
+    assert not [name for name in file_names(tmp_path) if name.startswith(".")]
     with storage.local_folder(there) as folder:
         assert (folder / "plug.json").read_bytes() == b"{}"
 
@@ -150,9 +150,9 @@ def test_a_folder_goes_to_the_store_and_back(each_root: str, tmp_path: Path) -> 
 def test_copying_nothing_is_an_error_and_leaves_the_target(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").touch()
-    with pytest.raises(StorageError, match="no folder with files"):
+    with pytest.raises(StorageError, match="no files to copy"):
         storage.copy_folder(str(tmp_path / "nothing"), str(tmp_path / "kept"))
-    assert names(tmp_path / "kept") == ["file"]
+    assert file_names(tmp_path / "kept") == ["file"]
 
 
 def test_a_filesystem_uses_the_endpoint_of_the_environment(each_s3: str) -> None:
@@ -172,7 +172,7 @@ def test_nothing_to_read_is_refused(each_root: str) -> None:
         storage.check_reachable(storage.join(each_root, "nowhere"), flag="--histories")
 
 
-def test_a_file_is_no_folder_to_write_below(tmp_path: Path) -> None:
+def test_writing_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--store: .*cannot be written"):
         storage.check_reachable(str(tmp_path / "file" / "store"), flag="--store", write=True)
@@ -183,14 +183,14 @@ def test_a_bucket_that_does_not_exist_is_refused(each_s3: str) -> None:
         storage.check_reachable("s3://absent-bucket/x", flag="--store", write=True)
 
 
-def test_s3_without_credentials_says_which_variables_to_set(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_name_the_variables_to_set(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(UsageError, match="--store: .*AWS_ACCESS_KEY_ID"):
         storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
 
 
-def test_a_profile_that_is_not_there_is_named_and_not_the_network(
+def test_an_unknown_profile_is_named_rather_than_the_network(
     each_s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -201,7 +201,7 @@ def test_a_profile_that_is_not_there_is_named_and_not_the_network(
         storage.check_reachable(f"{each_s3}/x", flag="--store", write=True)
 
 
-def test_an_endpoint_that_is_down_is_named_without_the_secret(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_endpoint_is_reported_without_the_secret(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -217,9 +217,9 @@ def test_delta_options_hold_no_credentials(each_s3: str) -> None:
     assert not set(options.values()) & {os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]}
 
 
-def test_a_folder_that_another_run_makes_at_this_moment_can_be_listed(tmp_path: Path) -> None:
-    """As that of the leases is when several runs are the first."""
-    folder = tmp_path / "comes"
+def test_a_folder_that_comes_and_goes_can_be_listed(tmp_path: Path) -> None:
+    """Like the folder of leases when several runs start at once."""
+    folder = tmp_path / "folder"
     ended = threading.Event()
 
     def come_and_go() -> None:

@@ -1,4 +1,4 @@
-"""The lease: one holder at a time, who is known by name, and whose end nobody has to wait for longer than needed."""
+"""The lease: one named holder at a time, and a successor that waits no longer than necessary."""
 
 import json
 import os
@@ -20,13 +20,13 @@ from persona.storage import join
 from persona.store import lease as lease_module
 from persona.store.lease import Lease
 from persona.store.store import Store
-from tests.stores import IDENTITY, answers
+from tests.stores import IDENTITY, answers, write_rows
 
-LONG_S = 600.0  # nobody waits for so long: whoever gets a lease in time did not wait for it to run out
+LONG_S = 600.0  # longer than a test may take: a lease acquired in time was not awaited until it expired
 _HOLDER = """
 import sys
 from persona.errors import LeaseHeld
-from persona.lease import Lease
+from persona.store.lease import Lease
 print("ready", flush=True)
 sys.stdin.readline()
 try:
@@ -39,22 +39,23 @@ except LeaseHeld as error:
 
 
 @pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases that live for long, so that a busy machine loses none, and are renewed at once, so that no test waits."""
+def frequent_renewal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renew leases of `LONG_S` every 0.2 s: a busy machine does not lose them, and tests do not wait."""
     monkeypatch.setattr(lease_module, "_RENEWALS", 3000)
 
 
 def entries(root: str) -> dict[int, dict[str, Any]]:
-    """All entries of the lease of `behaviors`, by number."""
+    """All entries of the lease on `behaviors`, by number."""
     files = storage.list_files(join(root, "_leases", "behaviors"))
     return {int(file.uri[-13:-5]): json.loads(storage.read_bytes(file.uri)) for file in files}
 
 
 def plant(root: str, number: int, **fields: Any) -> bytes:
-    """An entry as another machine would have written it; it runs out in an hour."""
-    told = {"number": number, "job": "jobs.embed", "host": "elsewhere", "pid": 1, "token": "t"}
-    hour = datetime.now(UTC) + timedelta(hours=1)
-    data = json.dumps({**told, "since": "2026-01-02T03:04:05+00:00", "expires": hour.isoformat(), **fields}).encode()
+    """Write an entry as another machine would, expiring in an hour unless `fields` says otherwise."""
+    entry = {"number": number, "job": "jobs.embed", "host": "elsewhere", "pid": 1, "token": "t"}
+    expires = datetime.now(UTC) + timedelta(hours=1)
+    entry |= {"since": "2026-01-02T03:04:05+00:00", "expires": expires.isoformat(), **fields}
+    data = json.dumps(entry).encode()
     storage.write_bytes(join(root, "_leases", "behaviors", f"{number:08d}.json"), data)
     return data
 
@@ -63,9 +64,9 @@ def acquire(root: str, ttl_s: float = LONG_S, **more: Any) -> Lease:
     return Lease.acquire(root, "behaviors", job="jobs.sync", ttl_s=ttl_s, **more)
 
 
-def eventually(holds: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 60
-    while not holds():
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -76,32 +77,32 @@ def start(root: str, ttl_s: float) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", _HOLDER, root, str(ttl_s)], env=environment, **pipes)
 
 
-def tell(process: subprocess.Popen[str]) -> None:
+def send_newline(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
 
 
-def hear(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def test_of_several_processes_at_once_exactly_one_holds(root: str) -> None:
+def test_exactly_one_of_several_concurrent_processes_gets_the_lease(root: str) -> None:
     processes = [start(root, 4.0) for _ in range(3)]
-    assert [hear(process) for process in processes] == ["ready"] * 3
+    assert [read_line(process) for process in processes] == ["ready"] * 3
     for process in processes:
-        tell(process)
-    told = [hear(process) for process in processes]
-    (holder,) = [process for process, words in zip(processes, told, strict=True) if words.startswith("holds")]
-    refused = [words for words in told if words.startswith("refused")]
-    assert len(refused) == 2 and all(f"jobs.embed (process {holder.pid} on " in words for words in refused)
+        send_newline(process)
+    lines = [read_line(process) for process in processes]
+    (holder,) = [process for process, line in zip(processes, lines, strict=True) if line.startswith("holds")]
+    refusals = [line for line in lines if line.startswith("refused")]
+    assert len(refusals) == 2 and all(f"jobs.embed (process {holder.pid} on " in line for line in refusals)
     for process in processes:
         process.communicate("\n" if process is holder else None)
     assert [entry["released"] for entry in entries(root).values()] == [True]
 
 
-@pytest.mark.usefixtures("often")
-def test_threads_that_fight_for_it_hold_it_one_at_a_time_under_numbers_of_their_own(root: str) -> None:
+@pytest.mark.usefixtures("frequent_renewal")
+def test_competing_threads_hold_it_one_at_a_time_with_distinct_numbers(root: str) -> None:
     inside, numbers, overlaps = threading.Lock(), [], []
 
     def work() -> None:
@@ -129,8 +130,8 @@ def test_threads_that_fight_for_it_hold_it_one_at_a_time_under_numbers_of_their_
     assert list(entries(root)) == [numbers[-1]]
 
 
-@pytest.mark.usefixtures("often")
-def test_a_second_one_learns_who_holds_it_since_when(root: str) -> None:
+@pytest.mark.usefixtures("frequent_renewal")
+def test_a_second_run_is_told_the_holder_and_its_start(root: str) -> None:
     with acquire(root):
         since = entries(root)[1]["since"]
         with pytest.raises(LeaseHeld) as caught:
@@ -142,12 +143,12 @@ def test_a_second_one_learns_who_holds_it_since_when(root: str) -> None:
     assert abs(datetime.fromisoformat(since) - datetime.now(UTC)) < timedelta(minutes=5)
 
 
-def test_tables_have_leases_of_their_own(tmp_path: Path) -> None:
+def test_each_table_has_its_own_lease(tmp_path: Path) -> None:
     with acquire(str(tmp_path)), Lease.acquire(str(tmp_path), "personas", job="j", ttl_s=LONG_S) as other:
         assert other.number == 1
 
 
-def test_one_that_was_given_back_is_taken_at_once_and_numbers_only_grow(root: str) -> None:
+def test_a_released_lease_is_taken_at_once_and_numbers_only_grow(root: str) -> None:
     for number in (1, 2, 3):
         with acquire(root) as lease:
             assert lease.number == number
@@ -155,10 +156,10 @@ def test_one_that_was_given_back_is_taken_at_once_and_numbers_only_grow(root: st
         assert entries(root)[number]["released"]
 
 
-def test_one_whose_process_was_killed_is_taken_at_once(tmp_path: Path) -> None:
+def test_the_lease_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     process = start(str(tmp_path), LONG_S)
-    tell(process)
-    assert [hear(process), hear(process)] == ["ready", "holds 1"]
+    send_newline(process)
+    assert [read_line(process), read_line(process)] == ["ready", "holds 1"]
     process.kill()
     process.communicate()
     entry = entries(str(tmp_path))[1]
@@ -167,34 +168,34 @@ def test_one_whose_process_was_killed_is_taken_at_once(tmp_path: Path) -> None:
         assert lease.number == 2
 
 
-def test_one_of_another_machine_is_taken_when_it_has_run_out(root: str) -> None:
+def test_an_expired_lease_of_another_machine_is_taken(root: str) -> None:
     plant(root, 7, expires=(datetime.now(UTC) - timedelta(seconds=1)).isoformat())
     with acquire(root) as lease:
         assert lease.number == 8 and list(entries(root)) == [8]
 
 
-def test_one_of_another_machine_is_taken_when_it_was_not_renewed_whatever_its_clock_says(root: str) -> None:
+def test_a_lease_of_another_machine_is_taken_if_not_renewed_whatever_its_clock_says(root: str) -> None:
     plant(root, 7, expires=(datetime.now(UTC) + timedelta(days=400)).isoformat())
     started = time.monotonic()
     with acquire(root, ttl_s=0.5) as lease:
         assert lease.number == 8 and time.monotonic() - started >= 0.5
 
 
-def test_one_that_runs_out_while_it_is_watched_is_taken(tmp_path: Path) -> None:
+def test_a_lease_that_expires_while_watched_is_taken(tmp_path: Path) -> None:
     plant(str(tmp_path), 7, expires=(datetime.now(UTC) + timedelta(seconds=0.2)).isoformat())
     with acquire(str(tmp_path), ttl_s=LONG_S) as lease:
         assert lease.number == 8
 
 
-def test_one_that_is_given_back_while_it_is_watched_is_taken(tmp_path: Path) -> None:
+def test_a_lease_that_is_released_while_watched_is_taken(tmp_path: Path) -> None:
     plant(str(tmp_path), 7)
     threading.Timer(0.2, plant, [str(tmp_path), 7], {"released": True}).start()
     with acquire(str(tmp_path), ttl_s=LONG_S) as lease:
         assert lease.number == 8
 
 
-@pytest.mark.usefixtures("often")
-def test_a_holder_notices_that_it_was_replaced_and_leaves_its_successor_alone(root: str) -> None:
+@pytest.mark.usefixtures("frequent_renewal")
+def test_a_holder_notices_its_replacement_and_does_not_touch_the_new_lease(root: str) -> None:
     with acquire(root) as lease:
         lease.check()
         successor = plant(root, 2, job="jobs.forget", pid=99)
@@ -206,14 +207,14 @@ def test_a_holder_notices_that_it_was_replaced_and_leaves_its_successor_alone(ro
                 return True
             return False
 
-        eventually(is_lost)
+        wait_until(is_lost)
         with pytest.raises(LeaseLost, match=r"jobs.forget \(process 99 on elsewhere\) took over"):
             lease.check()
     assert storage.read_bytes(join(root, "_leases", "behaviors", "00000002.json")) == successor
     assert not entries(root)[1]["released"]
 
 
-def test_a_holder_that_never_notices_leaves_its_successor_alone(root: str) -> None:
+def test_a_holder_that_misses_its_replacement_does_not_touch_the_new_lease(root: str) -> None:
     with acquire(root) as lease:
         successor = plant(root, 2)
         lease.check()
@@ -222,14 +223,12 @@ def test_a_holder_that_never_notices_leaves_its_successor_alone(root: str) -> No
         assert third.number == 3 and list(entries(root)) == [3]
 
 
-@pytest.mark.usefixtures("often")
-@pytest.mark.parametrize("error", [StorageError("the store is away"), PermissionError("stale handle")])
-def test_a_store_that_is_away_for_a_while_does_not_end_the_holder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+@pytest.mark.usefixtures("frequent_renewal")
+@pytest.mark.parametrize("error", [StorageError("no connection"), PermissionError("stale handle")])
+def test_a_holder_survives_a_storage_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     failed = threading.Semaphore(0)
 
-    def away(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         failed.release()
         raise error
 
@@ -237,30 +236,28 @@ def test_a_store_that_is_away_for_a_while_does_not_end_the_holder(
         before = entries(str(tmp_path))[1]["expires"]
         for name in ("write_bytes", "list_files"):
             with monkeypatch.context() as patched:
-                patched.setattr(storage, name, away)
+                patched.setattr(storage, name, fail)
                 assert all(failed.acquire(timeout=60) for _ in range(2))
-        eventually(lambda: entries(str(tmp_path))[1]["expires"] > before)
+        wait_until(lambda: entries(str(tmp_path))[1]["expires"] > before)
         lease.check()
 
 
-def _away(*_: Any) -> None:
-    raise StorageError("the store is away")
+def _no_connection(*_: Any) -> None:
+    raise StorageError("no connection")
 
 
-def test_a_store_that_is_away_at_the_end_does_not_undo_what_was_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_outage_at_release_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched, acquire(str(tmp_path)):
-        patched.setattr(storage, "write_bytes", _away)
+        patched.setattr(storage, "write_bytes", _no_connection)
     assert not entries(str(tmp_path))[1]["released"]
 
 
-def test_a_store_that_is_away_at_the_end_does_not_hide_why_it_ended(
+def test_a_storage_outage_at_release_does_not_hide_the_error_that_ended_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end(lease: Lease) -> None:
         with lease:
-            monkeypatch.setattr(storage, "write_bytes", _away)
+            monkeypatch.setattr(storage, "write_bytes", _no_connection)
             raise ZeroDivisionError
 
     lease = acquire(str(tmp_path))
@@ -268,51 +265,49 @@ def test_a_store_that_is_away_at_the_end_does_not_hide_why_it_ended(
         end(lease)
 
 
-def test_a_number_of_the_past_is_not_given_again(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who looks, is paused, and finds the next number free, since two others have come, gone and been cleared away."""
-    look = lease_module._last
+def test_a_past_number_is_not_reused(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run pauses after reading; its number is free again because two others came, went, and were cleaned up."""
+    read = lease_module._latest
 
     def paused(folder: str) -> Any:
-        seen = look(folder)
-        monkeypatch.setattr(lease_module, "_last", look)
+        latest = read(folder)
+        monkeypatch.setattr(lease_module, "_latest", read)
         for number in (2, 3):
             with acquire(root) as other:
                 assert other.number == number
-        return seen
+        return latest
 
     with acquire(root):
         pass
-    monkeypatch.setattr(lease_module, "_last", paused)
+    monkeypatch.setattr(lease_module, "_latest", paused)
     with acquire(root) as lease:
         assert lease.number == 4 and list(entries(root)) == [4]
 
 
-def test_two_that_write_at_the_same_moment_do_not_take_each_other_for_themselves(
-    s3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A store that has an entry with the very same bytes counts as one whose answer was lost."""
+def test_entries_written_in_the_same_instant_differ(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object with identical bytes would count as the run's own, written by an attempt whose response was lost."""
     create, written = storage.create_bytes, []
 
-    def twice(uri: str, data: bytes) -> bool:
+    def recorded(uri: str, data: bytes) -> bool:
         written.append(data)
         return create(uri, data)
 
     moment = datetime.now(UTC)
 
-    class Stopped(datetime):
+    class StoppedClock(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> datetime:
             return moment
 
-    monkeypatch.setattr(storage, "create_bytes", twice)
-    monkeypatch.setattr(lease_module, "datetime", Stopped)
+    monkeypatch.setattr(storage, "create_bytes", recorded)
+    monkeypatch.setattr(lease_module, "datetime", StoppedClock)
     for folder in ("one", "two"):
         with acquire(join(s3, folder)):
             pass
     assert written[0] != written[1]
 
 
-def test_strange_files_beside_the_entries_do_no_harm(root: str) -> None:
+def test_other_files_in_the_folder_are_ignored(root: str) -> None:
     for name in ("notes.txt", "copy of 00000001.json", ".00000009.json.draft"):
         uri = join(root, "_leases", "behaviors", name.replace(" ", "_"))
         storage.write_bytes(uri, b"{}")
@@ -321,32 +316,32 @@ def test_strange_files_beside_the_entries_do_no_harm(root: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"number": 1, "colour": "red"}'])
-def test_an_entry_that_cannot_be_read_is_named(tmp_path: Path, data: bytes) -> None:
+def test_an_unreadable_entry_is_named(tmp_path: Path, data: bytes) -> None:
     uri = join(str(tmp_path), "_leases", "behaviors", "00000001.json")
     storage.write_bytes(uri, data)
     with pytest.raises(StorageError, match=r"00000001\.json cannot be read as a lease .* delete it"):
         acquire(str(tmp_path))
 
 
-@pytest.mark.usefixtures("often")
-def test_a_store_has_one_writer_a_table(root: str) -> None:
+@pytest.mark.usefixtures("frequent_renewal")
+def test_a_table_has_one_writer(root: str) -> None:
     store = Store.create(join(root, "store"), IDENTITY, 4)
     with store.writer("generations", job="jobs.generate"):
         with pytest.raises(LeaseHeld, match="'generations' is being written by jobs.generate"):
-            store.write("generations", answers("r1"))
+            write_rows(store, "generations", answers("r1"))
         with store.writer("behaviors", job="jobs.embed"):
             pass
-    store.write("generations", answers("r1"))
+    write_rows(store, "generations", answers("r1"))
     assert store.table("generations").lease() == 2
-    assert [run["job"] for run in store.table("generations").runs()] == ["a single write", "jobs.generate"]
+    assert [run["job"] for run in store.table("generations").runs()] == ["test", "jobs.generate"]
 
 
-def test_leases_that_were_deleted_start_above_what_the_log_knows(root: str) -> None:
-    """As after a copy of the tables alone: number 1 would be older than the last holder's."""
+def test_numbers_continue_from_the_log_when_lease_objects_are_deleted(root: str) -> None:
+    """As after copying only the tables: number 1 would be lower than the last holder's."""
     store = Store.create(join(root, "store"), IDENTITY, 4)
     for name in ("r1", "r2"):
-        store.write("generations", answers(name))
+        write_rows(store, "generations", answers(name))
     for file in storage.list_files(join(store.uri, "_leases")):
         storage.delete(file.uri)
-    store.write("generations", answers("r3"))
+    write_rows(store, "generations", answers("r3"))
     assert store.table("generations").lease() == 3 and store.read_generations().num_rows == 3

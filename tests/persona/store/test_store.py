@@ -1,4 +1,4 @@
-"""The store: what is missing, what is written whole, and who else can read it."""
+"""The store: what is missing, what a commit contains, and what other tools read."""
 
 import json
 import os
@@ -19,14 +19,14 @@ import pytest
 from deltalake import DeltaTable
 
 from persona.errors import InputError, StorageError, StoreMismatch
-from persona.inputs.files import rejects
 from persona.inputs.histories import bucket_of, text_hash
+from persona.inputs.records import rejects
 from persona.storage import delta_options, join
 from persona.store.store import DEFAULT_BUCKETS, Store
-from tests.stores import IDENTITY, NASTY, answers, behaviors, encode, everything, refresh
+from tests.stores import IDENTITY, NASTY, answers, behaviors, changed, everything, refresh, write_rows
 
 
-def test_a_store_remembers_who_may_write_to_it(store: Store) -> None:
+def test_a_store_keeps_its_identity_and_buckets(store: Store) -> None:
     again = Store.open(store.uri)
     assert (again.identity, again.n_buckets) == (IDENTITY, 4)
     assert Store.open_or_create(store.uri, IDENTITY).n_buckets == 4
@@ -46,20 +46,20 @@ def test_no_store_is_an_input_error(root: str) -> None:
         Store.open(join(root, "nowhere"))
 
 
-def test_a_delta_table_of_others_is_no_store(tmp_path: Path) -> None:
+def test_a_foreign_delta_table_is_not_a_store(tmp_path: Path) -> None:
     DeltaTable.create(str(tmp_path / "behaviors"), pa.schema([("x", pa.int32())]))
-    with pytest.raises(InputError, match="does not say 'encoder'"):
+    with pytest.raises(InputError, match="has no property persona.encoder: it was not created by persona-plug"):
         Store.open(str(tmp_path))
 
 
-def test_another_encoder_is_refused_with_both_named(store: Store) -> None:
+def test_another_encoder_or_number_of_buckets_is_refused_with_both_values(store: Store) -> None:
     with pytest.raises(StoreMismatch, match="width is 4 in the store and 8 here.*another --store"):
         Store.open_or_create(store.uri, replace(IDENTITY, width=8))
     with pytest.raises(StoreMismatch, match="buckets is 4 in the store and 5 here"):
         Store.create(store.uri, IDENTITY, 5)
 
 
-def test_only_what_is_new_or_edited_is_missing(store: Store) -> None:
+def test_only_new_and_edited_behaviors_are_missing(store: Store) -> None:
     first = behaviors(("a", "1", "x", 1), ("a", "2", "xx", 2), ("b", "1", "xxx", None))
     assert refresh(store, first) == {"known": 0, "new": 3, "edited": 0, "gone": 0, "duplicates": 0}
     assert refresh(store, first) == {"known": 3, "new": 0, "edited": 0, "gone": 0, "duplicates": 0}
@@ -69,13 +69,13 @@ def test_only_what_is_new_or_edited_is_missing(store: Store) -> None:
 
 
 def test_a_corrected_timestamp_is_an_edit(store: Store) -> None:
-    """Or `as_of` would go on letting a request see what was written after it."""
+    """Otherwise `as_of` would let a request see a behavior from its future."""
     refresh(store, behaviors(("a", "1", "x", 1), ("a", "2", "x", None)))
     assert refresh(store, behaviors(("a", "1", "x", 7), ("a", "2", "x", 8)))["edited"] == 2
     assert refresh(store, behaviors(("a", "1", "x", None), ("a", "2", "x", 8)))["edited"] == 1
 
 
-def test_of_duplicates_the_latest_counts(store: Store) -> None:
+def test_the_latest_of_duplicates_counts(store: Store) -> None:
     rows = behaviors(
         ("a", "1", "x", 1), ("a", "1", "xx", 2), ("a", "1", "xxx", None), ("a", "2", "p", 5), ("a", "2", "qq", 5)
     )
@@ -86,22 +86,20 @@ def test_of_duplicates_the_latest_counts(store: Store) -> None:
         assert counts == {"known": 0, "new": 2, "edited": 0, "gone": 0, "duplicates": 3}
 
 
-def test_each_block_is_one_commit(store: Store) -> None:
+def test_each_write_is_one_commit(store: Store) -> None:
     rows = behaviors(*((f"u{n}", "1", "x", n) for n in range(20)))
     before = store.version("behaviors")
     for change in ("new", "edited"):
-        store.write("behaviors", encode(rows).append_column("change", pa.array([change] * 20)))
-        # The lease is noted in a commit of its own, once for each writer.
+        write_rows(store, "behaviors", changed(rows, change))
+        # One more commit per writer records the lease.
         assert store.version("behaviors") == before + 2
         before += 2
     assert len(everything(store)) == 20
 
 
 def test_writing_nothing_commits_nothing(store: Store) -> None:
-    store.write(
-        "behaviors", encode(behaviors(("a", "1", "x", 1))).append_column("change", pa.array(["new"])).slice(0, 0)
-    )
-    store.write("generations", answers("a").slice(0, 0))
+    write_rows(store, "behaviors", changed(behaviors(("a", "1", "x", 1)), "new").slice(0, 0))
+    write_rows(store, "generations", answers("a").slice(0, 0))
     assert store.version("behaviors") == store.version("generations") == 0
 
 
@@ -110,13 +108,13 @@ def test_a_vector_of_another_width_is_refused(store: Store, vector: bytes | None
     rows = behaviors(("a", "1", "x", 1), ("a", "2", "x", 1)).append_column("change", pa.array(["new"] * 2))
     rows = rows.append_column("vector", pa.array([bytes(8), vector]))
     with pytest.raises(StoreMismatch, match="width 4, 8 bytes each"):
-        store.write("behaviors", rows)
+        write_rows(store, "behaviors", rows)
     assert everything(store) == [] and store.table("behaviors").files() == []
 
 
-def test_histories_are_read_by_user_and_in_order(store: Store) -> None:
+def test_histories_are_read_by_user_in_order(store: Store) -> None:
     rows = behaviors(*((user, str(n), "x", t) for user in NASTY for n, t in enumerate((5, None, 3))), n_buckets=1)
-    store.write("behaviors", encode(rows).append_column("change", pa.array(["new"] * rows.num_rows)))
+    write_rows(store, "behaviors", changed(rows, "new"))
     assert store.users(0) == sorted(NASTY) and store.buckets() == [0]
     for some in (NASTY[:1], NASTY[1:5], NASTY):
         table = store.read_histories(0, some, with_vectors=False)
@@ -125,7 +123,7 @@ def test_histories_are_read_by_user_and_in_order(store: Store) -> None:
     assert store.read_histories(0, []).num_rows == store.read_histories(0, ["zz' OR 1=1 --"]).num_rows == 0
 
 
-def test_a_snapshot_stays_as_it_was_in_any_process(store: Store) -> None:
+def test_a_snapshot_does_not_change_and_can_be_pickled(store: Store) -> None:
     refresh(store, behaviors(("a", "1", "x", 1)))
     bucket = int(bucket_of(["a"], 4)[0])
     then = store.snapshot("behaviors")
@@ -139,15 +137,15 @@ def test_a_snapshot_stays_as_it_was_in_any_process(store: Store) -> None:
     assert empty.users(bucket) == [] and empty.buckets() == []
 
 
-def test_a_snapshot_of_one_table_follows_the_others(store: Store) -> None:
+def test_a_snapshot_of_one_table_reads_the_newest_version_of_the_others(store: Store) -> None:
     then = store.snapshot("behaviors")
     refresh(store, behaviors(("a", "1", "x", 1)))
-    store.write("generations", answers("r"))
+    write_rows(store, "generations", answers("r"))
     assert then.buckets() == [] and then.variants() == ["own"]
     assert then.snapshot("generations").versions == {"behaviors": 0, "generations": store.version("generations")}
 
 
-def test_a_version_is_there_until_it_is_vacuumed_or_forgotten(store: Store) -> None:
+def test_a_version_is_readable_until_it_is_vacuumed_or_erased(store: Store) -> None:
     table = store.table("behaviors")
     refresh(store, behaviors(("a", "1", "text", 1)))
     first = store.version("behaviors")
@@ -160,15 +158,15 @@ def test_a_version_is_there_until_it_is_vacuumed_or_forgotten(store: Store) -> N
         assert table.has(second) and not table.has(first)
         writer.erase_history()
     assert table.has(store.version("behaviors")) and not table.has(second)
-    asked = time.monotonic()
+    started = time.monotonic()
     assert not table.has(0)
-    assert time.monotonic() - asked < 5  # what is gone is not asked for again and again
+    assert time.monotonic() - started < 5  # a missing version is not retried
 
 
 def test_answers_are_found_and_replaced(store: Store) -> None:
-    store.write("generations", answers("r1", "r2"))
-    store.write("generations", answers("r1", variant="none / ü'"))
-    store.write("generations", answers("r2", "r3", fingerprint="g", output="new", changes=["edited", "new"]))
+    write_rows(store, "generations", answers("r1", "r2"))
+    write_rows(store, "generations", answers("r1", variant="none / ü'"))
+    write_rows(store, "generations", answers("r2", "r3", fingerprint="g", output="new", changes=["edited", "new"]))
     found = [row for bucket in range(4) for row in store.answers("own", bucket).to_pylist()]
     assert sorted((row["request_id"], row["fingerprint"]) for row in found) == [("r1", "f"), ("r2", "g"), ("r3", "g")]
     assert store.read_generations(["none / ü'"])["request_id"].to_pylist() == ["r1"]
@@ -179,7 +177,7 @@ def test_answers_are_found_and_replaced(store: Store) -> None:
     }
 
 
-def test_a_store_travels_without_its_connections_and_secrets(store: Store) -> None:
+def test_a_pickled_store_has_no_connections_or_secrets(store: Store) -> None:
     store.users(0)
     packed = pickle.dumps(store)
     assert os.environ.get("AWS_SECRET_ACCESS_KEY", "no secret here").encode() not in packed
@@ -190,7 +188,7 @@ def test_other_tools_read_the_tables(tmp_path: Path) -> None:
     store = Store.create(str(tmp_path), IDENTITY, 4)
     refresh(store, behaviors(("a", "1", "x", 1), ("b", "1", "xx", None)))
     refresh(store, behaviors(("a", "1", "xxx", 1)))
-    store.write("generations", answers("r1"))
+    write_rows(store, "generations", answers("r1"))
     store.write_rejects(rejects("embed", ["file"], [3], ["text is empty"]))
     uri = join(store.uri, "behaviors")
     frame = DeltaTable(uri).to_pandas()
@@ -207,7 +205,7 @@ def python_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
 
 
-def test_what_the_input_no_longer_has_goes_with_sync_only(store: Store) -> None:
+def test_behaviors_missing_from_the_input_are_deleted_only_with_sync(store: Store) -> None:
     refresh(store, behaviors(("a", "1", "x", 1), ("a", "2", "xx", 2), ("a", "3", "xxx", 3)))
     left = behaviors(("a", "1", "x", 1), ("a", "2", "yyyy", 2))
     assert refresh(store, left, sync=False)["gone"] == 0
@@ -215,16 +213,16 @@ def test_what_the_input_no_longer_has_goes_with_sync_only(store: Store) -> None:
     assert sorted(everything(store)) == [("a", "1", 1), ("a", "2", 4)]
 
 
-def test_rejects_that_are_known_stay_one_row(store: Store) -> None:
+def test_a_known_reject_is_not_written_again(store: Store) -> None:
     for _ in range(2):
         store.write_rejects(rejects("embed", ["it's", "it's"], [3, 4], ["text is empty", "text is empty"]))
     store.write_rejects(rejects("embed", ["it's"], [3], ["text is missing"]))
     assert pl.read_delta(join(store.uri, "rejects")).height == 3 if not store.uri.startswith("s3") else True
 
 
-def test_creating_the_same_store_in_several_processes_gives_one(root: str) -> None:
+def test_concurrent_creation_gives_one_store(root: str) -> None:
     code = (
-        "import json, sys; from persona.store.store import Identity, Store; "
+        "import json, sys; from persona.store.identity import Identity; from persona.store.store import Store; "
         "Store.open_or_create(sys.argv[1], Identity(**json.loads(sys.argv[2])), 4)"
     )
     arguments = [sys.executable, "-c", code, join(root, "store"), json.dumps(IDENTITY.__dict__)]
@@ -241,7 +239,7 @@ def test_statistics_in_the_log_let_readers_skip_files(tmp_path: Path) -> None:
     assert not any("vector" in name for name in actions[0])
 
 
-def test_a_store_that_is_gone_is_a_storage_error_without_secrets(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_a_storage_error_without_secrets(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("PERSONA_STORAGE_TIMEOUT_S", "2")
     assert delta_options(s3)["AWS_ENDPOINT_URL"].endswith(":9")

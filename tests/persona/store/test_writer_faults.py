@@ -1,4 +1,4 @@
-"""The writer when something comes between: a successor, an answer that is lost, another program."""
+"""The writer and its faults: a successor, a lost response, another program."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,22 +12,23 @@ from deltalake import DeltaTable, write_deltalake
 from persona.errors import LeaseHeld, LeaseLost, StorageError
 from persona.inputs.histories import bucket_of
 from persona.storage import delta_options, join
+from persona.store.log import Log, UncertainCommit
 from persona.store.store import Store
 from persona.store.table import Table
 from persona.store.writer import Writer, files_of, staged_files
-from tests.stores import IDENTITY, behaviors, encode
+from tests.stores import IDENTITY, behaviors, changed, commit_staged, write_rows
 from tests.writing import (
     AFTER,
     BEFORE,
     CHANGES,
     Attempts,
-    behind,
     commit,
     compact,
     fails_after,
     fails_before,
     fill,
     on_disk,
+    preceded_by,
     rows_of,
     stage,
     staged_changes,
@@ -37,36 +38,36 @@ from tests.writing import (
 pytestmark = pytest.mark.usefixtures("impatient")
 
 
-# Who was replaced
+# A replaced holder
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_holder_that_was_replaced_while_it_paused_commits_nothing(store: Store, name: str) -> None:
+def test_a_holder_replaced_during_a_pause_commits_nothing(store: Store, name: str) -> None:
     fill(store)
     with store.writer("behaviors", job="first") as writer:
         staged = staged_changes(store, name)
         second = take_over(store)
         version = second.version()
         with pytest.raises(LeaseLost, match=r"another run has taken over .* \(lease 3; this run held 2"):
-            writer.commit(staged)
+            commit_staged(writer, staged)
     assert rows_of(store) == BEFORE and second.version() == version
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_holder_that_is_replaced_between_its_look_and_its_commit_commits_nothing(
+def test_a_holder_replaced_between_reading_the_log_and_committing_commits_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     fill(store)
     with store.writer("behaviors", job="first") as writer:
         staged = staged_changes(store, name)
-        Attempts(monkeypatch, behind(take_over, store))
+        Attempts(monkeypatch, preceded_by(take_over, store))
         with pytest.raises(LeaseLost):
-            writer.commit(staged)
+            commit_staged(writer, staged)
     assert rows_of(store) == BEFORE and store.table("behaviors").lease() == 3
 
 
 ACTS: dict[str, Callable[[Writer, Store], object]] = {
-    **{name: lambda writer, store, name=name: writer.commit(staged_changes(store, name)) for name in CHANGES},
+    **{name: lambda writer, store, name=name: commit_staged(writer, staged_changes(store, name)) for name in CHANGES},
     "remove_partition": lambda writer, _: writer.remove_partition(str(bucket_of(["a"], 4)[0])),
     "compact": lambda writer, _: compact(writer),
     "vacuum": lambda writer, _: writer.vacuum(keep_hours=0),
@@ -75,50 +76,48 @@ ACTS: dict[str, Callable[[Writer, Store], object]] = {
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_at_whatever_look_at_the_log_a_holder_is_replaced_its_successor_rules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """The successor comes right after the k-th time that the first holder reads the log, for every k there is."""
-    look = Table._refreshed
+def test_a_successor_rules_whenever_it_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The takeover comes right after the first holder's k-th read of the log, for every k."""
+    read = Log.latest
     for k in range(1, 30):
         store = Store.create(str(tmp_path / str(k)), IDENTITY, 4)
         fill(store)
         commit(store, stage(store, "new", ("a", "3", "xxxx", 3)))  # something to compact
         before = rows_of(store)
         with store.writer("behaviors", job="first") as writer:
-            looks, version = [0], [0]
+            reads, version = [0], [0]
 
-            def counted(table: Table, looks=looks, version=version, k=k, writer=writer, store=store) -> Any:
-                found = look(table)
-                looks[0] += table is writer.table
-                if table is writer.table and looks[0] == k:
+            def counted(log: Log, reads=reads, version=version, k=k, writer=writer, store=store) -> Any:
+                found = read(log)
+                reads[0] += log is writer.table.log
+                if log is writer.table.log and reads[0] == k:
                     version[0] = take_over(store).version()
                 return found
 
             with monkeypatch.context() as patched:
-                patched.setattr(Table, "_refreshed", counted)
+                patched.setattr(Log, "latest", counted)
                 lost = False
                 try:
                     ACTS[name](writer, store)
                 except LeaseLost:
                     lost = True
-        if looks[0] < k:
+        if reads[0] < k:
             assert k > 1 and not lost
             return
         second = Table(join(store.uri, "behaviors"), "behaviors")
         assert second.lease() == writer.lease.number + 1
         if lost:
-            # The files that a reader needs are there, and nothing has changed but perhaps before the successor came.
+            # Nothing was committed after the takeover, and every file that a reader needs exists.
             assert second.version() == version[0]
         assert sum(rows_of(store).values()) in {sum(before.values()), sum(before.values()) + 1} or not lost
         second.commit([], files_of(staged_files([]), "new"), lease=second.lease())
         staged = stage(store, "new", ("z", "9", "x", 1))
         second.commit(files_of(staged, "new"), lease=second.lease())
         assert rows_of(store)["z", "9", 1] == 1
-    raise AssertionError("there is no end of it")
+    raise AssertionError("still reading the log")
 
 
-def test_a_holder_that_was_replaced_deletes_no_file_that_its_successor_has_staged(local: Store) -> None:
+def test_a_replaced_holder_deletes_no_file_staged_by_its_successor(local: Store) -> None:
     fill(local)
     with local.writer("behaviors", job="first") as writer:
         second = take_over(local)
@@ -130,7 +129,7 @@ def test_a_holder_that_was_replaced_deletes_no_file_that_its_successor_has_stage
     assert rows_of(local) == AFTER["new"]
 
 
-def test_a_holder_that_was_replaced_does_not_compact(local: Store) -> None:
+def test_a_replaced_holder_does_not_compact(local: Store) -> None:
     fill(local)
     commit(local, stage(local, "new", ("a", "3", "xxxx", 1)))
     with local.writer("behaviors", job="first") as writer:
@@ -141,31 +140,29 @@ def test_a_holder_that_was_replaced_does_not_compact(local: Store) -> None:
     assert (second.version(), second.lease()) == (version, writer.lease.number + 1)
 
 
-def test_a_successor_that_stages_while_the_first_deletes_loses_nothing(
-    local: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first has listed what to delete; all that the second stages comes after that."""
+def test_a_successor_that_stages_during_a_vacuum_loses_nothing(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first holder lists the files to delete before the takeover, and the second stages after it."""
     fill(local)
-    held, staged = Table._held, []
+    require_lease, staged = Log.require_lease, []
 
-    def paused(table: Table, lease: int) -> Any:
-        found = held(table, lease)
-        monkeypatch.setattr(Table, "_held", held)
+    def paused(log: Log, lease: int) -> Any:
+        found = require_lease(log, lease)
+        monkeypatch.setattr(Log, "require_lease", require_lease)
         take_over(local)
         staged.append(stage(local, "new", ("c", "1", "xxx", 1)))
         return found
 
     with local.writer("behaviors", job="first") as writer:
-        rubbish = files_of(stage(local, "new", ("d", "1", "x", 1)), "new")
-        monkeypatch.setattr(Table, "_held", paused)
-        assert writer.vacuum(keep_hours=0) == len(rubbish)
+        unused = files_of(stage(local, "new", ("d", "1", "x", 1)), "new")
+        monkeypatch.setattr(Log, "require_lease", paused)
+        assert writer.vacuum(keep_hours=0) == len(unused)
     second = Table(join(local.uri, "behaviors"), "behaviors")
     second.commit(files_of(staged[0], "new"), lease=second.lease())
     assert rows_of(local) == AFTER["new"]
 
 
-def test_of_two_that_commit_at_once_under_one_lease_each_file_counts_once(local: Store) -> None:
-    """Two open tables of one process see each other's commits as they see those of others."""
+def test_two_open_tables_under_one_lease_commit_each_file_once(local: Store) -> None:
+    """Two open tables in one process see each other's commits like those of another process."""
     with local.writer("behaviors", job="first") as writer:
         other = Table(writer.table.uri, "behaviors")
         for n in range(4):
@@ -182,79 +179,109 @@ def test_a_refused_second_run_changes_nothing(local: Store, monkeypatch: pytest.
     with local.writer("behaviors", job="first"):
         version, files = local.version("behaviors"), on_disk(local)
         with pytest.raises(LeaseHeld):
-            local.write("behaviors", encode(behaviors(("c", "1", "x", 1))).append_column("change", pa.array(["new"])))
+            write_rows(local, "behaviors", changed(behaviors(("c", "1", "x", 1)), "new"))
         assert (local.version("behaviors"), on_disk(local)) == (version, files)
 
 
-# Whose answer was lost
+# A lost response
 
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize(
     "events",
     [[fails_after], [fails_before], [fails_before, fails_after], [fails_after, fails_after], [fails_before] * 3],
-    ids=["done", "not done", "not done, done", "done twice", "not done thrice"],
+    ids=["after", "before", "before, after", "after twice", "before thrice"],
 )
-def test_a_commit_whose_answer_is_lost_counts_once(
+def test_a_commit_with_a_lost_response_counts_once(
     local: Store, monkeypatch: pytest.MonkeyPatch, name: str, events: list[Any]
 ) -> None:
     fill(local)
     with local.writer("behaviors", job="first") as writer:
         version = local.version("behaviors")
         attempts = Attempts(monkeypatch, *events)
-        writer.commit(staged_changes(local, name))
+        commit_staged(writer, staged_changes(local, name))
     assert rows_of(local) == AFTER[name] and local.version("behaviors") == version + 1
     assert attempts.n == 1 + [event is fails_after for event in [*events, fails_after]].index(True) or attempts.n > 1
 
 
-def test_a_commit_whose_answer_is_lost_counts_once_on_a_store(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_with_a_lost_response_counts_once_on_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.create(join(s3, "store"), IDENTITY, 4)
     fill(store)
     with store.writer("behaviors", job="first") as writer:
         Attempts(monkeypatch, fails_after)
-        writer.commit(staged_changes(store, "all"))
+        commit_staged(writer, staged_changes(store, "all"))
     assert rows_of(store) == AFTER["all"]
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_commit_whose_answer_is_lost_counts_once_when_others_have_merged_its_files(
+def test_a_commit_with_a_lost_response_counts_once_even_if_its_files_were_merged_since(
     local: Store, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """So it cannot be told by its files whether it has happened."""
+    """Its files do not show whether it happened: another program has replaced them."""
     fill(local)
 
-    def merged(work: Callable[[], None]) -> None:
-        work()
+    def merged(attempt: Callable[[], None]) -> None:
+        attempt()
         assert DeltaTable(join(local.uri, "behaviors")).optimize.compact()["numFilesRemoved"] > 0
-        raise StorageError("no answer")
+        raise UncertainCommit("no response")
 
     commit(local, stage(local, "new", ("a", "3", "xxxx", 1), ("c", "2", "xxxx", 1)))
     with local.writer("behaviors", job="first") as writer:
         Attempts(monkeypatch, merged)
-        writer.commit(staged_changes(local, name))
+        commit_staged(writer, staged_changes(local, name))
     assert rows_of(local) == AFTER[name] + Counter([("a", "3", 4), ("c", "2", 4)])
 
 
-def test_a_fence_whose_answer_is_lost_stands(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fence_with_a_lost_response_holds(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     Attempts(monkeypatch, fails_before, fails_after)
     with local.writer("behaviors", job="first") as writer:
         assert local.version("behaviors") == 1
-        writer.commit(staged_changes(local, "new"))
+        commit_staged(writer, staged_changes(local, "new"))
     assert rows_of(local) == Counter([("c", "1", 3)])
 
 
-def test_a_refusal_is_told_at_once_and_with_its_reason(local: Store) -> None:
-    """And not taken for another writer that came first, again and again."""
+def test_a_commit_without_a_response_is_given_up_after_the_limit(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(local)
+    with local.writer("behaviors", job="first") as writer:
+        monkeypatch.setattr("persona.store.log._GIVE_UP_S", 0.05)
+        attempts = Attempts(monkeypatch, *[fails_before] * 100_000)
+        message = "cannot write to the table .*: retried for 0 s; last error: UncertainCommit: no response"
+        with pytest.raises(StorageError, match=message):
+            commit_staged(writer, staged_changes(local, "all"))
+        assert 1 < attempts.n < 100_000 and rows_of(local) == BEFORE
+
+
+def test_an_error_in_reading_the_log_ends_a_commit_at_once(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads are retried on their own; only an attempt to write is repeated by the commit."""
+    fill(local)
+    n_reads = [0]
+
+    def fails(log: Log, lease: int) -> Any:
+        n_reads[0] += 1
+        raise StorageError("no connection")
+
+    with local.writer("behaviors", job="first") as writer:
+        staged = staged_changes(local, "new")
+        with monkeypatch.context() as patched:
+            patched.setattr(Log, "require_lease", fails)
+            attempts = Attempts(patched)
+            with pytest.raises(StorageError, match="^no connection$"):
+                writer.add(staged)
+    assert n_reads == [1] and attempts.n == 0 and rows_of(local) == BEFORE
+
+
+def test_a_refused_commit_fails_at_once_with_its_reason(local: Store) -> None:
+    """delta-rs raises the same error as for a conflict, which is retried."""
     fill(local)
     DeltaTable(join(local.uri, "behaviors")).alter.set_table_properties({"delta.appendOnly": "true"})
     with local.writer("behaviors", job="first") as writer:
         with pytest.raises(StorageError, match=r"cannot write to the table .*behaviors: .*append-only"):
-            writer.commit(staged_changes(local, "edited"))
-        writer.commit(staged_changes(local, "new"))
+            commit_staged(writer, staged_changes(local, "edited"))
+        commit_staged(writer, staged_changes(local, "new"))
     assert rows_of(local) == AFTER["new"]
 
 
-def test_a_table_that_needs_newer_writers_is_refused(local: Store) -> None:
+def test_a_table_that_requires_a_newer_writer_is_refused(local: Store) -> None:
     log = Path(local.uri, "behaviors", "_delta_log")
     needs = '{"protocol":{"minReaderVersion":1,"minWriterVersion":7,"writerFeatures":["rowTracking","domainMetadata"]}}'
     (log / f"{1:020d}.json").write_text(needs + "\n")
@@ -265,10 +292,10 @@ def test_a_table_that_needs_newer_writers_is_refused(local: Store) -> None:
         pass
 
 
-# What others do meanwhile
+# Other programs
 
 
-def outsiders_append(store: Store) -> None:
+def append_directly(store: Store) -> None:
     uri = join(store.uri, "behaviors")
     table = DeltaTable(uri, storage_options=delta_options(uri))
     row = table.to_pyarrow_table().slice(0, 1)
@@ -277,60 +304,66 @@ def outsiders_append(store: Store) -> None:
     write_deltalake(table, row, mode="append")
 
 
-def outsiders_compact(store: Store) -> None:
+def compact_directly(store: Store) -> None:
     uri = join(store.uri, "behaviors")
     DeltaTable(uri, storage_options=delta_options(uri)).optimize.compact()
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_an_outsider_adds_meanwhile_stays(store: Store, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_rows_that_another_program_adds_meanwhile_stay(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     fill(store)
-    meanwhile = behind(outsiders_append, store)
+    meanwhile = preceded_by(append_directly, store)
     with store.writer("behaviors", job="first") as writer:
         attempts = Attempts(monkeypatch, meanwhile, meanwhile)
-        writer.commit(staged_changes(store, name))
+        commit_staged(writer, staged_changes(store, name))
     found = rows_of(store)
     assert sum(found.pop(key) for key in list(found) if key[0] == "outsider") == 2
     assert found == AFTER[name] and attempts.n == 3
 
 
-def test_new_rows_get_in_past_an_outsider_that_merges_files(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_rows_are_committed_while_another_program_merges_files(
+    local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(local)
     commit(local, stage(local, "new", ("a", "3", "xxxx", 1)))
     with local.writer("behaviors", job="first") as writer:
-        attempts = Attempts(monkeypatch, behind(outsiders_compact, local))
-        writer.commit(staged_changes(local, "new"))
+        attempts = Attempts(monkeypatch, preceded_by(compact_directly, local))
+        commit_staged(writer, staged_changes(local, "new"))
     assert rows_of(local) == AFTER["new"] + Counter([("a", "3", 4)]) and attempts.n == 2
 
 
 @pytest.mark.parametrize("name", ["edited", "gone", "all"])
-def test_a_file_that_an_outsider_has_removed_meanwhile_is_an_error_and_changes_nothing(
+def test_replacing_a_file_that_another_program_removed_is_an_error_and_changes_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     fill(store)
     commit(store, stage(store, "new", ("a", "3", "xxxx", 1)))
     with store.writer("behaviors", job="first") as writer:
-        Attempts(monkeypatch, behind(outsiders_compact, store))
+        Attempts(monkeypatch, preceded_by(compact_directly, store))
         with pytest.raises(StorageError, match=r"another program has removed bucket=.* run the same command again"):
-            writer.commit(staged_changes(store, name))
+            commit_staged(writer, staged_changes(store, name))
         assert rows_of(store) == BEFORE + Counter([("a", "3", 4)])
-        writer.commit(staged_changes(store, name))  # the same command again
+        commit_staged(writer, staged_changes(store, name))  # the same command again
     assert rows_of(store) == AFTER[name] + Counter([("a", "3", 4)])
 
 
-def test_a_compaction_that_an_outsider_crosses_changes_nothing(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compaction_that_conflicts_with_another_program_changes_nothing(
+    local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(local)
     commit(local, stage(local, "new", ("a", "3", "xxxx", 1)))
-    held = Table._held
+    require_lease = Log.require_lease
 
-    def crossed(table: Table, lease: int) -> Any:
-        found = held(table, lease)
-        monkeypatch.setattr(Table, "_held", held)
-        outsiders_compact(local)
+    def conflicting(log: Log, lease: int) -> Any:
+        found = require_lease(log, lease)
+        monkeypatch.setattr(Log, "require_lease", require_lease)
+        compact_directly(local)
         return found
 
     with local.writer("behaviors", job="first") as writer:
-        monkeypatch.setattr(Table, "_held", crossed)
+        monkeypatch.setattr(Log, "require_lease", conflicting)
         with pytest.raises(StorageError, match=r"another program has removed bucket=.* run the same command again"):
             compact(writer)
     assert rows_of(local) == BEFORE + Counter([("a", "3", 4)])

@@ -23,7 +23,7 @@ def test_a_gradient_step_on_the_contrast_loss_separates_own_from_other_histories
     rows = [one for one in ROWS if one["history"]]
     numbers, others = with_other_histories(rows)
     assert numbers == [0, 1, 2, 3]
-    batch = model.collate([*rows, *others], with_targets=True)
+    batch = model.collate([*rows, *others])
     nll = model(batch)
     own_B, other_C = nll[: len(rows)], nll[len(rows) :]
     # Requests have the same losses alone and in a larger batch, up to the order of float32 sums.

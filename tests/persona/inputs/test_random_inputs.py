@@ -1,6 +1,6 @@
-"""Bad input at random: whatever a file holds and wherever it is cut, good rows come out once and bad ones say why.
+"""Random input: whatever a file contains and wherever it is cut, good rows are read once and bad ones get a reason.
 
-Every cell is made together with what should become of it, so nothing that is expected comes from reading.
+Each cell is generated together with its expected value, so no expectation depends on the code under test.
 """
 
 import hashlib
@@ -21,9 +21,11 @@ from hypothesis import given, settings, strategies as st
 
 from persona.errors import InputError
 from persona.inputs import histories, requests
-from persona.inputs.files import plan_splits, read_split
 from persona.inputs.histories import Columns
-from persona.store.store import Identity, Store
+from persona.inputs.reader import read_split
+from persona.inputs.splits import plan_splits
+from persona.store.identity import Identity
+from persona.store.store import Store
 from tests.nasty import BAD, BEHAVIORS, NASTY, REQUESTS, TEXTS, USERS, Case, a_behavior, a_user, columns, micros
 
 SOME = settings(max_examples=60)
@@ -31,7 +33,7 @@ CUTS = st.fixed_dictionaries({"split_bytes": st.integers(1, 2000), "max_rows": s
 
 
 def read(uri: Path, kind: str, split_bytes: int = 2**26, max_rows: int = 4096) -> tuple[list[Any], list[Any]]:
-    """All good rows as tuples, and (row, the words of the reason) of all rejects."""
+    """All good rows as tuples, and the row and the words of the reason of all rejects."""
     good, bad = [], []
     splits = plan_splits(str(uri), flag="--in", split_bytes=split_bytes)
     for split in splits:
@@ -47,39 +49,39 @@ def read(uri: Path, kind: str, split_bytes: int = 2**26, max_rows: int = 4096) -
             ]
             bad += [(row["row"], set(re.findall(r"\w+", row["reason"]))) for row in rejects.to_pylist()]
             assert table["bucket"].to_pylist() == [zlib.crc32(u.encode()) % 4 for u in table["user_id"].to_pylist()]
-    with suppress(InputError):  # an input may be refused, and in no other way
+    with suppress(InputError):  # the only error allowed
         histories.check_columns(splits, Columns())
     return good, bad
 
 
-def check(found: tuple[list[Any], list[Any]], cases: list[Case], places: list[int]) -> None:
-    """Each good row once, in the order of the input; each bad one a reject with its place and the name of a column."""
+def check(found: tuple[list[Any], list[Any]], cases: list[Case], offsets: list[int]) -> None:
+    """Each good row is read once, in input order; each bad one is a reject with its row and the name of a column."""
     good, bad = found
     assert good == [row for case in cases for row in case.good]
-    wanted = [(place, names) for case, place in zip(cases, places, strict=True) for names in case.bad]
-    assert sorted(row for row, _ in bad) == [place for place, _ in wanted]
-    for place in {place for place, _ in wanted}:
-        allowed = set().union(*(names for at, names in wanted if at == place))
-        assert all(words & allowed for row, words in bad if row == place), (bad, wanted)
+    expected = [(offset, names) for case, offset in zip(cases, offsets, strict=True) for names in case.bad]
+    assert sorted(row for row, _ in bad) == [offset for offset, _ in expected]
+    for offset in {offset for offset, _ in expected}:
+        allowed = set().union(*(names for at, names in expected if at == offset))
+        assert all(words & allowed for row, words in bad if row == offset), (bad, expected)
 
 
 @pytest.mark.parametrize(("kind", "cases"), [("behaviors", BEHAVIORS), ("users", USERS), ("requests", REQUESTS)])
-def test_lines_of_anything(kind: str, cases: st.SearchStrategy) -> None:
+def test_lines_with_any_values(kind: str, cases: st.SearchStrategy) -> None:
     ends = st.lists(st.sampled_from([b"\n", b"\r\n", b"\n \r\n\n"]), min_size=8, max_size=8)
 
     @SOME
     @given(cases, ends, st.sampled_from([b"", b"\xef\xbb\xbf"]), st.booleans(), CUTS)
     def check_lines(cases: list[Case], ends: list[bytes], mark: bytes, ascii_only: bool, cuts: dict[str, int]) -> None:
-        content, places = mark, []
+        content, offsets = mark, []
         for case, end in zip(cases, ends, strict=False):
-            places.append(0 if content == mark else len(content))
+            offsets.append(0 if content == mark else len(content))
             content += json.dumps(case.raw, ensure_ascii=ascii_only).encode() + end
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "in.jsonl").write_bytes(
                 content.removesuffix(ends[len(cases) - 1]) if ascii_only else content
             )
-            check(read(Path(folder), kind), cases, places)
-            check(read(Path(folder), kind, **cuts), cases, places)
+            check(read(Path(folder), kind), cases, offsets)
+            check(read(Path(folder), kind, **cuts), cases, offsets)
 
     check_lines()
 
@@ -88,7 +90,7 @@ DEEP: list[Any] = []
 for _ in range(300):
     DEEP = [DEEP]
 VALUES = [None, "x", 7, -1, 2**63, 1.5, 0.0, True, [], [1], {}, {"text": "x"}, DEEP]
-FIT = {
+GOOD = {
     "user_id": ["x", 7, -1, 2**63],
     "behavior_id": [None, "x", 7, -1, 2**63],
     "text": ["x"],
@@ -98,11 +100,11 @@ FIT = {
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("field", list(FIT))
-def test_what_becomes_of_a_row_does_not_depend_on_its_neighbour(field: str, nested: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", list(GOOD))
+def test_the_other_rows_do_not_affect_whether_a_row_is_good(field: str, nested: bool, tmp_path: Path) -> None:
     plain = {"user_id": "u", "behavior_id": "b", "text": "t"}
-    is_fit = {repr(value) for value in FIT[field]}  # 1 == True
-    # Within a list, what is too deep to be kept as JSON costs all of the list.
+    good_values = {repr(value) for value in GOOD[field]}  # repr, because 1 == True
+    # A list item too deep to be kept as JSON spoils the whole list.
     values = [value for value in VALUES if not (nested and value is DEEP)]
     for pair in itertools.permutations(values, 2):
         records = [plain | {field: value} for value in pair]
@@ -111,15 +113,15 @@ def test_what_becomes_of_a_row_does_not_depend_on_its_neighbour(field: str, nest
         lines = [json.dumps(record).encode() for record in records]
         (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
         good, bad = read(tmp_path, "behaviors")
-        fits = [repr(value) in is_fit for value in pair]
-        assert len(good) == sum(fits), pair
+        is_good = [repr(value) in good_values for value in pair]
+        assert len(good) == sum(is_good), pair
         assert [row for row, _ in bad] == [
-            at for at, fit in zip([0, len(lines[0]) + 1], fits, strict=True) if not fit
+            at for at, ok in zip([0, len(lines[0]) + 1], is_good, strict=True) if not ok
         ], pair
         assert all(field in words for _, words in bad), (pair, bad)
 
 
-def test_users_keep_their_behaviors_next_to_one_who_has_a_text(tmp_path: Path) -> None:
+def test_users_with_lists_keep_their_behaviors_next_to_a_user_with_a_text(tmp_path: Path) -> None:
     lines = [b'{"user_id": "u%d", "behaviors": [{"text": "a"}, {"text": "b"}]}' % n for n in range(3)]
     lines.insert(1, b'{"user_id": "v", "text": "c"}')
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
@@ -131,7 +133,7 @@ def test_users_keep_their_behaviors_next_to_one_who_has_a_text(tmp_path: Path) -
     assert bad == []
 
 
-OF_ITEM = {"behavior_id": None, "text": BAD, "timestamp": None}
+ITEM_DEFAULTS = {"behavior_id": None, "text": BAD, "timestamp": None}
 
 
 @SOME
@@ -142,7 +144,7 @@ def test_parquet_columns_of_any_type(
     if nested:
         users, owners = data.draw(columns(n, {"user_id": BAD}))
         lengths = data.draw(st.lists(st.integers(0, 3) | st.none(), min_size=n, max_size=n))
-        arrays, items = data.draw(columns(sum(length or 0 for length in lengths), OF_ITEM))
+        arrays, items = data.draw(columns(sum(length or 0 for length in lengths), ITEM_DEFAULTS))
         offsets = [0, *itertools.accumulate(length or 0 for length in lengths)]
         mask = pa.array([length is None for length in lengths])
         lists = pa.ListArray.from_arrays(
@@ -152,7 +154,7 @@ def test_parquet_columns_of_any_type(
         at = zip(owners, offsets, offsets[1:], strict=False)
         cases = [a_user(owner["user_id"], items[first:end]) for owner, first, end in at]
     else:
-        arrays, rows = data.draw(columns(n, {"user_id": BAD, **OF_ITEM}))
+        arrays, rows = data.draw(columns(n, {"user_id": BAD, **ITEM_DEFAULTS}))
         table, cases = pa.table(arrays), [a_behavior(row) for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(table, Path(folder) / "in.parquet", row_group_size=group)
@@ -173,7 +175,7 @@ def texts(lines: list[bytes]) -> list[str]:
 
 @SOME
 @given(LINES, st.data())
-def test_text_cut_at_any_byte_keeps_what_is_before_the_cut(lines: list[bytes], data: st.DataObject) -> None:
+def test_text_cut_at_any_byte_keeps_the_lines_before_the_cut(lines: list[bytes], data: st.DataObject) -> None:
     content = b"\n".join(lines) + b"\n"
     cut = data.draw(st.integers(1, len(content)))
     ends = list(itertools.accumulate(len(line) + 1 for line in lines))
@@ -188,10 +190,10 @@ def test_text_cut_at_any_byte_keeps_what_is_before_the_cut(lines: list[bytes], d
 
 @SOME
 @given(LINES, st.booleans(), st.data())
-def test_gzip_cut_at_any_byte_keeps_what_is_before_the_cut(
+def test_gzip_cut_at_any_byte_keeps_the_lines_before_the_cut(
     lines: list[bytes], members: bool, data: st.DataObject
 ) -> None:
-    """A line's end can be told in the packed file, since it is flushed, or is the end of a member."""
+    """The compressor is flushed, or a member ends, after each line, so the end of each line in the file is known."""
     content, ends = b"", []
     packer = zlib.compressobj(wbits=31)
     for line in lines:
@@ -226,7 +228,7 @@ def test_parquet_cut_at_any_byte_is_one_reject(words: list[str], group: int, dat
 
 @SOME
 @given(LINES, st.sampled_from([b"\xff", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\xf5", b"\x00\xfe"]), st.data())
-def test_bytes_that_are_no_text_cost_their_line_only(lines: list[bytes], junk: bytes, data: st.DataObject) -> None:
+def test_invalid_utf8_rejects_its_line_only(lines: list[bytes], junk: bytes, data: st.DataObject) -> None:
     hit = data.draw(st.integers(0, len(lines) - 1))
     at = data.draw(st.integers(0, len(lines[hit])))
     broken = [*lines[:hit], lines[hit][:at] + junk + lines[hit][at:], *lines[hit + 1 :]]
@@ -244,12 +246,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 KEYS = st.tuples(st.sampled_from(NASTY[:4]), st.sampled_from([*NASTY[4:7], 7]))
-TWICE = st.lists(st.tuples(KEYS, st.sampled_from("xyz"), st.sampled_from([None, 0, 5])), min_size=1, max_size=12)
+DUPLICATES = st.lists(st.tuples(KEYS, st.sampled_from("xyz"), st.sampled_from([None, 0, 5])), min_size=1, max_size=12)
 
 
 @settings(SOME, max_examples=25)
-@given(TWICE)
-def test_of_a_key_that_is_there_more_than_once_the_latest_counts(empty_store: Store, rows: list[Any]) -> None:
+@given(DUPLICATES)
+def test_the_latest_row_of_a_duplicate_key_wins(empty_store: Store, rows: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = ("user_id", "behavior_id", "text", "timestamp")
         lines = [json.dumps(dict(zip(names, (*key, text, time), strict=True))) for key, text, time in rows]

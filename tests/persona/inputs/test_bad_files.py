@@ -1,4 +1,4 @@
-"""Bad files in one folder, and good ones of unusual size: good rows are kept, each bad file or row is one reject."""
+"""Bad files in one folder, and unusually large good ones: good rows are kept, each bad file or row is one reject."""
 
 import gzip
 import io
@@ -14,8 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from persona.inputs import files as inputs, histories
+from persona.inputs import histories
 from persona.inputs.histories import Columns
+from persona.inputs.reader import read_split
+from persona.inputs.splits import plan_splits
 
 MB = 2**20
 LONG = "ἀ" * (10 * MB // 3)  # 3 bytes each
@@ -36,22 +38,22 @@ def plain(n: int) -> pa.Table:
 
 
 def damaged_group() -> bytes:
-    """Three row groups of a hundred rows, the second one overwritten."""
+    """Three row groups of a hundred rows; the second one is overwritten."""
     content = bytearray(parquet(plain(300), row_group_size=100, write_page_checksum=True))
     column = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(1).column(1)
     content[column.data_page_offset + 40 : column.data_page_offset + 60] = bytes(20)
     return bytes(content)
 
 
-def doubled_column() -> bytes:
-    words = pa.array(["a", "b"])
-    return parquet(pa.Table.from_arrays([words, words, words], names=["user_id", "text", "text"]))
+def duplicate_column() -> bytes:
+    strings = pa.array(["a", "b"])
+    return parquet(pa.Table.from_arrays([strings, strings, strings], names=["user_id", "text", "text"]))
 
 
-def no_json() -> bytes:
-    """A column that says that its texts are JSON, where one of two is not."""
-    words = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['"fine"', "fine"]))
-    return parquet(pa.table({"user_id": ["u", "u"], "text": words}))
+def broken_json() -> bytes:
+    """An `arrow.json` column in which one of two texts is not JSON."""
+    strings = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['"fine"', "fine"]))
+    return parquet(pa.table({"user_id": ["u", "u"], "text": strings}))
 
 
 WHOLE = parquet(plain(300), row_group_size=100)
@@ -100,8 +102,8 @@ FILES: dict[str, tuple[bytes, int, int]] = {  # content, good rows, rejects
     "other.parquet": (parquet(pa.table({"author": ["a"], "body": ["b"]})), 0, 1),
     "no-columns.parquet": (parquet(pa.table({})), 0, 0),
     "no-rows.parquet": (parquet(plain(0)), 0, 0),
-    "no-json.parquet": (no_json(), 1, 1),
-    "doubled.parquet": (doubled_column(), 0, 1),
+    "no-json.parquet": (broken_json(), 1, 1),
+    "doubled.parquet": (duplicate_column(), 0, 1),
     "damaged.parquet": (damaged_group(), 200, 1),
     "cut.parquet": (WHOLE[: len(WHOLE) // 2], 0, 1),
     "cut-by-one.parquet": (WHOLE[:-1], 0, 1),
@@ -133,11 +135,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def each(uri: Path, visit: Callable[[pa.Table, pa.Table], None], **options: Any) -> None:
-    """Show the good rows (with their source) and the rejects, a table at a time."""
-    splits = inputs.plan_splits(str(uri), flag="--in", split_bytes=options.pop("split_bytes", 2**26))
+    """Call `visit` with the good rows (with their source) and the rejects, a table at a time."""
+    splits = plan_splits(str(uri), flag="--in", split_bytes=options.pop("split_bytes", 2**26))
     histories.check_columns(splits, Columns())
     for split in splits:
-        for records in inputs.read_split(split, **options):
+        for records in read_split(split, **options):
             good, rejects = histories.validate(records, Columns(), 4)
             visit(good.append_column("source", pa.repeat(split.uri, good.num_rows)), rejects)
 
@@ -167,7 +169,7 @@ def test_one_folder_of_bad_files(folder: Path, options: dict[str, int]) -> None:
 
 
 class Peak:
-    """The ids of the rows that were shown, and how much Arrow held, at most, while they were."""
+    """Collects the ids of the rows, and the peak of Arrow's allocated memory."""
 
     def __init__(self) -> None:
         self.before = pa.total_allocated_bytes()
@@ -180,14 +182,14 @@ class Peak:
         self.names.append(rows["behavior_id"].cast(pa.int64()).to_numpy())
 
 
-def test_a_million_rows_of_one_user_are_read_bit_by_bit(tmp_path: Path) -> None:
+def test_a_million_rows_of_one_user_are_read_in_small_batches(tmp_path: Path) -> None:
     n = 10**6
     ids = pa.array(range(n))
-    words = pc.binary_join_element_wise(pa.scalar("like it " * 20), ids.cast(pa.string()), "")
-    table = pa.table({"user_id": pa.repeat("u", n), "behavior_id": ids, "text": words})
+    strings = pc.binary_join_element_wise(pa.scalar("like it " * 20), ids.cast(pa.string()), "")
+    table = pa.table({"user_id": pa.repeat("u", n), "behavior_id": ids, "text": strings})
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=n)
     size = table.nbytes
-    del table, words, ids
+    del table, strings, ids
     peak = Peak()
     each(tmp_path, peak)
     assert np.array_equal(np.concatenate(peak.names), np.arange(n))
@@ -195,18 +197,18 @@ def test_a_million_rows_of_one_user_are_read_bit_by_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_of_long_texts_a_few_are_held_at_a_time(tmp_path: Path, kind: str) -> None:
+def test_only_a_few_long_texts_are_in_memory_at_a_time(tmp_path: Path, kind: str) -> None:
     n = 12
     if kind == "parquet":
-        words = pa.array([LONG] * n)
+        strings = pa.array([LONG] * n)
         pq.write_table(
-            pa.table({"user_id": ["u"] * n, "behavior_id": range(n), "text": words}),
+            pa.table({"user_id": ["u"] * n, "behavior_id": range(n), "text": strings}),
             tmp_path / "in.parquet",
             use_dictionary=False,
-            write_batch_size=1,  # a page a text
+            write_batch_size=1,  # one text per page
             write_statistics=False,
         )
-        del words
+        del strings
     else:
         content = b"".join(line(LONG, behavior_id=i) for i in range(n))
         (tmp_path / f"in.{kind}").write_bytes(gzip.compress(content, 1) if kind == "jsonl.gz" else content)

@@ -1,4 +1,4 @@
-"""Raw records: every line and row group once, however the files are cut, and broken ones as rejects."""
+"""Raw records: each line and row group is read once, however files are split, and broken ones become rejects."""
 
 import gzip
 import json
@@ -13,7 +13,9 @@ import pytest
 
 from persona import storage
 from persona.errors import InputError, StorageError
-from persona.inputs.files import REJECTS, Records, Split, first_rows, plan_splits, read_split
+from persona.inputs.reader import first_rows, read_split
+from persona.inputs.records import REJECTS, Records
+from persona.inputs.splits import Split, plan_splits
 
 
 def read(uri: str | Path, **options: Any) -> list[Records]:
@@ -33,16 +35,16 @@ def reasons(parts: Iterable[Records]) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("split_bytes", [1, 7, 64, 1000, 10**6])
 def test_each_line_belongs_to_one_split(tmp_path: Path, split_bytes: int) -> None:
-    chance = random.Random(split_bytes)
-    objects = [{"n": n, "text": "é\n" * chance.randrange(20)} for n in range(60)]
+    rng = random.Random(split_bytes)
+    objects = [{"n": n, "text": "é\n" * rng.randrange(20)} for n in range(60)]
     lines = [json.dumps(o, ensure_ascii=False).encode() for o in objects]
-    ends = [chance.choice([b"\n", b"\r\n", b"\n\n"]) for _ in lines[1:]] + [b""]
+    ends = [rng.choice([b"\n", b"\r\n", b"\n\n"]) for _ in lines[1:]] + [b""]
     (tmp_path / "a.jsonl").write_bytes(b"".join(line + end for line, end in zip(lines, ends, strict=True)))
     parts = read(tmp_path, split_bytes=split_bytes)
     assert [row["n"] for row in rows(parts)] == list(range(60)) and reasons(parts) == []
 
 
-def test_a_row_says_where_its_line_begins(tmp_path: Path) -> None:
+def test_the_row_is_the_offset_of_its_line(tmp_path: Path) -> None:
     content = b'\xef\xbb\xbf{"n":0}\n\n  {"n":1}\n{"n":2}'
     (tmp_path / "a.ndjson").write_bytes(content)
     found = {row["n"]: content[row["_row"] :].split(b"\n")[0] for row in rows(read(tmp_path))}
@@ -59,12 +61,12 @@ def test_each_row_group_belongs_to_one_split(tmp_path: Path, split_bytes: int) -
     assert parts[0].table.column_names == ["n", "_row", "_source"]
 
 
-def test_gzip_of_several_members_is_read_through(tmp_path: Path) -> None:
+def test_all_members_of_a_gzip_file_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"n":0}\n{"n"') + gzip.compress(b":1}\n"))
     assert [row["n"] for row in rows(read(tmp_path))] == [0, 1]
 
 
-def test_bad_lines_are_rejects_and_their_neighbours_are_rows(tmp_path: Path) -> None:
+def test_bad_lines_are_rejects_and_the_others_are_rows(tmp_path: Path) -> None:
     lines = [b'{"n":0}', b'{"n":"\xff"}', b"[1]", b"nonsense", b'{"n":1}', b'"text"', b'{"n":2']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     parts = read(tmp_path)
@@ -72,13 +74,13 @@ def test_bad_lines_are_rejects_and_their_neighbours_are_rows(tmp_path: Path) -> 
     found = reasons(parts)
     starts = [len(b"\n".join(lines[:n])) + 1 for n in (1, 2, 3, 5, 6)]
     assert [row for row, _ in found] == starts
-    for said, (_, reason) in zip(["UTF-8", "a list", "not JSON", "a string", "not JSON"], found, strict=True):
-        assert said in reason
+    for expected, (_, reason) in zip(["UTF-8", "a list", "not JSON", "a string", "not JSON"], found, strict=True):
+        assert expected in reason
 
 
-def test_a_cut_gzip_gives_all_whole_lines_before_the_cut(tmp_path: Path) -> None:
-    chance = random.Random(0)
-    text = b"".join(b'{"n":%d,"x":%d}\n' % (n, chance.getrandbits(64)) for n in range(20_000))
+def test_a_truncated_gzip_file_yields_all_complete_lines(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    text = b"".join(b'{"n":%d,"x":%d}\n' % (n, rng.getrandbits(64)) for n in range(20_000))
     packed = gzip.compress(text)
     (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip at all")
@@ -89,9 +91,9 @@ def test_a_cut_gzip_gives_all_whole_lines_before_the_cut(tmp_path: Path) -> None
     assert [row for row, _ in reasons(parts)] == [-1, -1]
 
 
-def test_broken_parquet_is_one_reject_a_file_and_a_broken_row_group_one_a_group(tmp_path: Path) -> None:
-    chance = random.Random(0)
-    table = pa.table({"n": range(9_000), "x": [chance.getrandbits(60) for _ in range(9_000)]})
+def test_a_broken_parquet_file_and_a_broken_row_group_are_one_reject_each(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    table = pa.table({"n": range(9_000), "x": [rng.getrandbits(60) for _ in range(9_000)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=3_000, write_page_checksum=True)
     whole = (tmp_path / "a.parquet").read_bytes()
     middle = len(whole) // 2
@@ -105,37 +107,37 @@ def test_broken_parquet_is_one_reject_a_file_and_a_broken_row_group_one_a_group(
     assert [row for row, _ in found] == [-1] * 3 and sum("rows 3000 to 5999" in reason for _, reason in found) == 1
 
 
-def test_values_of_several_types_are_kept_as_json(tmp_path: Path) -> None:
+def test_values_without_a_common_type_are_kept_as_json(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"id":1}\n{"id":"1"}\n{"id":[1]}\n{}\n')
     (part,) = read(tmp_path)
     assert part.table["id"].type == pa.json_()
     assert part.table["id"].to_pylist() == ["1", '"1"', "[1]", None]
 
 
-def test_large_lines_are_handed_on_before_the_row_limit(tmp_path: Path) -> None:
+def test_large_lines_are_yielded_before_the_row_limit(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text":"%s"}\n' % (b"x" * 12 * 2**20) for _ in range(6)))
     assert [part.table.num_rows for part in read(tmp_path)] == [3, 3]
 
 
-def test_the_inputs_own_place_columns_do_not_collide(tmp_path: Path) -> None:
+def test_location_columns_in_the_input_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"_row":7,"_source":"me"}\n')
     assert rows(read(tmp_path)) == [{"_row": 0, "_source": str(tmp_path / "a.jsonl")}]
 
 
-@pytest.mark.parametrize(("name", "said"), [("a.csv", "holds no file"), ("a.jsonl", "is empty")])
-def test_nothing_to_read_is_an_input_error(tmp_path: Path, name: str, said: str) -> None:
+@pytest.mark.parametrize(("name", "expected"), [("a.csv", "has no file"), ("a.jsonl", "is empty")])
+def test_nothing_to_read_is_an_input_error(tmp_path: Path, name: str, expected: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(InputError, match=f"--histories: .*{said}"):
+    with pytest.raises(InputError, match=f"--histories: .*{expected}"):
         plan_splits(str(tmp_path), flag="--histories")
 
 
-def test_a_file_of_unknown_kind_is_named(tmp_path: Path) -> None:
+def test_a_file_of_unknown_type_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"x")
     with pytest.raises(InputError, match=r"a\.csv.*\.parquet"):
         plan_splits(str(tmp_path / "a.csv"), flag="--histories")
 
 
-def test_an_input_of_bad_rows_only_says_the_first_reason(tmp_path: Path) -> None:
+def test_an_input_with_only_bad_rows_reports_a_reason(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"[\n")
     with pytest.raises(InputError, match="not JSON"):
         first_rows(plan_splits(str(tmp_path), flag="--histories"))
@@ -153,9 +155,7 @@ def test_splits_are_read_from_s3(s3: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("n", [200, 2000])
-def test_of_a_file_that_is_replaced_before_it_is_read_all_is_read_and_it_is_said(
-    tmp_path: Path, name: str, n: int
-) -> None:
+def test_a_file_replaced_after_listing_is_read_whole_and_reported(tmp_path: Path, name: str, n: int) -> None:
     def write(numbers: range) -> None:
         if name == "a.parquet":
             pq.write_table(pa.table({"n": numbers}), tmp_path / name, row_group_size=50)
@@ -169,11 +169,11 @@ def test_of_a_file_that_is_replaced_before_it_is_read_all_is_read_and_it_is_said
     found = [records for split in splits for records in read_split(split)]
     assert [row["n"] for row in rows(found)] == list(range(n))
     reasons = {reason for records in found for reason in records.rejects["reason"].to_pylist()}
-    assert len(reasons) == 1 and "file was changed meanwhile" in reasons.pop()
+    assert len(reasons) == 1 and "file changed during the run" in reasons.pop()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_file_that_went_away_is_the_stores_fault_not_a_reject(root: str, kind: Any) -> None:
+def test_a_file_that_disappeared_is_a_storage_error_not_a_reject(root: str, kind: Any) -> None:
     split = Split(uri=storage.join(root, "gone"), start=0, end=9, format=kind, size_bytes=9)
     with pytest.raises(StorageError, match="gone"):
         list(read_split(split))

@@ -1,0 +1,98 @@
+"""Groups of flags that several jobs share; a job's config holds them as fields, and the CLI flattens them into flags.
+
+Each group checks itself when it is made and raises UsageError naming the flag. Each field's docstring is its line in
+`--help`.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from cyclopts import Parameter
+
+from persona.errors import UsageError
+from persona.options import Precision, RetrievalOptions, check_at_least
+
+FLAT = Parameter(name="*")
+"""Annotates a field that holds a group: `--beams` instead of `--decoding.beams`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputRows:
+    """How many rows a job takes from its input, and how many of them may be bad."""
+
+    max_reject_fraction: float = 0.01
+    """Exit with code 3 when a larger share of the rows is bad; all good rows are processed first."""
+    limit: int | None = None
+    """Take only this many rows of the input, for a trial run."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise UsageError(f"--max-reject-fraction {self.max_reject_fraction}: must be from 0 to 1")
+        check_limit(self.limit)
+
+
+def check_limit(limit: int | None) -> None:
+    """Raises UsageError for a limit below 1."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: must be 1 or more; leave it out for everything")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorPool:
+    """How many actors hold a model, and what each one takes."""
+
+    actors: int | None = None
+    """Number of actors that hold a model; default one per GPU, or one per core."""
+    cpus_per_actor: int = 1
+    """Cores per actor where there is no GPU; raise it for models that do not fit memory once per core."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "actors", "cpus_per_actor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlugModels:
+    """The models of a trained plug, where they differ from what the plug records."""
+
+    llm: str | None = None
+    """Folder or hub id of the plug's LLM, if it is not where the plug was trained."""
+    encoder: str | None = None
+    """Folder or hub id of the plug's encoder, if it is not where the plug was trained."""
+    precision: Precision = "auto"
+    """Precision of the LLM; auto is bf16 where the hardware supports it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastTexts:
+    """The texts of the users' histories, which the store does not hold."""
+
+    texts: str | None = None
+    """The histories given to jobs.embed, local or s3://; needed because the store holds no texts."""
+    columns: str = ""
+    """Names of the columns of --texts where they differ: text=body,user_id=author."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if self.columns and self.texts is None:
+            raise UsageError("--columns names the columns of --texts, which is not given")
+
+    def check_enough_for(self, retrieval: RetrievalOptions) -> None:
+        """Raises UsageError when texts are to be retrieved and there are none."""
+        if retrieval.retrieve and self.texts is None:
+            raise UsageError(f"--retrieve {retrieval.retrieve} needs --texts: the store holds vectors, not texts")
+
+    def check_used_by(self, retrieval: RetrievalOptions) -> None:
+        """Raises UsageError for texts that nothing is retrieved from."""
+        if self.texts is not None and not retrieval.retrieve:
+            raise UsageError("--texts has no effect without --retrieve; give a number of texts, or leave it out")
+
+
+def flat_settings(config: Any) -> dict[str, Any]:
+    """The values of a config by flag name, with _ for -; those of groups stand beside its own."""
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        found |= flat_settings(value) if is_dataclass(value) else {field.name: value}
+    return found

@@ -1,0 +1,93 @@
+"""The interface of an engine: prompts of soft tokens and text in, answers out.
+
+To add an engine, write `persona/engines/NAME.py` with a function `load` as in `EngineModule`, and add NAME to
+`persona.options.Engine`. It may import its libraries at the top: the module is loaded only when it is chosen.
+
+Shapes: S soft tokens of a prompt, D LLM width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from persona.extensions import find
+from persona.models.prompts import PromptTokenizer
+from persona.models.resolve import ModelFolder
+from persona.options import Decoding, Precision
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """What the LLM reads for one request: the three parts, in this order."""
+
+    prefix_ids: Sequence[int]
+    """Token ids in front, such as retrieved texts; may be empty."""
+    soft_SD: Tensor
+    """Soft tokens on any device and of any floating-point type; S is 0 without a plug."""
+    input_ids: Sequence[int]
+    """Token ids of the request, as `PromptTokenizer.inputs` makes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Generated text; `finish_reason` is `stop` (the LLM ended it) or `length` (cut at `max_new_tokens`)."""
+
+    text: str
+    n_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    """A loaded LLM that answers prompts."""
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """Makes the token ids of prompts."""
+
+    @property
+    def width(self) -> int:
+        """The LLM's embedding width D, which soft tokens must have."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the plug should run."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The LLM's precision, in which the plug's query encoder runs as well."""
+
+    def answer(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Answer]:
+        """Answers to any number of prompts, in their order; the engine forms its own batches.
+
+        Prompts sorted by length need the least padding. `seeds` are one per prompt; they make a sampled answer
+        independent of the other prompts.
+        """
+
+
+class EngineModule(Protocol):
+    """What `persona/engines/NAME.py` defines."""
+
+    def load(self, folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> Engine:
+        """See `new_engine`."""
+
+
+def new_engine(
+    name: str, folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int
+) -> Engine:
+    """Loads an LLM into the engine of that name (`persona.options.Engine`).
+
+    Args:
+        name: the engine.
+        folder: the LLM.
+        max_input_tokens: requests are cut to this length.
+        precision: of the LLM; see `persona.models.device.choose_precision`.
+        batch_size: prompts per forward pass; engines that schedule requests themselves may ignore it.
+
+    Raises:
+        UsageError: there is no such engine, or it cannot run this LLM.
+    """
+    module = cast(EngineModule, find("persona.engines", name, required="load"))
+    return module.load(folder, max_input_tokens=max_input_tokens, precision=precision, batch_size=batch_size)

@@ -1,0 +1,83 @@
+"""An evaluation as `jobs.evaluate` saved it: `metrics.json` and the losses of each request."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from persona.errors import InputError
+from persona.options import PlugOptions, RetrievalOptions, TrainingOptions
+
+METRICS, LOSSES = "metrics.json", "losses.parquet"
+_NEEDED = ("request_id", "user_id", "persona", "nats", "tokens")
+_RETRIEVAL = ("retrieve", "retriever", "retrieve_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation: its `metrics.json`, and for each kind of persona its losses in the order of request ids."""
+
+    name: str
+    metrics: Mapping[str, Any]
+    losses: Mapping[str, pa.Table]
+
+    @classmethod
+    def read(cls, name: str, metrics: bytes, losses: bytes, *, source: str) -> "Evaluation":
+        """From the bytes of its two files. Raises InputError, which names `source`, if they are not an evaluation's."""
+        try:
+            found = json.loads(metrics)
+            rows = pq.read_table(pa.BufferReader(losses))
+        except (ValueError, pa.ArrowInvalid) as error:
+            raise InputError(f"{source}: {METRICS} or {LOSSES} cannot be read: {error}") from error
+        missing = [column for column in _NEEDED if column not in rows.column_names]
+        if missing or not rows.num_rows or not {"settings", "training", "limited"} <= set(found):
+            raise InputError(
+                f"{source}: {METRICS} and {LOSSES} are not from jobs.evaluate, or from an older version; evaluate again"
+            )
+        personas = dict.fromkeys(rows["persona"].to_pylist())
+        rows = rows.sort_by("request_id")
+        of = {p: rows.filter(pc.equal(rows["persona"], p)) for p in found["settings"]["personas"] if p in personas}
+        ids = [one["request_id"].to_pylist() for one in of.values()]
+        if any(one != ids[0] or len(set(one)) < len(one) for one in ids):
+            raise InputError(f"{source}: {LOSSES} does not have each request once for each persona; evaluate again")
+        return cls(name=name, metrics=found, losses=of)
+
+    @property
+    def requests(self) -> dict[str, list[Any]]:
+        """The columns `request_id`, `user_id` and `tokens`, which are the same for every kind of persona."""
+        first = next(iter(self.losses.values()))
+        return {name: first[name].to_pylist() for name in ("request_id", "user_id", "tokens")}
+
+    @property
+    def seed(self) -> int:
+        """The seed of the plug's training."""
+        return int(self.metrics["training"].get("seed", 0))
+
+    def options(self) -> dict[str, Any]:
+        """Everything but the seed that its numbers depend on; options that an older plug lacks have their defaults."""
+        settings, training = self.metrics["settings"], self.metrics["training"]
+        of_plug = {one.name: settings["plug_options"].get(one.name, one.default) for one in fields(PlugOptions)}
+        of_run = {one.name: training.get(one.name, one.default) for one in fields(TrainingOptions)}
+        found = self._retrieval()
+        retrieval = {name: getattr(found, name) for name in _RETRIEVAL} if found.retrieve else {"retrieve": 0}
+        models = {kind: settings[kind]["fingerprint"] for kind in ("llm", "encoder")}
+        del of_run["seed"]
+        return {**of_plug, **of_run, "requests": training.get("requests"), **retrieval, **models}
+
+    @property
+    def trained_without_history(self) -> bool:
+        """Whether the plug is the control: prompt tuning, which never sees a history."""
+        return bool(self.options()["empty_history"] == 1)
+
+    def variant(self, persona: str) -> str:
+        """The name of the answers under that persona, as `jobs.generate` names them."""
+        return self._retrieval().answers_of(persona)
+
+    def _retrieval(self) -> RetrievalOptions:
+        """How it retrieved texts; not at all if it is older than retrieval."""
+        settings = self.metrics["settings"]
+        return RetrievalOptions(**{name: settings[name] for name in _RETRIEVAL if name in settings})
