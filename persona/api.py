@@ -231,7 +231,7 @@ class Persona:
 
         Args:
             text: what the LLM reads.
-            query: what weighs the history; default `text`.
+            query: what weights the history; default `text`.
             decoding: default that of jobs.generate.
         """
         model = self._model

@@ -1,4 +1,4 @@
-"""How the behaviors of a history are weighed and mixed; a new way to aggregate is added here.
+"""How the behaviors of a history are weighted and mixed; a new way to aggregate is added here.
 
 Shapes: B requests, M behaviors of all B requests in one packed row (request after request, oldest first), d encoder
 width, F any width.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from persona.options import PlugOptions
 
-# Trained, but of no use where there is no request to weigh by.
+# Trained, but of no use where there is no request to weight behaviors by.
 NEEDS_QUERY = ("log_temperature",)
 
 
@@ -77,7 +77,7 @@ def _scores(
     query_Bd: Tensor | None,
     requests_M: Tensor,
 ) -> Iterator[Tensor]:
-    """The terms (M,) of a behavior's score; none where all weigh the same."""
+    """The terms (M,) of a behavior's score; none when all have equal weight."""
     if query_Bd is not None:
         yield (query_Bd[requests_M] * history_Md).sum(-1) * temperature(options, parameters)
     if options.recency:

@@ -1,7 +1,9 @@
 """Persona embeddings of users without a request, as rows of the `personas` table.
 
-Without a request, behaviors are weighed equally, or by recency when the plug has learned it. Shapes: N behaviors of all
-users, M of those that are used, B users with a history, d encoder width, K persona tokens, D LLM width, F = K·D.
+Without a request, behaviors are weighted equally, or by recency when the plug has learned it.
+
+Shapes: N behaviors of all users, M of those that are used, B users with a history, d encoder width, K persona tokens, D
+LLM width, F = K·D.
 """
 
 from pathlib import Path
