@@ -24,7 +24,7 @@ from persona.options import CostOptions, PersonaKind, RetrievalOptions, check_at
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.evaluation.scores import Metric
+    from persona.options import Metric
     from persona.store.store import Store
 
 # What is kept of each request and kind of persona: numbers, and no texts.
@@ -359,7 +359,7 @@ def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[
 
 
 def _metric(config: Config, golds: Mapping[str, str]) -> "Metric":
-    from persona.evaluation.scores import Metric
+    from persona.options import Metric
 
     if config.task is not None:
         from persona.inputs.lamp import TASKS
