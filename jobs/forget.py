@@ -32,9 +32,9 @@ class Config:
     store: str
     """Folder of the tables, local or s3://."""
     user: tuple[str, ...] = ()
-    """Ids of users to forget."""
+    """Ids of users to forget; for many, use --users."""
     users: str | None = None
-    """Parquet or JSONL with the ids of users to forget in a column user_id, local or s3://; for long lists."""
+    """Parquet or JSONL, local or s3://, with the ids of users to forget in a column user_id."""
     dry_run: bool = False
     """Count the rows that would be deleted, and change nothing."""
 

@@ -1,9 +1,12 @@
 """Inspect and maintain a store: `python -m jobs.store show --store URI`, or another action in place of `show`.
 
-show      print versions, users, behaviors, bytes, how evenly the buckets are filled, and the last runs
-verify    check every data file: keys, buckets, vectors; exit code 1 if anything is wrong
-compact   merge the small files that refreshes leave behind into large ones
-vacuum    delete files that no version of the last `--keep-hours` needs, and files that were never committed
+show: print versions, users, behaviors, bytes, how evenly the buckets are filled, and the last runs.
+
+verify: check every data file (keys, buckets, vectors); exit code 1 if anything is wrong.
+
+compact: merge the small files that refreshes leave behind into large ones.
+
+vacuum: delete files that no version of the last `--keep-hours` needs, and files that were never committed.
 """
 
 import sys
@@ -40,9 +43,9 @@ class Config:
     encoder: str | None = None
     """With verify: also check that this encoder (hub id or folder) made the store's vectors."""
     target_mb: int = 128
-    """With compact: the size of the merged files in MiB; raise it for stores of many terabytes."""
+    """With compact: size of the merged files in MiB; raise it if a large store has too many files."""
     keep_hours: int = 168
-    """With vacuum: how long old versions stay readable."""
+    """With vacuum: how long old versions stay readable; lower it to free space sooner."""
     dry_run: bool = False
     """Print what would be done, and change nothing."""
 
