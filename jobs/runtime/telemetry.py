@@ -78,13 +78,6 @@ _BATCH_BOUNDS_S = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
 _STAGE_LABELS = {"time": "train"}  # training workers report their seconds under `time`
 
 
-def exported_names() -> set[str]:
-    """The names of all metrics as Prometheus sees them."""
-    counters = {f"ray_{one.full_name}_total" for one in COUNTERS.values()}
-    gauges = {f"ray_{one.full_name}" for one in [*GAUGES.values(), BEHIND]}
-    return counters | gauges | {f"ray_{BATCH_S.full_name}_{part}" for part in ("bucket", "count", "sum")}
-
-
 class RunMetrics:
     """The metrics of one run, in the process of the tally."""
 

@@ -1,9 +1,9 @@
-"""Everything that must be fast, beside what its user would write without it: `make bench`.
+"""Compare the speed of the jobs with other ways to do the same work: `make bench`.
 
     python -m tests.benchmarks.bench --acl FOLDER --only embed
 
-Writes `results.json` and the part of `RESULTS.md` between its marks, and ends with 1 when a ratio falls under its goal
-by more than the noise that was measured. Without `--acl` the texts are made up, of the same lengths.
+A full run writes `results.json` and the marked part of `RESULTS.md`. The exit code is 1 if a ratio is below its goal by
+more than the measured noise. Without `--acl` the texts are generated, with the same lengths.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jobs.runtime import session
 from tests.benchmarks import corpus, data_path, encoding, llm_work
@@ -29,32 +28,32 @@ _CORES = session.usable_cores()
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One comparison; `ratio` is the higher the better, `limit_share` how near ours comes to the limit."""
+    """One comparison. A higher `ratio` is better; `limit_share` is our rate divided by the limit's."""
 
     work: str
     peer: str
-    ratio: float | None
-    goal: float | None
-    noise: float | None
-    limit_share: float | None
     ours: str
     theirs: str
+    ratio: float | None = None
+    goal: float | None = None
+    noise: float | None = None
+    limit_share: float | None = None
     limit: str = ""
     ours_mib: float | None = None
     theirs_mib: float | None = None
 
     @property
     def misses(self) -> bool:
-        """Whether the goal is missed by more than the noise."""
+        """Whether the ratio is below the goal by more than the noise."""
         return self.ratio is not None and self.goal is not None and self.ratio + (self.noise or 0.0) < self.goal
 
 
 def embed(arguments: argparse.Namespace) -> Iterable[Line]:
-    """`embed` end to end, titles and abstracts, against three peers and the limit."""
+    """`jobs.embed` end to end, on titles and abstracts."""
     contenders: dict[str, list[Contender]] = {}
     for kind, n in (("titles", arguments.titles), ("abstracts", arguments.abstracts)):
         texts = corpus.texts(kind, n, acl=arguments.acl)
-        sample = {"texts": texts[::14]}  # a peer that is warm needs fewer texts to show its rate
+        sample = {"texts": texts[::14]}  # enough to measure the rate of a peer that is already loaded
         peer, limit = encoding.SentenceTransformers, encoding.LinearLayers
         plain, bf16 = {**sample, "dtype": "float32"}, {**sample, "dtype": "bfloat16"}
         contenders[kind] = [
@@ -72,7 +71,7 @@ def embed(arguments: argparse.Namespace) -> Iterable[Line]:
 
 
 def train(arguments: argparse.Namespace) -> Iterable[Line]:
-    """A training step against the reference's way, which has to start at the same loss."""
+    """A training step; the reference implementation must start at the same loss."""
     ours = Contender(name="ours", work=llm_work.Step, settings={"n": 16})
     peer = Contender(name="the reference's way", work=llm_work.ReferenceStep, settings={"n": 8})
     limit = Contender(name="frozen LLM alone", work=llm_work.FrozenStep, settings={"n": 16})
@@ -80,7 +79,7 @@ def train(arguments: argparse.Namespace) -> Iterable[Line]:
 
 
 def texts(arguments: argparse.Namespace) -> Iterable[Line]:
-    """A training step with past texts in front, of the default micro-batch, against one that reads all at once."""
+    """A training step with retrieved texts, at the default micro-batch."""
     ours = Contender(name="ours", work=llm_work.StepWithTexts, settings={"n": 8})
     peer = Contender(name="everything read at once", work=llm_work.StepReadAtOnce, settings={"n": 8})
     limit = Contender(name="without the texts", work=llm_work.Step, settings={"n": 8})
@@ -89,27 +88,27 @@ def texts(arguments: argparse.Namespace) -> Iterable[Line]:
 
 def _steps(work: str, ours: Contender, peer: Contender, goal: float, limit: Contender, turns: int) -> Line:
     compete([ours, peer, limit], turns)
-    if not math.isclose(ours.found, peer.found, rel_tol=0.01):
-        raise AssertionError(f"loss {ours.found:.4f}, {peer.name} {peer.found:.4f}: not the same work")
+    if not math.isclose(ours.result, peer.result, rel_tol=0.01):
+        raise AssertionError(f"the losses differ: {ours.result:.4f}, and {peer.result:.4f} of {peer.name}")
     return _line(work, ours, peer, goal, limit)
 
 
 def generate(arguments: argparse.Namespace) -> Iterable[Line]:
-    """Answers against the reference's way, whose text has to be the same, and against the LLM without a plug."""
+    """Answers; the reference implementation must generate the same texts."""
     for how, beams, n, n_peer, goal in (("greedy", 1, 32, 4, 8.0), ("4 beams", 4, 24, 2, 5.0)):
         settings, fewer = ({"n": count, "beams": beams} for count in (n, n_peer))
         ours = Contender(name="ours", work=llm_work.Answers, settings=settings)
         peer = Contender(name="one row at a time, padded", work=llm_work.ReferenceAnswers, settings=fewer)
         limit = Contender(name="transformers.generate, no plug", work=llm_work.PlainAnswers, settings=settings)
         compete([ours, peer, limit], arguments.turns)
-        if ours.found != peer.found:
-            raise AssertionError(f"{ours.found} and {peer.found}: not the same text")
+        if ours.result != peer.result:
+            raise AssertionError(f"the answers differ: {ours.result}, and {peer.result} of {peer.name}")
         yield _line(f"generation, {how}", ours, peer, goal, limit)
         yield _line(f"generation, {how}", ours, limit, 0.9, limit)
 
 
 def path(arguments: argparse.Namespace) -> Iterable[Line]:
-    """The data path without an encoder, behaviors a second and core."""
+    """The data path: behaviors per second and core of `jobs.embed` with an encoder that costs almost nothing."""
     settings = {"n": arguments.path}
     ours = Contender(name="jobs.embed, free encoder", work=data_path.DataPath, settings=settings)
     limit = Contender(name="pyarrow scan and write", work=data_path.ScanAndWrite, settings=settings)
@@ -129,8 +128,7 @@ def path(arguments: argparse.Namespace) -> Iterable[Line]:
 
 
 def refresh(arguments: argparse.Namespace) -> Iterable[Line]:
-    """A refresh with 1 % new against the build."""
-    # The build before the first turn has warmed it.
+    """A refresh with 1 % new behaviors, compared with the full build."""
     ours = Contender(name="refresh", work=data_path.Refresh, settings={"n": arguments.store})
     compete([ours], arguments.turns)
     yield Line(
@@ -147,30 +145,29 @@ def refresh(arguments: argparse.Namespace) -> Iterable[Line]:
 
 
 def gpus(arguments: argparse.Namespace) -> Iterable[Line]:
-    """How many GPUs two cores can feed."""
-    for found in data_path.many_gpus(arguments.gpus):
+    """How busy simulated GPUs are, fed by the cores of this machine."""
+    for n_gpus in arguments.gpus:
+        use = data_path.measure_gpus(n_gpus)
         yield Line(
-            work=f"{found['gpus']} simulated GPUs busy",
+            work=f"{n_gpus} simulated GPUs busy",
             peer="-",
-            ratio=found["busy"],
-            goal=None,
-            noise=None,
-            limit_share=None,
-            ours=f"{found['behaviors_per_s']:,.0f} behaviors/s",
-            theirs=f"{5_000 * found['gpus']:,}/s if never waiting",
+            ratio=use.busy,
+            ours=f"{use.behaviors_per_s:,.0f} behaviors/s",
+            theirs=f"{data_path.GPU_TEXTS_PER_S * n_gpus:,}/s if never waiting",
         )
 
 
 def start(arguments: argparse.Namespace) -> Iterable[Line]:
-    """From the command to the first encoded batch."""
+    """The time from the command to the first encoded batch."""
     ours_s, alone_s, beyond_s = data_path.time_to_first_batch(min(arguments.turns, 2))
     work = "from the command to the first encoded batch"
-    nothing: dict[str, Any] = {"ratio": None, "goal": None, "noise": None, "limit_share": None}
-    alone = f"{alone_s:.1f} s"
     yield Line(
-        work=work, peer="Ray's start and the model's load alone", ours=f"{ours_s:.1f} s", theirs=alone, **nothing
+        work=work,
+        peer="Ray's start and the model's load alone",
+        ours=f"{ours_s:.1f} s",
+        theirs=f"{alone_s:.1f} s",
     )
-    yield Line(work=f"{work}, beyond those", peer="-", ours=f"{beyond_s:.1f} s", theirs="goal 3 s", **nothing)
+    yield Line(work=f"{work}, beyond those", peer="-", ours=f"{beyond_s:.1f} s", theirs="goal 3 s")
 
 
 _WORKS: dict[str, Callable[[argparse.Namespace], Iterable[Line]]] = {
@@ -179,27 +176,27 @@ _WORKS: dict[str, Callable[[argparse.Namespace], Iterable[Line]]] = {
 
 
 def main() -> int:
-    """Runs what was asked for; returns the exit code."""
+    """Run the chosen benchmarks; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=list(_WORKS), default=[], help="some works only; the files keep their results"
+        "--only", nargs="+", choices=list(_WORKS), default=[], help="run these only, and write no result files"
     )
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5, help="measurements per contender")
     parser.add_argument("--acl", type=Path, help="folder with histories.parquet and next_title_train.parquet")
-    parser.add_argument("--titles", type=int, default=12_000)
-    parser.add_argument("--abstracts", type=int, default=1_200)
-    parser.add_argument("--path", type=int, default=200_000, help="behaviors of the data path")
-    parser.add_argument("--store", type=int, default=200_000, help="behaviors of the refreshed store")
-    parser.add_argument("--gpus", type=int, nargs="+", default=(1, 4, 16))
+    parser.add_argument("--titles", type=int, default=12_000, help="number of titles that embed encodes")
+    parser.add_argument("--abstracts", type=int, default=1_200, help="number of abstracts that embed encodes")
+    parser.add_argument("--path", type=int, default=200_000, help="number of behaviors of the data path")
+    parser.add_argument("--store", type=int, default=200_000, help="number of behaviors in the refreshed store")
+    parser.add_argument("--gpus", type=int, nargs="+", default=(1, 4, 16), help="numbers of simulated GPUs")
     arguments = parser.parse_args()
     lines: list[Line] = []
     started = time.perf_counter()
     for name in arguments.only or _WORKS:
-        begun = time.perf_counter()
+        work_started = time.perf_counter()
         for line in _WORKS[name](arguments):
             lines.append(line)
             print(" | ".join((*_rates(line), *_goals(line)[2:], *_memory(line)[2:])), flush=True)
-        print(f"  ({name}: {time.perf_counter() - begun:,.0f} s)", file=sys.stderr, flush=True)
+        print(f"  ({name}: {time.perf_counter() - work_started:,.0f} s)", file=sys.stderr, flush=True)
     if not arguments.only:
         _write(lines, time.perf_counter() - started)
     missed = [line for line in lines if line.misses]
@@ -209,11 +206,11 @@ def main() -> int:
 
 
 def _line(work: str, ours: Contender, peer: Contender, goal: float, limit: Contender) -> Line:
-    found, noise = ratio(ours, peer)
+    median, noise = ratio(ours, peer)
     return Line(
         work=work,
         peer=peer.name,
-        ratio=found,
+        ratio=median,
         goal=goal,
         noise=noise,
         limit_share=ratio(ours, limit)[0],
@@ -244,16 +241,16 @@ def _memory(line: Line) -> Sequence[str]:
 
 
 def _table(heads: Sequence[str], lines: Sequence[Line], cells: Callable[[Line], Sequence[str]]) -> str:
-    """A Markdown table of the lines that have anything beyond their two names."""
+    """A Markdown table of the lines with at least one value besides their two names."""
     rows = [heads, ["---"] * len(heads), *(row for row in map(cells, lines) if any(row[2:]))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _write(lines: Sequence[Line], seconds: float) -> None:
-    """Both files."""
+    """Update `results.json` and the marked part of `RESULTS.md`."""
     facts = ("work", "peer", "ratio", "goal", "noise", "limit_share")
-    found = [json.dumps({name: _rounded(getattr(line, name)) for name in facts}, ensure_ascii=False) for line in lines]
-    (_HERE / "results.json").write_text("[\n" + ",\n".join(found) + "\n]\n")
+    rows = [json.dumps({name: _rounded(getattr(line, name)) for name in facts}, ensure_ascii=False) for line in lines]
+    (_HERE / "results.json").write_text("[\n" + ",\n".join(rows) + "\n]\n")
     text = f"""{_table(("work", "compared with", "ours", "theirs", "ratio"), lines, _rates)}
 
 Goals, and the limit of the hardware for the same work:
@@ -265,7 +262,7 @@ Peak memory in MiB:
 {_table(("work", "compared with", "ours", "theirs"), lines, _memory)}
 
 Last run: {seconds / 60:.0f} minutes, {_CORES} cores, Python {platform.python_version()}. Rates are medians over turns.
-A ratio is the median of the ratios of each turn, ± half the distance between their quartiles.
+A ratio is the median of the ratios of all turns, ± half their interquartile range.
 """
     results = _HERE / "RESULTS.md"
     before, rest = results.read_text().split(_BEGIN)

@@ -1,7 +1,7 @@
-"""Contenders that do the same work in turns (A, B, A, B, ...), each in a process of its own, so that memory is its own.
+"""Run benchmark contenders in turns (A, B, A, B, ...), each in a separate process, and measure speed and peak memory.
 
-A ratio is taken within each turn, where both met the same machine, and the median over turns is quoted; the noise is
-half the distance between the quartiles of those ratios.
+A ratio compares two contenders within one turn, when both had the same machine load. We report the median over turns;
+the noise is half the interquartile range.
 """
 
 import multiprocessing
@@ -20,64 +20,68 @@ import psutil
 
 
 class Work(Protocol):
-    """What a contender does in each turn."""
+    """What a contender does in each turn.
+
+    Optional methods: `result()` returns an output to compare between contenders, and `close()` frees resources.
+    """
 
     def turn(self) -> tuple[float, float]:
-        """Does the work once; returns how much it was, in units that the contenders share, and the seconds.
-
-        A work may also have `found()`, what it makes of its input, and `end()`, for what it has started.
-        """
+        """Do the work once; returns the amount, in a unit that the contenders share, and the seconds."""
 
 
 @dataclass(kw_only=True)
 class Contender:
-    """A class with a method `turn`, in a process that it shares with those of the same `process`, or else name."""
+    """One way to do the work, and its measurements."""
 
     name: str
     work: type[Any]
+    """The class of the `Work`."""
     settings: Mapping[str, Any]
+    """Its keyword arguments."""
     process: str = ""
+    """Contenders with the same non-empty value share a process."""
     rates: list[float] = field(default_factory=list)
+    """Units per second in each turn."""
     peak_mib: float = 0.0
-    found: Any = None
-    """What the work's `found` returns: for a look at whether all do the same."""
+    result: Any = None
+    """The return value of the work's `result()`, to check that all contenders do the same."""
 
     @property
-    def home(self) -> str:
-        """What the contenders of one process share."""
+    def process_key(self) -> str:
+        """Contenders with an equal key share a process."""
         return self.process or self.name
 
     @property
     def rate(self) -> float:
-        """The median over turns, units a second."""
+        """Units per second, the median over turns."""
         return statistics.median(self.rates)
 
 
 def compete(contenders: Sequence[Contender], turns: int) -> None:
-    """Fills `rates`, `peak_mib` and `found` of each contender; a median of five does not mind a slow first turn."""
-    processes = {one.home: _Process() for one in contenders}
+    """Fill in `rates`, `peak_mib` and `result` of each contender."""
+    processes = {one.process_key: _Process() for one in contenders}
     try:
-        for place, one in enumerate(contenders):
-            one.found = processes[one.home].make(place, one.work, dict(one.settings))
+        for i, one in enumerate(contenders):
+            one.result = processes[one.process_key].create(i, one.work, dict(one.settings))
         for _ in range(turns):
-            for place, one in enumerate(contenders):
-                with processes[one.home].watched() as memory:
-                    units, seconds = processes[one.home].turn(place)
+            for i, one in enumerate(contenders):
+                with processes[one.process_key].memory() as memory:
+                    units, seconds = processes[one.process_key].turn(i)
                 one.rates.append(units / seconds)
                 one.peak_mib = max(one.peak_mib, memory.peak_mib)
     finally:
         for process in processes.values():
-            process.end()
+            process.close()
 
 
 def ratio(ours: Contender, peer: Contender) -> tuple[float, float]:
-    """How many times as fast as the peer, and the noise of that."""
-    ratios = [mine / theirs for mine, theirs in zip(ours.rates, peer.rates, strict=True)]
+    """Our rate divided by the peer's, and the noise of this ratio."""
+    ratios = [our_rate / peer_rate for our_rate, peer_rate in zip(ours.rates, peer.rates, strict=True)]
     return statistics.median(ratios), spread(ratios)
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the distance between the quartiles."""
+    """Half the interquartile range."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -85,13 +89,13 @@ def spread(values: Sequence[float]) -> float:
 
 
 class Memory:
-    """The peak of a process and all below it, and of the largest of each name: resident, not shared, in MiB."""
+    """Peak memory (resident minus shared, MiB) of a process tree, and of its largest process by name."""
 
     def __init__(self, pid: int) -> None:
         self.peak_mib = 0.0
         self.peaks_mib: dict[str, float] = defaultdict(float)
         self._pid = pid
-        self._ended = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
@@ -99,19 +103,19 @@ class Memory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
+        self._stopped.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(0.2):
+        while not self._stopped.wait(0.2):
             total = 0.0
             with suppress(psutil.NoSuchProcess):
                 root = psutil.Process(self._pid)
                 for process in [root, *root.children(recursive=True)]:
                     with suppress(psutil.NoSuchProcess):
-                        found = process.memory_info()
-                        mib = (found.rss - found.shared) / 2**20
-                        # Ray's workers are named after what they do at the moment.
+                        info = process.memory_info()
+                        mib = (info.rss - info.shared) / 2**20
+                        # A Ray worker's command line names its current task.
                         name = "driver" if process.pid == self._pid else (process.cmdline() or ["?"])[0].split("(")[0]
                         self.peaks_mib[Path(name).name] = max(self.peaks_mib[Path(name).name], mib)
                         total += mib
@@ -119,47 +123,47 @@ class Memory:
 
 
 class _Process:
-    """One process that keeps what was made in it."""
+    """A process that keeps its works between turns."""
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
-    def make(self, place: int, work: type[Any], settings: dict[str, Any]) -> Any:
-        self._pid, found = self._pool.submit(_make, place, work, settings).result()
-        return found
+    def create(self, i: int, work: type[Any], settings: dict[str, Any]) -> Any:
+        self._pid, result = self._pool.submit(_create, i, work, settings).result()
+        return result
 
-    def turn(self, place: int) -> tuple[float, float]:
-        return self._pool.submit(_turn, place).result()
+    def turn(self, i: int) -> tuple[float, float]:
+        return self._pool.submit(_turn, i).result()
 
-    def watched(self) -> Memory:
+    def memory(self) -> Memory:
         return Memory(self._pid)
 
-    def end(self) -> None:
-        self._pool.submit(_end).result()
+    def close(self) -> None:
+        self._pool.submit(_close).result()
         self._pool.shutdown()
 
 
-_made: dict[int, Any] = {}
+_works: dict[int, Any] = {}
 
 
-def _make(place: int, work: type[Any], settings: dict[str, Any]) -> tuple[int, Any]:
-    _made[place] = made = work(**settings)
-    return multiprocessing.current_process().pid or 0, made.found() if hasattr(made, "found") else None
+def _create(i: int, work: type[Any], settings: dict[str, Any]) -> tuple[int, Any]:
+    _works[i] = created = work(**settings)
+    return multiprocessing.current_process().pid or 0, created.result() if hasattr(created, "result") else None
 
 
-def _turn(place: int) -> tuple[float, float]:
-    found: tuple[float, float] = _made[place].turn()
-    return found
+def _turn(i: int) -> tuple[float, float]:
+    measured: tuple[float, float] = _works[i].turn()
+    return measured
 
 
-def _end() -> None:
-    for made in _made.values():
-        if hasattr(made, "end"):
-            made.end()
+def _close() -> None:
+    for work in _works.values():
+        if hasattr(work, "close"):
+            work.close()
 
 
-def timed(work: Any) -> float:
-    """Seconds of a call."""
+def timed(call: Any) -> float:
+    """Seconds that `call()` takes."""
     started = time.perf_counter()
-    work()
+    call()
     return time.perf_counter() - started

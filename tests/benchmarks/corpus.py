@@ -1,4 +1,4 @@
-"""Texts of the lengths of titles (16 tokens) and abstracts (205), made up of single-token words, or real ones."""
+"""Texts as long as titles (16 tokens) and abstracts (205 tokens): generated from single-token words, or real ones."""
 
 import random
 from pathlib import Path
@@ -9,12 +9,13 @@ from transformers import AutoTokenizer
 
 from persona.models import packaged
 
-# Words a text: mean, spread, least and most; two more tokens are special ones.
+# Words per text: mean, standard deviation, minimum and maximum. Special tokens add two.
 _LENGTHS = {"titles": (14, 5, 3, 38), "abstracts": (203, 55, 40, 254)}
+_BEHAVIORS_PER_USER = 100
 
 
 def texts(kind: str, n: int, *, acl: Path | None = None, seed: int = 0) -> list[str]:
-    """`n` texts, all different; with `acl`, papers of the ACL Anthology from that folder, as far as there are."""
+    """`n` different texts; with `acl`, at most `n` texts of the ACL Anthology papers in that folder."""
     if acl is not None:
         table, column = ("next_title_train", "target") if kind == "titles" else ("histories", "text")
         found = pq.read_table(acl / f"{table}.parquet", columns=[column])[column].unique()
@@ -27,12 +28,12 @@ def texts(kind: str, n: int, *, acl: Path | None = None, seed: int = 0) -> list[
     return [" ".join([*draw.choices(words, k=length - 1), words[i % len(words)]]) for i, length in enumerate(lengths)]
 
 
-def write_histories(path: Path, found: list[str], *, each: int = 100, first: int = 0) -> None:
-    """The texts as behaviors of users who have `each` of them, in a Parquet file."""
+def write_histories(path: Path, behaviors: list[str], *, first: int = 0) -> None:
+    """Write the texts to a Parquet file as behaviors number `first` and up, `_BEHAVIORS_PER_USER` per user."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = range(first, first + len(found))
-    users = [f"user-{number // each}" for number in numbers]
-    columns = {"user_id": users, "behavior_id": [f"b{number}" for number in numbers], "text": found}
+    numbers = range(first, first + len(behaviors))
+    users = [f"user-{number // _BEHAVIORS_PER_USER}" for number in numbers]
+    columns = {"user_id": users, "behavior_id": [f"b{number}" for number in numbers], "text": behaviors}
     pq.write_table(pa.table(columns), path)
 
 

@@ -1,8 +1,8 @@
-"""The data path without an encoder, the refresh of a store, many GPUs at once, and how soon the first batch is encoded.
+"""Measure `jobs.embed` apart from its encoder: data path, refresh, many GPUs, and the time to the first batch.
 
     python -m tests.benchmarks.data_path gpus 8
 
-Each function prints nothing and returns numbers; those that need a Ray of their own run as a process.
+Functions that need a fresh Ray run as a separate process of this module, which prints its result as JSON.
 """
 
 import json
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,18 @@ from persona.models import packaged
 from persona.models.encoder import Encoded
 from tests.benchmarks import corpus, many_users
 from tests.benchmarks.contest import timed
-from tests.benchmarks.encoding import stamped, stamps
+from tests.benchmarks.encoding import read_blocks, recorded
 
-_GPU_TEXTS_PER_S = 5_000
-_EACH = 5
+GPU_TEXTS_PER_S = 5_000
+"""Texts per second of a simulated GPU."""
+_N_EACH = 5  # behaviors per user
 _STARTS = 2
 
 
 class DataPath:
-    """`jobs.embed` with an encoder that costs next to nothing: read, find what is missing, commit.
+    """`jobs.embed` with an encoder that costs almost nothing: read, find what is missing, commit.
 
-    Its start, which does not grow with the input, is measured before the first turns and taken off.
+    The start-up time, which does not grow with the input, is measured in the first turns and subtracted.
     """
 
     def __init__(self, n: int) -> None:
@@ -43,11 +45,11 @@ class DataPath:
         session.connect()
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
         self.starts_s: list[float] = []
-        self.n = many_users.write(self.folder / "all", many_users.histories(n // _EACH, _EACH))
+        self.n = many_users.write(self.folder / "all", many_users.histories(n // _N_EACH, _N_EACH))
         corpus.write_histories(self.folder / "two" / "0.parquet", ["only", "two"])
 
     def turn(self) -> tuple[float, float]:
-        """All rows but two, less the time that the job takes for two: the median of the first turns."""
+        """All rows but two, and the time beyond that of a job with two rows."""
         if len(self.starts_s) < _STARTS:
             self.starts_s.append(self.embed("two"))
         return self.n - 2, self.embed("all") - statistics.median(self.starts_s)
@@ -69,14 +71,14 @@ class ScanAndWrite:
 
     def __init__(self, n: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
-        self.n = many_users.write(self.folder / "all", many_users.histories(n // _EACH, _EACH))
+        self.n = many_users.write(self.folder / "all", many_users.histories(n // _N_EACH, _N_EACH))
 
     def turn(self) -> tuple[float, float]:
-        """All rows."""
+        """Copy all rows."""
         return self.n, timed(self.copy)
 
     def copy(self) -> None:
-        """As the store has them: ids, time and 768 bytes of vector."""
+        """Write the input with a vector column, as a store has it."""
         vectors = np.random.default_rng(0).normal(size=(65_536, many_users.WIDTH)).astype("<f2")
         cells = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(2 * many_users.WIDTH), len(vectors), [None, pa.py_buffer(vectors.tobytes())]
@@ -94,7 +96,7 @@ class ScanAndWrite:
 
 
 class Refresh:
-    """A store built once; each turn is a refresh that finds 1 % new."""
+    """A store that is built once, and refreshed in each turn with 1 % new behaviors."""
 
     def __init__(self, n: int) -> None:
         from jobs.runtime import session
@@ -108,7 +110,7 @@ class Refresh:
         self.build_s = timed(self.embed)
 
     def embed(self) -> None:
-        """The job on what lies there now."""
+        """Run the job on all input files."""
         from jobs import embed
 
         encoder = str(packaged.minilm())
@@ -118,7 +120,7 @@ class Refresh:
         assert summary.result["committed"] == (self.n_new if self.turns else self.n), summary.result
 
     def turn(self) -> tuple[float, float]:
-        """How many refreshes one build is worth, and the seconds of this one."""
+        """The seconds of the build, and those of a refresh: the rate is how many refreshes take as long as a build."""
         self.turns += 1
         texts = corpus.texts("titles", self.n_new, seed=self.turns)
         first = self.n + self.turns * self.n_new
@@ -127,17 +129,30 @@ class Refresh:
 
 
 class SleepingEncoder:
-    """Takes as long as a GPU that encodes 5,000 texts a second, and no CPU."""
+    """Takes as long as a GPU that encodes `GPU_TEXTS_PER_S`, and no CPU time."""
 
     def encode(self, texts: list[str]) -> Encoded:
-        """As `persona.models.encoder.TextEncoder.encode`; all vectors are alike."""
-        time.sleep(len(texts) / _GPU_TEXTS_PER_S)
+        """Like `TextEncoder.encode`; all vectors are equal."""
+        time.sleep(len(texts) / GPU_TEXTS_PER_S)
         vectors = np.full((len(texts), many_users.WIDTH), many_users.WIDTH**-0.5, np.float16)
         return Encoded(vectors=vectors, n_tokens=len(texts), n_padded=len(texts), tokenize_s=0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GpuUse:
+    """How well the simulated GPUs were fed."""
+
+    gpus: int
+    behaviors: int
+    busy: float
+    """Share of the time that the GPUs were encoding, each from its first text to its last."""
+    behaviors_per_s: float
+    seconds: dict[str, float]
+    """Seconds of each step, from the profile of the job."""
+
+
 def gpus(n_gpus: int, seconds: float = 4.0) -> dict[str, Any]:
-    """Share of the time that GPUs were busy, each from its first text to its last; a Ray that believes in so many."""
+    """A `GpuUse`: `jobs.embed` on a Ray with simulated GPUs, on enough texts for `seconds` of encoding."""
     import ray
 
     from jobs import embed
@@ -153,13 +168,14 @@ def gpus(n_gpus: int, seconds: float = 4.0) -> dict[str, Any]:
 
         def __call__(self, behaviors: pa.Table) -> pa.Table:
             if behaviors.num_rows and not self.n_blocks:
-                self.idle_since = time.perf_counter()  # before the first text there is nothing to wait for
+                self.idle_since = time.perf_counter()  # the wait for the first text does not count
             self.n_blocks += 1
             return super().__call__(behaviors)
 
     embed.Encode = Sleep  # type: ignore[misc]
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    n = many_users.write(folder / "in", many_users.histories(int(n_gpus * seconds * _GPU_TEXTS_PER_S / _EACH), _EACH))
+    n_users = int(n_gpus * seconds * GPU_TEXTS_PER_S / _N_EACH)
+    n = many_users.write(folder / "in", many_users.histories(n_users, _N_EACH))
     encoder = str(packaged.minilm())
     config = embed.Config(
         histories=str(folder / "in"), store=str(folder / "store"), encoder=encoder, max_tokens=64, profile=True
@@ -168,22 +184,24 @@ def gpus(n_gpus: int, seconds: float = 4.0) -> dict[str, Any]:
     shutil.rmtree(folder)
     spent = result["profile"]["seconds"]
     assert session.connect().gpus == n_gpus
-    return {
-        "gpus": n_gpus,
-        "behaviors": n,
-        "busy": spent["encode"] / (spent["encode"] + spent["waiting"]),
-        "behaviors_per_s": n / ((spent["encode"] + spent["waiting"]) / n_gpus),
-        "seconds": spent,
-    }
+    total_s = spent["encode"] + spent["waiting"]
+    use = GpuUse(
+        gpus=n_gpus,
+        behaviors=n,
+        busy=spent["encode"] / total_s,
+        behaviors_per_s=n / (total_s / n_gpus),
+        seconds=spent,
+    )
+    return asdict(use)
 
 
-def many_gpus(counts: tuple[int, ...] = (1, 2, 4, 8, 16)) -> list[dict[str, Any]]:
-    """`gpus` for each count, each in a process of its own."""
-    return [_process("gpus", str(count)) for count in counts]
+def measure_gpus(n_gpus: int) -> GpuUse:
+    """`gpus` in a separate process."""
+    return GpuUse(**_process("gpus", str(n_gpus)))
 
 
-def start_alone() -> dict[str, Any]:
-    """Ray's start, one actor with the model, one text: what no job can do without."""
+def start_alone() -> dict[str, float]:
+    """The least that any job needs: start Ray, load the model in one actor per core, encode one text."""
     import ray
 
     from jobs.runtime import session
@@ -206,23 +224,23 @@ def start_alone() -> dict[str, Any]:
     return {"encoded_at": min(ray.get([model.encode.remote() for model in models]))}
 
 
-def start_of_embed(folder: str) -> dict[str, Any]:
-    """`jobs.embed` as a command; its first encoded batch."""
+def start_of_embed(folder: str) -> dict[str, float]:
+    """`jobs.embed` on the histories in `folder`, and when its first batch was encoded."""
     from jobs import embed
     from jobs.runtime import session
 
-    calls = Path(folder) / "calls"
-    embed.Encode = stamped(embed.Encode, calls)  # type: ignore[misc]
+    blocks = Path(folder) / "blocks"
+    embed.Encode = recorded(embed.Encode, blocks)  # type: ignore[misc]
     session.connect()
     config = embed.Config(
         histories=f"{folder}/in", store=f"{folder}/store", encoder=str(packaged.minilm()), max_tokens=64
     )
     embed.main(config)
-    return {"encoded_at": min(ended for _, _, ended, _ in stamps(calls))}
+    return {"encoded_at": min(block.ended for block in read_blocks(blocks))}
 
 
 def time_to_first_batch(turns: int) -> tuple[float, float, float]:
-    """Medians of seconds from the command to the first encoded batch: of `jobs.embed`, alone, and of the difference."""
+    """Median seconds to the first encoded batch: of `jobs.embed`, of `start_alone`, and of their difference."""
     ours, alone = [], []
     for _ in range(turns):
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -231,23 +249,23 @@ def time_to_first_batch(turns: int) -> tuple[float, float, float]:
             ours.append(_process("start_of_embed", folder)["encoded_at"] - started)
         started = time.time()
         alone.append(_process("start_alone")["encoded_at"] - started)
-    beyond = [mine - theirs for mine, theirs in zip(ours, alone, strict=True)]
+    beyond = [ours_s - alone_s for ours_s, alone_s in zip(ours, alone, strict=True)]
     return statistics.median(ours), statistics.median(alone), statistics.median(beyond)
 
 
 def _process(name: str, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.benchmarks.data_path", name, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
-    # Ray's own warnings may come behind it.
-    found: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
-    return found
+    # Ray may print warnings after the result.
+    result: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    return result
 
 
 if __name__ == "__main__":
-    function, *given = sys.argv[1:]
-    known: dict[str, Any] = {
+    function, *words = sys.argv[1:]
+    functions: dict[str, Any] = {
         "gpus": lambda count: gpus(int(count)),
         "start_alone": start_alone,
         "start_of_embed": start_of_embed,
     }
-    print(json.dumps(known[function](*given)))
+    print(json.dumps(functions[function](*words)))

@@ -1,4 +1,4 @@
-"""`jobs.embed` beside what its user would write without it, on the same texts with the same model."""
+"""Contenders that encode texts: `jobs.embed`, Ray's recipe, sentence_transformers, and the limit of the hardware."""
 
 import multiprocessing
 import os
@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,29 @@ from tests.benchmarks.contest import timed
 
 _MAX_TOKENS = 256
 _CORES = 2
-_RAY_ENDS_S = 3  # its actors end behind the job, which the next one in turn must not pay for
+_RAY_STOPS_S = 3  # its actors stop after the job, during the next contender's turn unless we wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One call of a model; times are in seconds since the epoch."""
+
+    process: int
+    began: float
+    ended: float
+    rows: int
 
 
 class OnRay:
-    """A job on a Ray that is up, from the moment when all models are at work to the last row that is written.
+    """A job on a running Ray, timed from when all models are at work to the last row written.
 
-    What is before does not grow with the input, but for the reads, whose rate is that of the data path.
+    What comes before does not grow with the input, except for the reads, whose rate `data_path` measures.
     """
 
     model: type[Any]
     """The class of the actors."""
     written: str
-    """What a pattern of file names finds in the output when all is written."""
+    """Pattern of the names of the output files."""
 
     def __init__(self, texts: list[str]) -> None:
         from jobs.runtime import session
@@ -39,30 +50,33 @@ class OnRay:
         corpus.write_histories(self.folder / "in" / "0.parquet", texts)
 
     def turn(self) -> tuple[float, float]:
-        """The texts that were encoded in that time; of a block that had been begun before, its share."""
-        calls, out = self.folder / "calls", self.folder / "out"
-        self.job(self.folder / "in", out, stamped(self.model, calls))
-        blocks = stamps(calls)
-        first = {process: began for process, began, _, _ in reversed(blocks)}
+        """The texts encoded in the timed span; a block that began earlier counts in part."""
+        blocks_folder, out = self.folder / "blocks", self.folder / "out"
+        self.job(self.folder / "in", out, recorded(self.model, blocks_folder))
+        blocks = read_blocks(blocks_folder)
+        first = {block.process: block.began for block in reversed(blocks)}
         if len(first) < _CORES:
             raise AssertionError(f"{len(first)} of {_CORES} models were at work")
-        begun = max(first.values())
+        began = max(first.values())
         written = max(file.stat().st_mtime for file in out.rglob(self.written))
-        n = sum(rows * max(0.0, ended - max(began, begun)) / (ended - began) for _, began, ended, rows in blocks)
-        shutil.rmtree(calls)
+        n = sum(
+            block.rows * max(0.0, block.ended - max(block.began, began)) / (block.ended - block.began)
+            for block in blocks
+        )
+        shutil.rmtree(blocks_folder)
         shutil.rmtree(out)
-        return n, written - begun
+        return n, written - began
 
     def job(self, source: Path, out: Path, model: type[Any]) -> None:
-        """Reads, encodes, writes."""
+        """Read, encode and write."""
         raise NotImplementedError
 
 
-def stamped(model: type[Any], folder: Path) -> type[Any]:
-    """The same class; each block that is not empty leaves one of `stamps` in the folder."""
+def recorded(model: type[Any], folder: Path) -> type[Any]:
+    """A subclass that records each call with rows in `folder`, for `read_blocks`."""
     folder.mkdir()
 
-    class Stamped(model):
+    class Recorded(model):
         def __call__(self, block: Any) -> Any:
             n, began = len(block["text"]), time.time()
             done = super().__call__(block)
@@ -70,18 +84,21 @@ def stamped(model: type[Any], folder: Path) -> type[Any]:
                 (folder / f"{os.getpid()} {began} {time.time()} {n}").touch()
             return done
 
-    return Stamped
+    return Recorded
 
 
-def stamps(folder: Path) -> list[tuple[int, float, float, int]]:
-    """Of each block the process, when it began and ended (seconds of the clock), and its rows; by its beginning."""
-    found = [file.name.split() for file in folder.iterdir()]
-    blocks = [(int(process), float(began), float(ended), int(n)) for process, began, ended, n in found]
-    return sorted(blocks, key=lambda block: block[1])
+def read_blocks(folder: Path) -> list[Block]:
+    """The recorded blocks in the order in which they began."""
+    names = [file.name.split() for file in folder.iterdir()]
+    blocks = [
+        Block(process=int(process), began=float(began), ended=float(ended), rows=int(n))
+        for process, began, ended, n in names
+    ]
+    return sorted(blocks, key=lambda block: block.began)
 
 
 class SentenceActor:
-    """The class of Ray's recipe."""
+    """The actor of Ray's recipe."""
 
     def __init__(self) -> None:
         from sentence_transformers import SentenceTransformer
@@ -89,19 +106,19 @@ class SentenceActor:
         self.model = SentenceTransformer(str(packaged.minilm()), device="cpu")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Adds the vectors."""
+        """Add the vectors."""
         batch["vector"] = self.model.encode(list(batch["text"]), show_progress_bar=False)
         return batch
 
 
 class Embed(OnRay):
-    """Ours: read, compare with the store, encode, commit; in blocks so small that no core waits for the last one."""
+    """`jobs.embed`: read, compare with the store, encode, commit. With small blocks, no core waits for the last."""
 
     model = embed.Encode
     written = "_delta_log/*.json"
 
     def job(self, source: Path, out: Path, model: type[Any]) -> None:
-        """`jobs.embed` into a new store."""
+        """Embed into a new store."""
         embed.Encode = model  # type: ignore[misc]
         config = embed.Config(
             histories=str(source),
@@ -116,25 +133,25 @@ class Embed(OnRay):
 
 
 class RaysRecipe(OnRay):
-    """Ray's documentation on batch embeddings: a class with a model for `map_batches`, then `write_parquet`."""
+    """The recipe for batch embeddings in Ray's documentation: an actor class in `map_batches`, then `write_parquet`."""
 
     model = SentenceActor
     written = "*.parquet"
 
     def job(self, source: Path, out: Path, model: type[Any]) -> None:
-        """`sentence_transformers` in one actor a core."""
+        """Encode with sentence_transformers in one actor per core."""
         import ray
         from ray.data import ActorPoolStrategy
 
         rows = ray.data.read_parquet(str(source)).repartition(8)
         pool = ActorPoolStrategy(size=_CORES)
-        batch_size = max(1, self.n // 8)  # no core waits for the other one
+        batch_size = max(1, self.n // 8)  # so that no core waits for the other
         rows.map_batches(model, batch_size=batch_size, compute=pool, num_cpus=1).write_parquet(str(out))
-        time.sleep(_RAY_ENDS_S)
+        time.sleep(_RAY_STOPS_S)
 
 
 class SentenceTransformers:
-    """`encode` on texts in memory by a model that is loaded; in bf16 with the batch size that is best for a sample."""
+    """`SentenceTransformer.encode` on texts in memory; in bf16 with the batch size that is fastest on a sample."""
 
     def __init__(self, texts: list[str], dtype: str) -> None:
         import torch
@@ -144,7 +161,7 @@ class SentenceTransformers:
         self.model = SentenceTransformer(str(packaged.minilm()), device="cpu", model_kwargs=kwargs)
         self.model.max_seq_length = _MAX_TOKENS
         self.texts = texts
-        self.batch_size = 32  # as it comes
+        self.batch_size = 32  # the default
         if dtype != "float32":
             sample = texts[: max(64, len(texts) // 4)]
             sizes = (8, 16, 32, 64, 128)
@@ -152,16 +169,16 @@ class SentenceTransformers:
             self.batch_size = min(best, key=lambda size: best[size])
 
     def encode(self, texts: list[str], batch_size: int) -> None:
-        """All of them."""
+        """Encode the texts."""
         self.model.encode(texts, batch_size=batch_size, show_progress_bar=False)
 
     def turn(self) -> tuple[float, float]:
-        """All texts."""
+        """Encode all texts."""
         return len(self.texts), timed(lambda: self.encode(self.texts, self.batch_size))
 
 
 class LinearLayers:
-    """The limit: the matrix products of the encoder alone, on the batches and in the precision of `jobs.embed`."""
+    """The limit: only the linear layers of the encoder, on the batches and in the precision of `jobs.embed`."""
 
     def __init__(self, texts: list[str]) -> None:
         self.n = len(texts)
@@ -172,11 +189,11 @@ class LinearLayers:
             loaded.result()
 
     def turn(self) -> tuple[float, float]:
-        """All texts, on all cores."""
+        """Process all texts, on all cores."""
         return self.n, timed(lambda: [done.result() for done in [pool.submit(_linear) for pool in self.pools]])
 
-    def end(self) -> None:
-        """Its processes."""
+    def close(self) -> None:
+        """Stop the processes."""
         for pool in self.pools:
             pool.shutdown()
 

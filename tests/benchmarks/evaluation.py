@@ -1,10 +1,10 @@
-"""The rate and the memory of teacher-forced evaluation, for any number of requests.
+r"""Measure the speed and memory of `jobs.evaluate` on any number of requests.
 
     python -m tests.benchmarks.evaluation --requests demo-run/requests-test.parquet --store demo-run/store \
         --plug demo-run/plug --counts 2500 10000
 
-`jobs.evaluate` in a process of its own for each count. Where there are fewer requests than that, they come again under
-other ids. Memory is resident and private, of the driver and of the largest worker.
+Runs `jobs.evaluate` in a separate process for each count, and repeats the requests under new ids if there are too few.
+Memory is resident minus shared, of the driver and of the largest worker.
 """
 
 import argparse
@@ -24,26 +24,27 @@ from tests.benchmarks.contest import Memory
 
 
 def main() -> None:
-    """Prints a line a count, the rate between the first and the last, and a line of JSON."""
+    """Print one line per count, the rate between the first and the last count, and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=Path, required=True, help="a Parquet file with targets")
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--plug", required=True)
-    parser.add_argument("--counts", type=int, nargs="+", default=(2_500, 10_000))
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--requests", type=Path, required=True, help="Parquet file of requests with targets")
+    parser.add_argument("--store", required=True, help="folder of the store")
+    parser.add_argument("--plug", required=True, help="folder of the plug")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=(2_500, 10_000), help="numbers of requests, one run for each"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="batch size of jobs.evaluate")
     arguments = parser.parse_args()
     requests = pq.read_table(arguments.requests)
-    found = []
+    runs = []
     for count in arguments.counts:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             pq.write_table(_repeated(requests, count), Path(folder) / "requests.parquet")
-            found.append({"requests": count, **_evaluate(Path(folder), arguments)})
-        print("{requests:>8,} requests  {seconds:8.1f} s  peak MiB {peak_mib}".format(**found[-1]), flush=True)
-    first, last = found[0], found[-1]
-    more, longer_s = last["requests"] - first["requests"], last["seconds"] - first["seconds"]
-    per_s = round(more / longer_s, 1) if more else None
-    print(f"each further second   {per_s} requests")
-    print(json.dumps({"runs": found, "requests_per_s": per_s}))
+            runs.append({"requests": count, **_evaluate(Path(folder), arguments)})
+        print("{requests:>8,} requests  {seconds:8.1f} s  peak MiB {peak_mib}".format(**runs[-1]), flush=True)
+    more = runs[-1]["requests"] - runs[0]["requests"]
+    per_s = round(more / (runs[-1]["seconds"] - runs[0]["seconds"]), 1) if more else None
+    print(f"requests per second beyond the first run: {per_s}")
+    print(json.dumps({"runs": runs, "requests_per_s": per_s}))
 
 
 def _repeated(requests: pa.Table, count: int) -> pa.Table:
@@ -55,16 +56,16 @@ def _repeated(requests: pa.Table, count: int) -> pa.Table:
 
 
 def _evaluate(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The losses of all requests under their own persona, without answers."""
+    """Measure the losses of all requests with their own persona."""
     flags = {"requests": folder / "requests.parquet", "out": folder / "out", "batch-size": arguments.batch_size}
-    flags |= {"store": arguments.store, "plug": arguments.plug, "personas": "own", "variants": "none-is-asked-for"}
+    flags |= {"store": arguments.store, "plug": arguments.plug, "personas": "own", "variants": "no-such-variant"}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "jobs.evaluate", *words]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job, Memory(job.pid) as memory:
         out, _ = job.communicate()
     if job.returncode:
-        raise SystemExit(f"jobs.evaluate ended with {job.returncode}")
+        raise SystemExit(f"jobs.evaluate ended with exit code {job.returncode}")
     seconds = time.perf_counter() - started
     peaks = memory.peaks_mib
     workers = max((mib for name, mib in peaks.items() if name.startswith("ray::MapWorker")), default=0.0)

@@ -1,11 +1,11 @@
-"""What one GPU reaches with models of real sizes: encoding, training steps and answers, each beside its floor.
+"""Measure encoding, training and generation on one GPU with models of real size, each next to its floor.
 
     python -m tests.benchmarks.gpu
-    python -m tests.benchmarks.gpu --only encode --small     # to try the program where there is no GPU
+    python -m tests.benchmarks.gpu --only encode --small     # to try the program without a GPU
 
-The weights are random: only their number matters. A floor is the arithmetic of `persona.cost` at the rate of a large
-matrix product on the same chip, or the bytes of the LLM's weights, once a token that is made, at the rate of a copy.
-Prints one line of a table each.
+The models have random weights, since speed depends on the shapes only. The floor is the time of the FLOPs
+(`persona.cost`) at the measured rate of a large matrix product, plus for each generated token the time to read the
+LLM's weights at the measured rate of a copy. Prints one table.
 """
 
 import argparse
@@ -53,12 +53,12 @@ _IS_GPU = torch.cuda.is_available()
 _DEVICE = torch.device("cuda" if _IS_GPU else "cpu")
 _INPUT_TOKENS, _QUERY_TOKENS = 256, 276
 _OUTPUT_TOKENS = 32
-_BLOCK_ROWS = 4096  # of `jobs.embed` on GPUs
+_BLOCK_ROWS = 4096  # as in jobs.embed on GPUs
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of the models, and how much work there is."""
+    """Shapes of the models, and amounts of work."""
 
     encoder: BertConfig
     llms: dict[str, PretrainedConfig]
@@ -71,7 +71,7 @@ class Sizes:
 
 
 def _t5(**shape: int) -> T5Config:
-    """FlanT5's kind."""
+    """A configuration like FlanT5's."""
     kind: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     return T5Config(**shape, **kind, decoder_start_token_id=0)
 
@@ -116,7 +116,7 @@ _SMALL = Sizes(
 
 
 class Gpu:
-    """The chip's two rates, measured once."""
+    """The measured rates of the chip: FLOPs and bytes per second."""
 
     def __init__(self, sizes: Sizes) -> None:
         n = sizes.square
@@ -127,54 +127,53 @@ class Gpu:
         self.bytes = 2 * source.nbytes / median_s(lambda: target.copy_(source), 10)
         name = torch.cuda.get_device_name() if _IS_GPU else "CPU"
         print(f"{name}, torch {torch.__version__}: {self.flops / 1e12:.3g} TFLOP/s in a matrix product of {n} x {n} in")
-        print(f"bf16, {self.bytes / 1e12:.3g} TB/s in a copy, read and written\n")
-        print("| work | ours | the floor | share of the floor | beside |\n|---|---|---|---|---|")
+        print(f"bf16, {self.bytes / 1e12:.3g} TB/s in a copy (bytes read and written)\n")
+        print("| work | ours | floor | share of the floor | for comparison |\n|---|---|---|---|---|")
 
 
 def median_s(work: Callable[[], Any], turns: int) -> float:
-    """Seconds of a call, the median of some turns after one that is not counted."""
+    """Median seconds of a call over some turns, after one warm-up turn."""
 
-    def done() -> None:
+    def call() -> None:
         work()
         if _IS_GPU:
             torch.cuda.synchronize()
 
-    return statistics.median([timed(done) for _ in range(turns + 1)][1:])
+    return statistics.median([timed(call) for _ in range(turns + 1)][1:])
 
 
-def line(work: str, rate: float, floor: float, unit: str, beside: str = "") -> None:
-    """One row of the table; rates are in `unit` a second."""
-    print(f"| {work} | {rate:,.4g} {unit}/s | {floor:,.4g} | {rate / floor:.2f} | {beside} |", flush=True)
+def line(work: str, rate: float, floor: float, unit: str, comparison: str = "") -> None:
+    """Print one row of the table; `rate` and `floor` are in `unit` per second."""
+    print(f"| {work} | {rate:,.4g} {unit}/s | {floor:,.4g} | {rate / floor:.2f} | {comparison} |", flush=True)
 
 
 def compare(folder: Path) -> None:
-    """Vectors, losses and answers of tiny models in float32: how far from those that a CPU finds."""
-    here = str(_DEVICE)
+    """Print how far vectors, losses and answers of tiny models in float32 differ from those on a CPU."""
     encoder = resolve(str(models.tiny_encoder(folder / "tiny_encoder")), flag="--encoder")
     texts = [f"the title of paper {number} " * (number % 30) for number in range(300)]
-    how: dict[str, Any] = {"pooling": "mean", "max_tokens": 128, "precision": "fp32"}
-    vectors = [TextEncoder(encoder, **how, device=device).encode(texts).vectors for device in ("cpu", here)]
-    print(f"in float32, beside a CPU: vectors at most {np.abs(vectors[0] - vectors[1]).max():.0e} apart")
+    settings: dict[str, Any] = {"pooling": "mean", "max_tokens": 128, "precision": "fp32"}
+    devices = ("cpu", str(_DEVICE))
+    vectors = [TextEncoder(encoder, **settings, device=device).encode(texts).vectors for device in devices]
+    print(f"float32, compared with a CPU: vectors differ by at most {np.abs(vectors[0] - vectors[1]).max():.0e}")
+    # Not sampling: random numbers differ between kinds of device.
+    decodings = (Decoding(beams=1), Decoding())
     for make in (models.tiny_llama, models.tiny_t5):
         path = resolve(str(make(folder / make.__name__)), flag="--llm")
-        losses, said = [], []
-        for device in ("cpu", here):
+        losses, answers = [], []
+        for device in devices:
             model = plugs.new_model(encoder, FrozenLLM.load(path, precision="fp32", device=device))
             model.plug.to(device)
             losses.append(plugs.losses(model, plugs.ROWS).cpu())
-            ways = (
-                Decoding(beams=1),
-                Decoding(),
-            )  # a sampled answer is drawn from other numbers on each kind of device
             answerer = plugs.new_answerer(model)
-            said.append([answer.text for way in ways for answer in answerer.answer(plugs.ROWS, way)])
-        same = sum(one == other for one, other in zip(*said, strict=True))
-        apart = float((losses[0] - losses[1]).abs().max())
-        print(f"{make.__name__}: losses at most {apart:.0e} nats apart, {same} of {len(said[0])} answers the same")
+            answers.append([answer.text for how in decodings for answer in answerer.answer(plugs.ROWS, how)])
+        same = sum(one == other for one, other in zip(*answers, strict=True))
+        difference = float((losses[0] - losses[1]).abs().max())
+        equal = f"{same} of {len(answers[0])} answers are equal"
+        print(f"{make.__name__}: losses differ by at most {difference:.0e} nats, {equal}")
 
 
 def encode(gpu: Gpu, sizes: Sizes, encoder: ModelFolder) -> None:
-    """`TextEncoder` as an actor of `jobs.embed` has it, beside sentence_transformers in the same precision."""
+    """`TextEncoder` as in an actor of `jobs.embed`, compared with sentence_transformers in the same precision."""
     from sentence_transformers import SentenceTransformer
 
     ours = TextEncoder(encoder, pooling="cls", max_tokens=512)
@@ -188,23 +187,24 @@ def encode(gpu: Gpu, sizes: Sizes, encoder: ModelFolder) -> None:
         flops = sum(
             cost.encoder_flops(encoder.config, n_texts=1, tokens=len(row)) for rows in tokenized for row in rows
         )
-        sample, theirs = texts[::8], []
+        sample, peer_rates = texts[::8], []
         for size in (32, 256):
             seconds = median_s(
                 lambda size=size, sample=sample: peer.encode(sample, batch_size=size, show_progress_bar=False), 1
             )
-            theirs.append(f"{len(sample) / seconds:,.4g}/s in batches of {size}")
+            peer_rates.append(f"{len(sample) / seconds:,.4g}/s in batches of {size}")
         tokenizing_s = median_s(lambda blocks=blocks: [ours.tokenize(block) for block in blocks], 1)
-        beside = f"sentence_transformers {', '.join(theirs)}; the tokenizer alone {len(texts) / tokenizing_s:,.4g}/s"
-        line(f"encode {kind}", rate, len(texts) / flops * gpu.flops, "texts", beside)
+        tokenizer = f"the tokenizer alone {len(texts) / tokenizing_s:,.4g}/s"
+        comparison = f"sentence_transformers {', '.join(peer_rates)}; {tokenizer}"
+        line(f"encode {kind}", rate, len(texts) / flops * gpu.flops, "texts", comparison)
 
 
 def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLLM) -> None:
-    """A step of `jobs.train` in the paper's setting, DeepSpeed included, with requests of full length."""
+    """A training step with DeepSpeed as in `jobs.train`, with the paper's settings and requests of full length."""
     for micro_batch in sizes.micro_batches:
         engine, options = new_engine(llm, encoder, micro_batch)
-        some = rows(micro_batch, encoder.config["hidden_size"])
-        targets = llm.tokenizer.targets([row["target"] for row in some])
+        requests = rows(micro_batch, encoder.config["hidden_size"])
+        targets = llm.tokenizer.targets([row["target"] for row in requests])
         flops = cost.training_flops(
             llm.model.config.to_dict(),
             encoder.config,
@@ -216,8 +216,7 @@ def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLL
         )
         if _IS_GPU:
             torch.cuda.reset_peak_memory_stats()
-        how: dict[str, Any] = {"step": 1, "n_steps": 100, "options": options}
-        step = partial(train_step, engine, some, **how)
+        step = partial(train_step, engine, requests, step=1, n_steps=100, options=options)
         rate = micro_batch / median_s(step, sizes.turns)
         peak = f"peak {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if _IS_GPU else ""
         work = f"training step, {name}, {micro_batch} requests"
@@ -225,29 +224,29 @@ def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLL
 
 
 def generate(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLLM) -> None:
-    """Answers as `jobs.generate` makes them, beside `transformers.generate` on the same texts without a plug."""
+    """Answers as in `jobs.generate`, compared with `transformers.generate` on the same texts without a plug."""
     n = sizes.answers
     model = new_model(llm, encoder)
     plug, engine = prepare_for_inference(model.plug, dtype=llm.dtype, device=llm.device), LocalEngine(llm, batch_size=n)
     answerer = Answerer(plug, engine, model.query_text, batch_size=n)
-    some = rows(n, encoder.config["hidden_size"])
-    inputs = llm.tokenizer.inputs([row["input"] for row in some])
+    requests = rows(n, encoder.config["hidden_size"])
+    inputs = llm.tokenizer.inputs([row["input"] for row in requests])
     ids = torch.tensor([row[:_INPUT_TOKENS] for row in inputs]).to(_DEVICE)
     config = llm.model.config.to_dict()
     prefill_s = cost.llm_flops(config, n_requests=n, inputs=_INPUT_TOKENS, outputs=0) / gpu.flops
     for beams in (1, 4):
         decoding = Decoding(beams=beams, max_new_tokens=_OUTPUT_TOKENS)
         plainly = partial(generate_plainly, engine, decoding, input_ids=ids, attention_mask=torch.ones_like(ids))
-        said = [answer.n_tokens for answer in answerer.answer(some, decoding)]
-        rate = n / median_s(partial(answerer.answer, some, decoding), sizes.turns)
+        lengths = [answer.n_tokens for answer in answerer.answer(requests, decoding)]
+        rate = n / median_s(partial(answerer.answer, requests, decoding), sizes.turns)
         plain = n / median_s(plainly, 1)
-        floor = n / (prefill_s + max(said) * bytes_a_token(llm) / gpu.bytes)
-        work = f"{n} answers of {statistics.mean(said):.0f} tokens, {name}, {beams} beam{'s' * (beams > 1)}"
+        floor = n / (prefill_s + max(lengths) * bytes_per_token(llm) / gpu.bytes)
+        work = f"{n} answers of {statistics.mean(lengths):.0f} tokens, {name}, {beams} beam{'s' * (beams > 1)}"
         line(work, rate, floor, "answers", f"transformers.generate, no plug: {plain:,.4g}/s")
 
 
 def new_encoder(sizes: Sizes, folder: Path) -> ModelFolder:
-    """An encoder of random weights with MiniLM's tokenizer, which is BERT's."""
+    """An encoder with random weights and the tokenizer of MiniLM, which is BERT's."""
     path = folder / "encoder"
     if not path.exists():
         tokenizer = AutoTokenizer.from_pretrained(packaged.minilm())
@@ -258,31 +257,31 @@ def new_encoder(sizes: Sizes, folder: Path) -> ModelFolder:
 
 
 def new_llms(sizes: Sizes, folder: Path) -> Iterator[tuple[str, FrozenLLM]]:
-    """One after the other: each takes most of the memory."""
+    """Yield the LLMs by name, one at a time: each takes most of the memory."""
     for name, config in sizes.llms.items():
         is_t5 = isinstance(config, T5Config)
         auto = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
         tiny = (models.tiny_t5 if is_t5 else models.tiny_llama)(folder / name)
         dtype = choose_precision("auto", _DEVICE)
-        how = attention.register_attention(config.model_type, dtype=dtype, device=_DEVICE)
+        implementation = attention.register_attention(config.model_type, dtype=dtype, device=_DEVICE)
         with _DEVICE:
-            model = auto.from_config(config, dtype=dtype, attn_implementation=how)
+            model = auto.from_config(config, dtype=dtype, attn_implementation=implementation)
         yield name, FrozenLLM(model, AutoTokenizer.from_pretrained(tiny), max_input_tokens=_INPUT_TOKENS)
         del model
         if _IS_GPU:
             torch.cuda.empty_cache()
 
 
-def bytes_a_token(llm: FrozenLLM) -> int:
-    """What is read of the LLM for each token: of an encoder-decoder the decoder, of both the head."""
-    read: list[Any] = [llm.model.get_decoder(), llm.model.get_output_embeddings()]
-    unread = llm.model.get_input_embeddings().weight.nbytes  # a few of its rows only
-    weights = {id(weight): weight.nbytes for module in read for weight in module.parameters()}
-    return sum(weights.values()) - unread
+def bytes_per_token(llm: FrozenLLM) -> int:
+    """Bytes of weights read per generated token: the decoder and the head."""
+    modules: list[Any] = [llm.model.get_decoder(), llm.model.get_output_embeddings()]
+    weights = {id(weight): weight.nbytes for module in modules for weight in module.parameters()}
+    # Of the input embeddings, only a few rows are read.
+    return sum(weights.values()) - llm.model.get_input_embeddings().weight.nbytes
 
 
 def new_model(llm: FrozenLLM, encoder: ModelFolder) -> PersonalizedLLM:
-    """A plug of the paper's kind: one token, weights by the request."""
+    """A plug like the paper's: one token, attention weights."""
     model = plugs.new_model(
         encoder, llm, max_query_tokens=_QUERY_TOKENS, persona_tokens=1, instruction="projected", temperature=1.0
     )
@@ -291,7 +290,7 @@ def new_model(llm: FrozenLLM, encoder: ModelFolder) -> PersonalizedLLM:
 
 
 def new_engine(llm: FrozenLLM, encoder: ModelFolder, micro_batch: int) -> tuple[Any, TrainingOptions]:
-    """DeepSpeed as a worker of `jobs.train` has it; there is one."""
+    """The DeepSpeed engine of a `jobs.train` run with one worker."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -308,7 +307,7 @@ def new_engine(llm: FrozenLLM, encoder: ModelFolder, micro_batch: int) -> tuple[
 
 
 def rows(n: int, width: int) -> list[dict[str, Any]]:
-    """Requests longer than what is read of them, targets like titles, histories of 5 to 512 behaviors, few long."""
+    """`n` requests: inputs and queries above the limits, short targets, 5 to 512 behaviors, most histories short."""
     draw = np.random.default_rng(0)
     inputs, targets = corpus.texts("abstracts", n, seed=1), corpus.texts("titles", n)
     made = []
@@ -319,7 +318,7 @@ def rows(n: int, width: int) -> list[dict[str, Any]]:
                 "request_id": f"r{number}",
                 "user_id": f"u{number}",
                 "persona": "own",
-                "input": text[:600],  # letters, most of them, and a letter is a token here
+                "input": text[:600],  # the tiny tokenizers encode most letters as one token each
                 "query": f"{text} {text}",
                 "target": " ".join(target.split()[:4]),
                 "history": history,
@@ -328,15 +327,15 @@ def rows(n: int, width: int) -> list[dict[str, Any]]:
     return made
 
 
-_OF_LLMS = {"train": train, "generate": generate}
+_LLM_WORKS = {"train": train, "generate": generate}
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    works = ("compare", "encode", *_OF_LLMS)
-    parser.add_argument("--only", nargs="+", choices=works, default=works)
-    parser.add_argument("--small", action="store_true", help="models and work that a CPU bears")
+    works = ("compare", "encode", *_LLM_WORKS)
+    parser.add_argument("--only", nargs="+", choices=works, default=works, help="run these only")
+    parser.add_argument("--small", action="store_true", help="small models and little work, for a CPU")
     arguments = parser.parse_args()
     sizes = _SMALL if arguments.small else _REAL
     session.tokenize_with(session.usable_cores())
@@ -348,9 +347,9 @@ def main() -> None:
         encoder = new_encoder(sizes, folder)
         if "encode" in arguments.only:
             encode(gpu, sizes, encoder)
-        if asked := [work for name, work in _OF_LLMS.items() if name in arguments.only]:
+        if chosen := [work for name, work in _LLM_WORKS.items() if name in arguments.only]:
             for llm_name, llm in new_llms(sizes, folder):
-                for work in asked:
+                for work in chosen:
                     work(gpu, sizes, encoder, llm_name, llm)
 
 

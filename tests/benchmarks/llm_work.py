@@ -1,7 +1,7 @@
-"""Training steps and answers in front of SmolLM2-135M: ours, the reference's way, and the limit.
+"""Training steps and answers with SmolLM2-135M: ours, the paper's reference implementation, and the limit.
 
-The reference's way, as PAPER section 4 tells it: every row is padded to 266 tokens and every history to 512 behaviors,
-Proj sees each behavior, padding included, logits are made at every position, and answers are made one row at a time.
+The reference implementation (see docs/method.md) pads every row to 266 tokens and every history to 512 behaviors,
+projects each behavior, padding included, computes logits at every position, and generates answers one row at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,15 +35,15 @@ Row = Mapping[str, Any]
 
 
 def rows(n: int) -> list[Row]:
-    """The first of 32 requests of 10 to 60 words, targets like titles; histories of 5 to 200 behaviors, few long."""
+    """The first `n` of 32 requests: 10 to 60 words, short targets, 5 to 200 behaviors, most histories short."""
     draw = np.random.default_rng(0)
     inputs, targets = corpus.texts("abstracts", _ROWS), corpus.texts("titles", _ROWS)
-    found = []
+    made = []
     for number, (text, target) in enumerate(zip(inputs, targets, strict=True)):
         n_behaviors = round(5 * 40 ** draw.random())
         history = plugs.random_history(draw, n_behaviors, _WIDTH)
         words = " ".join(text.split()[: draw.integers(10, 60)])
-        found.append(
+        made.append(
             {
                 "request_id": f"r{number}",
                 "persona": "own",
@@ -53,11 +53,11 @@ def rows(n: int) -> list[Row]:
                 "history": history,
             }
         )
-    return found[:n]
+    return made[:n]
 
 
 def new_model(precision: Precision = "auto") -> PersonalizedLLM:
-    """A plug of the paper's kind, the same each time, in front of SmolLM2."""
+    """SmolLM2 with a plug like the paper's, the same in each call."""
     encoder = resolve(str(packaged.minilm()), flag="--encoder")
     llm = FrozenLLM.load(resolve(str(packaged.smollm2()), flag="--llm"), precision=precision)
     options: dict[str, Any] = {"persona_tokens": 1, "temperature": 20.0}
@@ -65,7 +65,7 @@ def new_model(precision: Precision = "auto") -> PersonalizedLLM:
 
 
 class Step:
-    """One optimizer step over some rows."""
+    """One optimizer step on some rows."""
 
     def __init__(self, n: int) -> None:
         self.rows = rows(n)
@@ -73,11 +73,11 @@ class Step:
         self.optimizer = self.new_optimizer()
 
     def new_optimizer(self) -> torch.optim.AdamW:
-        """That of `jobs.train`."""
+        """The optimizer of `jobs.train`."""
         return new_optimizer(self.model, TrainingOptions())
 
     @torch.no_grad()
-    def found(self) -> float:
+    def result(self) -> float:
         """The loss of the first rows before any step."""
         rows, self.rows = self.rows, self.rows[:8]
         loss = float(self.loss())
@@ -85,7 +85,7 @@ class Step:
         return loss
 
     def turn(self) -> tuple[float, float]:
-        """All rows once."""
+        """Train on all rows once."""
         return len(self.rows), timed(self.step)
 
     def step(self) -> float:
@@ -97,25 +97,25 @@ class Step:
         return float(loss.detach())
 
     def loss(self) -> Tensor:
-        """Nats a token."""
+        """Nats per token."""
         batch = self.model.collate(self.rows)
         nll_B: Tensor = self.model(batch)
         return nll_B.sum() / batch.n_target_tokens
 
 
 class ReferenceStep(Step):
-    """The same step the reference's way, with the attention that transformers takes by itself."""
+    """The step of the reference implementation, with the default attention of transformers."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
         self.model.llm.model.set_attn_implementation("sdpa")
 
     def new_optimizer(self) -> torch.optim.AdamW:
-        """AdamW as torch gives it."""
+        """AdamW with the defaults of torch."""
         return torch.optim.AdamW(trainable(self.model).values(), lr=1e-4)
 
     def loss(self) -> Tensor:
-        """Nats a token, the mean that transformers' own loss takes."""
+        """Nats per token, the mean over target tokens as in the loss of transformers."""
         llm = self.model.llm
         inputs = llm.tokenizer.inputs([row["input"] for row in self.rows])
         targets = llm.tokenizer.targets([row["target"] for row in self.rows])
@@ -140,7 +140,7 @@ class ReferenceStep(Step):
 
 
 class StepWithTexts(Step):
-    """The same with four past texts, as many tokens of them as by default, in front of each request (eq. r)."""
+    """The step with four past texts before each request (equation r in docs/method.md), cut at the default length."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
@@ -150,10 +150,10 @@ class StepWithTexts(Step):
 
 
 class StepReadAtOnce(StepWithTexts):
-    """The past texts as more of the row that gradients pass through, as one would write it."""
+    """The past texts are part of the row that gradients pass through, as in a plain implementation."""
 
     def loss(self) -> Tensor:
-        """Nats a token."""
+        """Nats per token."""
         llm, batch = self.model.llm, self.model.collate(self.rows)
         texts_BFD = llm.embed(torch.tensor(batch.prefix_ids))
         prompt_BLD = torch.cat([texts_BFD, self.model.soft_tokens(batch).to(texts_BFD.dtype)], dim=1)
@@ -161,10 +161,10 @@ class StepReadAtOnce(StepWithTexts):
 
 
 class FrozenStep(Step):
-    """The limit: the LLM forward, and backward to the soft tokens, with no plug at all."""
+    """The limit: the LLM's forward pass, and the backward pass to the soft tokens, without a plug."""
 
     def loss(self) -> Tensor:
-        """Nats a token of random soft tokens."""
+        """Nats per token with random soft tokens."""
         llm = self.model.llm
         inputs = llm.tokenizer.inputs([row["input"] for row in self.rows])
         targets = llm.tokenizer.targets([row["target"] for row in self.rows])
@@ -172,18 +172,18 @@ class FrozenStep(Step):
         return llm.nll(soft_BSD, inputs, targets).sum() / sum(map(len, targets))
 
 
-def reference_soft_tokens(model: PersonalizedLLM, some: Sequence[Row]) -> Tensor:
-    """[I; P] (B, S, D) with every history padded to 512 behaviors, and Proj of each of them."""
+def reference_soft_tokens(model: PersonalizedLLM, rows: Sequence[Row]) -> Tensor:
+    """[I; P] of PPlug eq. 5, shape (B, S, D), from histories padded to 512 behaviors that are all projected."""
     plug, text = model.plug, model.query_text
     assert text is not None
-    history_BNd = torch.zeros(len(some), _BEHAVIORS, _WIDTH)
-    mask_BN = torch.zeros(len(some), _BEHAVIORS, dtype=torch.bool)
-    for i, row in enumerate(some):
-        vectors = np.frombuffer(row["history"], "<f2").reshape(-1, _WIDTH).astype(np.float32)
-        history_BNd[i, : len(vectors)] = torch.from_numpy(vectors)
-        mask_BN[i, : len(vectors)] = True
+    history_BNd = torch.zeros(len(rows), _BEHAVIORS, _WIDTH)
+    mask_BN = torch.zeros(len(rows), _BEHAVIORS, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        behaviors_Nd = np.frombuffer(row["history"], "<f2").reshape(-1, _WIDTH).astype(np.float32)
+        history_BNd[i, : len(behaviors_Nd)] = torch.from_numpy(behaviors_Nd)
+        mask_BN[i, : len(behaviors_Nd)] = True
     tokens = text.tokenizer(
-        [row["query"] for row in some],
+        [row["query"] for row in rows],
         truncation=True,
         padding="max_length",
         max_length=_ROW_TOKENS,
@@ -195,12 +195,12 @@ def reference_soft_tokens(model: PersonalizedLLM, some: Sequence[Row]) -> Tensor
     scores_BN = (history_BNd @ query_Bd.unsqueeze(-1)).squeeze(-1) * plug.temperature()
     weights_BN = scores_BN.masked_fill(~mask_BN, -torch.inf).softmax(dim=-1)
     persona_BD = (plug.projector(history_BNd) * weights_BN.unsqueeze(-1)).sum(dim=1)
-    instruction_B1D = plug.instruction.expand(len(some), 1, -1)
+    instruction_B1D = plug.instruction.expand(len(rows), 1, -1)
     return plug.scale * torch.cat([instruction_B1D, persona_BD.unsqueeze(1)], dim=1)
 
 
 class Answers:
-    """Answers to some requests in batches of 32."""
+    """Answers to some requests, in batches, as in `jobs.generate`."""
 
     def __init__(self, n: int, beams: int, precision: Precision = "auto") -> None:
         self.rows = rows(n)
@@ -210,49 +210,49 @@ class Answers:
         self.engine = LocalEngine(self.model.llm, batch_size=_BATCH_SIZE)
 
     def load(self, precision: Precision) -> PersonalizedLLM:
-        """As `jobs.generate` has it."""
+        """The model, prepared for inference."""
         model = new_model(precision)
         prepare_for_inference(model.plug, dtype=model.llm.dtype, device=model.llm.device)
         return model
 
-    def found(self) -> list[str]:
-        """What the LLM says to the first requests, in float32: in bf16 padding alone can turn one word into another."""
+    def result(self) -> list[str]:
+        """The answers to the first requests in float32. In bf16, padding alone can change a word."""
         return type(self)(_COMPARED, self.beams, "fp32").answer()
 
     def turn(self) -> tuple[float, float]:
-        """All requests."""
+        """Answer all requests."""
         return len(self.rows), timed(self.answer)
 
     @torch.inference_mode()
     def answer(self) -> list[str]:
-        """What the LLM said, in order."""
+        """The answers, in the order of the requests."""
         import pyarrow as pa
 
         from persona.plug.request_tables import answer_all
 
         answerer = Answerer(self.model.plug, self.engine, self.model.query_text, batch_size=_BATCH_SIZE)
-        found = answer_all(answerer, pa.Table.from_pylist(self.rows), self.decoding)
-        return [str(text) for text in found["output"].to_pylist()]
+        answers = answer_all(answerer, pa.Table.from_pylist(self.rows), self.decoding)
+        return [str(text) for text in answers["output"].to_pylist()]
 
 
 class PlainAttention(Answers):
-    """With the attention that transformers takes by itself, and the query encoder as it was trained."""
+    """With the default attention of transformers, and the query encoder as trained."""
 
     def load(self, precision: Precision) -> PersonalizedLLM:
-        """As it comes."""
+        """The model as loaded."""
         model = new_model(precision)
         model.llm.model.set_attn_implementation("sdpa")
         return model
 
 
 class ReferenceAnswers(PlainAttention):
-    """One row at a time by `transformers.generate`, padded on the left as in training."""
+    """The reference implementation: one row at a time with `transformers.generate`, padded on the left."""
 
     @torch.inference_mode()
     def answer(self) -> list[str]:
-        """What the LLM said, in order."""
+        """The answers, in the order of the requests."""
         llm = self.model.llm
-        said = []
+        generated = []
         for row in self.rows:
             [ids] = llm.tokenizer.inputs([row["input"]])
             n_padded = _ROW_TOKENS - len(ids)
@@ -262,20 +262,20 @@ class ReferenceAnswers(PlainAttention):
             mask_BL = torch.ones(embeds_BLD.shape[:2], dtype=torch.long)
             mask_BL[:, :n_padded] = 0
             [output] = generate_plainly(self.engine, self.decoding, inputs_embeds=embeds_BLD, attention_mask=mask_BL)
-            said.append(llm.tokenizer.decode(output))
-        return said
+            generated.append(llm.tokenizer.decode(output))
+        return generated
 
 
 class PlainAnswers(PlainAttention):
     """The limit: `transformers.generate` on the same requests in one batch, without a plug."""
 
-    def found(self) -> list[str]:
-        """Without a plug it says something else."""
+    def result(self) -> list[str]:
+        """Nothing to compare: without a plug the answers differ."""
         return []
 
     @torch.inference_mode()
     def answer(self) -> list[str]:
-        """What the LLM said, in order of the length of the requests."""
+        """The answers, in the order of the requests."""
         llm = self.model.llm
         ids = llm.tokenizer.inputs([row["input"] for row in self.rows])
         length = max(map(len, ids))
@@ -286,7 +286,7 @@ class PlainAnswers(PlainAttention):
 
 
 def generate_plainly(engine: LocalEngine, decoding: Decoding, **inputs: Tensor) -> Tensor:
-    """What `transformers.generate` makes of the same settings."""
+    """The output of `transformers.generate` with the same settings."""
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.beams,

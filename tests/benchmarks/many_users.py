@@ -1,4 +1,4 @@
-"""Made-up histories of any number of users, and an encoder that costs next to nothing: the rest is the data path."""
+"""Generated histories of any number of users, and an encoder that costs almost nothing, to measure the data path."""
 
 import time
 from collections.abc import Iterator
@@ -16,29 +16,29 @@ from persona.models.encoder import Encoded
 
 WIDTH = 384
 _START_S = 1_700_000_000
-_ROWS_A_FILE = 250_000
+_ROWS_PER_FILE = 250_000
 
 
 class CheapEncoder:
-    """A unit vector that depends on nothing but the text: its hash, thrown into d dimensions."""
+    """Encodes a text as a random projection of its hash, a unit vector."""
 
     def __init__(self) -> None:
-        self.throw = np.random.default_rng(0).standard_normal((16, WIDTH), dtype=np.float32)
+        self.projection = np.random.default_rng(0).standard_normal((16, WIDTH), dtype=np.float32)
 
     def encode(self, texts: list[str]) -> Encoded:
-        """As `persona.models.encoder.TextEncoder.encode`; a token is a character."""
+        """Like `TextEncoder.encode`; counts characters as tokens."""
         from persona.inputs.histories import text_hash
 
         digests = text_hash(texts).to_pylist()
         raw = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 16)
-        vectors = (raw.astype(np.float32) - 127.5) @ self.throw
+        vectors = (raw.astype(np.float32) - 127.5) @ self.projection
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         n = sum(map(len, texts))
         return Encoded(vectors=vectors.astype(np.float16), n_tokens=n, n_padded=n, tokenize_s=0.0)
 
 
 class CheapEncode(embed.Encode):
-    """The actor of `embed` with that encoder."""
+    """The actor of `jobs.embed` with a `CheapEncoder`."""
 
     def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: Threads) -> None:
         del config, identity, threads
@@ -48,29 +48,28 @@ class CheapEncode(embed.Encode):
         self.idle_since = time.perf_counter()
 
 
-def histories(n_users: int, n_each: int, *, first: int = 0, edition: int = 0) -> Iterator[pa.Table]:
-    """Behaviors of users `first` and on, some files' worth at a time; another `edition` has other texts."""
-    users_at_once = max(1, _ROWS_A_FILE // n_each)
-    for start in range(first, first + n_users, users_at_once):
-        users = np.arange(start, min(start + users_at_once, first + n_users))
+def histories(n_users: int, n_each: int) -> Iterator[pa.Table]:
+    """`n_each` behaviors of each user, in tables of about `_ROWS_PER_FILE` rows with whole users."""
+    users_per_table = max(1, _ROWS_PER_FILE // n_each)
+    for start in range(0, n_users, users_per_table):
+        users = np.arange(start, min(start + users_per_table, n_users))
         user = np.repeat(users, n_each)
         number = np.tile(np.arange(n_each), len(users))
         name = pc.utf8_lpad(pa.array(user).cast(pa.string()), 9, "0")
         which = pa.array(number).cast(pa.string())
-        words = pa.array((user * 31 + number * 7 + edition * 13) % 9973).cast(pa.string())
-        text = pc.binary_join_element_wise("note", which, "of user", name, "about subject", words, str(edition), " ")
+        subject = pa.array((user * 31 + number * 7) % 9973).cast(pa.string())
         yield pa.table(
             {
                 "user_id": pc.binary_join_element_wise("user", name, "-"),
                 "behavior_id": pc.binary_join_element_wise("b", which, ""),
-                "text": text,
+                "text": pc.binary_join_element_wise("note", which, "of user", name, "about subject", subject, " "),
                 "timestamp": pa.array((_START_S + number * 86_400) * 10**6).cast(pa.timestamp("us", "UTC")),
             }
         )
 
 
 def write(folder: Path, tables: Iterator[pa.Table]) -> int:
-    """Tables as Parquet files of a folder; returns how many rows."""
+    """Write each table as a Parquet file in `folder`; returns the number of rows."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = 0
     for number, table in enumerate(tables):

@@ -1,10 +1,10 @@
-"""The data path without a real encoder, for as many users as you like: rates, and whether memory stays flat.
+"""Measure the speed and memory of the data path for any number of users.
 
     python -m tests.benchmarks.scale --users 1000000 --each 5
 
-`embed` of all histories, a refresh in which 1 % of the users have one behavior more, and `generate`'s join of a request
-for every tenth user, in one process tree whose memory is watched. An encoder that costs next to nothing stands in the
-place of the real one. Memory is resident and private (without Ray's object store, which all processes share).
+Three steps in one process tree: `embed` of all histories, a refresh in which 1 % of the users have one more behavior,
+and the join of `generate` for a request of every tenth user. The encoder costs almost nothing. Memory is resident minus
+shared, so it does not include Ray's object store.
 """
 
 import argparse
@@ -32,17 +32,17 @@ from tests.benchmarks.contest import Memory
 
 
 def main() -> None:
-    """Prints a line a step and a line of JSON."""
+    """Print one line per step and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=100_000)
-    parser.add_argument("--each", type=int, default=5, help="behaviors of a user")
-    parser.add_argument("--folder", help="where to work (default: a temporary folder, deleted at the end)")
+    parser.add_argument("--users", type=int, default=100_000, help="number of users")
+    parser.add_argument("--each", type=int, default=5, help="behaviors per user")
+    parser.add_argument("--folder", help="working folder (default: a temporary one, deleted at the end)")
     arguments = parser.parse_args()
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="scale-"))
     embed.Encode = many_users.CheapEncode  # type: ignore[misc]
     n_rows = many_users.write(folder / "histories", many_users.histories(arguments.users, arguments.each))
     cores = session.connect().cores
-    found: dict[str, Any] = {"users": arguments.users, "behaviors": n_rows, "cores": cores}
+    report: dict[str, Any] = {"users": arguments.users, "behaviors": n_rows, "cores": cores}
     config = embed.Config(
         histories=str(folder / "histories"),
         store=str(folder / "store"),
@@ -53,24 +53,24 @@ def main() -> None:
     with Memory(os.getpid()) as memory:
         started = time.perf_counter()
         assert embed.main(config).result["committed"] == n_rows
-        found["embed"] = _rate(n_rows, started, cores)
+        report["embed"] = _rate(n_rows, started, cores)
 
         one_more = many_users.histories(arguments.users // 100, arguments.each + 1)
-        many_users.write(folder / "histories" / "more", (_last(table, arguments.each) for table in one_more))
+        many_users.write(folder / "histories" / "more", (_behavior(table, arguments.each) for table in one_more))
         started = time.perf_counter()
         assert embed.main(config).result["committed"] == arguments.users // 100
-        found["refresh"] = _rate(n_rows, started, cores)
+        report["refresh"] = _rate(n_rows, started, cores)
 
         pq.write_table(_requests(arguments.users), folder / "requests.parquet")
         started = time.perf_counter()
-        found["join"] = {"requests": _join(folder), **_rate(arguments.users // 10, started, cores)}
-    found["peak_mib"] = {name: round(mib) for name, mib in sorted(memory.peaks_mib.items())}
+        report["join"] = {"requests": _join(folder), **_rate(arguments.users // 10, started, cores)}
+    report["peak_mib"] = {name: round(mib) for name, mib in sorted(memory.peaks_mib.items())}
     for name in ("embed", "refresh", "join"):
-        print(f"{name:<10} {found[name]['seconds']:8.1f} s   {found[name]['per_s_core']:10,.0f} a second and core")
-    print(f"peak MiB   {found['peak_mib']}")
+        print(f"{name:<10} {report[name]['seconds']:8.1f} s   {report[name]['per_s_core']:10,.0f} per second and core")
+    print(f"peak MiB   {report['peak_mib']}")
     if arguments.folder is None:
         shutil.rmtree(folder)
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 def _rate(n: int, started: float, cores: int) -> dict[str, float]:
@@ -78,7 +78,7 @@ def _rate(n: int, started: float, cores: int) -> dict[str, float]:
     return {"seconds": round(seconds, 1), "per_s_core": round(n / seconds / cores)}
 
 
-def _last(table: pa.Table, number: int) -> pa.Table:
+def _behavior(table: pa.Table, number: int) -> pa.Table:
     return table.filter(pc.equal(table["behavior_id"], f"b{number}"))
 
 
@@ -89,7 +89,7 @@ def _requests(n_users: int) -> pa.Table:
 
 
 def _join(folder: Path) -> int:
-    """The requests of `generate` with all their vectors, thrown away as they come; returns how many came."""
+    """Join the requests with their vectors as `generate` does, and return how many there were."""
     store = Store.open(str(folder / "store")).snapshot("behaviors")
     joined = joining.requests_with_histories(
         plan_splits(str(folder / "requests.parquet"), flag="--requests"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.runtime.telemetry import exported_names
+from jobs.runtime.telemetry import BATCH_S, BEHIND, COUNTERS, GAUGES
 from tests.cluster.manifests import CLUSTER, ROOT, documents, every
 
 MONITORING = CLUSTER / "monitoring"
@@ -20,14 +20,13 @@ WORDS = {
     *("absent_over_time", "and", "by", "histogram_quantile", "increase", "le", "max", "rate", "stage", "sum", "time"),
 }
 
-# Notes what workers would note, in its own Ray, and prints the metrics that Ray exports.
+# Reports to a tally as workers do, on a separate Ray, until it exports the given metrics; prints them.
 PROGRAM = """
 import sys, time, urllib.request
 import ray
 from jobs.runtime.tally import Tally
-from jobs.runtime.telemetry import exported_names
 
-port = int(sys.argv[1])
+port, names = int(sys.argv[1]), sys.argv[2:]
 ray.init(address="local", num_cpus=2, include_dashboard=False, _metrics_export_port=port, log_to_driver=False)
 tally = Tally.start()
 model = {"seconds": 1.5, "waiting": 0.5, "tokens": 90}
@@ -44,7 +43,7 @@ for stage, unit, counts in (
 ):
     tally.note(stage, unit, counts)
 text, until = "", time.monotonic() + 60
-while time.monotonic() < until and not all(f"{name}{{" in text for name in exported_names()):
+while time.monotonic() < until and not all(f"{name}{{" in text for name in names):
     time.sleep(0.5)
     try:
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
@@ -52,6 +51,13 @@ while time.monotonic() < until and not all(f"{name}{{" in text for name in expor
         continue
 print(text)
 """
+
+
+def exported_names() -> set[str]:
+    """The names under which Prometheus sees the metrics."""
+    counters = {f"ray_{one.full_name}_total" for one in COUNTERS.values()}
+    gauges = {f"ray_{one.full_name}" for one in [*GAUGES.values(), BEHIND]}
+    return counters | gauges | {f"ray_{BATCH_S.full_name}_{part}" for part in ("bucket", "count", "sum")}
 
 
 def queries() -> list[str]:
@@ -110,7 +116,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     environment |= {"RAY_metrics_report_interval_ms": "1000", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
-        [sys.executable, str(program), port],
+        [sys.executable, str(program), port, *exported_names()],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,4 +1,4 @@
-"""The requests and users that a report shows, on a few whose numbers can be worked out by hand."""
+"""Which requests and users a report shows, on four requests with numbers computed by hand."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +12,7 @@ from tests.persona.evaluation.test_one_run import PERSONAS, answers, losses
 
 def test_largest_gains_and_losses_are_against_another_user() -> None:
     chosen = examples.choose(losses(), PERSONAS)
-    # a saves 1 nat a token, b and c 2, d loses half a nat.
+    # Per token, a saves 1 nat, b and c save 2, and d loses half a nat.
     assert (chosen.largest_gains, chosen.largest_losses) == (["b", "c", "a"], ["d"])
     assert sorted(chosen.even) == ["a", "b", "c", "d"]
     assert len(chosen.mapped) == 2
@@ -43,16 +43,16 @@ def test_the_heaviest_behaviors_come_first_and_missing_texts_are_none() -> None:
 
 def test_the_map_keeps_the_distances_of_personas_in_a_plane() -> None:
     plane = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 1.0]])
-    turned_UF = plane @ np.linalg.qr(np.random.default_rng(0).normal(size=(9, 2)))[0].T + 5
-    places = examples.persona_map(turned_UF, ["u", "v", "w"], with_third_user(), PERSONAS)
-    xy = np.array([[one["x"], one["y"]] for one in places])
+    rotated_UF = plane @ np.linalg.qr(np.random.default_rng(0).normal(size=(9, 2)))[0].T + 5
+    points = examples.persona_map(rotated_UF, ["u", "v", "w"], with_third_user(), PERSONAS)
+    xy = np.array([[one["x"], one["y"]] for one in points])
     wide, high = np.linalg.norm(xy[1] - xy[0]), np.linalg.norm(xy[2] - xy[0])
     assert wide / high == pytest.approx(4, rel=1e-3)
     # The mean over the requests of u: (1 + 2) / 2.
-    assert places[0]["saved"] == pytest.approx(1.5)
-    assert places[0]["n_behaviors"] == 7
-    assert examples.persona_map(turned_UF[:2], ["u", "v"], losses(), PERSONAS) == []
-    assert examples.persona_map(turned_UF, ["u", "v", "w"], with_third_user(), ["none"]) == []
+    assert points[0]["saved"] == pytest.approx(1.5)
+    assert points[0]["n_behaviors"] == 7
+    assert examples.persona_map(rotated_UF[:2], ["u", "v"], losses(), PERSONAS) == []
+    assert examples.persona_map(rotated_UF, ["u", "v", "w"], with_third_user(), ["none"]) == []
 
 
 def with_third_user() -> dict[str, list[Any]]:

@@ -44,11 +44,11 @@ def test_a_single_user_gives_no_interval() -> None:
     assert math.isnan(interval.high)
 
 
-def test_pairing_cancels_the_hardness_of_a_user() -> None:
+def test_pairing_cancels_the_difficulty_of_a_user() -> None:
     rng = np.random.default_rng(3)
-    hardness = rng.normal(scale=10, size=300)
+    difficulty = rng.normal(scale=10, size=300)
     users = [str(position // 3) for position in range(300)]
-    difference = paired_bootstrap(hardness + 0.5, hardness, users)
+    difference = paired_bootstrap(difficulty + 0.5, difficulty, users)
     assert (difference.mean, difference.low, difference.high) == pytest.approx((0.5, 0.5, 0.5))
 
 

@@ -1,4 +1,4 @@
-"""Several evaluations side by side, on a few requests whose numbers can be worked out by hand."""
+"""The comparison of several evaluations, on four requests with numbers computed by hand."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from persona.evaluation.many_runs import compare
 from persona.evaluation.saved_run import Evaluation
 from persona.options import PlugOptions, TrainingOptions
 
-# Requests a and b are of user u, c and d of v; they have 4, 5, 1 and 2 tokens.
+# Requests a and b belong to user u, c and d to v.
 USERS, TOKENS = {"a": "u", "b": "u", "c": "v", "d": "v"}, {"a": 4, "b": 5, "c": 1, "d": 2}
 OWN, NONE = [8.0, 10.0, 1.0, 4.0], [8.0, 15.0, 5.0, 6.0]
 
@@ -81,7 +81,7 @@ def test_plugs_that_differ_only_in_the_seed_share_a_row_with_their_spread() -> N
     assert list(found) == ["s0/own", "s0/none"]
     own, none = found.values()
     assert (own["seeds"], own["evaluations"], own["above_reference"]) == ([0, 1], ["s0", "s1"], None)
-    # 23 and 25 nats of 12 tokens; of u 19 nats of 9 tokens on average, of v 5 of 3: either may be drawn twice.
+    # 23 and 25 nats for 12 tokens. A bootstrap sample may be u twice (19 nats on average for 9 tokens) or v (5 for 3).
     assert own["loss"] == interval(2.0, 5 / 3, 19 / 9)
     assert own["loss_of_seeds"] == {
         "low": pytest.approx(23 / 12),
@@ -89,7 +89,7 @@ def test_plugs_that_differ_only_in_the_seed_share_a_row_with_their_spread() -> N
         "deviation": pytest.approx(1 / 12 * 2**0.5),
         "values": pytest.approx([23 / 12, 25 / 12]),
     }
-    # Paired: under none, u takes 4 nats more than the mean of own, and v 6 more.
+    # Paired: with none, u has 4 nats more than the mean of own, and v 6 more.
     assert none["above_reference"] == none["above_own"] == interval(10 / 12, 4 / 9, 2.0)
     assert none["loss_of_seeds"]["deviation"] == 0
 
@@ -121,7 +121,7 @@ def test_an_option_that_an_older_plug_lacks_has_its_default() -> None:
 
 def test_the_reference_is_chosen_by_name() -> None:
     first, second = evaluation("a"), evaluation("b", {"none": NONE}, training={"empty_history": 1.0})
-    # own saves u 5 nats of 9 tokens, and v 6 of 3.
+    # own saves 5 nats for the 9 tokens of u, and 6 for the 3 of v.
     below = interval(-11 / 12, -2.0, -5 / 9)
     above = interval(11 / 12, 5 / 9, 2.0)
     for against in ("b", "b/none"):
@@ -129,7 +129,7 @@ def test_the_reference_is_chosen_by_name() -> None:
         assert found["b/none"]["above_reference"] is None
         assert found["a/own"]["above_reference"] == below
         assert found["a/none"]["above_reference"] == interval(0, 0, 0)
-        # The own row of the same plug, whatever the reference; b has none.
+        # above_own refers to the own row of the same plug, whatever the reference; b has none.
         assert (found["a/own"]["above_own"], found["b/none"]["above_own"]) == (None, None)
         assert found["a/none"]["above_own"] == above
     assert rows_of(second, first, against="a")["a/own"]["above_reference"] is None
@@ -161,7 +161,7 @@ def test_rankings_are_means_over_the_seeds() -> None:
     one = evaluation("a", nats, rejected={"own": right, "none": NONE})
     two = evaluation("b", nats, rejected={"own": [9.0, 9.0, 0.0, 4.0], "none": NONE}, seed=1)
     own = rows_of(one, two)["a/own"]["ranking"]
-    # With one seed all four right; with the other right, wrong, wrong, tie.
+    # With one seed all four are right; with the other: right, wrong, wrong, tie.
     assert own["likelier"] == interval((1 + 0.375) / 2, 0.625, 0.75)
     # Under `none` each pair is a tie, so the gain over none ranks as the loss does.
     assert own["calibrated"] == own["likelier"]
@@ -184,7 +184,7 @@ def test_scores_are_those_of_the_evaluated_variant() -> None:
     assert (found["value"], found["interval"], found["of_seeds"]["high"]) == (pytest.approx(0.25), None, 0.3)
 
 
-def test_other_files_are_refused() -> None:
+def test_files_that_are_not_an_evaluation_are_refused() -> None:
     metrics, losses = files({"own": OWN})
     for broken in ((b"{", losses), (metrics, b"PAR1"), (b"{}", losses)):
         with pytest.raises(InputError, match="^there: metrics.json"):
@@ -196,7 +196,7 @@ def test_other_files_are_refused() -> None:
         Evaluation.read("x", metrics, sink.getvalue(), source="there")
 
 
-def test_a_plug_that_was_trained_without_history_is_marked_as_the_control() -> None:
+def test_a_plug_trained_without_history_is_marked_as_the_control() -> None:
     found = rows_of(evaluation("a"), evaluation("b", training={"empty_history": 1.0}))
     controls = [label for label, row in found.items() if row["trained_without_history"]]
     assert controls == ["b/own", "b/none"]

@@ -1,4 +1,4 @@
-"""The summary of one evaluation, on a few requests whose numbers can be worked out by hand."""
+"""The summary of one evaluation, on four requests with numbers computed by hand."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from persona.options import Metric
 
 PERSONAS = ("own", "none", "other")
 TEXT = Metric(kind="text")
-# request, user, behaviors seen, tokens; nats under own, none and other.
+# request, user, visible behaviors, tokens; nats with own, none and other.
 REQUESTS = [
     ("d", "v", 2, 2, 4.0, 6.0, 3.0),
     ("a", "u", 0, 4, 8.0, 8.0, 12.0),
@@ -46,7 +46,7 @@ def test_losses_are_nats_a_token_and_differences_are_paired() -> None:
     assert (found["requests"], found["users"]) == (4, 2)
     assert found["loss"]["own"]["mean"] == pytest.approx(23 / 12, abs=1e-5)
     assert found["loss_saved_by_own"]["other"]["mean"] == pytest.approx((38 - 23) / 12, abs=1e-5)
-    # User u saves 14 nats of nine tokens, user v one nat of three: a sample may be the same user twice.
+    # u saves 14 nats for 9 tokens, v one nat for 3; a bootstrap sample may be one user twice.
     assert found["loss_saved_by_own"]["other"]["low"] == pytest.approx(1 / 3, abs=1e-5)
     assert found["loss_saved_by_own"]["other"]["high"] == pytest.approx(14 / 9, abs=1e-5)
     assert found["scores"]["own"]["rouge1"] == 1
@@ -72,7 +72,7 @@ def test_one_request_id_for_two_users_is_refused() -> None:
 
 
 def with_rejected() -> dict[str, list[Any]]:
-    """Nats of a rejected text by persona and request; a and b are requests of user u, c and d of user v."""
+    """The losses with the nats of a rejected text."""
     rejected = {
         "own": {"a": 9.0, "b": 9.0, "c": 1.0, "d": 5.0},  # against 8, 10, 1 and 4: right, wrong, a tie, right
         "none": {"a": 9.0, "b": 12.0, "c": 5.0, "d": 7.5},  # against 8, 15, 5 and 6: right, wrong, a tie, right
@@ -85,7 +85,7 @@ def with_rejected() -> dict[str, list[Any]]:
 
 def test_the_ranking_by_loss_is_the_share_of_likelier_targets_and_a_tie_counts_half() -> None:
     found = summarize(with_rejected(), PERSONAS, {}, TEXT, seed=0)["ranking"]
-    # u has one of two, v one and a half: a sample of two users is only u, only v, or both.
+    # u has one of two right, v one and a half; a bootstrap sample is u twice, v twice, or both.
     assert found["own"]["likelier"] == {"mean": 0.625, "low": 0.5, "high": 0.75}
     assert found["none"]["likelier"]["mean"] == 0.625
     assert found["other"]["likelier"]["mean"] == 0

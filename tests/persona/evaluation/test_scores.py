@@ -1,4 +1,4 @@
-"""LaMP's scores on cases small enough to work out by hand."""
+"""LaMP's scores, on small cases computed by hand."""
 
 import math
 
@@ -119,7 +119,7 @@ def test_a_gold_that_the_metric_does_not_allow_is_refused(metric: Metric, gold: 
 
 
 F_2_OF_3 = 2 * 2 / (2 + 3)  # two words in common, of two in the answer and three in the gold
-# Worked out by hand: answers, golds, and all scores that depend on no seed.
+# Answers, golds, and the scores that do not depend on the seed.
 BY_HAND = {
     "LaMP_1": (
         ["[1]", " [2] ", "[1", "2"],
@@ -130,7 +130,7 @@ BY_HAND = {
     "LaMP_2": (
         ["sci-fi", "Comedy", "a comedy", "violence\n"],
         ["sci-fi", "comedy", "comedy", "violence"],
-        # Two of fifteen tags have F1 1; comedy is only among the golds, twelve are nowhere.
+        # Two of fifteen tags have F1 1; comedy is only among the golds, and twelve do not occur.
         {"accuracy": 2 / 4, "f1": 2 / 15},
     ),
     "LaMP_3": (
@@ -152,7 +152,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_scored_as_worked_out_by_hand(task: str) -> None:
+def test_every_task_has_the_scores_computed_by_hand(task: str) -> None:
     predictions, golds, expected = BY_HAND[task]
     scores = score(TASKS[task].metric, by_id(*predictions), by_id(*golds))
     assert {name: scores[name] for name in expected} == pytest.approx(expected)

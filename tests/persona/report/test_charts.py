@@ -1,4 +1,4 @@
-"""Charts have marks where the values are, and the page's SVG needs and reveals nothing else."""
+"""Charts draw each mark at its value, and the SVG in a page is self-contained."""
 
 import re
 from typing import Any
@@ -27,7 +27,7 @@ def marks(chart: Element, name: str) -> list[Element]:
     return [one for one in chart if one.get("class") == name]
 
 
-def place(dot: Element) -> tuple[float, float]:
+def position(dot: Element) -> tuple[float, float]:
     x, y = re.findall(r"[-\d.]+", dot.get("transform", ""))
     return float(x), float(y)
 
@@ -43,7 +43,7 @@ def group(first: int, last: int, **saved: dict[str, float]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 37.0, 1e5])
-def test_ticks_are_round_and_few_and_within_the_axis(scale: float) -> None:
+def test_ticks_are_few_round_numbers_within_the_axis(scale: float) -> None:
     values = [0.13 * scale, 0.91 * scale]
     chart = drawn(charts.training_curves({"validation_curve": [[0, values[0]], [10, values[1]]]}))
     texts = [one.text or "" for one in chart.iter("text") if "text-anchor: end" in one.get("style", "")]
@@ -52,13 +52,13 @@ def test_ticks_are_round_and_few_and_within_the_axis(scale: float) -> None:
     assert all(values[0] - 0.1 * scale <= tick <= values[1] + 0.1 * scale for tick in ticks)
 
 
-def test_a_dot_is_where_its_value_is() -> None:
+def test_a_dot_is_at_its_value() -> None:
     rows = [group(1, 2, other=interval(1.0, 0.5, 2.0)), group(3, 3, other=ONE_USER)]
     chart = drawn(charts.gain_by_history_length(rows))
-    (_, first), (_, second) = map(place, marks(chart, "dot other"))
+    (_, first), (_, second) = map(position, marks(chart, "dot other"))
     _, at_zero = zero(chart)
     assert (at_zero - second) / (at_zero - first) == pytest.approx(2, rel=0.01)
-    # A single user has no interval, and so no whisker.
+    # A single user has no interval, so no whisker.
     assert len(marks(chart, "whisker other")) == 1
     assert [dot.findtext("title") for dot in marks(chart, "dot other")] == [
         "1–2, against other: 1.0000 [0.5000, 2.0000]",
@@ -66,13 +66,13 @@ def test_a_dot_is_where_its_value_is() -> None:
     ]
 
 
-def test_a_forest_has_a_row_each_with_its_dot_where_the_value_is() -> None:
+def test_each_row_of_a_forest_has_its_dot_at_the_value() -> None:
     rows = [
         charts.ForestRow(label="a/none", persona="none", interval=interval(1.0, 0.5, 2.0)),
         charts.ForestRow(label="b/own", persona="own", interval=interval(-1.0, -2.0, -0.5)),
     ]
     chart = drawn(charts.forest(rows, x="nats"))
-    (first, upper), (second, lower) = (place(marks(chart, f"dot {kind}")[0]) for kind in ("none", "own"))
+    (first, upper), (second, lower) = (position(marks(chart, f"dot {kind}")[0]) for kind in ("none", "own"))
     at_zero, _ = zero(chart)
     assert first - at_zero == pytest.approx(at_zero - second, abs=0.2)
     assert upper < lower
@@ -128,7 +128,7 @@ def test_the_strongest_colors_of_the_map_are_the_largest_gains() -> None:
     assert opacity.get("u1", 1.0) == opacity.get("u2", 1.0) == 1.0
 
 
-def test_the_svg_has_only_colors_of_the_page_and_no_reference_or_id() -> None:
+def test_the_svg_has_only_colors_of_the_page_and_no_references_or_ids() -> None:
     users = [{"user_id": "u", "x": 0, "y": 1, "saved": 0.5, "n_behaviors": 1}]
     found = [
         charts.persona_map(users),
@@ -155,7 +155,7 @@ def test_any_label_can_be_drawn(label: str) -> None:
     assert chart is not None
     text = str(drawing.svg(chart))
     assert "<b>" not in text
-    # HTML's own parser takes the control characters of a tooltip, and the drawn label has none.
+    # HTML parsers accept the control characters of a tooltip, and the drawn label has none.
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", text)
     assert all(one.isprintable() and len(one) <= 60 for one in texts)
     assert drawing.png(chart).startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The pages are one file each that needs nothing else, show what they are given, and let no text become markup."""
+"""Each page is one self-contained file that shows its data and escapes all text."""
 
 import re
 from html.parser import HTMLParser
@@ -56,7 +56,7 @@ def metrics(**changes: Any) -> dict[str, Any]:
 
 
 class Checker(HTMLParser):
-    """Follows the tags of a page: all are closed, and nothing is fetched or run."""
+    """Asserts that all tags are closed, and that the page fetches and runs nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def read(page: bytes) -> tuple[set[str], str]:
     return checker.seen, " ".join(checker.words)
 
 
-def test_the_page_is_whole_and_fetches_and_runs_nothing() -> None:
+def test_the_page_is_well_formed_and_fetches_and_runs_nothing() -> None:
     page = evaluation_page(metrics())
     tags, _ = read(page)
     assert not tags & {"script", "img", "link", "iframe", "object", "form"}
@@ -168,7 +168,7 @@ def test_charts_are_png_files_if_there_is_data() -> None:
     assert set(chart_files(metrics(map=[], training={}))) == {"gain.png"}
 
 
-def test_the_result_is_first_read_in_words() -> None:
+def test_the_page_begins_with_the_result_in_words() -> None:
     top = read(evaluation_page(metrics()))[1].split("Negative log-likelihood")[0]
     for part in ("the own persona saves +1.2500 nats a token", "the interval excludes zero", "prompt tuning"):
         assert part in top
@@ -181,7 +181,7 @@ def test_noise_is_marked_in_words() -> None:
     marked = '<span class="range">[-0.2500, 0.5000]</span> <span class="tag">noise</span>'
     assert marked in page and '<b class="noise">+0.1250</b>' in page
     assert '<b class="gain">+0.5000</b> <span class="range">[0.2500, 0.7500]</span></td>' in clear
-    # In a ranking it is chance that must be outside of the interval.
+    # In a ranking, the interval must exclude chance.
     ranking = {"own": {"likelier": INTERVAL}}
     assert '[25.0, 75.0]</span> <span class="tag">noise</span>' in evaluation_page(metrics(ranking=ranking)).decode()
 
@@ -221,7 +221,7 @@ def test_numbers_without_interval_are_read_from_memory_and_from_json_alike() -> 
     assert "All requests are from one user" in read(pages[0])[1]
 
 
-def test_a_text_that_is_no_unicode_becomes_a_question_mark() -> None:
+def test_a_lone_surrogate_becomes_a_question_mark() -> None:
     one = {**metrics()["examples"][0], "input": "half of a pair: \ud800"}
     assert "half of a pair: ?" in read(evaluation_page(metrics(examples=[one])))[1]
 

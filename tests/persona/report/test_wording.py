@@ -1,4 +1,4 @@
-"""The sentences say what the numbers show, and no more."""
+"""The sentences of the reports match the numbers and claim no more."""
 
 from typing import Any
 
@@ -100,5 +100,5 @@ def test_equal_weights_are_recognized() -> None:
 
     assert wording.weighs_all_the_same([example(0.2, 0.2), example(1.0), example()])
     assert not wording.weighs_all_the_same([example(0.2, 0.2), example(0.7, 0.3)])
-    # One behavior each: nothing is known about how the plug weighs.
+    # With one behavior per request, the weights cannot differ.
     assert not wording.weighs_all_the_same([example(1.0), example()])
