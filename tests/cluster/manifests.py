@@ -114,19 +114,12 @@ def parse_job(text: str) -> Any:
     assert call is not None, text
     _, module, flags = call
     job = importlib.import_module(module)
-    flags = ["id" if "$(" in word else _recipe(word) for word in flags]
-    # `jobs.store` takes its action without a flag, too.
+    flags = ["id" if "$(" in word else word for word in flags]
     config = read_config(job.Config, flags)
     assert config is not None
     if module == "jobs.submit":
         parse_job(config.entrypoint)
     return config
-
-
-def _recipe(word: str) -> str:
-    """The file of a recipe that is given by name."""
-    file = ROOT / "jobs" / "recipes" / f"{word}.yaml"
-    return str(file) if file.is_file() else word
 
 
 def policy(name: str) -> dict[str, Any]:
