@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from persona.options import PlugOptions
 
-# Trained, but of no use where there is no request to weight behaviors by.
+# Parameters that are used only with a request.
 NEEDS_QUERY = ("log_temperature",)
 
 
@@ -24,7 +24,7 @@ def uses_query(options: PlugOptions) -> bool:
 
 
 def without_query(options: PlugOptions) -> PlugOptions:
-    """The options of the same plug when there is no request: all that is left of the weights is recency."""
+    """The options of the same plug when there is no request: weights depend on recency at most."""
     return replace(options, weights="mean", learn_temperature=False)
 
 

@@ -1,4 +1,4 @@
-"""The Python API: docs/python.md runs as it is, and gives what the rooms behind it give."""
+"""The Python API: the blocks of docs/python.md run, and results equal those of the modules behind the API."""
 
 import json
 import re
@@ -109,7 +109,7 @@ def test_importing_persona_loads_nothing_heavy():
     assert not {"numpy", "pyarrow", "torch", "transformers", "deltalake", "boto3"} & set(done.stdout.split())
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_can_be_imported():
     for name in persona.__all__:
         assert getattr(persona, name) is not None
         assert name in dir(persona)
@@ -134,7 +134,7 @@ def test_an_unknown_user_has_an_empty_history(store_uri: str, plug: persona.Load
 
 
 @pytest.mark.parametrize("kind", PersonaKind)
-def test_a_persona_gives_what_the_model_gives(
+def test_a_persona_equals_the_model_behind_it(
     plug: persona.LoadedPlug,
     store_uri: str,
     plug_uri: str,
@@ -142,7 +142,6 @@ def test_a_persona_gives_what_the_model_gives(
     llama_folder: ModelFolder,
     kind: PersonaKind,
 ):
-    """Against the model itself, with histories read by the API."""
     user = {PersonaKind.OTHER: "bruno"}.get(kind, "ada")  # the next user by id
     history = persona.read_history(persona.open_store(store_uri), user, max_behaviors=MAX_BEHAVIORS).vectors.tobytes()
     row = {"request_id": "", "input": "a title", "query": "a paper", "target": "good"}
@@ -164,12 +163,12 @@ def test_a_persona_gives_what_the_model_gives(
     )
 
 
-def test_as_of_hides_what_is_not_older(plug: persona.LoadedPlug):
+def test_as_of_hides_behaviors_that_are_not_older(plug: persona.LoadedPlug):
     assert len(plug.persona("ada", as_of=START + timedelta(days=2)).vectors) == 2
     assert len(plug.persona("ada", as_of=START).vectors) == 0
 
 
-def test_a_persona_from_texts_is_that_of_the_same_texts_in_the_store(plug: persona.LoadedPlug):
+def test_a_persona_from_texts_equals_that_of_the_same_texts_in_the_store(plug: persona.LoadedPlug):
     texts = [row["text"] for row in rows() if row["user_id"] == "ada"]
     from_texts, stored = plug.persona_from_texts(texts), plug.persona("ada")
     assert len(from_texts.vectors) == MAX_BEHAVIORS
@@ -177,7 +176,7 @@ def test_a_persona_from_texts_is_that_of_the_same_texts_in_the_store(plug: perso
     assert plug.persona_from_texts([]).vectors.shape == (0, ENCODER_WIDTH)
 
 
-def test_wrong_use_says_what_to_do(store_uri: str, plug_uri: str, plug: persona.LoadedPlug, tmp_path: Path):
+def test_wrong_use_is_refused(store_uri: str, plug_uri: str, plug: persona.LoadedPlug, tmp_path: Path):
     with pytest.raises(InputError, match="there is no store at"):
         persona.open_store(tmp_path)
     with pytest.raises(InputError, match="no complete plug here"):
