@@ -19,10 +19,17 @@ _DRAWS = 2**31 - 1
 def split(config: "Config", inputs: "Inputs", version: int, tally: Tally) -> "tuple[Dataset, Dataset]":
     """Training and held-out requests with their histories, joined once and kept in Ray's object store."""
     store = inputs.store.at(behaviors=version)
-    where = {"encoder": inputs.encoder.name, "record": config}
+    retrieval = retrieve.RetrievalSpec(
+        options=config.retrieval,
+        histories=inputs.histories,
+        encoder=inputs.encoder.name,
+        query_prefix=config.query_prefix,
+        max_query_tokens=config.max_query_tokens,
+        max_behaviors=config.max_behaviors,
+    )
 
     def joined(splits: list[Any], held_out: str = "", limit: int | None = None) -> "Dataset":
-        texts = retrieve.best_of(inputs.histories, config.retrieval, where, tally, stage=f"texts{held_out}")
+        texts = retrieve.best_of(retrieval, tally, stage=f"texts{held_out}")
         plan = joining.JoinPlan(
             job="train",
             stage=f"join{held_out}",
