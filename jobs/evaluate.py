@@ -33,13 +33,12 @@ from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.texts import Histories
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions, PersonaKind, RetrievalOptions, check_at_least
+from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions, check_at_least
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
     from persona.evaluation.one_run import Answers
-    from persona.evaluation.scores import Metric
     from persona.inputs.splits import Split
     from persona.store.store import Store
 
@@ -218,8 +217,7 @@ def _metrics(
     }
 
 
-def _metric(config: Config, targets: Sequence[str]) -> "Metric":
-    from persona.evaluation.scores import Metric
+def _metric(config: Config, targets: Sequence[str]) -> Metric:
     from persona.inputs.lamp import TASKS
 
     if config.task is not None:

@@ -109,7 +109,7 @@ def _users(config: Config) -> list[str]:
 
 
 def _read_users(given: str) -> set[str]:
-    """The ids in a file. One that cannot be read stops the job, so that nobody is left over unnoticed."""
+    """The ids in a file. A single unreadable row stops the job: its user would be missed unnoticed."""
     from persona import storage
     from persona.inputs import cells
     from persona.inputs.reader import first_rows, read_split

@@ -1,37 +1,32 @@
-"""Train a plug: requests with targets, joined to their users' stored vectors, teach it what to tell the frozen LLM.
+"""Train a plug: from requests with targets and their users' stored vectors, it learns to steer the frozen LLM.
 
-Reads `--requests` (and `--validation`) and `<store>/behaviors`; writes checkpoints under `<runs>/<run>` and, when done,
-the plug folder `--plug`. The same `--run` again resumes at the last checkpoint.
+Reads `--requests` (and `--validation`) and `<store>/behaviors`; writes checkpoints under `<runs>/<run>` and, at the
+end, the plug folder `--plug`. The same `--run` again resumes at the last checkpoint.
 """
 
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, profile, retrieval as retrieve, session
+from jobs.runtime import cli, cost, profile, retrieval, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import FLAT, InputRows, PastTexts
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
-from jobs.runtime.training import inputs as train_data
-from persona.errors import InputError, PlugMismatch, UsageError
-from persona.options import (
-    CostOptions,
-    PlugOptions,
-    Precision,
-    RetrievalOptions,
-    TrainingOptions,
-    check_at_least,
-)
+from jobs.runtime.training.inputs import TrainingInputs, join_and_split
+from jobs.runtime.training.publish import publish, summary
+from jobs.runtime.training.run import Run
+from jobs.runtime.training.spec import RunSpec
+from jobs.runtime.training.trainer import fit
+from persona.errors import PlugMismatch, UsageError
+from persona.options import CostOptions, PlugOptions, Precision, RetrievalOptions, TrainingOptions, check_at_least
 
 if TYPE_CHECKING:
-    from ray.data import Dataset
-
+    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
-    from persona.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,65 +100,128 @@ class Config:
             raise UsageError(f"--run {self.run!r}: must be a name of letters, digits and . _ -")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What a run is made of, found and checked before Ray starts."""
-
-    store: "Store"
-    encoder: "ModelFolder"
-    llm: "ModelFolder"
-    requests: list[Any]
-    validation: list[Any] | None
-    histories: retrieve.Histories | None
-    runs: str
-    plug: str
-
-
 def main(config: Config) -> Summary:
     """Runs the job."""
-    from jobs.runtime.training.run import Run, publish
-
     started = time.perf_counter()
-    inputs = _inputs(config)
-    run = Run.find(config, inputs)
+    spec, inputs = _spec(config), _inputs(config)
+    run = Run.find(spec, inputs)
     if config.dry_run:
-        return _plan(config, inputs, resumes=run.known is not None)
+        return _plan(config, inputs, resumes=run.record is not None)
     machines = session.connect()
-    workers = config.workers or machines.gpus or 1
-    config.training.check_workers(workers)
+    n_workers = config.workers or machines.gpus or 1
+    config.training.check_workers(n_workers)
     tally = Tally.start()
-    train_rows, validation_rows = train_data.split(config, inputs, run.behaviors_version, tally)
-    n_requests, n_validation = train_rows.count(), validation_rows.count()
-    if n_requests < config.training.global_batch:
-        raise InputError(
-            f"--requests gives {n_requests:,} requests with target to train on, fewer than --global-batch "
-            f"{config.training.global_batch}"
-        )
-    if n_validation < workers:
-        raise InputError(
-            f"{n_validation} held-out requests are too few for {workers} workers; give more with --validation"
-        )
-    run.begin(n_requests)
-    result = _fit(config, inputs, tally, train_rows, validation_rows, n_requests, workers, machines)
+    requests = join_and_split(spec, inputs, run.behaviors_version, tally)
+    requests.check(global_batch=config.training.global_batch, n_workers=n_workers)
+    run.begin(requests.n_train)
+    with progress(tally, _progress_line):
+        result = fit(spec, inputs, requests, tally, machines, n_workers=n_workers, max_failures=config.max_failures)
+    published = publish(spec, inputs, result, requests.n_train)
     counts, seconds = tally.totals(), time.perf_counter() - started
-    summary = publish(config, inputs, result, counts, n_requests, seconds)
-    summary = cost.spent(summary, config.cost, machines, n_models=workers, seconds=seconds)
-    return _with_profile(summary, counts, workers, machines, seconds) if config.profile else summary
+    found = summary(
+        published,
+        counts,
+        global_batch=config.training.global_batch,
+        seconds=seconds,
+        max_reject_fraction=config.rows.max_reject_fraction,
+    )
+    found = cost.spent(found, config.cost, machines, n_models=n_workers, seconds=seconds)
+    return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 
-def _plan(config: Config, inputs: Inputs, *, resumes: bool) -> Summary:
+def _spec(config: Config) -> RunSpec:
+    """The part of the configuration that defines the plug."""
+    return RunSpec(
+        run=config.run,
+        plug_options=config.plug_options,
+        training=config.training,
+        retrieval=config.retrieval,
+        past_texts=config.past_texts,
+        requests=config.requests,
+        limit=config.rows.limit,
+        validation=config.validation,
+        validation_fraction=config.validation_fraction,
+        validation_rows=config.validation_rows,
+        validate_every=config.validate_every,
+        query_prefix=config.query_prefix,
+        max_query_tokens=config.max_query_tokens,
+        max_input_tokens=config.max_input_tokens,
+        max_behaviors=config.max_behaviors,
+        precision=config.precision,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def _inputs(config: Config) -> TrainingInputs:
+    """Finds and checks what the run reads and where it writes."""
+    from persona import storage
+    from persona.models import resolve as models
+    from persona.store.store import Store
+
+    requests = storage.check_uri(config.requests, flag="--requests")
+    store_uri = storage.check_uri(config.store, flag="--store")
+    runs = storage.check_uri(config.runs, flag="--runs")
+    plug = storage.check_uri(config.plug, flag="--plug")
+    storage.check_reachable(requests, flag="--requests")
+    storage.check_reachable(store_uri, flag="--store")
+    storage.check_reachable(runs, flag="--runs", write=True)
+    storage.check_reachable(plug, flag="--plug", write=True)
+    splits = _splits(requests, flag="--requests")
+    held_out = None
+    if config.validation is not None:
+        held_out = _splits(storage.check_uri(config.validation, flag="--validation"), flag="--validation")
+    store = Store.open(store_uri)
+    return TrainingInputs(
+        store=store,
+        encoder=store_encoder(store.identity, config.encoder),
+        llm=models.resolve(config.llm, revision=config.llm_revision, flag="--llm"),
+        requests=splits,
+        validation=held_out,
+        histories=retrieval.plan(config.past_texts),
+        runs=runs,
+        plug=plug,
+    )
+
+
+def _splits(uri: str, *, flag: str) -> "list[Split]":
+    """The splits of requests with targets. Raises InputError when a column is missing."""
+    from persona.inputs import requests
+    from persona.inputs.splits import plan_splits
+
+    splits = plan_splits(uri, flag=flag)
+    requests.check_columns(splits, needs_target=True)
+    return splits
+
+
+def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
+    """The store's encoder, at `given` or where the store says. Raises PlugMismatch when another model is there."""
+    from persona.models import resolve as models
+
+    name = given or identity.encoder
+    folder = models.resolve(name, revision=identity.revision, flag="--encoder")
+    if folder.fingerprint != identity.fingerprint:
+        raise PlugMismatch(
+            f"--encoder {name!r} has fingerprint {folder.fingerprint[:12]}, but the store was made by "
+            f"{identity.encoder!r} with {identity.fingerprint[:12]}; give the store's encoder with --encoder, or "
+            "create a store with this one"
+        )
+    return folder
+
+
+def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
+    """The summary of a dry run."""
     from persona.cost import tokens_of_text, training_flops
 
-    how = "resume" if resumes else "start"
+    verb = "resume" if resumes else "start"
     plug = config.plug_options
-    would = f"{how} run {config.run!r}: a {plug.weights} plug of {plug.persona_tokens} tokens for {config.llm}"
+    would = f"{verb} run {config.run!r}: a {plug.weights} plug of {plug.persona_tokens} tokens for {config.llm}"
     n_bytes = sum(split.end - split.start for split in inputs.requests)
-    # All of a row is taken for input, which the LLM reads as far as it may; a target is short beside it.
+    # An upper bound: counts all bytes of a row as input, cut to --max-input-tokens; targets are short in comparison.
     flops = cost.known(
         lambda: training_flops(
             inputs.llm.config,
             inputs.encoder.config,
-            # Under --contrast each is asked once more, with another history.
+            # --contrast reads each request a second time, with another history.
             n_requests=tokens_of_text(n_bytes) / config.max_input_tokens * (2 if config.training.contrast else 1),
             inputs=config.max_input_tokens + config.retrieval.front_tokens,
             outputs=0,
@@ -175,127 +233,17 @@ def _plan(config: Config, inputs: Inputs, *, resumes: bool) -> Summary:
     return cost.planned(plan, config.cost, flops=flops, if_all="for the whole run, with inputs of full length")
 
 
-def _inputs(config: Config) -> Inputs:
-    from persona import storage
-    from persona.inputs import requests
-    from persona.inputs.splits import plan_splits
-    from persona.models import resolve as models
-    from persona.store.store import Store
-
-    uris = {
-        name: storage.check_uri(getattr(config, name), flag=f"--{name}")
-        for name in ("requests", "store", "runs", "plug")
-    }
-    storage.check_reachable(uris["requests"], flag="--requests")
-    storage.check_reachable(uris["store"], flag="--store")
-    for name in ("runs", "plug"):
-        storage.check_reachable(uris[name], flag=f"--{name}", write=True)
-    splits = plan_splits(uris["requests"], flag="--requests")
-    requests.check_columns(splits, needs_target=True)
-    held_out = None
-    if config.validation is not None:
-        uri = storage.check_uri(config.validation, flag="--validation")
-        held_out = plan_splits(uri, flag="--validation")
-        requests.check_columns(held_out, needs_target=True)
-    store = Store.open(uris["store"])
-    encoder = store_encoder(store.identity, config.encoder)
-    llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
-    return Inputs(
-        store=store,
-        encoder=encoder,
-        llm=llm,
-        requests=splits,
-        validation=held_out,
-        histories=retrieve.plan(config.past_texts),
-        runs=uris["runs"],
-        plug=uris["plug"],
-    )
-
-
-def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
-    """The encoder that made a store. Raises PlugMismatch when another model lies where it should."""
-    from persona.models import resolve as models
-
-    name = given or identity.encoder
-    folder = models.resolve(name, revision=identity.revision, flag="--encoder")
-    if folder.fingerprint != identity.fingerprint:
-        raise PlugMismatch(
-            f"--encoder {name!r} has fingerprint {folder.fingerprint[:12]}, but the store was made by "
-            f"{identity.encoder!r} with {identity.fingerprint[:12]}; give the store's encoder with --encoder, or make "
-            "a store with this one"
-        )
-    return folder
-
-
-def _fit(
-    config: Config,
-    inputs: Inputs,
-    tally: Tally,
-    train_rows: "Dataset",
-    validation_rows: "Dataset",
-    n_requests: int,
-    workers: int,
-    machines: session.Machines,
-) -> Any:
-    """Ray Train over one dataset an epoch, each in an order of its own."""
-    from ray.data import ExecutionOptions
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from jobs.runtime.training.worker import train_worker
-
-    n_steps_epoch = n_requests // config.training.global_batch
-    names = [f"epoch-{epoch}" for epoch in range(config.training.epochs)]
-    epochs = {
-        name: train_data.epoch_of(train_rows, epoch, config, n_requests=n_requests, workers=workers)
-        for epoch, name in enumerate(names)
-    }
-    settings = {
-        "config": config,
-        "workers": workers,
-        "threads": max(1, machines.cores // workers),
-        "n_steps_epoch": n_steps_epoch,
-        "encoder": inputs.encoder.card(),
-        "llm": inputs.llm.card(),
-        "identity": asdict(inputs.store.identity),
-        "behaviors": train_data.vectors_seen(train_rows, n_requests, inputs.store.identity.width),
-        "tally": tally,
-    }
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(machines.gpus)),
-        torch_config=TorchConfig(backend="nccl" if machines.gpus else "gloo"),
-        run_config=RunConfig(
-            name=config.run,
-            storage_path=inputs.runs,
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
-            ),
-        ),
-        datasets={**epochs, "validation": validation_rows},
-        dataset_config=DataConfig(
-            datasets_to_split=names,
-            execution_options=ExecutionOptions(preserve_order=True),
-            enable_shard_locality=False,
-        ),
-    )
-    with progress(tally, _progress_line):
-        return trainer.fit()
-
-
 def _with_profile(
-    summary: Summary, counts: Counts, workers: int, machines: session.Machines, seconds: float
+    summary: Summary, counts: Counts, n_workers: int, machines: session.Machines, seconds: float
 ) -> Summary:
-    # The first worker's seconds; the others keep step with it.
-    noted = {"time": {name: workers * spent for name, spent in counts.get("time", {}).items()}}
+    # Only the first worker reports its seconds; the others run in step with it.
+    noted = {"time": {name: n_workers * spent for name, spent in counts.get("time", {}).items()}}
     faster = "more GPUs (--workers), a larger --micro-batch where memory allows, or fewer --max-input-tokens"
     rarely = "validate less often (--validate-every) or on fewer rows (--validation-rows)"
     stages = [
-        profile.stage(noted, "time", workers, faster, seconds="step", name="train"),
-        profile.stage(noted, "time", workers, rarely, seconds="validate", name="validate"),
-        profile.stage(noted, "time", workers, "save less often (--validate-every)", seconds="save", name="save"),
+        profile.stage(noted, "time", n_workers, faster, seconds="step", name="train"),
+        profile.stage(noted, "time", n_workers, rarely, seconds="validate", name="validate"),
+        profile.stage(noted, "time", n_workers, "save less often (--validate-every)", seconds="save", name="save"),
         profile.stage(counts, "join", machines.cores, "more CPUs for Ray"),
     ]
     waited_s = noted["time"].get("waiting", 0.0)

@@ -237,6 +237,18 @@ class RetrievalOptions:
         return f"{persona}-{self.retriever}-{self.retrieve}" if self.retrieve else persona
 
 
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How the answers of a task are scored.
+
+    `label`: one of `labels`, by accuracy and macro-F1. `rating`: a number from 1 to 5, by MAE and RMSE. `text`: free
+    text, by ROUGE-1 and ROUGE-L.
+    """
+
+    kind: Literal["label", "rating", "text"]
+    labels: tuple[str, ...] = ()
+
+
 def check_at_least(options: object, least: int, *names: str) -> None:
     """Raises UsageError for a field below `least`; None is allowed."""
     for name in names:

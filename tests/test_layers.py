@@ -1,21 +1,47 @@
-"""The arrows of the house: what may import what, what `--help` may load, and what no file may hold."""
+"""The structure of the code: which package may import which, what `--help` may load, and what no file may contain."""
 
 import ast
 import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.imports import find_cycle, import_graph, imported, module_name
+
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*ROOT.glob("persona/**/*.py"), *ROOT.glob("jobs/**/*.py")])
-PERSONA = [path for path in SOURCES if path.is_relative_to(ROOT / "persona")]
+PATHS = sorted([*ROOT.glob("persona/**/*.py"), *ROOT.glob("jobs/**/*.py")])
+SOURCES = {module_name(path, ROOT): path.read_text() for path in PATHS}
+GRAPH = import_graph(SOURCES)
+PACKAGES = {module_name(path, ROOT) for path in PATHS if path.name == "__init__.py"}
+PERSONA = [module for module in SOURCES if module.split(".")[0] == "persona"]
 JOBS = [path.stem for path in sorted(ROOT.glob("jobs/*.py")) if not path.stem.startswith("_")]
+# What each package of persona may import of the others; those further up know nothing of those further down.
+ARROWS = {
+    "errors": set(),
+    "cost": set(),
+    "versions": set(),
+    "extensions": {"errors"},
+    "options": {"errors"},
+    "storage": {"errors"},
+    "report": set(),  # its pages are made from JSON alone
+    "evaluation": {"errors", "options"},
+    "retrieval": {"extensions", "options"},
+    "inputs": {"errors", "options", "storage"},
+    "store": {"errors", "options", "inputs", "storage"},
+    "models": {"errors", "options", "storage"},
+    "engines": {"errors", "extensions", "options", "models"},
+    "plug": {"errors", "options", "storage", "store", "models", "engines"},
+    "training": {"errors", "options", "store", "models", "plug"},
+    "demo": {"inputs"},
+    "api": {"errors", "options", "storage", "inputs", "store", "models", "engines", "plug"},
+    "persona": {"options", "store", "engines", "api"},  # `persona/__init__.py`, which exports the Python API
+}
+NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 DRAWS_HELP = "import cyclopts.help, rich.console, rich.markdown, rich.table"
-# What tasks of Ray Data import where no model is at work.
+# Imported by tasks of Ray Data that use no model.
 WITHOUT_A_MODEL = (
     "inputs.derived_requests",
     "inputs.histories",
@@ -34,34 +60,69 @@ WITHOUT_A_MODEL = (
 HEAVY = ("boto3", "deepspeed", "deltalake", "numpy", "pandas", "pyarrow", "ray", "torch", "transformers")
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or "."
-
-
-def name(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def package(module: str) -> str:
+    """`store` of `persona.store.table`, `options` of `persona.options`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
 def test_there_is_something_to_check():
     assert PERSONA
     assert JOBS
+    assert "persona.errors" in GRAPH["persona.options"]
+    assert "persona.storage" in GRAPH["persona.api"]
 
 
-@pytest.mark.parametrize("path", PERSONA, ids=name)
-def test_persona_names_neither_ray_nor_the_jobs(path: Path):
-    assert not {module.split(".")[0] for module in imported(path)} & {"ray", "jobs"}
+def test_a_cycle_is_found_in_imports_of_every_kind():
+    sources = {
+        "house": "",
+        "house.a": "from house import b",
+        "house.b": "from house.c import something",
+        "house.c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house import d",
+        "house.d": "def later():\n    import house.a",
+        "house.e": "import house.a, os",
+    }
+    graph = import_graph(sources)
+    assert graph["house.e"] == {"house.a"}
+    cycle = find_cycle(graph)
+    assert cycle is not None
+    assert cycle[0] == cycle[-1]
+    assert set(cycle) == {"house.a", "house.b", "house.c", "house.d"}
+    assert find_cycle(import_graph({**sources, "house.d": "import os"})) is None
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert find_cycle(GRAPH) is None
+
+
+@pytest.mark.parametrize("module", PERSONA)
+def test_a_package_imports_only_packages_below_it(module: str):
+    here = package(module)
+    assert here in ARROWS, "a new package of persona needs its line in ARROWS"
+    others = {package(name) for name in GRAPH[module] if name.split(".")[0] == "persona"}
+    assert others - {here} <= ARROWS[here]
+
+
+def test_the_arrows_between_packages_form_no_circle():
+    assert find_cycle(ARROWS) is None
+    assert set(ARROWS) == {package(module) for module in PERSONA}
+
+
+@pytest.mark.parametrize("module", PERSONA)
+def test_persona_imports_neither_ray_nor_the_jobs(module: str):
+    assert not {name.split(".")[0] for name in imported(SOURCES[module])} & {"ray", "jobs"}
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if module.startswith("jobs.runtime")])
+def test_the_runtime_imports_no_job(module: str):
+    # The empty package `jobs` is allowed: its files tell which jobs exist.
+    assert not [name for name in GRAPH[module] if name.startswith("jobs.") and not name.startswith("jobs.runtime")]
 
 
 def test_persona_loads_neither_ray_nor_the_jobs():
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PERSONA]
     code = (
         "import importlib, json, sys\n"
-        f"for module in {modules}: importlib.import_module(module.removesuffix('.__init__'))\n"
+        f"for module in {PERSONA}: importlib.import_module(module)\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -71,7 +132,7 @@ def test_persona_loads_neither_ray_nor_the_jobs():
 
 
 def test_tasks_without_a_model_load_no_torch():
-    """Ray Data runs them in processes by the dozen, of which each would take seconds to begin."""
+    """Ray Data starts many processes for such tasks; importing torch would add seconds to each."""
     modules = ", ".join(f"persona.{name}" for name in WITHOUT_A_MODEL)
     code = f"import {modules}, sys; print('loaded:', *({{'torch', 'transformers'}} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -79,7 +140,7 @@ def test_tasks_without_a_model_load_no_torch():
 
 
 def timed(*words: str) -> tuple[float, str]:
-    """Seconds of processor time that one run of Python takes, and what it prints."""
+    """Seconds of processor time of one run of Python, and its output."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -87,11 +148,11 @@ def timed(*words: str) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_help_takes_little_more_than_what_draws_it(job: str):
-    # Beside each other, as a ratio: what a second of a machine is worth changes with what else it does.
+def test_help_takes_little_more_time_than_drawing_it(job: str):
+    # As a ratio, because absolute times depend on what else the machine does.
     ours = [timed("-m", f"jobs.{job}", "--help") for _ in range(3)]
     drawing = [timed("-c", DRAWS_HELP) for _ in range(3)]
-    assert all(f"python -m jobs.{job}" in said for _, said in ours)
+    assert all(f"python -m jobs.{job}" in text for _, text in ours)
     assert min(ours)[0] < 2.5 * min(drawing)[0]
 
 
@@ -108,19 +169,19 @@ def test_help_loads_nothing_heavy(job: str):
     assert done.stdout.splitlines()[-1].strip() == "loaded:"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_a_file_has_a_subject(path: Path):
-    if path != ROOT / "persona/engines/base.py":  # the interface of an engine
-        assert path.stem.strip("_") not in {"utils", "util", "helpers", "common", "base", "misc"}
-    if path.name != "__init__.py":
-        assert ast.get_docstring(ast.parse(path.read_text())), "the first line says what the module is about"
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_is_named_and_described_by_its_subject(module: str):
+    if module != "persona.engines.base":  # the interface of an engine
+        assert module.rpartition(".")[2].strip("_") not in NAMES_THAT_SAY_NOTHING
+    if module not in PACKAGES:
+        assert ast.get_docstring(ast.parse(SOURCES[module])), "the first line says what the module is about"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_no_pickle_and_no_remote_code(path: Path):
-    modules = {module.split(".")[0] for module in imported(path)}
-    assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-    for node in ast.walk(ast.parse(path.read_text())):
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_pickle_and_no_remote_code(module: str):
+    libraries = {name.split(".")[0] for name in imported(SOURCES[module])}
+    assert not libraries & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    for node in ast.walk(ast.parse(SOURCES[module])):
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
             assert isinstance(node.value, ast.Constant)
             assert node.value.value is False

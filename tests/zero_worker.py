@@ -1,4 +1,4 @@
-"""What each process of a DeepSpeed test does: train a tiny plug for a few steps, stop half-way, and go on elsewhere."""
+"""One process of a DeepSpeed test: trains a tiny plug for a few steps, saves half-way, resumes from a checkpoint."""
 
 import hashlib
 import json
@@ -15,11 +15,12 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
+from persona.training.checkpoint import Progress
 from tests.plugs import new_model, row
 
 N_STEPS, STOP, GLOBAL_BATCH, MICRO_BATCH = 6, 3, 8, 2
-# The first four rows have no history at all: a micro-batch, and a worker's whole share of it, without any behavior.
-# Some neighbors are requests of one user. In some micro-batches, and in a worker's whole share, nothing is retrieved.
+# The first four rows have no history, so a micro-batch and a worker's whole share have no behavior. Some neighboring
+# rows are of one user. Some micro-batches, and a worker's whole share, have no retrieved text.
 ROWS = [
     {
         **row(number, 0 if number < 4 else number % 4),
@@ -28,12 +29,25 @@ ROWS = [
     }
     for number in range(N_STEPS * GLOBAL_BATCH)
 ]
-# An odd number, so that two workers have different numbers of batches.
+# Odd, so that two workers have different numbers of batches.
 HELD_OUT = [{**row(1000 + number, number % 5), "retrieved": ["a movie"] * (number % 3)} for number in range(9)]
+
+# What is saved with the checkpoint of the first STOP steps.
+PROGRESS = Progress(
+    step=STOP,
+    seconds=1.5,
+    tokens=123,
+    training_curve=[(1, 4.5), (2, 4.25)],
+    validation_curve=[(2, 4.0)],
+    validation_loss=4.0,
+    token_norm=1.7,
+    scale=2.5,
+    llm_width=48,
+)
 
 
 def spawn(plan: Sequence[dict[str, Any]], n_workers: int, folder: Path) -> list[dict[str, Any]]:
-    """Runs the cases of `plan` one after the other in `n_workers` processes; what each found."""
+    """Runs the cases of `plan` one after another in `n_workers` processes and returns their results."""
     rendezvous, out = folder / f"rendezvous-{n_workers}-{len(plan)}", folder / "found.json"
     rendezvous.unlink(missing_ok=True)
     torch.multiprocessing.spawn(_work, (n_workers, list(plan), str(rendezvous), str(out)), nprocs=n_workers)
@@ -47,10 +61,6 @@ def _work(rank: int, n_workers: int, plan: list[dict[str, Any]], rendezvous: str
     )
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    import deepspeed
-
-    # On CPUs this op is compiled with g++ at every start and then never used outside DeepSpeed's own launcher.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n_workers)
     found = [run(case, rank, n_workers) for case in plan]
     if rank == 0:
@@ -63,35 +73,38 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     """One training run.
 
     Args:
-        case: `llm` and `encoder` (folders), `stage`, and at will `plug` (options), `contrast`, `front_tokens` (of
-            retrieved texts), `precision`, `save` (folder for the state after half of the steps), `start` (such a folder
-            to go on from), `forget_moments` (of that folder), `shard_small` (ZeRO-3 shards parameters of any size, as
-            it does with those of a large LLM).
-        rank, n_workers: of this process.
+        case: `llm` and `encoder` (folders), `stage`, and optionally `plug` (options), `contrast`, `front_tokens` (of
+            retrieved texts), `precision`, `save` (folder for a checkpoint after half of the steps), `start` (such a
+            folder to resume from), `forget_moments` (of that folder), `shard_small` (ZeRO-3 shards parameters of any
+            size, as it does with those of a large LLM).
+        rank: of this process.
+        n_workers: number of processes.
     """
     import deepspeed
 
     from persona.training import checkpoint
-    from persona.training.step import deepspeed_settings, new_optimizer, train_step, validation_loss
+    from persona.training.deepspeed import deepspeed_settings, new_engine
+    from persona.training.step import train_step, validation_loss
 
     options = new_options(case["stage"], case.get("contrast", 0.0))
     model = new_case_model(case)
-    state = checkpoint.load_weights(model, Path(case["start"])) if "start" in case else {"step": 0}
+    resumed = checkpoint.load_weights(model, Path(case["start"])) if "start" in case else None
+    begun = resumed.step if resumed else 0
     settings = deepspeed_settings(options, n_workers)
     if case.get("shard_small"):
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     before = llm_bytes(model)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=new_optimizer(model, options), config=settings)
+    engine = new_engine(model, options, settings)
     if "start" in case and not case.get("forget_moments"):
-        checkpoint.load_moments(engine, Path(case["start"]), step=state["step"])
+        checkpoint.load_moments(engine, Path(case["start"]), step=begun)
     losses, share = [], GLOBAL_BATCH // n_workers
-    for step in range(state["step"], N_STEPS):
+    for step in range(begun, N_STEPS):
         start = step * GLOBAL_BATCH + rank * share
         rows = ROWS[start : start + share]
         loss, n_tokens = train_step(engine, rows, step=step, n_steps=N_STEPS, options=options)
         losses.append(loss)
         if step + 1 == STOP and "save" in case:
-            checkpoint.save(engine, Path(case["save"]), {"step": STOP, "note": "kept"}, write=rank == 0)
+            checkpoint.save(engine, Path(case["save"]), PROGRESS, write=rank == 0)
     held_out = validation_loss(engine, HELD_OUT[rank::n_workers], micro_batch=MICRO_BATCH)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         after = llm_bytes(model)
@@ -103,13 +116,14 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
         "llm_unchanged": before == after,
         "llm_dtype": str(model.llm.model.dtype),
         "moved": moved,
-        "state": state,
+        "progress": resumed and json.loads(resumed.to_json()),
     }
 
 
 def plain_run(case: dict[str, Any]) -> list[float]:
-    """The same steps without DeepSpeed: one process, the whole global batch in one sum, AdamW, a clipped norm."""
-    from persona.training.step import learning_rate_factor, new_optimizer, trainable
+    """The same steps without DeepSpeed: one process, the global batch in one sum, AdamW, a clipped gradient norm."""
+    from persona.training.deepspeed import new_optimizer, trainable
+    from persona.training.schedule import learning_rate_factor
 
     options, model, losses = new_options(1, case.get("contrast", 0.0)), new_case_model(case), []
     optimizer = new_optimizer(model, options)
@@ -129,11 +143,11 @@ def plain_run(case: dict[str, Any]) -> list[float]:
 
 
 def plain_contrast(model: PersonalizedLLM, rows: Sequence[dict[str, Any]]) -> torch.Tensor | float:
-    """Request by request: minus the logarithm of the own history's chance, beside that of the next request's."""
+    """Request by request: minus the log-probability of the own history against that of the next request."""
     total: torch.Tensor | float = 0.0
-    for place, one in enumerate(rows):
-        start = place // MICRO_BATCH * MICRO_BATCH
-        other = rows[start + (place - start + 1) % MICRO_BATCH]
+    for number, one in enumerate(rows):
+        start = number // MICRO_BATCH * MICRO_BATCH
+        other = rows[start + (number - start + 1) % MICRO_BATCH]
         if one["user_id"] != other["user_id"] and one["history"] and other["history"]:
             histories = (one["history"], other["history"])
             nll_2 = torch.cat([model(model.collate([{**one, "history": history}])) for history in histories])
@@ -142,7 +156,7 @@ def plain_contrast(model: PersonalizedLLM, rows: Sequence[dict[str, Any]]) -> to
 
 
 def new_options(stage: int, contrast: float) -> TrainingOptions:
-    """Rates at which six steps change the loss visibly, and a norm that is clipped."""
+    """Learning rates that change the loss visibly in six steps, and gradients that are clipped."""
     return TrainingOptions(
         global_batch=GLOBAL_BATCH,
         micro_batch=MICRO_BATCH,
@@ -155,7 +169,7 @@ def new_options(stage: int, contrast: float) -> TrainingOptions:
 
 
 def new_case_model(case: dict[str, Any]) -> PersonalizedLLM:
-    """The model of a case as it starts."""
+    """The model of a case before training."""
     folder = resolve(case["llm"], flag="--llm")
     llm = FrozenLLM.load(folder, precision=case.get("precision", "fp32"), device="cpu")
     options = {"learn_temperature": case.get("plug", {}).get("weights") != "mean", **case.get("plug", {})}
@@ -173,6 +187,6 @@ def llm_bytes(model: PersonalizedLLM) -> str:
 
 
 def moved_parameters(model: PersonalizedLLM, start: PersonalizedLLM) -> list[str]:
-    """Names of all parameters that are not what they were at the start."""
+    """Names of all parameters that changed."""
     mine, theirs = dict(model.named_parameters()), dict(start.named_parameters())
     return sorted(name for name in mine if not torch.equal(mine[name].detach(), theirs[name].detach()))

@@ -13,7 +13,8 @@ from persona.errors import InputError
 from persona.evaluation.intervals import Floats, Interval, bootstrap, paired_bootstrap
 from persona.evaluation.losses import Columns, PersonaLosses, by_persona
 from persona.evaluation.ranking import outcomes
-from persona.evaluation.scores import Metric, score, score_intervals, score_requests
+from persona.evaluation.scores import score, score_intervals, score_requests
+from persona.options import Metric
 
 # The shortest history of each group of requests; empty groups are left out.
 _LENGTHS = (0, 1, 3, 6, 11, 21, 51, 101, 201)

@@ -5,28 +5,17 @@ Shapes: R requests, U users, C labels.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, assert_never
+from dataclasses import asdict
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from persona.errors import InputError
 from persona.evaluation.intervals import Floats, Interval, bootstrap, interval_of
+from persona.options import Metric
 
 ROUGE_SAMPLES = 1000  # as in LaMP's own evaluation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How the answers of a task are scored.
-
-    `label`: one of `labels`, by accuracy and macro-F1. `rating`: a number from 1 to 5, by MAE and RMSE. `text`: free
-    text, by ROUGE-1 and ROUGE-L.
-    """
-
-    kind: Literal["label", "rating", "text"]
-    labels: tuple[str, ...] = ()
 
 
 def score(

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import ijson
 
 from persona.errors import InputError
-from persona.evaluation.scores import Metric
+from persona.options import Metric
 
 MAX_DEPTH = 16  # of nested lists and objects in a question; LaMP has 3, a malicious file may have many
 _READ_BYTES = 2**18

@@ -1,6 +1,6 @@
-"""A trained plug as a folder: weights as safetensors, what it belongs to as JSON, and a card for people.
+"""A trained plug as a folder: weights as safetensors, the record as JSON, and a card for people.
 
-`plug.json` is written last, so that a folder with it is complete: a reader never sees a plug without its card.
+`plug.json` is written last, so a folder that has it is complete.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from persona.models.encoder import check_positions
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import PlugOptions
-from persona.plug import record as plug_record
+from persona.plug import aggregation, record as plug_record
 from persona.plug.answerer import Answerer
 from persona.plug.module import Plug
 from persona.plug.personalized import PersonalizedLLM, QueryText, prepare_for_inference
@@ -29,14 +29,14 @@ CARD = "README.md"
 
 
 def new_query_encoder(folder: ModelFolder, options: PlugOptions, *, pretrained: bool) -> nn.Module | None:
-    """Enc_input of eq. 2 in float32, starting as the frozen encoder, or with empty weights to be loaded.
+    """Enc_input of PPlug eq. 2 in float32: a copy of the frozen encoder, or with random weights for loading into.
 
-    BERT's own pooler is left out: no gradient ever reaches it.
+    None when the weights do not depend on the request. BERT's pooler is removed, since no gradient reaches it.
     """
-    if options.weights == "mean":
+    if not aggregation.uses_query(options):
         return None
     config = AutoConfig.from_pretrained(folder.path)
-    # Dropout in the query encoder would make the loss of a step depend on how its batch is split over workers.
+    # With dropout, the loss of a step would depend on how its batch is split over workers.
     for name in [name for name, value in vars(config).items() if "dropout" in name and isinstance(value, float)]:
         setattr(config, name, 0.0)
     encoder: Any
@@ -51,7 +51,7 @@ def new_query_encoder(folder: ModelFolder, options: PlugOptions, *, pretrained: 
 
 
 def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, card: str) -> None:
-    """Writes a complete plug folder; `weights` are those of `Plug.state_dict()`."""
+    """Writes a complete plug folder; `weights` is a `Plug.state_dict()`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
@@ -62,11 +62,12 @@ def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, 
 
 
 def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, prefix_tokens: int = 0) -> PersonalizedLLM:
-    """The plug of a folder in front of `llm`, ready to compute losses; `prefix_tokens` as in `PersonalizedLLM`.
+    """Loads a plug in front of `llm`, ready to compute losses; `prefix_tokens` as in `PersonalizedLLM`.
 
     Raises:
         InputError: the folder holds no complete plug.
-        PlugMismatch: its soft tokens or weights do not fit this LLM or encoder.
+        PlugMismatch: its soft tokens or weights do not fit the LLM or the encoder.
+        UsageError: the plug reads longer queries than the encoder can.
     """
     plug, query_text = _load_for(llm, folder, encoder)
     return PersonalizedLLM(plug, llm, query_text, prefix_tokens=prefix_tokens).eval()
@@ -75,7 +76,7 @@ def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, prefix_tokens: i
 def load_answerer(
     folder: Path, *, encoder: ModelFolder, engine: Engine, batch_size: int, prefix_tokens: int = 0
 ) -> Answerer:
-    """The plug of a folder in front of `engine`; the other arguments are those of `Answerer`. Raises as `load` does."""
+    """Loads a plug in front of `engine`; the other arguments are those of `Answerer`. Raises as `load` does."""
     plug, query_text = _load_for(engine, folder, encoder)
     return Answerer(plug, engine, query_text, batch_size=batch_size, prefix_tokens=prefix_tokens)
 
@@ -91,7 +92,7 @@ def _load_for(llm: FrozenLLM | Engine, folder: Path, encoder: ModelFolder) -> tu
 
 
 def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:
-    """The plug of a folder without its LLM. Raises as `load` does."""
+    """Loads a plug without its LLM. Raises InputError and PlugMismatch as `load` does."""
     record = plug_record.read(folder)
     plug = Plug(
         record.options,
@@ -106,13 +107,13 @@ def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:
         plug.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
         raise PlugMismatch(
-            f"{folder}: {WEIGHTS} does not hold the weights that {RECORD} and the encoder {encoder.name!r} ask for "
-            f"({str(error).splitlines()[-1].strip()}); copy the whole folder anew, or train another plug"
+            f"{folder}: {WEIGHTS} does not fit {RECORD} and the encoder {encoder.name!r} "
+            f"({str(error).splitlines()[-1].strip()}); copy the whole folder again, or train a new plug"
         ) from error
     return plug.eval()
 
 
 def new_query_text(encoder: ModelFolder, prefix: str, max_tokens: int) -> QueryText:
-    """How queries are tokenized for the query encoder of this folder. Raises UsageError when it cannot read so many."""
+    """How queries become tokens for this encoder. Raises UsageError when it has fewer positions than `max_tokens`."""
     check_positions(AutoConfig.from_pretrained(encoder.path), max_tokens)
     return QueryText(tokenizer=AutoTokenizer.from_pretrained(encoder.path), prefix=prefix, max_tokens=max_tokens)

@@ -1,6 +1,6 @@
-"""What a plug is, without its weights: the content of its `plug.json`, and what it belongs to.
+"""The record of a plug (`plug.json`): its options, the models that it belongs to, and how it was trained.
 
-Imports no torch: a job reads it before it starts a model, and it travels to every task of a job.
+Imports no torch, because jobs read the record before they load a model and send it to every task.
 """
 
 import hashlib
@@ -22,11 +22,17 @@ _FORMAT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class PlugRecord:
-    """Everything about a plug but its weights; the content of `plug.json`.
+    """Everything about a plug except its weights; the content of `plug.json`.
 
-    `encoder` and `llm` are `ModelFolder.card()`s; `encoder_max_tokens` is the cut of the stored behaviors,
-    `max_query_tokens` and `query_prefix` those of the query encoder, `max_input_tokens` that of the LLM;
-    `weights_digest` is of the file of weights that belongs to it (empty in plugs that were made before it was kept).
+    Attributes:
+        encoder, llm: `ModelFolder.card()` of the two models.
+        encoder_width: d; llm_width: D.
+        encoder_max_tokens: stored behaviors were cut to this length.
+        scale, token_norm: as in `Plug`.
+        query_prefix, max_query_tokens: how queries are read by the query encoder.
+        max_input_tokens: inputs of the LLM are cut to this length.
+        training: settings, curves and results of the training run, for people and reports.
+        weights_digest: hash of the weights file; empty in plugs older than this field.
     """
 
     options: PlugOptions
@@ -51,17 +57,17 @@ class PlugRecord:
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> "PlugRecord":
-        """Reads `plug.json`. Raises InputError when it is not one, or of another format."""
+        """Parses `plug.json`. Raises InputError when the text is no plug record or has another format."""
         try:
             fields = json.loads(text)
             found = fields.pop("format")
             if found != _FORMAT:
                 raise InputError(
-                    f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train another"
+                    f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train a new plug"
                 )
             record = cls(**{**fields, "options": PlugOptions(**fields["options"])})
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
-            raise InputError(f"{source}: not a plug's {RECORD} ({error})") from error
+            raise InputError(f"{source}: not a valid {RECORD} ({error})") from error
         return record
 
 
@@ -69,22 +75,22 @@ def read(folder: Path) -> PlugRecord:
     """The record of a plug folder. Raises InputError when the folder holds no complete plug."""
     if not (folder / RECORD).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(
-            f"{folder}: no complete plug here ({RECORD} and {WEIGHTS} are needed); train one with jobs.train"
+            f"{folder}: no complete plug here ({RECORD} and {WEIGHTS} are required); train one with jobs.train"
         )
     return PlugRecord.from_json((folder / RECORD).read_text(), source=str(folder))
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of all that a plug's answers depend on, so not of its training: part of the fingerprint of every answer.
+    """Hash of everything in a plug that answers depend on: weights and record, without the training history.
 
-    Raises InputError when the folder holds no complete plug, or parts of two.
+    Raises InputError when the folder holds no complete plug, or a record and weights of two different plugs.
     """
     record = read(folder)
     digest = _digest(folder)
     if record.weights_digest not in ("", digest.hexdigest()):
         raise InputError(
-            f"{folder}: {RECORD} and {WEIGHTS} are of two plugs, as when one is being copied over the other, or this "
-            "was cut off; try again in a minute, else copy the whole folder anew or run its training once more"
+            f"{folder}: {RECORD} and {WEIGHTS} belong to different plugs; a copy is under way or was interrupted: try "
+            "again in a minute, then copy the whole folder again or repeat the training"
         )
     facts = {name: value for name, value in asdict(record).items() if name not in ("training", "weights_digest")}
     digest.update(json.dumps(facts, sort_keys=True).encode())
@@ -92,22 +98,22 @@ def fingerprint(folder: Path) -> str:
 
 
 def with_digest(record: PlugRecord, folder: Path) -> PlugRecord:
-    """The record of the weights that lie in the folder."""
+    """The record, with the digest of the weights in the folder."""
     return replace(record, weights_digest=_digest(folder).hexdigest())
 
 
 @contextmanager
 def local_plug(uri: str, expected: str) -> Iterator[Path]:
-    """The plug that a job was started with, as `storage.local_folder`; `expected` is its fingerprint.
+    """A local folder with the plug at `uri`, which must still have the fingerprint `expected`.
 
-    Raises PlugMismatch when it has been replaced since.
+    Raises PlugMismatch when the plug was replaced since the job started.
     """
     with storage.local_folder(uri) as folder:
         found = fingerprint(folder)
         if found != expected:
             raise PlugMismatch(
-                f"--plug {uri} is another plug now (fingerprint {found[:12]}) than when the job was started "
-                f"({expected[:12]}); what was made by that one stays, run the same command again for this one"
+                f"--plug {uri} was replaced while the job ran: its fingerprint was {expected[:12]} and is now "
+                f"{found[:12]}; results of the old plug stay, run the same command again for the new one"
             )
         yield folder
 
@@ -118,18 +124,18 @@ def _digest(folder: Path) -> Any:  # a hash object, for which hashlib has no pub
 
 
 def check_models(record: PlugRecord, *, encoder: ModelFolder, llm: ModelFolder) -> None:
-    """Raises PlugMismatch when the plug was trained for another encoder or LLM than those at hand."""
+    """Raises PlugMismatch when the plug was trained for another encoder or LLM than the given ones."""
     for kind, trained, given in (("encoder", record.encoder, encoder), ("LLM", record.llm, llm)):
         if trained["fingerprint"] != given.fingerprint:
             raise PlugMismatch(
                 f"the plug was trained for the {kind} {trained['name']!r} (fingerprint {trained['fingerprint'][:12]}), "
                 f"but {given.name!r} has fingerprint {given.fingerprint[:12]}; give the {kind} it was trained for, "
-                "or train another plug"
+                "or train a new plug"
             )
 
 
 def card(record: PlugRecord) -> str:
-    """The README of a plug folder: what it is for, how it was trained, what came out."""
+    """The README of a plug folder: its models, settings and losses."""
     training = record.training
     curve = "\n".join(f"| {step:,} | {loss:.4f} |" for step, loss in training["validation_curve"])
     settings = "\n".join(
@@ -144,7 +150,7 @@ Turns a user's history into {record.options.n_soft} soft tokens of width {record
 | encoder | {record.encoder["name"]} | {record.encoder["revision"]} | {record.encoder["fingerprint"]} |
 | LLM | {record.llm["name"]} | {record.llm["revision"]} | {record.llm["fingerprint"]} |
 
-Options: {record.options}. It works with these two models only. Weights: `{WEIGHTS}`; everything else: `{RECORD}`.
+Options: {record.options}. The plug works with these two models only. Weights: `{WEIGHTS}`; all else: `{RECORD}`.
 
 ## Held-out loss (nats a token)
 

@@ -1,10 +1,11 @@
-"""The whole state of a training run as safetensors: weights, AdamW's moments, the step.
+"""Checkpoints of a training run: weights and AdamW's moments as safetensors, progress as JSON.
 
 DeepSpeed's own checkpoints are pickles and tied to the number of workers. The plug is small, so its full tensors are
-gathered from any ZeRO stage and put back into any other, on any number of workers.
+gathered from any ZeRO stage and restored into any other, on any number of workers.
 """
 
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,63 @@ from safetensors.torch import load_file, save_file
 
 from persona.errors import InputError
 from persona.plug.personalized import PersonalizedLLM
-from persona.training.step import trainable
+from persona.training.deepspeed import trainable
 
 WEIGHTS, MOMENTS, STATE = "plug.safetensors", "moments.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_TYPICAL = "typical_behavior"  # measured once, not trained
+_TYPICAL = "typical_behavior"  # a buffer: measured once, not trained
 
 
-def save(engine: Any, folder: Path, state: dict[str, Any], *, write: bool) -> None:
-    """Gathers the state; all workers call it, the one with `write` writes it to `folder`.
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come, and the measurements that a resumed run must not repeat.
 
-    `state` is what the loop needs besides: it must hold `step`, the number of optimizer steps taken.
+    Attributes:
+        step: optimizer steps taken; seconds: time in them; tokens: target tokens seen.
+        training_curve, validation_curve: pairs of step and loss in nats a token.
+        validation_loss: the latest one; None before the first validation.
+        token_norm, scale: as in `Plug`, measured at the start: another machine may measure a little differently.
+        llm_width: D.
     """
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    training_curve: list[tuple[int, float]] = field(default_factory=list)
+    validation_curve: list[tuple[int, float]] = field(default_factory=list)
+    validation_loss: float | None = None
+    token_norm: float
+    scale: float
+    llm_width: int
+
+    def add_step(self, loss: float, *, n_tokens: int, seconds: float) -> None:
+        """Counts one optimizer step."""
+        self.step += 1
+        self.seconds += seconds
+        self.tokens += n_tokens
+        self.training_curve.append((self.step, round(loss, 5)))
+
+    def add_validation(self, loss: float) -> None:
+        """Records the held-out loss after the latest step."""
+        self.validation_loss = loss
+        self.validation_curve.append((self.step, round(loss, 5)))
+
+    def to_json(self) -> str:
+        """The text of `state.json`."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+    @classmethod
+    def read(cls, folder: Path) -> "Progress":
+        """Reads the `state.json` of a checkpoint."""
+        fields = json.loads((folder / STATE).read_text())
+        curves = {
+            name: [(step, loss) for step, loss in fields[name]] for name in ("training_curve", "validation_curve")
+        }
+        return cls(**{**fields, **curves})
+
+
+def save(engine: Any, folder: Path, progress: Progress, *, write: bool) -> None:
+    """Gathers a checkpoint; all workers call it together, the one with `write` writes it to `folder`."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     _link_moments(engine)
@@ -41,28 +87,24 @@ def save(engine: Any, folder: Path, state: dict[str, Any], *, write: bool) -> No
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / WEIGHTS)
         save_file(moments, folder / MOMENTS)
-        (folder / STATE).write_text(json.dumps(state))
+        (folder / STATE).write_text(progress.to_json())
 
 
-def load_weights(model: PersonalizedLLM, folder: Path) -> dict[str, Any]:
-    """Puts saved weights into a model, before DeepSpeed takes it over.
-
-    Returns:
-        the `state` that was saved.
+def load_weights(model: PersonalizedLLM, folder: Path) -> Progress:
+    """Loads saved weights into a model, before DeepSpeed takes it over, and returns the saved progress.
 
     Raises:
-        InputError: the checkpoint belongs to another set of trained parameters.
+        InputError: the checkpoint has another set of trained parameters than the model.
     """
     weights = load_file(folder / WEIGHTS)
     if set(weights) != {_TYPICAL, *(name.removeprefix("plug.") for name in trainable(model))}:
-        raise InputError(f"{folder}: this checkpoint is of another plug than the one to be trained; use another --run")
+        raise InputError(f"{folder}: this checkpoint is of a plug with other trained parameters; use another --run")
     model.plug.load_state_dict(weights)
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return state
+    return Progress.read(folder)
 
 
 def load_moments(engine: Any, folder: Path, *, step: int) -> None:
-    """Puts AdamW's saved moments, after `step` steps, into a fresh engine; all workers call it."""
+    """Loads AdamW's saved moments into a new engine, as after `step` steps; all workers call it together."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     _link_moments(engine)
@@ -71,23 +113,23 @@ def load_moments(engine: Any, folder: Path, *, step: int) -> None:
         for key in _MOMENTS:
             moment = moments[f"{name}:{key}"]
             if engine.zero_optimization_stage() == 3:
-                # The function for the full tensor fails where its size does not divide among the workers.
+                # The function for full tensors fails when the size is not a multiple of the number of workers.
                 flat = moment.flatten()
                 padded = torch.nn.functional.pad(flat, (0, -flat.numel() % engine.world_size))
                 piece = padded.chunk(engine.world_size)[engine.global_rank]
                 safe_set_local_optimizer_state(parameter, piece.to(engine.device), key)
             else:
                 safe_set_full_optimizer_state(parameter, moment.to(engine.device), key)
-    # AdamW's bias correction counts steps beside the moments.
+    # AdamW's bias correction uses its own count of steps.
     for entry in engine.optimizer.optimizer.state.values():
         entry["step"] = torch.tensor(float(step))
 
 
 def _link_moments(engine: Any) -> None:
-    """Makes AdamW's moments of all parameter groups reachable through DeepSpeed's `safe_*` functions.
+    """Makes AdamW's moments of all parameter groups visible to DeepSpeed's `safe_*` functions.
 
-    AdamW makes them in its first step, and after that step of the *first* group ZeRO-1 and ZeRO-2 link the moments of
-    all groups, once: those of the other groups are missed. DeepSpeed has no public way to link them again.
+    AdamW creates moments in its first step. ZeRO-1 and ZeRO-2 link the moments of all groups only once, after the
+    *first* group's step, when those of the other groups do not exist yet. DeepSpeed has no public way to link again.
     """
     zero = engine.optimizer
     stage_3 = engine.zero_optimization_stage() == 3

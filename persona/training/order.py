@@ -1,6 +1,6 @@
-"""In which order the requests of an epoch come, the same on every worker and whenever the run is resumed.
+"""The order of the requests in an epoch, the same on every worker and in a resumed run.
 
-The data tasks of a training import this file and no model, so that they start without torch. N requests.
+Ray Data's tasks import this module, so it imports no torch and they start fast. Shape: N requests.
 """
 
 import hashlib
@@ -13,19 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 Item = TypeVar("Item")
-# Batches whose order is drawn anew within a window; all of them lie on each worker at once.
+# Batches that are shuffled among each other; each worker holds this many at once.
 _WINDOW_BATCHES = 32
-# Rows whose lengths differ by less are not told apart: batches of one length alone would be batches of one question.
+# Rows whose lengths (in characters) differ by less count as equal. Otherwise rows that repeat one question, and so have
+# one length, would fill whole batches.
 _LENGTH_STEP = 64
 
 
 def epoch_order(requests: pa.Table, *, epoch: int, seed: int, n_requests: int, global_batch: int) -> pa.Array:
-    """Sort keys (N,) int64 that put one epoch's requests in their order, known from each row's content alone.
+    """Sort keys (N,) int64 that order the requests of one epoch; a key depends only on its row.
 
-    Rows are dealt at random into windows of some batches and sorted by length, in coarse steps, within a window, so
-    that a batch holds rows of about one length; `shuffle_windows` then draws the order of the batches. About one batch
-    comes last in random order: what does not fill a batch at the end of an epoch is left out by chance, and not because
-    it is long. No process needs to know all rows.
+    Rows are assigned at random to windows of some batches and sorted by length within a window, in coarse steps, so
+    that the rows of a batch have about the same length; `shuffle_windows` then shuffles the batches. About one batch of
+    rows comes last, in random order, so that chance and not length decides which rows the incomplete batch at the end
+    of an epoch leaves out. No process needs all rows.
     """
     n_windows = max(1, n_requests // (_WINDOW_BATCHES * global_batch))
     ids = requests["request_id"].to_pylist()
@@ -39,7 +40,7 @@ def epoch_order(requests: pa.Table, *, epoch: int, seed: int, n_requests: int, g
 
 
 def shuffle_windows(batches: Iterable[Item], *, epoch: int, seed: int) -> Iterator[Item]:
-    """The batches of an epoch in random order within windows; every worker draws the same order."""
+    """Shuffles the batches of an epoch within windows, in the same way on every worker."""
     draw = np.random.default_rng(hash64("windows", seed, epoch))
     window: list[Item] = []
     for batch in batches:
@@ -51,16 +52,16 @@ def shuffle_windows(batches: Iterable[Item], *, epoch: int, seed: int) -> Iterat
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items in their order, the next one made in a thread while the caller works on this one."""
+    """The items in their order; a thread makes the next one while the caller works on the current one."""
     source = iter(items)
     end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="one-ahead") as beside:
-        coming = beside.submit(next, source, end)
-        while (item := coming.result()) is not end:
-            coming = beside.submit(next, source, end)
+    with ThreadPoolExecutor(1, thread_name_prefix="one-ahead") as thread:
+        following = thread.submit(next, source, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, source, end)
             yield cast(Item, item)
 
 
 def hash64(*parts: object) -> int:
-    """A random but fixed number of 64 bits for these parts, from which a draw that must be repeatable begins."""
+    """A 64-bit hash of the parts, to seed repeatable random draws."""
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "little")

@@ -42,7 +42,8 @@ from persona.models.resolve import ModelFolder, resolve
 from persona.options import Decoding, TrainingOptions
 from persona.plug.answerer import Answerer
 from persona.plug.personalized import PersonalizedLLM, prepare_for_inference
-from persona.training.step import deepspeed_settings, new_optimizer, train_step
+from persona.training.deepspeed import deepspeed_settings, new_optimizer
+from persona.training.step import train_step
 from tests import models, plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed

@@ -20,7 +20,7 @@ from persona.models.resolve import resolve
 from persona.options import Decoding, Precision, RetrievalOptions, TrainingOptions
 from persona.plug.answerer import Answerer
 from persona.plug.personalized import PersonalizedLLM, prepare_for_inference
-from persona.training.step import new_optimizer, trainable
+from persona.training.deepspeed import new_optimizer, trainable
 from tests import plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed

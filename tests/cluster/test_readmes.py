@@ -138,8 +138,6 @@ def test_every_file_of_the_folder_is_in_its_readme() -> None:
 @pytest.mark.parametrize("page", WITH_LINKS, ids=pages.name)
 def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
     for target, anchor in pages.links(page):
-        if target == ROOT / "docs" / "python.md" and not target.exists():
-            continue  # written on another branch; remove these lines once it is there
         assert target.exists(), target
         assert not anchor or anchor in pages.anchors(target), f"{target.name}#{anchor}"
 

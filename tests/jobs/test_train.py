@@ -1,4 +1,4 @@
-"""`train` on a real Ray: one worker or two, killed or not, the plug is the same; and no request sees its future."""
+"""jobs.train on a real Ray: the plug is the same with one worker or two, killed or not; no request sees its future."""
 
 import json
 import os
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {**TRAINING, "validation_rows": 8}
 
 @pytest.fixture(scope="module")
 def inputs(models: dict[str, str], filled_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Where requests, store and LLM of all runs lie."""
+    """Requests, store and LLM of all runs."""
     folder = tmp_path_factory.mktemp("inputs")
     return {
         "requests": write(str(folder / "train.parquet"), requests()),
@@ -44,15 +44,15 @@ def inputs(models: dict[str, str], filled_store: Path, tmp_path_factory: pytest.
     }
 
 
-def places(root: Any) -> dict[str, str]:
+def folders(root: Any) -> dict[str, str]:
     return {"runs": join(str(root), "runs"), "plug": join(str(root), "plug")}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(local_ray: None, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run of one worker."""
+    """The folder of a complete run with one worker."""
     root = tmp_path_factory.mktemp("undisturbed")
-    train.main(read_config(train.Config, arguments(**SETTINGS, **inputs, **places(root))))
+    train.main(read_config(train.Config, arguments(**SETTINGS, **inputs, **folders(root))))
     return root
 
 
@@ -71,7 +71,7 @@ def weights(plug: Any) -> dict[str, np.ndarray]:
         return load_file(folder / "plug.safetensors")
 
 
-def test_the_plug_folder_is_complete_and_belongs_to_its_models(undisturbed: Path, models: dict[str, str]) -> None:
+def test_the_plug_folder_is_complete_and_names_its_models(undisturbed: Path, models: dict[str, str]) -> None:
     found = record(undisturbed / "plug")
     assert sorted(path.name for path in (undisturbed / "plug").iterdir()) == [
         "README.md",
@@ -91,22 +91,22 @@ def test_the_plug_folder_is_complete_and_belongs_to_its_models(undisturbed: Path
     assert f"{training['validation_loss']:.4f}" in card
 
 
-def test_two_workers_train_the_plug_that_one_trains(do: Job, inputs: dict, undisturbed: Path, tmp_path: Path) -> None:
-    done = do(train, **SETTINGS, **inputs, **places(tmp_path), workers=2)
+def test_two_workers_train_the_same_plug_as_one(do: Job, inputs: dict, undisturbed: Path, tmp_path: Path) -> None:
+    done = do(train, **SETTINGS, **inputs, **folders(tmp_path), workers=2)
     assert done.code == 0
     one, two = undisturbed / "plug", tmp_path / "plug"
-    # Losses are kept to 5 decimals; the order of float32 sums may move the last one.
+    # Losses are rounded to 5 decimals; the order of float32 sums may change the last one.
     np.testing.assert_allclose(curve(two), curve(one), rtol=0, atol=2e-5)
     np.testing.assert_allclose(curve(two, "validation"), curve(one, "validation"), rtol=0, atol=2e-5)
     expected = weights(one)
     for name, value in weights(two).items():
-        # A key's bias has no gradient but rounding errors, which AdamW brings up to the size of the learning rate a
-        # step; here they stay below 2e-6.
+        # A key's bias has no gradient except rounding errors, which AdamW scales up to the learning rate; here they are
+        # below 2e-6.
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-4, err_msg=name)
 
 
 def train_worker_pid() -> int | None:
-    """A process of the local Ray that trains at this moment."""
+    """The id of a process of the local Ray that is training now."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if process.name().startswith("ray::RayTrain"):
@@ -116,7 +116,7 @@ def train_worker_pid() -> int | None:
 
 @contextmanager
 def killing_a_worker(runs: Path, n_checkpoints: int) -> Iterator[list[int]]:
-    """Kills a train worker of this Ray once the run has so many new checkpoints; yields the pids it has killed."""
+    """Kills a training worker once the run has `n_checkpoints` new checkpoints; yields the ids of killed processes."""
     killed: list[int] = []
     ended = threading.Event()
     enough = n_reports(runs) + n_checkpoints
@@ -137,16 +137,16 @@ def killing_a_worker(runs: Path, n_checkpoints: int) -> Iterator[list[int]]:
         watcher.join()
 
 
-def test_a_run_whose_workers_were_killed_ends_like_an_undisturbed_one(
+def test_a_run_with_killed_workers_trains_the_same_plug(
     do: Job, inputs: dict, undisturbed: Path, tmp_path: Path
 ) -> None:
     from ray.train import TrainingFailedError
 
-    flags = {**SETTINGS, **inputs, **places(tmp_path)}
+    flags = {**SETTINGS, **inputs, **folders(tmp_path)}
     with killing_a_worker(tmp_path / "runs", 2) as killed, pytest.raises(TrainingFailedError):
         do(train, **flags, max_failures=0)
     assert killed
-    # A mark by which the curve shows that the run went on from here, and did not start anew.
+    # A marker in the curve proves that the run resumed here and did not start again.
     for file in (tmp_path / "runs").glob("r/checkpoint_*/state.json"):
         state = json.loads(file.read_text())
         assert 1 <= state["step"] < STEPS - 2
@@ -165,13 +165,11 @@ def test_a_run_whose_workers_were_killed_ends_like_an_undisturbed_one(
         np.testing.assert_array_equal(value, same[name], err_msg=name)
 
 
-def test_a_run_that_aligns_and_contrasts_is_resumed_in_the_middle_of_it(
-    do: Job, inputs: dict, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_run_with_alignment_and_contrast_is_resumed(do: Job, inputs: dict, undisturbed: Path, tmp_path: Path) -> None:
     flags = {**SETTINGS, **inputs, "alignment": 0.5, "contrast": 0.5, "recency": True}
-    assert do(train, **flags, **places(tmp_path / "whole")).code == 0
+    assert do(train, **flags, **folders(tmp_path / "whole")).code == 0
     with killing_a_worker(tmp_path / "killed" / "runs", 2) as killed:
-        assert do(train, **flags, **places(tmp_path / "killed"), max_failures=1).code == 0
+        assert do(train, **flags, **folders(tmp_path / "killed"), max_failures=1).code == 0
     assert killed
     found, expected = tmp_path / "killed" / "plug", tmp_path / "whole" / "plug"
     assert curve(found).tolist() == curve(expected).tolist()
@@ -183,11 +181,11 @@ def test_a_run_that_aligns_and_contrasts_is_resumed_in_the_middle_of_it(
     assert record(expected)["options"]["recency"] is True
 
 
-def test_prompt_tuning_alone_trains_and_is_judged_without_any_history(
+def test_prompt_tuning_trains_and_validates_without_histories(
     do: Job, inputs: dict, models: dict[str, str], tmp_path: Path
 ) -> None:
     held_out = requests(2)
-    flags = {**SETTINGS, **inputs, **places(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
+    flags = {**SETTINGS, **inputs, **folders(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
     done = do(train, **{**flags, "epochs": 1, "weights": "mean", "empty_history": 1})
     assert done.code == 0
     encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
@@ -196,21 +194,21 @@ def test_prompt_tuning_alone_trains_and_is_judged_without_any_history(
     batch = model.collate([{**row, "history": b""} for row in held_out])
     with torch.inference_mode():
         loss = model(batch).sum().item() / batch.n_target_tokens
-    # The summary keeps 5 decimals; the run adds up the same float32 numbers in batches of two.
+    # The summary has 5 decimals; the run sums the same float32 numbers in batches of two.
     assert done.result["validation_loss"] == pytest.approx(loss, abs=2e-5)
     assert curve(tmp_path / "plug", "validation")[-1, 1] < curve(tmp_path / "plug", "validation")[0, 1]
 
 
-def test_texts_of_the_history_may_stand_in_the_prompts(
+def test_retrieved_texts_are_in_the_prompts(
     do: Job, refuse: Job, inputs: dict, models: dict[str, str], tmp_path: Path
 ) -> None:
     held_out, written = requests(2), behaviors()
-    flags = {**SETTINGS, **inputs, **places(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
+    flags = {**SETTINGS, **inputs, **folders(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
     flags |= {"epochs": 1, "weights": "mean", "texts": write(str(tmp_path / "histories.jsonl"), written)}
     flags |= {"retrieve": 1, "retriever": "recency", "retrieve_tokens": 12}
     done = do(train, **flags)
     assert done.code == 0
-    # Of each of six users there are four requests, which see one behavior to four.
+    # Six users with four requests each, which see one to four behaviors.
     assert "60 of 60 seen behaviors" in done.table
     training = record(tmp_path / "plug")["training"]
     assert [training[name] for name in ("retrieve", "retriever", "retrieve_tokens")] == [1, "recency", 12]
@@ -232,27 +230,27 @@ def test_texts_of_the_history_may_stand_in_the_prompts(
     assert "--texts has no effect without --retrieve" in unused.said
 
 
-def test_the_same_run_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:
-    flags = {**SETTINGS, **inputs, **places(undisturbed)}
+def test_resuming_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:
+    flags = {**SETTINGS, **inputs, **folders(undisturbed)}
     done = refuse(train, **{**flags, "learning_rate": 2e-3, "epochs": 1})
     assert done.code == 2
     assert "epochs was 2 and is 1; learning_rate was 0.003 and is 0.002" in done.said
     assert "resume run 'r'" in refuse(train, **flags, dry_run=True).result["would"]
 
 
-def test_a_run_whose_data_was_forgotten_is_not_resumed(
+def test_resuming_is_refused_when_the_data_was_deleted(
     refuse: Job, inputs: dict, undisturbed: Path, store: Path
 ) -> None:
-    flags = {**SETTINGS, **inputs, **places(undisturbed), "store": store, "dry_run": True}
+    flags = {**SETTINGS, **inputs, **folders(undisturbed), "store": store, "dry_run": True}
     assert "resume run 'r'" in refuse(train, **flags).result["would"]
     with Store.open(str(store)).writer("behaviors", job="test") as writer:
         writer.erase_history()
     done = refuse(train, **flags)
     assert done.code == 2
-    assert "taken away since by jobs.forget or jobs.store vacuum; give the run another name" in done.said
+    assert "jobs.forget or jobs.store vacuum has deleted since; give the run another name" in done.said
 
 
-def test_a_run_from_before_an_option_is_one_that_has_it_off(
+def test_an_option_newer_than_the_run_was_off_in_it(
     refuse: Job, inputs: dict, undisturbed: Path, tmp_path: Path
 ) -> None:
     started = json.loads((undisturbed / "runs" / "r" / "settings.json").read_text())
@@ -260,15 +258,15 @@ def test_a_run_from_before_an_option_is_one_that_has_it_off(
         del started["settings"][name]
     (tmp_path / "runs" / "r").mkdir(parents=True)
     (tmp_path / "runs" / "r" / "settings.json").write_text(json.dumps(started))
-    flags = {**SETTINGS, **inputs, **places(tmp_path), "dry_run": True}
+    flags = {**SETTINGS, **inputs, **folders(tmp_path), "dry_run": True}
     assert "resume run 'r'" in refuse(train, **flags).result["would"]
     assert "alignment was 0.0 and is 0.3" in refuse(train, **flags, alignment=0.3).said
 
 
-def test_a_run_that_is_over_is_published_again_and_not_trained_again(
+def test_a_finished_run_is_published_again_without_training(
     do: Job, inputs: dict, undisturbed: Path, tmp_path: Path
 ) -> None:
-    flags = {**SETTINGS, **inputs, **places(undisturbed), "plug": str(tmp_path / "again")}
+    flags = {**SETTINGS, **inputs, **folders(undisturbed), "plug": str(tmp_path / "again")}
     done = do(train, **flags)
     assert (done.code, done.result["steps"]) == (0, STEPS)
     for file in (undisturbed / "plug").iterdir():
@@ -276,7 +274,7 @@ def test_a_run_that_is_over_is_published_again_and_not_trained_again(
 
 
 def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, models: dict[str, str], s3: str) -> None:
-    flags = {**SETTINGS, **inputs, **places(s3), "llm": models["t5"], "epochs": 1, "weights": "mean", "zero_stage": 2}
+    flags = {**SETTINGS, **inputs, **folders(s3), "llm": models["t5"], "epochs": 1, "weights": "mean", "zero_stage": 2}
     flags |= {"activation_checkpointing": True, "profile": True}
     before = Path(models["t5"], "model.safetensors").read_bytes()
     done = do(train, **{**flags, "validation": None, "validation_fraction": 0.4})
@@ -285,40 +283,40 @@ def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, mode
     assert set(spent) == {"train", "validate", "save", "join", "waiting"}
     assert all(seconds > 0 for seconds in spent.values())
     assert 0 < done.result["requests"] < 24
-    assert done.result["requests"] % 4 == 0, "some user's requests are on both sides"
+    assert done.result["requests"] % 4 == 0, "a user's requests are on both sides"
     assert Path(models["t5"], "model.safetensors").read_bytes() == before
-    assert {file.uri.rsplit("/", 1)[1] for file in list_files(places(s3)["plug"])} == {
+    assert {file.uri.rsplit("/", 1)[1] for file in list_files(folders(s3)["plug"])} == {
         "README.md",
         "plug.json",
         "plug.safetensors",
     }
-    assert any("/runs/r/checkpoint_" in file.uri for file in list_files(places(s3)["runs"]))
-    with local_folder(places(s3)["plug"]) as folder:
+    assert any("/runs/r/checkpoint_" in file.uri for file in list_files(folders(s3)["runs"]))
+    with local_folder(folders(s3)["plug"]) as folder:
         assert plug_record.fingerprint(folder) == done.result["fingerprint"]
 
 
-def test_typical_is_the_mean_of_what_the_training_requests_see(inputs: dict, undisturbed: Path) -> None:
+def test_the_typical_behavior_is_the_mean_of_what_training_requests_see(inputs: dict, undisturbed: Path) -> None:
     vectors = [np.frombuffer(one, "<f2") for row in requests() for one in seen(inputs["store"], row, 512)]
     found = weights(undisturbed / "plug")["typical_behavior"]
     np.testing.assert_allclose(found, np.mean(vectors, axis=0, dtype=np.float64), rtol=0, atol=1e-6)  # float32
 
 
-def test_what_some_requests_see_does_not_depend_on_how_rows_come() -> None:
+def test_drawn_behaviors_do_not_depend_on_the_order_of_rows() -> None:
     rng = np.random.default_rng(0)
     histories = [rng.normal(size=(number % 20, 3)).astype("<f2") for number in range(400)]
     rows = pa.table(
         {"request_id": [f"r{number}" for number in range(400)], "history": [h.tobytes() for h in histories]}
     )
     whole = some_vectors(rows)
-    assert 60 < len(whole) < 140  # a quarter of 400, drawn
+    assert 60 < len(whole) < 140  # a random quarter of 400
     assert some_vectors(rows.take(rng.permutation(400))) == whole
     assert {**some_vectors(rows[:150]), **some_vectors(rows[150:])} == whole
     for request, vectors in whole.items():
         history = histories[int(request[1:])].tolist()
-        places = [history.index(vector) for vector in np.frombuffer(vectors, "<f2").reshape(-1, 3).tolist()]
-        assert len(places) == min(8, len(history))
-        assert places == sorted(set(places))
-        assert not history or (places[0], places[-1]) == (0, len(history) - 1)
+        positions = [history.index(vector) for vector in np.frombuffer(vectors, "<f2").reshape(-1, 3).tolist()]
+        assert len(positions) == min(8, len(history))
+        assert positions == sorted(set(positions))
+        assert not history or (positions[0], positions[-1]) == (0, len(history) - 1)
 
 
 def some_vectors(rows: pa.Table) -> dict[str, bytes]:
@@ -329,12 +327,12 @@ def some_vectors(rows: pa.Table) -> dict[str, bytes]:
 def test_a_request_never_sees_its_future(
     do: Job, inputs: dict, models: dict[str, str], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """The last requests are asked when four days have passed: what was written on the fifth changes nothing."""
+    """The last requests are as of the fifth day, so that behaviors of the fifth day change nothing."""
     fifth = START + timedelta(days=4)
     assert max(row["as_of"] for row in requests()) == fifth
     changed = [{**row, "text": "quite different"} if row["timestamp"] == fifth else row for row in behaviors()]
     store = fill_store(tmp_path / "store", models["encoder"], changed)
-    done = do(train, **SETTINGS, **{**inputs, "store": str(store)}, **places(tmp_path))
+    done = do(train, **SETTINGS, **{**inputs, "store": str(store)}, **folders(tmp_path))
     assert (done.code, done.result["without_history"]) == (0, 0)
     for kind in ("training", "validation"):
         assert curve(tmp_path / "plug", kind).tolist() == curve(undisturbed / "plug", kind).tolist()

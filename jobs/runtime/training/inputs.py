@@ -1,81 +1,130 @@
-"""Which requests a training run sees: joined, split by user, in an order for each epoch, and a glimpse of them all."""
+"""The requests of a training run: joined with their histories, split by user, and ordered for each epoch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime import joining, retrieval as retrieve
+from jobs.runtime import joining, retrieval
 from jobs.runtime.tally import Tally
+from jobs.runtime.texts import Histories
+from persona.errors import InputError
 from persona.options import PersonaKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from jobs.train import Config, Inputs
+    from jobs.runtime.training.spec import RunSpec
+    from persona.inputs.splits import Split
+    from persona.models.resolve import ModelFolder
+    from persona.store.store import Store
 
 _DRAWS = 2**31 - 1
 
 
-def split(config: "Config", inputs: "Inputs", version: int, tally: Tally) -> "tuple[Dataset, Dataset]":
-    """Training and held-out requests with their histories, joined once and kept in Ray's object store."""
-    store = inputs.store.at(behaviors=version)
-    retrieval = retrieve.RetrievalSpec(
-        options=config.retrieval,
+@dataclass(frozen=True, kw_only=True)
+class TrainingInputs:
+    """What a run reads and where it writes, found and checked before Ray starts.
+
+    Attributes:
+        requests, validation: splits of the files; `validation` is None when it is taken from `requests`.
+        histories: the texts for retrieval, if any.
+        runs, plug: URIs of the folders for checkpoints and for the plug.
+    """
+
+    store: "Store"
+    encoder: "ModelFolder"
+    llm: "ModelFolder"
+    requests: "list[Split]"
+    validation: "list[Split] | None"
+    histories: Histories | None
+    runs: str
+    plug: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequests:
+    """Requests with their histories, in Ray's object store."""
+
+    train: "Dataset"
+    held_out: "Dataset"
+    n_train: int
+    n_held_out: int
+
+    def check(self, *, global_batch: int, n_workers: int) -> None:
+        """Raises InputError when there are too few requests for one step, or for validation on every worker."""
+        if self.n_train < global_batch:
+            raise InputError(
+                f"--requests gives {self.n_train:,} requests with target to train on, fewer than --global-batch "
+                f"{global_batch}"
+            )
+        if self.n_held_out < n_workers:
+            raise InputError(
+                f"{self.n_held_out} held-out requests are too few for {n_workers} workers; give more with --validation"
+            )
+
+
+def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: int, tally: Tally) -> TrainingRequests:
+    """Joins the requests with the histories at a version of the behaviors, once for all epochs."""
+    store = inputs.store.at(behaviors=behaviors_version)
+    retrieval_spec = retrieval.RetrievalSpec(
+        options=spec.retrieval,
         histories=inputs.histories,
         encoder=inputs.encoder.name,
-        query_prefix=config.query_prefix,
-        max_query_tokens=config.max_query_tokens,
-        max_behaviors=config.max_behaviors,
+        query_prefix=spec.query_prefix,
+        max_query_tokens=spec.max_query_tokens,
+        max_behaviors=spec.max_behaviors,
     )
 
-    def joined(splits: list[Any], held_out: str = "", limit: int | None = None) -> "Dataset":
-        texts = retrieve.best_of(retrieval, tally, stage=f"texts{held_out}")
+    def joined(splits: "list[Split]", held_out: str = "", limit: int | None = None) -> "Dataset":
         plan = joining.JoinPlan(
             job="train",
-            stage=f"join{held_out}",
             personas=[PersonaKind.OWN],
-            max_behaviors=config.max_behaviors,
+            max_behaviors=spec.max_behaviors,
             needs_target=True,
             limit=limit,
-            texts=texts,
+            texts=retrieval.best_of(retrieval_spec, tally, stage=f"texts{held_out}"),
+            stage=f"join{held_out}",
         )
         return joining.requests_with_histories(splits, store, tally, plan)
 
-    train = joined(inputs.requests, limit=config.rows.limit).materialize()
+    train = joined(inputs.requests, limit=spec.limit).materialize()
     if inputs.validation is not None:
         held_out = joined(inputs.validation, " held out")
     else:
-        held_out = _only(train, _users, fraction=config.validation_fraction, held_out=True)
-        train = _only(train, _users, fraction=config.validation_fraction, held_out=False).materialize()
-    # The same rows whenever the run is resumed, in whatever order they come.
-    drawn = _only(held_out, _drawn).sort("draw").limit(config.validation_rows)
-    return train, drawn.materialize()
+        held_out = _mapped(train, _users, fraction=spec.validation_fraction, held_out=True)
+        train = _mapped(train, _users, fraction=spec.validation_fraction, held_out=False).materialize()
+    # Sorted by a fixed draw, so that a resumed run validates on the same rows.
+    drawn = _mapped(held_out, _drawn).sort("draw").limit(spec.validation_rows).materialize()
+    return TrainingRequests(train=train, held_out=drawn, n_train=train.count(), n_held_out=drawn.count())
 
 
-def epoch_of(train: "Dataset", epoch: int, config: "Config", *, n_requests: int, workers: int) -> "Dataset":
-    """The requests of one epoch in its own order; a block is what one worker gets of one global batch."""
-    order = {"seed": config.training.seed, "n_requests": n_requests, "global_batch": config.training.global_batch}
+def epoch_of(requests: TrainingRequests, epoch: int, spec: "RunSpec", *, n_workers: int) -> "Dataset":
+    """The training requests in the order of an epoch; a block is one worker's share of one global batch."""
+    global_batch = spec.training.global_batch
+    order = {"seed": spec.training.seed, "n_requests": requests.n_train, "global_batch": global_batch}
     return (
-        _only(train, _with_order, epoch=epoch, **order)
+        _mapped(requests.train, _with_order, epoch=epoch, **order)
         .sort("order")
-        .limit(n_requests - n_requests % config.training.global_batch)
-        # In order and of equal size, blocks go round the workers.
-        .repartition(target_num_rows_per_block=config.training.global_batch // workers, strict=True)
+        .limit(requests.n_train - requests.n_train % global_batch)
+        # Blocks of equal size, in order, are dealt to the workers in turn.
+        .repartition(target_num_rows_per_block=global_batch // n_workers, strict=True)
     )
 
 
-def vectors_seen(train: "Dataset", n_requests: int, width: int, n_drawn: int = 128) -> bytes:
-    """Vectors that some requests see, which tell a new plug where behaviors lie; always the same ones."""
-    found = _only(train, _some_vectors, share=n_drawn / n_requests, width=width).take_all()
+def some_behaviors(requests: TrainingRequests, width: int, n_drawn: int = 128) -> bytes:
+    """Vectors of behaviors that about `n_drawn` training requests see; always the same ones."""
+    share = n_drawn / requests.n_train
+    found = _mapped(requests.train, _some_vectors, share=share, width=width).take_all()
     return b"".join(row["vectors"] for row in sorted(found, key=lambda row: row["request_id"]))
 
 
-def _only(rows: "Dataset", work: Callable[..., Any], **settings: Any) -> "Dataset":
-    return rows.map_batches(work, batch_size=None, batch_format="pyarrow", fn_kwargs=settings)
+def _mapped(rows: "Dataset", function: Callable[..., Any], **arguments: Any) -> "Dataset":
+    return rows.map_batches(function, batch_size=None, batch_format="pyarrow", fn_kwargs=arguments)
 
 
 def _users(rows: "pa.Table", *, fraction: float, held_out: bool) -> "pa.Table":
-    """The rows of the users that are held out, or of the others; a user is always on one side."""
+    """The rows of held-out users, or of the others; all rows of a user are on one side."""
     import pyarrow as pa
 
     from persona.inputs.histories import bucket_of
@@ -85,7 +134,7 @@ def _users(rows: "pa.Table", *, fraction: float, held_out: bool) -> "pa.Table":
 
 
 def _drawn(rows: "pa.Table") -> "pa.Table":
-    """Adds a random but fixed number to each row."""
+    """Adds the column `draw`: a number that is random, but fixed for a request."""
     import pyarrow as pa
 
     from persona.inputs.histories import bucket_of
@@ -95,7 +144,7 @@ def _drawn(rows: "pa.Table") -> "pa.Table":
 
 
 def _some_vectors(rows: "pa.Table", *, share: float, width: int, at_most: int = 8) -> "pa.Table":
-    """Of a share of the rows: some vectors of the history, from its whole length."""
+    """For a share of the requests: some vectors of the history, evenly spaced."""
     import numpy as np
     import pyarrow as pa
 
@@ -106,8 +155,8 @@ def _some_vectors(rows: "pa.Table", *, share: float, width: int, at_most: int = 
     drawn_vectors = []
     for history in drawn["history"].to_pylist():
         seen_Nd = vectors.from_bytes(history, width)
-        places = np.linspace(0, len(seen_Nd) - 1, min(len(seen_Nd), at_most)).astype(int)
-        drawn_vectors.append(vectors.to_bytes(seen_Nd[places]))
+        spaced = np.linspace(0, len(seen_Nd) - 1, min(len(seen_Nd), at_most)).astype(int)
+        drawn_vectors.append(vectors.to_bytes(seen_Nd[spaced]))
     return drawn.select(["request_id"]).append_column("vectors", pa.array(drawn_vectors, pa.binary()))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from persona.errors import InputError
 from persona.evaluation.one_run import summarize
-from persona.evaluation.scores import Metric
+from persona.options import Metric
 
 PERSONAS = ("own", "none", "other")
 TEXT = Metric(kind="text")

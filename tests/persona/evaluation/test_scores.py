@@ -8,8 +8,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.scoring import BootstrapAggregator
 
 from persona.errors import InputError
-from persona.evaluation.scores import Metric, score, score_intervals, score_requests
+from persona.evaluation.scores import score, score_intervals, score_requests
 from persona.inputs.lamp import TASKS
+from persona.options import Metric
 
 CITATION = Metric(kind="label", labels=("[1]", "[2]"))
 RATING = Metric(kind="rating", labels=("1", "2", "3", "4", "5"))

@@ -1,4 +1,4 @@
-"""The plug as a folder: what is saved is what answers, and what does not fit is refused."""
+"""Plugs as folders: a loaded plug answers as the saved one, and mismatches are refused."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ GREEDY = Decoding(max_new_tokens=6, beams=1)
 
 @pytest.fixture
 def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
-    """A plug that a step of training has moved away from where a fresh one starts."""
+    """A plug whose weights differ from those of a new one."""
     model = new_model(encoder_folder, llm, prefix="Represent: ", learn_temperature=True)
     with torch.no_grad():
         for parameter in model.plug.parameters():
@@ -44,7 +44,7 @@ def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
 def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm, tmp_path):
     model = new_model(encoder_folder, llm, prefix="Represent: ", **options)
     save(tmp_path / "plug", model, encoder_folder, llm_folder)
-    torch.manual_seed(99)  # a fresh plug would be another
+    torch.manual_seed(99)  # a new plug would have other weights
     again = plug_folder.load(tmp_path / "plug", encoder=encoder_folder, llm=llm)
     assert torch.equal(losses(again, ROWS), losses(model, ROWS))
     engine = LocalEngine(llm, batch_size=32)
@@ -53,7 +53,7 @@ def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm
     assert not again.plug.training
 
 
-def test_the_query_encoder_reads_in_the_precision_of_the_llm_and_sees_the_same(saved, encoder_folder, llm_folder):
+def test_the_query_encoder_runs_in_the_precision_of_the_llm_with_the_same_vectors(saved, encoder_folder, llm_folder):
     vectors_Bd = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         llm = FrozenLLM.load(llm_folder, precision=precision)
@@ -66,13 +66,13 @@ def test_the_query_encoder_reads_in_the_precision_of_the_llm_and_sees_the_same(s
     assert torch.cosine_similarity(vectors_Bd["fp32"], vectors_Bd["bf16"]).min() > 0.999
 
 
-def test_the_record_comes_back_as_it_was_saved(saved, encoder_folder, llm_folder, llm):
+def test_the_record_is_read_as_it_was_saved(saved, encoder_folder, llm_folder, llm):
     model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
     record = plug_record.with_digest(record_of(model, encoder_folder, llm_folder), saved)
     assert plug_record.read(saved) == record
 
 
-def test_the_folder_holds_the_plugs_weights_and_nothing_of_the_llm(saved, encoder_folder, llm):
+def test_the_folder_holds_only_weights_of_the_plug(saved, encoder_folder, llm):
     assert sorted(file.name for file in saved.iterdir()) == ["README.md", "plug.json", "plug.safetensors"]
     weights = load_file(saved / "plug.safetensors")
     assert set(weights) == set(new_model(encoder_folder, llm, learn_temperature=True).plug.state_dict())
@@ -81,7 +81,7 @@ def test_the_folder_holds_the_plugs_weights_and_nothing_of_the_llm(saved, encode
     }  # fmt: skip
 
 
-def test_the_query_encoder_starts_as_the_frozen_one_without_its_pooler_and_dropout(encoder_folder, llm):
+def test_the_query_encoder_starts_as_the_frozen_encoder_without_pooler_and_dropout(encoder_folder, llm):
     weights = load_file(encoder_folder.path / "model.safetensors")
     encoder = new_model(encoder_folder, llm).plug.query_encoder
     mine = encoder.state_dict()
@@ -90,13 +90,13 @@ def test_the_query_encoder_starts_as_the_frozen_one_without_its_pooler_and_dropo
     assert all(part.p == 0 for part in encoder.modules() if isinstance(part, torch.nn.Dropout))
 
 
-def test_the_card_says_what_the_plug_belongs_to_and_how_it_did(saved, encoder_folder, llm_folder):
+def test_the_card_names_models_losses_and_settings(saved, encoder_folder, llm_folder):
     card = (saved / "README.md").read_text()
     for expected in (llm_folder.fingerprint, encoder_folder.fingerprint, "| 1,200 | 3.5000 |", "| seed | 3 |"):
         assert expected in card
 
 
-def test_the_fingerprint_is_of_what_the_answers_depend_on(saved, tmp_path):
+def test_the_fingerprint_changes_with_whatever_answers_depend_on(saved, tmp_path):
     found = plug_record.fingerprint(saved)
     moved = Path(shutil.copytree(saved, tmp_path / "moved"))
     assert plug_record.fingerprint(moved) == found
@@ -109,11 +109,11 @@ def test_the_fingerprint_is_of_what_the_answers_depend_on(saved, tmp_path):
     weights = bytearray((moved / "plug.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "plug.safetensors").write_bytes(weights)
-    with pytest.raises(InputError, match=r"are of two plugs.*cut off"):
+    with pytest.raises(InputError, match=r"belong to different plugs.*interrupted"):
         plug_record.fingerprint(moved)
     (moved / "plug.json").write_text(plug_record.with_digest(record, moved).to_json())
     assert plug_record.fingerprint(moved) != found
-    # A plug of before the digest was kept.
+    # A plug from before records had a digest.
     (moved / "plug.json").write_text(replace(record, weights_digest="").to_json())
     shutil.copy(saved / "plug.safetensors", moved)
     assert plug_record.fingerprint(moved) == found
@@ -126,7 +126,7 @@ def test_an_incomplete_folder_is_refused(saved, encoder_folder, llm, name):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
 
 
-def test_a_folder_that_is_written_anew_is_incomplete_until_it_is_done(saved, encoder_folder, llm_folder, llm):
+def test_a_folder_that_is_overwritten_is_incomplete_until_the_end(saved, encoder_folder, llm_folder, llm):
     model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
     with pytest.raises(TypeError):
         plug_folder.save(saved, model.plug.state_dict(), record_of(model, encoder_folder, llm_folder), card=None)
@@ -138,23 +138,23 @@ def test_a_folder_that_is_written_anew_is_incomplete_until_it_is_done(saved, enc
     ("text", "reason"),
     [
         ("not JSON", "Expecting value"),
-        ("[]", "not a plug's plug.json"),
-        ('{"format": 1}', "format 1, this version reads format 2; train another"),
+        ("[]", "not a valid plug.json"),
+        ('{"format": 1}', "format 1, this version reads format 2; train a new plug"),
         ('{"format": 2, "options": {}}', "missing"),
     ],
 )
-def test_a_record_that_is_none_is_refused(saved, text, reason):
+def test_an_invalid_record_is_refused(saved, text, reason):
     (saved / "plug.json").write_text(text)
     with pytest.raises(InputError, match=reason):
         plug_record.read(saved)
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("unheard_of", 1)])
-def test_options_that_cannot_be_are_refused(saved, name, value):
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("unknown_option", 1)])
+def test_invalid_options_are_refused(saved, name, value):
     fields = json.loads((saved / "plug.json").read_text())
     fields["options"][name] = value
     (saved / "plug.json").write_text(json.dumps(fields))
-    with pytest.raises(InputError, match=r"not a plug's plug\.json"):
+    with pytest.raises(InputError, match=r"not a valid plug\.json"):
         plug_record.read(saved)
 
 
@@ -166,7 +166,7 @@ def test_another_encoder_or_llm_is_refused(saved, encoder_folder, llm_folder, tm
         PlugMismatch, match=f"trained for the encoder .*{record.encoder['fingerprint'][:12]}.*{other.name}"
     ):
         plug_record.check_models(record, encoder=other, llm=llm_folder)
-    with pytest.raises(PlugMismatch, match=r"trained for the LLM .* or train another plug"):
+    with pytest.raises(PlugMismatch, match=r"trained for the LLM .* or train a new plug"):
         plug_record.check_models(record, encoder=encoder_folder, llm=other)
 
 
@@ -180,30 +180,30 @@ def test_an_llm_of_another_width_is_refused(saved, encoder_folder, llm):
 def test_weights_that_do_not_fit_the_record_are_refused(saved, encoder_folder, llm):
     record = plug_record.read(saved)
     (saved / "plug.json").write_text(replace(record, options=replace(record.options, persona_tokens=3)).to_json())
-    with pytest.raises(PlugMismatch, match=r"plug\.safetensors does not hold the weights that plug\.json .* ask for"):
+    with pytest.raises(PlugMismatch, match=r"plug\.safetensors does not fit plug\.json and the encoder"):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
 
 
-def test_a_weights_file_that_is_cut_short_is_refused(saved, encoder_folder, llm):
+def test_a_truncated_weights_file_is_refused(saved, encoder_folder, llm):
     weights = (saved / "plug.safetensors").read_bytes()
     (saved / "plug.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(PlugMismatch, match="copy the whole folder anew"):
+    with pytest.raises(PlugMismatch, match="copy the whole folder again"):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
 
 
-def test_a_pickled_file_is_never_read(saved, encoder_folder, llm):
+def test_a_pickle_is_never_read(saved, encoder_folder, llm):
     torch.save({}, saved / "plug.pt")
     (saved / "plug.safetensors").unlink()
     with pytest.raises(InputError, match="no complete plug here"):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
 
 
-def test_queries_longer_than_the_encoder_reads_are_refused(encoder_folder):
+def test_queries_longer_than_the_encoders_positions_are_refused(encoder_folder):
     with pytest.raises(UsageError, match="at most 512 tokens of a text, not 600"):
         plug_folder.new_query_text(encoder_folder, "", 600)
 
 
-def test_an_llm_loaded_twice_takes_the_same_plug(saved, encoder_folder, llm_folder):
+def test_two_copies_of_an_llm_take_the_same_plug(saved, encoder_folder, llm_folder):
     first, second = (FrozenLLM.load(llm_folder, precision="fp32", device="cpu") for _ in range(2))
     a, b = (plug_folder.load(saved, encoder=encoder_folder, llm=one) for one in (first, second))
     assert torch.equal(losses(a, ROWS), losses(b, ROWS))

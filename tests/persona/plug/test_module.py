@@ -1,4 +1,4 @@
-"""The plug against the paper's equations, written once more as plain float64 loops over lists of numbers."""
+"""The plug against the equations of PPlug (arXiv 2409.11901), written as plain float64 loops over lists of numbers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ from persona.options import PlugOptions
 from persona.plug.module import Plug, Projector
 
 D_ENCODER, D_LLM = 3, 2
-# Both sides are float64 and add up some hundred numbers: 100 · 2^-53 is about 1e-14.
+# Both sides sum some hundred float64 numbers: 100 · 2^-53 is about 1e-14.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
 
 class FixedQueries(torch.nn.Module):
-    """Stands where the query encoder would, so that a plug with attention can be built; its vectors are given."""
+    """Takes the place of the query encoder in a plug with attention; tests give its vectors."""
 
 
 def new_plug(seed: int = 0, **options) -> Plug:
@@ -29,7 +29,7 @@ def new_plug(seed: int = 0, **options) -> Plug:
     ).double()
     plug.set_typical_behavior(unit(3, seed=9))
     if options.recency:
-        plug.recency_slope.data.fill_(0.7)  # as it starts it would do nothing
+        plug.recency_slope.data.fill_(0.7)  # its initial value 0 has no effect
     return plug
 
 
@@ -38,7 +38,7 @@ def unit(n: int, seed: int, width: int = D_ENCODER) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(n, width, generator=draw, dtype=torch.float64), dim=-1)
 
 
-# The paper, as loops. ---------------------------------------------------------------------------------------
+# The equations, as loops. ---------------------------------------------------------------------------------------
 
 
 def dot(a: list[float], b: list[float]) -> float:
@@ -46,7 +46,7 @@ def dot(a: list[float], b: list[float]) -> float:
 
 
 def proj(projector: Projector, h: list[float]) -> list[float]:
-    """Proj of eq. 4 in its long form: two layers with GELU between."""
+    """Proj of PPlug eq. 4: two layers with GELU between."""
     inner = [
         dot(row, h) + b for row, b in zip(projector.inner.weight.tolist(), projector.inner.bias.tolist(), strict=True)
     ]
@@ -60,7 +60,7 @@ def proj(projector: Projector, h: list[float]) -> list[float]:
 def paper_weights(
     x: list[float] | None, history: list[list[float]], temperature: float, slope: float = 0.0
 ) -> list[float]:
-    """Eq. 3, or equal weights without a request, and our recency: the last of n behaviors is the newest."""
+    """PPlug eq. 3, or equal weights without a request, and our recency: the last of n behaviors is the newest."""
     n = len(history)
     scores = [0.0 if x is None else temperature * dot(x, h) for h in history]
     powers = [math.exp(score) / (n - i) ** slope for i, score in enumerate(scores)]
@@ -68,7 +68,7 @@ def paper_weights(
 
 
 def paper_soft_tokens(plug: Plug, x: list[float] | None, history: list[list[float]]) -> list[list[float]]:
-    """[I; P] of eq. 5 for one request, with eq. 4 in its long form."""
+    """[I; P] of PPlug eq. 5 for one request, with eq. 4 applied to each behavior."""
     options = plug.options
     temperature = math.exp(plug.log_temperature.item()) if options.learn_temperature else options.temperature
     history = history or [plug.typical_behavior.tolist()]
@@ -76,7 +76,7 @@ def paper_soft_tokens(plug: Plug, x: list[float] | None, history: list[list[floa
     weights = paper_weights(x, history, temperature, slope)
     projected = [proj(plug.projector, h) for h in history]
     P = [sum(w * p[i] for w, p in zip(weights, projected, strict=True)) for i in range(len(projected[0]))]
-    # Ours: what sets P apart from the persona of the typical behavior, so much larger.
+    # Ours: scale the deviation of P from the persona of the typical behavior.
     typical = proj(plug.projector, plug.typical_behavior.tolist())
     P = [at + options.persona_gain * (p - at) for p, at in zip(P, typical, strict=True)]
     personas = [P[k * D_LLM : (k + 1) * D_LLM] for k in range(plug.options.persona_tokens)]
@@ -88,26 +88,26 @@ def paper_soft_tokens(plug: Plug, x: list[float] | None, history: list[list[floa
     return [[plug.scale * value for value in token] for token in [*instruction, *personas]]
 
 
-# A stand-in for the frozen LLM of eq. 6: four words, and logits that are a fixed function of the soft tokens.
+# A model of the frozen LLM in eq. 6: four words, and logits that are a fixed function of the soft tokens.
 WORDS = [[0.7, -0.2, 0.1], [-0.4, 0.9, 0.3], [0.2, 0.5, -0.8], [1.1, -0.6, 0.4]]
 
 
 def paper_loss(
-    plug: Plug, queries: list[list[float]] | None, histories: list[list[list[float]]], said: list[int]
+    plug: Plug, queries: list[list[float]] | None, histories: list[list[list[float]]], targets: list[int]
 ) -> float:
-    """Eq. 6: minus the log-likelihood of what was said, over all requests."""
+    """PPlug eq. 6: minus the log-likelihood of the targets, over all requests."""
     total = 0.0
-    for i, (history, word) in enumerate(zip(histories, said, strict=True)):
+    for i, (history, word) in enumerate(zip(histories, targets, strict=True)):
         soft = paper_soft_tokens(plug, None if queries is None else queries[i], history)
-        logits = [sum(math.tanh(dot(row, [*token, place])) for place, token in enumerate(soft)) for row in WORDS]
+        logits = [sum(math.tanh(dot(row, [*token, s])) for s, token in enumerate(soft)) for row in WORDS]
         total -= logits[word] - math.log(sum(math.exp(z) for z in logits))
     return total
 
 
-def torch_loss(soft_BSD: torch.Tensor, said: list[int]) -> torch.Tensor:
-    place_BS1 = torch.arange(soft_BSD.shape[1], dtype=soft_BSD.dtype).expand(soft_BSD.shape[:2]).unsqueeze(-1)
-    logits = torch.tanh(torch.cat([soft_BSD, place_BS1], -1) @ torch.tensor(WORDS, dtype=soft_BSD.dtype).T).sum(1)
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum")
+def torch_loss(soft_BSD: torch.Tensor, targets: list[int]) -> torch.Tensor:
+    position_BS1 = torch.arange(soft_BSD.shape[1], dtype=soft_BSD.dtype).expand(soft_BSD.shape[:2]).unsqueeze(-1)
+    logits = torch.tanh(torch.cat([soft_BSD, position_BS1], -1) @ torch.tensor(WORDS, dtype=soft_BSD.dtype).T).sum(1)
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="sum")
 
 
 def soft_tokens(
@@ -120,7 +120,7 @@ def soft_tokens(
 
 LENGTHS = torch.tensor([3, 0, 1, 5, 0, 2])
 HISTORY, QUERIES = unit(11, seed=1), unit(6, seed=2)
-SAID = [0, 3, 1, 2, 2, 0]
+TARGETS = [0, 3, 1, 2, 2, 0]
 VARIANTS = [
     {},
     {"learn_temperature": True},
@@ -139,7 +139,7 @@ def split(history_Md: torch.Tensor, lengths_B: torch.Tensor) -> list[list[list[f
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_soft_tokens_and_loss_are_the_papers(options):
+def test_soft_tokens_and_loss_follow_the_equations(options):
     plug = new_plug(**options)
     query_Bd = None if plug.options.weights == "mean" else QUERIES
     soft_BSD = soft_tokens(plug, HISTORY, LENGTHS, query_Bd)
@@ -147,11 +147,11 @@ def test_soft_tokens_and_loss_are_the_papers(options):
     queries = None if query_Bd is None else query_Bd.tolist()
     expected = [paper_soft_tokens(plug, None if queries is None else queries[i], h) for i, h in enumerate(histories)]
     torch.testing.assert_close(soft_BSD, torch.tensor(expected, dtype=torch.float64), **EXACT)
-    loss = torch_loss(soft_BSD, SAID)
-    assert loss.item() == pytest.approx(paper_loss(plug, queries, histories, SAID), rel=1e-12)
+    loss = torch_loss(soft_BSD, TARGETS)
+    assert loss.item() == pytest.approx(paper_loss(plug, queries, histories, TARGETS), rel=1e-12)
 
 
-def test_weights_are_the_papers():
+def test_weights_follow_equation_3():
     plug = new_plug(learn_temperature=True)
     weights_M = plug.weigh(HISTORY, LENGTHS, QUERIES)
     expected = [
@@ -162,13 +162,13 @@ def test_weights_are_the_papers():
     torch.testing.assert_close(weights_M, torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
-def test_recency_starts_without_effect_and_then_prefers_what_is_newer():
+def test_recency_starts_without_effect_and_then_prefers_newer_behaviors():
     plain, plug = new_plug(), new_plug(recency=True)
     plug.recency_slope.data.fill_(0.0)
     assert torch.equal(plug.weigh(HISTORY, LENGTHS, QUERIES), plain.weigh(HISTORY, LENGTHS, QUERIES))
     plug.recency_slope.data.fill_(1.0)
     same_Md = HISTORY[:1].expand(11, -1)
-    # Behaviors that the request does not tell apart, and no request at all.
+    # Equal behaviors, and no request.
     for weights_M in (plug.weigh(same_Md, LENGTHS, QUERIES), plug.weigh(HISTORY, LENGTHS, None)):
         for weights in weights_M.split(LENGTHS.tolist()):
             n = len(weights)
@@ -176,7 +176,7 @@ def test_recency_starts_without_effect_and_then_prefers_what_is_newer():
             assert weights.tolist() == pytest.approx([1 / (n - i) / total for i in range(n)], rel=1e-12)
 
 
-def test_weighed_alike_is_weighed_alike_whatever_was_learned():
+def test_uniform_weights_ignore_what_was_learned():
     plain, plug = new_plug(), new_plug(recency=True)
     for query_Bd in (QUERIES, None):
         weights_M = plug.weigh(HISTORY, LENGTHS, query_Bd, uniform_weights=True)
@@ -184,19 +184,19 @@ def test_weighed_alike_is_weighed_alike_whatever_was_learned():
 
 
 def numbers(parameter: torch.Tensor) -> Iterator[Callable[[float], None]]:
-    """For each number of a parameter, the function that adds something to it."""
+    """For each number of a parameter, a function that adds to it."""
     flat = parameter.detach().view(-1)
     for i in range(len(flat)):
         yield lambda step, i=i: flat[i].add_(step).item()
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_gradients_are_the_slopes_of_the_papers_loss(options):
+def test_gradients_are_the_slopes_of_the_loss(options):
     plug = new_plug(**options)
     query_Bd = None if plug.options.weights == "mean" else QUERIES.clone().requires_grad_()
-    torch_loss(soft_tokens(plug, HISTORY, LENGTHS, query_Bd), SAID).backward()
+    torch_loss(soft_tokens(plug, HISTORY, LENGTHS, query_Bd), TARGETS).backward()
     queries, histories = None if query_Bd is None else QUERIES.tolist(), split(HISTORY, LENGTHS)
-    # Central differences of step s are off by about s² from their own truncation and by 2^-53 / s from rounding.
+    # Central differences of step s have truncation errors of about s² and rounding errors of 2^-53 / s.
     step, tolerance = 1e-5, {"rtol": 1e-6, "atol": 1e-8}
     for name, parameter in plug.named_parameters():
         slopes = []
@@ -204,24 +204,24 @@ def test_gradients_are_the_slopes_of_the_papers_loss(options):
             losses = []
             for by in (step, -2 * step):
                 nudge(by)
-                losses.append(paper_loss(plug, queries, histories, SAID))
+                losses.append(paper_loss(plug, queries, histories, TARGETS))
             nudge(step)
             slopes.append((losses[0] - losses[1]) / (2 * step))
         expected = torch.tensor(slopes, dtype=torch.float64).view_as(parameter)
         torch.testing.assert_close(parameter.grad, expected, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-    if query_Bd is not None:  # the path by which the query encoder of eq. 2 learns
+    if query_Bd is not None:  # the gradient that trains the query encoder of eq. 2
         for i in range(len(LENGTHS)):
             for j in range(D_ENCODER):
                 losses = []
                 for by in (step, -step):
                     moved = [list(x) for x in queries]
                     moved[i][j] += by
-                    losses.append(paper_loss(plug, moved, histories, SAID))
+                    losses.append(paper_loss(plug, moved, histories, TARGETS))
                 slope = (losses[0] - losses[1]) / (2 * step)
                 assert float(query_Bd.grad[i, j]) == pytest.approx(slope, rel=1e-6, abs=1e-8)
 
 
-def test_the_shortcut_is_the_long_form():
+def test_mixing_before_the_last_layer_equals_mixing_after_it():
     plug = new_plug(persona_tokens=3)
     weights_M = plug.weigh(HISTORY, LENGTHS, QUERIES)
     long_M = plug.scale * weights_M.unsqueeze(-1) * plug.projector(HISTORY)
@@ -240,7 +240,7 @@ def test_one_behavior_has_all_the_weight():
     torch.testing.assert_close(persona_1KD.flatten(), plug.scale * plug.projector(HISTORY[0]), **EXACT)
 
 
-def test_no_behavior_gives_the_persona_of_a_typical_one_and_trains_it():
+def test_an_empty_history_gets_the_persona_of_the_typical_behavior_and_trains_the_projector():
     plug = new_plug()
     seen_Nd = unit(5, seed=8)
     plug.set_typical_behavior(seen_Nd)
@@ -251,7 +251,7 @@ def test_no_behavior_gives_the_persona_of_a_typical_one_and_trains_it():
     assert all(parameter.grad.any() for parameter in plug.projector.parameters())
 
 
-def test_what_is_typical_changes_nothing_for_who_has_a_history():
+def test_the_typical_behavior_affects_only_empty_histories():
     plug = new_plug()
     before = soft_tokens(plug, HISTORY, LENGTHS, QUERIES)
     plug.set_typical_behavior(unit(4, seed=10))
@@ -260,7 +260,7 @@ def test_what_is_typical_changes_nothing_for_who_has_a_history():
     assert not torch.isclose(before[LENGTHS == 0][:, 1:], after[LENGTHS == 0][:, 1:]).all(-1).any()
 
 
-def test_a_gain_sets_a_history_apart_from_the_typical_one_and_leaves_who_has_none():
+def test_a_gain_scales_the_deviation_from_the_typical_persona_and_not_empty_histories():
     plain, plug = new_plug(), new_plug(persona_gain=4.0)
     without, with_gain = (soft_tokens(one, HISTORY, LENGTHS, QUERIES)[:, 1:] for one in (plain, plug))
     typical_KD = without[LENGTHS == 0][0]
@@ -268,14 +268,14 @@ def test_a_gain_sets_a_history_apart_from_the_typical_one_and_leaves_who_has_non
     torch.testing.assert_close(with_gain - typical_KD, 4 * (without - typical_KD), **EXACT)
 
 
-def test_without_any_behavior_what_is_typical_stays():
+def test_setting_the_typical_behavior_from_no_behaviors_changes_nothing():
     plug = new_plug()
     before = plug.typical_behavior.clone()
     plug.set_typical_behavior(torch.zeros(0, D_ENCODER))
     assert torch.equal(plug.typical_behavior, before)
 
 
-def test_512_behaviors_are_the_papers():
+def test_512_behaviors_follow_the_equations():
     plug = new_plug()
     history_Md, lengths_B = unit(512 + 2, seed=3), torch.tensor([512, 2])
     weights_M = plug.weigh(history_Md, lengths_B, QUERIES[:2])
@@ -301,7 +301,7 @@ def test_the_order_of_a_history_does_not_matter():
 
 
 def test_mean_is_attention_with_equal_weights():
-    """A query that is as near to one behavior as to the other weighs them alike."""
+    """A query that is orthogonal to all behaviors weighs them equally."""
     plug = new_plug()
     orthogonal_Bd = torch.zeros(len(LENGTHS), D_ENCODER, dtype=torch.float64)
     torch.testing.assert_close(
@@ -309,7 +309,7 @@ def test_mean_is_attention_with_equal_weights():
     )
 
 
-def test_the_temperature_starts_where_it_is_told_and_sharpens_the_weights():
+def test_the_temperature_starts_at_the_given_value_and_sharpens_the_weights():
     flat, sharp = (new_plug(learn_temperature=True, temperature=value) for value in (0.5, 50.0))
     assert flat.temperature().item() == pytest.approx(0.5)
     fixed = new_plug(temperature=0.5)
@@ -317,7 +317,7 @@ def test_the_temperature_starts_where_it_is_told_and_sharpens_the_weights():
     torch.testing.assert_close(
         flat.weigh(HISTORY, one, QUERIES[:1]),
         fixed.weigh(HISTORY, one, QUERIES[:1]),
-        # The logarithm of the learned one was rounded to float32.
+        # The logarithm of the learned temperature is rounded to float32.
         rtol=1e-6,
         atol=0,
     )
@@ -335,24 +335,24 @@ def test_a_huge_temperature_does_not_overflow():
 
 
 @pytest.mark.parametrize("token_norm", [0.1, 540.0])
-def test_soft_tokens_start_with_the_norm_of_the_llms_own(token_norm):
+def test_soft_tokens_start_with_the_norm_of_the_llms_tokens(token_norm):
     torch.manual_seed(0)
     options = PlugOptions(weights="mean", persona_tokens=2)
     plug = Plug(options, query_encoder=None, pooling="cls", width=32, llm_width=48, token_norm=token_norm)
     soft_BSD = plug(unit(400, seed=4, width=32).float(), torch.ones(400, dtype=torch.long), None)
     norms_S = soft_BSD.norm(dim=-1).mean(0)
-    # The scale was measured on 256 other vectors, whose norms spread by a few percent.
+    # The scale was measured on 256 other vectors, whose norms vary by a few percent.
     torch.testing.assert_close(norms_S, torch.full((3,), token_norm), rtol=0.05, atol=0)
 
 
-def test_a_given_scale_is_not_measured_again():
+def test_a_given_scale_is_kept():
     plug = Plug(
         PlugOptions(weights="mean"), query_encoder=None, pooling="cls", width=3, llm_width=2, token_norm=1.0, scale=7.5
     )
     assert plug.scale == 7.5
 
 
-def test_a_history_that_does_not_fit_its_lengths_or_the_width_is_refused():
+def test_a_history_with_another_length_or_width_is_refused():
     plug = new_plug(weights="mean")
     with pytest.raises(ValueError, match=r"expected shape \(11, 3\), got \(10, 3\)"):
         plug(HISTORY[:10], LENGTHS, None)
@@ -360,21 +360,18 @@ def test_a_history_that_does_not_fit_its_lengths_or_the_width_is_refused():
         plug(HISTORY[:, :2], LENGTHS, None)
 
 
-def test_attention_needs_a_query_encoder_and_mean_has_none():
+def test_attention_needs_a_query_encoder_and_mean_takes_none():
     settings = {"pooling": "cls", "width": 3, "llm_width": 2, "token_norm": 1.0}
-    with pytest.raises(UsageError, match="'attention' and a query encoder that is None"):
+    with pytest.raises(UsageError, match="a plug with attention weights needs a query encoder"):
         Plug(PlugOptions(), query_encoder=None, **settings)
-    with pytest.raises(UsageError, match="'mean' and a query encoder"):
+    with pytest.raises(UsageError, match="a plug with mean weights takes no query encoder"):
         Plug(PlugOptions(weights="mean"), query_encoder=FixedQueries(), **settings)
-    with pytest.raises(UsageError, match="no query encoder"):
+    with pytest.raises(UsageError, match="a plug with mean weights has no query encoder"):
         new_plug(weights="mean").encode_query(torch.ones(1, 1), torch.ones(1, 1))
 
 
-def test_as_many_parameters_are_trained_as_in_the_reference():
-    """BGE-base and FlanT5-XXL: the reference's 149,345,280 (PAPER section 2) less what never gets a gradient there.
-
-    That is BERT's pooler, 590,592.
-    """
+def test_the_number_of_trained_parameters_is_that_of_the_reference_implementation():
+    """BGE-base and FlanT5-XXL: 149,345,280, without BERT's pooler (590,592), which never gets a gradient there."""
     with torch.device("meta"):
         query_encoder = AutoModel.from_config(BertConfig(), add_pooling_layer=False)
         plug = Plug(

@@ -1,4 +1,4 @@
-"""Personas as rows: without a request, and without anything else that a plug needs to answer."""
+"""Persona embeddings of whole histories, without a request, query encoder or LLM."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ ROW_BYTES = 2 * ENCODER_WIDTH
 
 
 def histories() -> pa.Table:
-    """The behaviors of the users of ROWS, as the store sorts them."""
+    """The behaviors of the users of ROWS, sorted as by the store."""
     parts = [(row["user_id"], row["history"]) for row in ROWS]
     rows = [(user, part[at : at + ROW_BYTES]) for user, part in parts for at in range(0, len(part), ROW_BYTES)]
     return pa.table({"user_id": [user for user, _ in rows], "vector": pa.array([v for _, v in rows], pa.binary())})
@@ -32,7 +32,7 @@ def made(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("recency", [False, True])
 @pytest.mark.parametrize("options", [{"weights": "mean"}, {"learn_temperature": True, "persona_gain": 4.0}], ids=str)
-def test_a_persona_is_what_the_plug_makes_of_a_history_without_a_request(
+def test_a_persona_equals_the_soft_tokens_without_a_request(
     encoder_folder: ModelFolder,
     llm_folder: ModelFolder,
     llm: FrozenLLM,
@@ -45,7 +45,7 @@ def test_a_persona_is_what_the_plug_makes_of_a_history_without_a_request(
     batch = model.collate(ROWS)
     with torch.no_grad():
         personas_BKD = model.plug(batch.history_Md, batch.lengths_B, None)[:, 1:]
-        if model.plug.options.weights == "mean":  # then an answer's own soft tokens are these
+        if model.plug.options.weights == "mean":  # answers then use the same soft tokens
             assert torch.equal(model.soft_tokens(batch)[:, 1:], personas_BKD)
     for row, found, expected_KD in zip(ROWS, made(tmp_path), personas_BKD, strict=True):
         assert found["user_id"] == row["user_id"]
@@ -59,8 +59,8 @@ def test_a_persona_is_what_the_plug_makes_of_a_history_without_a_request(
 def test_recency_changes_the_personas(
     encoder_folder: ModelFolder, llm_folder: ModelFolder, llm: FrozenLLM, tmp_path: Path
 ) -> None:
-    alike, newer = (new_model(encoder_folder, llm, weights="mean", recency=recency) for recency in (False, True))
+    uniform, recent = (new_model(encoder_folder, llm, weights="mean", recency=recency) for recency in (False, True))
     several = [i for i, row in enumerate(ROWS) if len(row["history"]) > ROW_BYTES]
-    before = made(save(tmp_path / "alike", alike, encoder_folder, llm_folder))
-    after = made(save(tmp_path / "newer", newer, encoder_folder, llm_folder))
+    before = made(save(tmp_path / "uniform", uniform, encoder_folder, llm_folder))
+    after = made(save(tmp_path / "recent", recent, encoder_folder, llm_folder))
     assert several and all(not np.allclose(before[i]["persona"], after[i]["persona"]) for i in several)

@@ -1,4 +1,4 @@
-"""The warm start, on an encoder and an LLM whose words have related places, as pretrained models' words do."""
+"""The warm start, with an encoder and an LLM whose word embeddings are related, as those of pretrained models are."""
 
 import itertools
 
@@ -17,7 +17,7 @@ from persona.plug import warm_start
 from persona.plug.module import Plug
 from tests.models import ENCODER_WIDTH, LLM_WIDTH, tiny_encoder
 
-# Words that the tiny encoder knows by their letters only; the fixture adds them to its vocabulary.
+# Words of several tokens in the tiny encoder; the fixture adds them to its vocabulary.
 WORDS = ["".join(letters) for letters in itertools.product("bdfgklm", "aeiou", "nprst")]
 FRAGMENTS = ["distingu", "ingred"]
 
@@ -33,7 +33,7 @@ def encoder(tmp_path_factory) -> TextEncoder:
 
 
 def llm_that_knows(words: list[str], encoder: TextEncoder, *, related: bool = True) -> FrozenLLM:
-    """A Llama whose embedding of a word is a linear map of the encoder's vector, off centre, or just random."""
+    """A Llama whose embedding of a word is an affine map of the encoder's vector, or random."""
     tokens = ["</s>", "\n", *(f"Ġ{word}" for word in [*FRAGMENTS, *words]), *words[:9]]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="</s>"))
@@ -73,74 +73,95 @@ def some_behaviors(encoder: TextEncoder) -> np.ndarray:
     return encoder.encode([f"about {a} and {b} like it" for a, b in itertools.pairwise(WORDS)]).vectors
 
 
-def ranks(plug: Plug, llm: FrozenLLM, vectors: np.ndarray) -> list[float]:
-    """For each persona token: the mean place of a word's own token, by angle about the mean word, 1 is the nearest."""
+def word_tokens(llm: FrozenLLM) -> torch.Tensor:
+    """The LLM's embeddings (W, D) of WORDS."""
+    first = 2 + len(FRAGMENTS)
     with torch.no_grad():
-        packed = torch.from_numpy(vectors.astype(np.float32))
-        soft = plug(packed, torch.ones(len(vectors), dtype=torch.long), None)[:, 1:]
-        first = 2 + len(FRAGMENTS)
-        tokens = llm.embed(torch.arange(first, first + len(vectors)))
-        found = []
-        for k in range(soft.shape[1]):
-            cosines = torch.nn.functional.cosine_similarity(
-                (soft[:, k] - tokens.mean(0)).unsqueeze(1), (tokens - tokens.mean(0)).unsqueeze(0), dim=-1
-            )
-            found.append(float((cosines > cosines.diagonal().unsqueeze(1)).sum(1).add(1).float().mean()))
-    return found
+        return llm.embed(torch.arange(first, first + len(WORDS)))
 
 
-def test_every_persona_token_of_a_word_points_at_its_own_embedding(encoder):
+def ranks(plug: Plug, llm: FrozenLLM, vectors: np.ndarray) -> torch.Tensor:
+    """For each word and persona token (W, K): the rank of the word's own embedding by angle, 1 is the nearest.
+
+    Soft tokens and embeddings are centered on their own means. By chance the rank is about W / 2.
+    """
+    tokens = torch.nn.functional.normalize(word_tokens(llm) - word_tokens(llm).mean(0), dim=-1)
+    found = []
+    with torch.no_grad():
+        soft = plug(torch.from_numpy(vectors.astype(np.float32)), torch.ones(len(vectors), dtype=torch.long), None)
+    for k in range(1, soft.shape[1]):
+        cosines = torch.nn.functional.normalize(soft[:, k] - soft[:, k].mean(0), dim=-1) @ tokens.T
+        found.append((cosines > cosines.diagonal().unsqueeze(1)).sum(1) + 1)
+    return torch.stack(found, dim=1)
+
+
+def held_out_rank(plug: Plug, llm: FrozenLLM, vectors: np.ndarray) -> float:
+    """The median rank of words that were not fitted, over all persona tokens."""
+    return float(ranks(plug, llm, vectors)[:: warm_start.HELD_OUT_EVERY].double().quantile(0.5))
+
+
+def test_every_persona_token_of_a_word_is_near_its_embedding(encoder):
     llm = llm_that_knows(WORDS, encoder)
     vectors = encoder.encode(WORDS).vectors
     plug = new_plug(llm)
-    assert min(ranks(plug, llm, vectors)) > len(WORDS) / 4  # about len / 2 by chance
-    result = warm_start.fit(plug, encoder, llm, vectors)
-    assert result.n_words == len(WORDS)  # not the fragments, and not the words without a space in front
-    assert result.median_rank < len(WORDS) / 20
-    assert max(ranks(plug, llm, vectors)) < len(WORDS) / 20
+    assert ranks(plug, llm, vectors).double().mean(0).min() > len(WORDS) / 4
+    warm_start.fit(plug, encoder, llm, vectors)
+    assert held_out_rank(plug, llm, vectors) < len(WORDS) / 20
+    assert ranks(plug, llm, vectors).double().mean(0).max() < len(WORDS) / 20
 
 
-def test_an_llm_whose_words_have_no_places_is_found_out(encoder):
+def test_only_whole_words_are_fitted(encoder):
+    """Neither fragments nor words without a leading space."""
+    ids, words = warm_start.common_words(encoder, llm_that_knows(WORDS, encoder), 5000)
+    assert words == WORDS
+    assert ids == list(range(2 + len(FRAGMENTS), 2 + len(FRAGMENTS) + len(WORDS)))
+
+
+def test_unrelated_embeddings_cannot_be_fitted(encoder):
     llm = llm_that_knows(WORDS, encoder, related=False)
-    result = warm_start.fit(new_plug(llm), encoder, llm, encoder.encode(WORDS).vectors)
-    assert result.median_rank > len(WORDS) / 4
+    vectors = encoder.encode(WORDS).vectors
+    plug = new_plug(llm)
+    warm_start.fit(plug, encoder, llm, vectors)
+    assert held_out_rank(plug, llm, vectors) > len(WORDS) / 4
 
 
-def test_soft_tokens_lie_as_far_from_the_mean_token_as_words_do_and_centre_on_it(encoder):
+def test_soft_tokens_have_mean_and_spread_of_the_word_embeddings(encoder):
     llm = llm_that_knows(WORDS, encoder)
     behaviors = some_behaviors(encoder)
     plug = new_plug(llm)
     plug.set_typical_behavior(torch.from_numpy(behaviors.astype(np.float32)))
     warm_start.fit(plug, encoder, llm, behaviors)
-    tokens = llm.embed(torch.arange(2 + len(FRAGMENTS), 2 + len(FRAGMENTS) + len(WORDS)))
+    tokens = word_tokens(llm)
     with torch.no_grad():
         soft = plug(torch.from_numpy(behaviors.astype(np.float32)), torch.ones(len(behaviors), dtype=torch.long), None)
-        nobody = plug(torch.empty(0, ENCODER_WIDTH), torch.zeros(1, dtype=torch.long), None)
+        typical = plug(torch.empty(0, ENCODER_WIDTH), torch.zeros(1, dtype=torch.long), None)
     for k in (1, 2):
         torch.testing.assert_close(soft[:, k].mean(0), tokens.mean(0), rtol=0, atol=1e-3)  # float32 through a gain
         spread = (soft[:, k] - tokens.mean(0)).norm(dim=-1).mean()
         torch.testing.assert_close(spread, (tokens - tokens.mean(0)).norm(dim=-1).mean(), rtol=1e-3, atol=0)
-        # GELU of a mean is not the mean of GELU, but near it.
-        assert (nobody[0, k] - tokens.mean(0)).norm() < spread / 4
-    torch.testing.assert_close(nobody[0, 0], llm.embed(torch.tensor(llm.tokenizer.separator))[0])
+        # GELU of a mean differs from the mean of GELU, but not by much.
+        assert (typical[0, k] - tokens.mean(0)).norm() < spread / 4
+    torch.testing.assert_close(typical[0, 0], llm.embed(torch.tensor(llm.tokenizer.separator))[0])
 
 
-def test_a_plug_with_a_gain_starts_where_one_without_does(encoder):
+def test_the_start_does_not_depend_on_the_gain(encoder):
     llm = llm_that_knows(WORDS, encoder)
     behaviors = some_behaviors(encoder)
+    words = encoder.encode(WORDS).vectors
     history_Md = torch.from_numpy(behaviors.astype(np.float32))
-    soft = []
+    soft, found = [], []
     for gain in (1.0, 4.0):
         plug = new_plug(llm, persona_gain=gain)
         plug.set_typical_behavior(history_Md)
-        result = warm_start.fit(plug, encoder, llm, behaviors)
+        warm_start.fit(plug, encoder, llm, behaviors)
+        found.append(held_out_rank(plug, llm, words))
         with torch.no_grad():
-            soft.append((result.median_rank, plug(history_Md, torch.full((len(behaviors) // 2,), 2), None)))
-    assert soft[0][0] == soft[1][0]
-    torch.testing.assert_close(soft[1][1], soft[0][1], rtol=0, atol=1e-3 * float(soft[0][1].abs().max()))
+            soft.append(plug(history_Md, torch.full((len(behaviors) // 2,), 2), None))
+    assert found[0] == found[1]
+    torch.testing.assert_close(soft[1], soft[0], rtol=0, atol=1e-3 * float(soft[0].abs().max()))
 
 
-def test_the_same_arguments_give_the_same_plug_and_leave_the_llm_alone(encoder):
+def test_the_fit_is_deterministic_and_does_not_change_the_llm(encoder):
     llm = llm_that_knows(WORDS, encoder)
     before = llm.model.get_input_embeddings().weight.clone()
     plugs = [new_plug(llm), new_plug(llm)]
@@ -152,7 +173,7 @@ def test_the_same_arguments_give_the_same_plug_and_leave_the_llm_alone(encoder):
     assert torch.equal(before, llm.model.get_input_embeddings().weight)
 
 
-def test_too_few_common_words_say_what_to_do(encoder):
+def test_too_few_common_words_are_refused(encoder):
     llm = llm_that_knows(WORDS[:5], encoder)
     with pytest.raises(UsageError, match="5 words.*train without a warm start"):
         warm_start.fit(new_plug(llm), encoder, llm, encoder.encode(WORDS).vectors)

@@ -9,7 +9,7 @@ import pytest
 from persona.evaluation import examples
 from persona.evaluation.many_runs import compare
 from persona.evaluation.one_run import summarize
-from persona.evaluation.scores import Metric
+from persona.options import Metric
 from persona.report import wording
 from persona.report.pages import chart_files, comparison_page, evaluation_page
 from persona.versions import installed_versions

@@ -1,4 +1,4 @@
-"""The order of an epoch: known from each row alone, mixed, in batches of about one length, and one batch ahead."""
+"""The order of an epoch: it depends on each row alone, batches hold rows of similar length, and one is prefetched."""
 
 import threading
 
@@ -26,11 +26,11 @@ def ordered(table: pa.Table, *, epoch: int = 0, seed: int = 0, global_batch: int
     return table.append_column("order", keys).sort_by("order")["request_id"].to_pylist()
 
 
-def test_the_order_is_known_from_each_row_alone():
+def test_the_order_depends_only_on_each_row():
     table = requests(1000)
     whole = ordered(table)
     assert sorted(whole) == sorted(table["request_id"].to_pylist())
-    # In any pieces, in any order.
+    # Any split of the rows gives the same keys.
     keys = {}
     for start in (700, 0, 300):
         piece = table.slice(start, {700: 300, 0: 300, 300: 400}[start])
@@ -40,14 +40,14 @@ def test_the_order_is_known_from_each_row_alone():
     assert len(set(keys.values())) == 1000
 
 
-def test_each_epoch_and_seed_has_an_order_of_its_own():
+def test_the_order_changes_with_epoch_and_seed():
     table = requests(1000)
     assert ordered(table) == ordered(table)
     assert ordered(table) != ordered(table, epoch=1)
     assert ordered(table) != ordered(table, seed=1)
 
 
-def test_a_batch_holds_rows_of_about_one_length():
+def test_a_batch_holds_rows_of_similar_length():
     table = requests(1000)
     length = dict(zip(table["request_id"].to_pylist(), map(len, table["input"].to_pylist()), strict=True))
     batches = np.array([length[name] for name in ordered(table)]).reshape(-1, 4)
@@ -57,7 +57,7 @@ def test_a_batch_holds_rows_of_about_one_length():
 
 
 def test_short_rows_of_different_lengths_share_a_batch():
-    """Few questions, each asked by many: batches of one length would be batches of one question."""
+    """With few distinct questions, batches of one length would repeat one question."""
     length = [12 + 5 * (i % 4) for i in range(400)]
     table = pa.table(
         {"request_id": [f"r{i}" for i in range(400)], "input": ["x" * n for n in length], "target": ["y"] * 400}
@@ -66,11 +66,11 @@ def test_short_rows_of_different_lengths_share_a_batch():
     assert sum(len({int(name[1:]) % 4 for name in batch}) > 1 for batch in batches) >= 49
 
 
-def test_what_does_not_fill_a_batch_is_left_out_by_chance_and_not_for_its_length():
+def test_the_incomplete_last_batch_does_not_depend_on_length():
     table = requests(1000)
     length = dict(zip(table["request_id"].to_pylist(), map(len, table["input"].to_pylist()), strict=True))
     last = [length[name] for epoch in range(50) for name in ordered(table, epoch=epoch, global_batch=60)[-40:]]
-    # Lengths are 100, 200, … 5,000 in equal numbers; five standard errors of the mean of 2,000 of them.
+    # Lengths are uniform on 100, 200, … 5,000; five standard errors of the mean of 2,000 draws.
     assert abs(np.mean(last) / 100 - 25.5) < 5 * np.sqrt((50**2 - 1) / 12 / len(last))
 
 
@@ -80,21 +80,21 @@ def test_texts_of_any_length_have_an_order():
 
 
 @given(st.integers(0, 150), st.integers(0, 3), st.integers(0, 3))
-def test_shuffled_windows_are_a_permutation_that_every_worker_draws_alike(n, epoch, seed):
+def test_shuffle_windows_is_a_permutation_that_is_the_same_on_every_worker(n, epoch, seed):
     mine = list(shuffle_windows(iter(range(n)), epoch=epoch, seed=seed))
     assert sorted(mine) == list(range(n))
     theirs = list(shuffle_windows(iter(range(1000, 1000 + n)), epoch=epoch, seed=seed))
     assert theirs == [1000 + number for number in mine]
 
 
-def test_windows_are_shuffled_anew_each_epoch_and_no_batch_moves_far():
+def test_shuffling_changes_with_the_epoch_and_moves_no_batch_far():
     orders = [list(shuffle_windows(range(320), epoch=epoch, seed=0)) for epoch in range(2)]
     assert orders[0] != orders[1]
     assert orders[0] != list(range(320))
-    assert max(abs(place - batch) for place, batch in enumerate(orders[0])) < 32
+    assert max(abs(position - batch) for position, batch in enumerate(orders[0])) < 32
 
 
-def test_the_next_item_is_made_while_this_one_is_worked_on():
+def test_the_next_item_is_made_while_the_current_one_is_used():
     began = {number: threading.Event() for number in range(4)}
 
     def source():
@@ -104,7 +104,7 @@ def test_the_next_item_is_made_while_this_one_is_worked_on():
 
     seen = []
     for number in one_ahead(source()):
-        # The item after this one is begun without being asked for: waiting for it would never end otherwise.
+        # The next item is started without being requested, or this wait would time out.
         if number + 1 in began:
             assert began[number + 1].wait(timeout=30)
         assert number + 2 not in began or not began[number + 2].is_set()
@@ -112,7 +112,7 @@ def test_the_next_item_is_made_while_this_one_is_worked_on():
     assert seen == list(began)
 
 
-def test_an_error_while_an_item_is_made_is_the_callers():
+def test_an_error_in_the_source_reaches_the_caller():
     def source():
         yield 1
         raise ValueError("broken")

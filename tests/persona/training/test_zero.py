@@ -1,5 +1,6 @@
-"""DeepSpeed's ZeRO stages on one worker and on two: the same curve, a frozen LLM, and state that moves between them."""
+"""DeepSpeed's ZeRO stages on one and two workers: equal losses, a frozen LLM, and portable checkpoints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ from safetensors.torch import load_file
 from persona.errors import InputError
 from persona.models.resolve import ModelFolder
 from persona.training import checkpoint
-from persona.training.step import trainable
-from tests.zero_worker import N_STEPS, STOP, new_case_model, plain_run, spawn
+from persona.training.deepspeed import trainable
+from tests.zero_worker import N_STEPS, PROGRESS, STOP, new_case_model, plain_run, spawn
 
 Case = dict[str, Any]
-# Two workers add the same float32 gradients in another order than one, off by about 2^-24 of the largest term.
-# AdamW divides a gradient by its own size, so that where gradients cancel to almost nothing the rounding decides where
-# the parameter goes: a step of a full rate, in a direction that matters little. Seen: 2e-7 mostly, 4e-5 at worst.
-# What a real mistake does is more than ten times the tolerance, which a test below checks.
+# Two workers sum the same float32 gradients in another order than one, which rounds by about 2^-24 of the largest term.
+# AdamW normalizes gradients, so for those that nearly cancel, rounding decides the direction of a full step. Observed:
+# 2e-7 mostly, 4e-5 at worst. A real mistake exceeds the tolerance by a factor of ten, which a test below checks.
 SAME = 1e-4
 KINDS = ("llama", "t5")
 CONTRAST = 2.0
@@ -28,7 +28,7 @@ FRONT_TOKENS = 12
 def everything(
     encoder_folder: ModelFolder, llama_folder: ModelFolder, t5_folder: ModelFolder, tmp_path_factory
 ) -> dict[str, Any]:
-    """All runs: two workers first, then one that goes on from what they left."""
+    """All runs: first on two workers, then on one, which resumes their checkpoints."""
     out: Path = tmp_path_factory.mktemp("zero")
     found: dict[str, Any] = {kind: {"runs": {}, "out": out / kind} for kind in KINDS}
     for kind, folder in zip(KINDS, (llama_folder, t5_folder), strict=True):
@@ -75,7 +75,7 @@ def test_one_worker_takes_the_steps_of_plain_adamw(found):
     curve = found["runs"]["1 worker, stage 1"]["losses"]
     assert curve == pytest.approx(plain_run(found["base"]), rel=SAME)
     assert len(curve) == N_STEPS
-    # It learns, or there would be nothing to compare.
+    # Without learning there would be nothing to compare.
     assert curve[-1] < curve[0]
 
 
@@ -87,7 +87,7 @@ def test_two_workers_take_the_steps_of_one(found, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_held_out_loss_is_the_same_however_its_rows_are_shared(found, stage):
+def test_the_held_out_loss_does_not_depend_on_the_number_of_workers(found, stage):
     one, two = found["runs"]["1 worker, stage 1"], found["runs"][f"2 workers, stage {stage}"]
     assert two["held_out"] == pytest.approx(one["held_out"], rel=SAME)
 
@@ -102,15 +102,15 @@ def test_the_held_out_loss_is_the_same_however_its_rows_are_shared(found, stage)
         "2 workers to 1, stage 3 to 1",
     ],
 )
-def test_a_run_that_goes_on_from_a_checkpoint_has_the_rest_of_the_curve(found, resumed):
+def test_a_resumed_run_continues_the_loss_curve(found, resumed):
     whole, rest = found["runs"]["1 worker, stage 1"], found["runs"][resumed]
     assert rest["losses"] == pytest.approx(whole["losses"][STOP:], rel=SAME)
     assert rest["held_out"] == pytest.approx(whole["held_out"], rel=SAME)
-    assert rest["state"] == {"step": STOP, "note": "kept"}
+    assert rest["progress"] == json.loads(PROGRESS.to_json())
 
 
-def test_a_mistake_would_be_seen(found):
-    """A run that goes on without AdamW's moments leaves the curve by far more than the tolerance."""
+def test_a_mistake_exceeds_the_tolerance(found):
+    """Resuming without AdamW's moments changes the losses by far more than the tolerance."""
     rest, whole = found["runs"]["moments forgotten"]["losses"], found["runs"]["1 worker, stage 1"]["losses"][STOP:]
     assert max(abs(a / b - 1) for a, b in zip(rest, whole, strict=True)) > 10 * SAME
 
@@ -119,7 +119,7 @@ def test_with_contrast_one_worker_and_two_take_the_steps_of_plain_adamw(found):
     curve, plain = found["runs"]["1 worker, contrast"]["losses"], found["runs"]["1 worker, stage 1"]["losses"]
     assert curve == pytest.approx(plain_run(found["base"] | {"contrast": CONTRAST}), rel=SAME)
     assert found["runs"]["2 workers, contrast, stage 3"]["losses"] == pytest.approx(curve, rel=SAME)
-    # The curve is of eq. 6 alone, so it starts alike; the term is there from the second step's rows on.
+    # The curve is eq. 6 alone, so it starts equal; the contrast changes it from the second step on.
     assert curve[0] == pytest.approx(plain[0], rel=SAME)
     assert max(abs(a / b - 1) for a, b in zip(curve, plain, strict=True)) > 10 * SAME
 
@@ -142,11 +142,11 @@ def test_no_byte_of_the_llm_changes_and_every_trained_parameter_does(found):
     assert set(run["moved"]) == trained
 
 
-def test_an_llm_in_half_precision_stays_so_beside_a_plug_in_float32(found):
+def test_the_llm_stays_in_half_precision_while_the_plug_is_in_float32(found):
     one, two = (found["runs"][name] for name in ("1 worker, mean, bf16, stage 1", "2 workers, mean, bf16, stage 3"))
     assert one["llm_dtype"] == two["llm_dtype"] == "torch.bfloat16"
-    # The micro-batches are the same, so the LLM's rounding is; only where the plug's last bits tip a rounding do they
-    # part: by 2^-9, bf16's half unit, in some of the terms.
+    # Equal micro-batches round equally in the LLM, except where the plug's last bits differ: then some terms change by
+    # 2^-9, half a unit of bf16.
     assert two["losses"] == pytest.approx(one["losses"], rel=2**-9)
 
 
@@ -162,11 +162,11 @@ def test_a_checkpoint_holds_the_plug_and_its_moments_and_no_llm(found):
         assert set(load_file(folder / "plug.safetensors")) == names | {"typical_behavior"}
         moments = load_file(folder / "moments.safetensors")
         assert set(moments) == {f"plug.{name}:{kind}" for name in names for kind in ("exp_avg", "exp_avg_sq")}
-        # After three steps no second moment is empty: none was missed when the groups were gathered.
+        # After three steps every second moment is nonzero, so no parameter group was missed.
         assert not [name for name, moment in moments.items() if name.endswith("_sq") and not moment.any()]
 
 
-def test_a_checkpoint_brings_back_what_is_typical(found):
+def test_a_checkpoint_restores_the_typical_behavior(found):
     model = new_case_model(found["base"])
     was = model.plug.typical_behavior.clone()
     model.plug.typical_behavior.zero_()
@@ -177,5 +177,5 @@ def test_a_checkpoint_brings_back_what_is_typical(found):
 
 def test_a_checkpoint_of_another_plug_is_refused(found):
     other = new_case_model(found["base"] | {"plug": {"weights": "mean"}})
-    with pytest.raises(InputError, match="is of another plug than the one to be trained; use another --run"):
+    with pytest.raises(InputError, match="is of a plug with other trained parameters; use another --run"):
         checkpoint.load_weights(other, found["out"] / "two-1")

@@ -1,0 +1,109 @@
+"""A training worker's DeepSpeed engine: models, a new or resumed plug, and AdamW's state."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from jobs.runtime import session
+from jobs.runtime.training.spec import WorkerSettings
+from persona.errors import PlugMismatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from persona.models.encoder import TextEncoder
+    from persona.models.resolve import ModelFolder
+    from persona.options import Pooling
+    from persona.plug.personalized import PersonalizedLLM
+    from persona.training.checkpoint import Progress
+
+
+def start_engine(
+    settings: WorkerSettings, encoder: "ModelFolder", last_checkpoint: Path | None
+) -> "tuple[Any, Progress]":
+    """The engine over plug and frozen LLM, and the progress of the run; all workers call it together."""
+    from persona.training import checkpoint
+    from persona.training.deepspeed import deepspeed_settings, new_engine
+
+    session.quiet_models(settings.n_threads)
+    options = settings.spec.training
+    model = _new_model(settings, encoder)
+    plug = model.plug
+    if last_checkpoint is None:
+        _initialize(model, encoder, settings)
+        progress = checkpoint.Progress(token_norm=plug.token_norm, scale=plug.scale, llm_width=model.llm.width)
+    else:
+        progress = checkpoint.load_weights(model, last_checkpoint)
+        plug.token_norm, plug.scale = progress.token_norm, progress.scale
+    engine = new_engine(model, options, deepspeed_settings(options, settings.n_workers))
+    if last_checkpoint is not None:
+        checkpoint.load_moments(engine, last_checkpoint, step=progress.step)
+    return engine, progress
+
+
+def _new_model(settings: WorkerSettings, encoder: "ModelFolder") -> "PersonalizedLLM":
+    """An untrained plug in front of the LLM, on this worker's device; the seed makes it the same on every worker."""
+    import torch
+
+    from persona.models.frozen_llm import FrozenLLM
+    from persona.plug import folder as plug_folder
+    from persona.plug.module import Plug
+    from persona.plug.personalized import PersonalizedLLM
+
+    spec, identity = settings.spec, settings.identity
+    llm_folder = local_model(settings.llm, flag="--llm")
+    torch.manual_seed(spec.training.seed)
+    llm = FrozenLLM.load(llm_folder, max_input_tokens=spec.max_input_tokens, precision=spec.precision)
+    if spec.activation_checkpointing:
+        llm.checkpoint_activations()
+    plug = Plug(
+        spec.plug_options,
+        query_encoder=plug_folder.new_query_encoder(encoder, spec.plug_options, pretrained=True),
+        pooling=cast("Pooling", identity.pooling),
+        width=identity.width,
+        llm_width=llm.width,
+        token_norm=llm.token_norm(),
+    )
+    query_text = plug_folder.new_query_text(encoder, spec.query_prefix, spec.max_query_tokens)
+    return PersonalizedLLM(plug.to(llm.device), llm, query_text, prefix_tokens=spec.retrieval.front_tokens)
+
+
+def _initialize(model: "PersonalizedLLM", encoder: "ModelFolder", settings: WorkerSettings) -> None:
+    """Sets the typical behavior of a new plug, and fits the projector to the vocabulary when that is chosen."""
+    import numpy as np
+    import torch
+
+    from persona.plug import warm_start
+    from persona.store import vectors
+
+    device = model.llm.device
+    behaviors_Nd = vectors.from_bytes(settings.behaviors, settings.identity.width)
+    model.plug.set_typical_behavior(torch.from_numpy(behaviors_Nd.astype(np.float32)).to(device))
+    if settings.spec.training.warm_start == "vocabulary":
+        warm_start.fit(model.plug, store_encoder(encoder, settings, device), model.llm, behaviors_Nd)
+
+
+def store_encoder(folder: "ModelFolder", settings: WorkerSettings, device: "torch.device") -> "TextEncoder":
+    """The frozen encoder, as it made the store's vectors."""
+    from persona.models.encoder import TextEncoder
+
+    identity = settings.identity
+    return TextEncoder(
+        folder,
+        pooling=cast("Pooling", identity.pooling),
+        max_tokens=identity.max_tokens,
+        precision="fp32",
+        device=str(device),  # explicit, because torch's default device is a thread's own
+    )
+
+
+def local_model(model: "ModelFolder", *, flag: str) -> "ModelFolder":
+    """The driver's model on this node. Raises PlugMismatch when it is another one here."""
+    from persona.models import resolve as models
+
+    found = models.resolve(model.name, revision=model.revision, flag=flag)
+    if found.fingerprint != model.fingerprint:
+        raise PlugMismatch(
+            f"{flag} {found.name!r} is another model on this node than on the node where the job was started; pin its "
+            "revision, or give every node the same folder"
+        )
+    return found

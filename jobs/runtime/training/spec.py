@@ -1,0 +1,86 @@
+"""What defines a training run, and what each of its workers gets."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.runtime.job_options import PastTexts
+from persona.options import PlugOptions, Precision, RetrievalOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    from jobs.runtime.tally import Tally
+    from persona.models.resolve import ModelFolder
+    from persona.store.identity import Identity
+
+# Options whose defaults mean "off", so that a run from before one of them can be resumed.
+OPTIONS = (PlugOptions, TrainingOptions, RetrievalOptions, PastTexts)
+# What else must stay the same when a run is resumed.
+_FIXED = (
+    "requests",
+    "validation",
+    "validation_fraction",
+    "validation_rows",
+    "query_prefix",
+    "max_query_tokens",
+    "max_input_tokens",
+    "max_behaviors",
+    "precision",
+    "limit",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """The choices behind a plug; fields are named like the flags of jobs.train, which describes them."""
+
+    run: str
+    plug_options: PlugOptions
+    training: TrainingOptions
+    retrieval: RetrievalOptions
+    past_texts: PastTexts
+    requests: str
+    limit: int | None
+    validation: str | None
+    validation_fraction: float
+    validation_rows: int
+    validate_every: int
+    query_prefix: str
+    max_query_tokens: int
+    max_input_tokens: int
+    max_behaviors: int
+    precision: Precision
+    activation_checkpointing: bool
+
+    def fixed(self) -> dict[str, Any]:
+        """What must stay the same when the run is resumed, by name."""
+        options = (self.plug_options, self.training, self.retrieval, self.past_texts)
+        values = {name: value for part in options for name, value in asdict(part).items()}
+        return values | {name: getattr(self, name) for name in _FIXED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a training worker gets.
+
+    Attributes:
+        n_workers: of the run; n_threads: of this worker's process.
+        steps_per_epoch: optimizer steps of one epoch.
+        encoder, llm: as found on the driver; a worker finds them on its own node and compares fingerprints.
+        identity: of the store.
+        behaviors: vectors of some behaviors that the requests see, in the store's bytes.
+        tally: the counts of the run.
+    """
+
+    spec: RunSpec
+    n_workers: int
+    n_threads: int
+    steps_per_epoch: int
+    encoder: "ModelFolder"
+    llm: "ModelFolder"
+    identity: "Identity"
+    behaviors: bytes
+    tally: "Tally"
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.spec.training.epochs

@@ -1,0 +1,73 @@
+"""Ray Train over one dataset for each epoch."""
+
+from typing import TYPE_CHECKING, Any
+
+from jobs.runtime.session import Machines
+from jobs.runtime.tally import Tally
+from jobs.runtime.training.inputs import TrainingInputs, TrainingRequests, epoch_of, some_behaviors
+from jobs.runtime.training.spec import RunSpec, WorkerSettings
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+    from ray.train import RunConfig
+
+
+def fit(
+    spec: RunSpec,
+    inputs: TrainingInputs,
+    requests: TrainingRequests,
+    tally: Tally,
+    machines: Machines,
+    *,
+    n_workers: int,
+    max_failures: int,
+) -> Any:
+    """Trains, or resumes the run, and returns Ray Train's result."""
+    from ray.data import ExecutionOptions
+    from ray.train import DataConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.runtime.training.worker import train_worker
+
+    epochs: dict[str, Dataset] = {
+        f"epoch-{epoch}": epoch_of(requests, epoch, spec, n_workers=n_workers) for epoch in range(spec.training.epochs)
+    }
+    settings = WorkerSettings(
+        spec=spec,
+        n_workers=n_workers,
+        n_threads=max(1, machines.cores // n_workers),
+        steps_per_epoch=requests.n_train // spec.training.global_batch,
+        encoder=inputs.encoder,
+        llm=inputs.llm,
+        identity=inputs.store.identity,
+        behaviors=some_behaviors(requests, inputs.store.identity.width),
+        tally=tally,
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"settings": settings},
+        scaling_config=ScalingConfig(num_workers=n_workers, use_gpu=bool(machines.gpus)),
+        torch_config=TorchConfig(backend="nccl" if machines.gpus else "gloo"),
+        run_config=_run_config(spec.run, inputs.runs, max_failures),
+        datasets={**epochs, "validation": requests.held_out},
+        dataset_config=DataConfig(
+            datasets_to_split=[*epochs],
+            execution_options=ExecutionOptions(preserve_order=True),
+            enable_shard_locality=False,
+        ),
+    )
+    return trainer.fit()
+
+
+def _run_config(name: str, runs: str, max_failures: int) -> "RunConfig":
+    """Keeps the checkpoint with the lowest held-out loss and the latest one."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+
+    return RunConfig(
+        name=name,
+        storage_path=runs,
+        failure_config=FailureConfig(max_failures=max_failures),
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
+        ),
+    )

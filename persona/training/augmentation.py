@@ -1,0 +1,96 @@
+"""What a training step sees in place of a request's full history: a random part, the target, or another user's.
+
+Shapes: N requests, n behaviors of one request, d encoder width.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from persona.models.encoder import TextEncoder
+from persona.options import TrainingOptions
+from persona.plug.personalized import Row
+from persona.store import vectors
+from persona.training.order import hash64
+
+# Share of passes that see the whole history.
+_WHOLE_PASSES = 1 / 11
+
+
+def step_rows(
+    rows: Sequence[Row],
+    *,
+    step: int,
+    n_steps: int,
+    epoch: int,
+    width: int,
+    options: TrainingOptions,
+    encoder: TextEncoder | None,
+) -> list[Row]:
+    """The rows of a step with their histories replaced: by a part of them, or during alignment by their targets.
+
+    `encoder` is the store's; it may be None when no step from here on aligns.
+    """
+    dropped = [drop_behaviors(row, width=width, epoch=epoch, options=options) for row in rows]
+    if step >= aligned_steps(n_steps, options):
+        return dropped
+    assert encoder is not None
+    return align(dropped, encoder)
+
+
+def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions) -> Row:
+    """The row without a random part of its history; the same part for a row and an epoch on any worker.
+
+    The reference implementation writes each request 11 times: once with its whole history, ten times without
+    int(n·U(0, 0.5)) + 1 behaviors. Here one pass in eleven is whole. At least one behavior stays, except in the
+    `empty_history` share of rows, which lose all.
+    """
+    history = vectors.from_bytes(row["history"], width)
+    draw = np.random.default_rng(hash64("dropout", options.seed, epoch, row["request_id"]))
+    if draw.random() < options.empty_history:
+        return {**row, "history": b""}
+    n = len(history)
+    if draw.random() < _WHOLE_PASSES:
+        return row
+    n_dropped = min(int(n * draw.uniform(0, options.history_dropout)) + 1, n - 1) if options.history_dropout else 0
+    if n_dropped < 1:
+        return row
+    kept = np.sort(draw.permutation(n)[n_dropped:])
+    return {**row, "history": vectors.to_bytes(history[kept])}
+
+
+def aligned_steps(n_steps: int, options: TrainingOptions) -> int:
+    """The number of steps at the start of a run that align the plug with the LLM."""
+    return round(options.alignment * n_steps)
+
+
+def align(rows: Sequence[Row], encoder: TextEncoder) -> list[Row]:
+    """The rows with their history replaced by the embedding of their own target.
+
+    To write a text from its embedding, the plug must learn how the encoder's space maps to the LLM's, which is slow to
+    learn from histories that merely resemble the target (as in xRAG's pre-training, arXiv 2405.13792). An empty history
+    stays empty, so that the typical behavior is trained meanwhile.
+    """
+    with_history = [i for i, row in enumerate(rows) if row["history"]]
+    targets_Nd = encoder.encode([rows[i]["target"] for i in with_history]).vectors
+    aligned = list(rows)
+    for i, target_d in zip(with_history, targets_Nd, strict=True):
+        aligned[i] = {**rows[i], "history": vectors.to_bytes(target_d)}
+    return aligned
+
+
+def with_other_histories(rows: Sequence[Row]) -> tuple[list[int], list[Row]]:
+    """The pairs of the contrast loss: rows of a micro-batch, each with the history of the next row.
+
+    Rows whose next row is of the same user, and pairs in which either history is empty, are left out.
+
+    Returns:
+        the numbers of the rows in the micro-batch, and the rows with the other histories.
+    """
+    numbers: list[int] = []
+    others: list[Row] = []
+    for i, (row, following) in enumerate(zip(rows, [*rows[1:], *rows[:1]], strict=True)):
+        if row["user_id"] != following["user_id"] and row["history"] and following["history"]:
+            numbers.append(i)
+            others.append({**row, "history": following["history"]})
+    return numbers, others
