@@ -53,9 +53,9 @@ def test_jobs_report_the_seconds_of_each_stage(
     assert all(seconds > 0 for seconds in spent.values())
     assert spent["encode"] + spent["waiting"] < done.result["seconds"]
 
-    asked = write(str(tmp_path / "requests.parquet"), requests(3, 2))
+    source = write(str(tmp_path / "requests.parquet"), requests(3, 2))
     answering = {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "actors": 1, "profile": True}
-    done = do(generate, requests=asked, store=str(store), plug=plug, **answering)
+    done = do(generate, requests=source, store=str(store), plug=plug, **answering)
     spent = done.result["profile"]["seconds"]
     assert set(spent) == {"generate", "read", "join", "write", "commit", "waiting"}
     assert all(seconds > 0 for seconds in spent.values())
