@@ -12,7 +12,9 @@ from deltalake import DeltaTable
 from jobs import generate
 from jobs.runtime import plugs
 from jobs.runtime.job_options import PlugModels
+from jobs.runtime.tally import Tally
 from persona.engines.base import new_engine
+from persona.errors import UsageError
 from persona.inputs import histories as persona_histories
 from persona.inputs.requests import SCHEMA
 from persona.models import resolve as persona_models
@@ -85,10 +87,13 @@ def test_answers_of_each_persona_are_those_of_the_plug_itself(do: Job, flags: di
         assert stored(flags["store"], "generations") == answers
 
 
-def test_an_unknown_engine_is_refused(refuse: Job, flags: dict[str, Any]) -> None:
+def test_an_unknown_engine_is_refused(refuse: Job, flags: dict[str, Any], plug: str) -> None:
     done = refuse(generate, engine="remote", **flags)
     assert (done.code, done.result) == (2, None)
     assert "--engine 'remote': must be local" in done.said
+    config = generate.Config(requests="r", store="s", plug=plug, engine="remote")
+    with pytest.raises(UsageError, match="unknown name 'remote': persona.engines has no module"):
+        generate.Generate(config, plugs.read_plug(plug), Tally(actor=None))
 
 
 def test_only_changed_requests_are_answered_again(do: Job, flags: dict[str, Any]) -> None:
