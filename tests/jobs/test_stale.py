@@ -49,7 +49,7 @@ def test_no_answer_is_stored_under_a_plug_that_did_not_generate_it(
     while_it_waits(lambda: copy_folder(newer, str(plug)))
     done = do(generate, **{**flags, "plug": plug})
     assert done.code == 2
-    assert "is another plug now" in done.said and "run the same command again" in done.said
+    assert "was replaced while the job ran" in done.said and "run the same command again" in done.said
     assert not stored(store, "generations")
 
 
