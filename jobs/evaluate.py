@@ -1,36 +1,49 @@
-"""Tell how much the persona is worth: scores of the answers, and the loss of the targets under each kind of persona.
+"""Measure how much the persona helps: scores of the answers, and the loss of the targets under each kind of persona.
 
 Reads `--requests` with targets, `<store>/generations`, `<store>/behaviors`, the plug and, to show past texts in words,
-`--texts`. Writes `<out>/metrics.json`, `<out>/report.html` with the same for people, its pictures as PNG files,
+`--texts`. Writes `<out>/metrics.json`, `<out>/report.html` with the same for people, its charts as PNG files,
 `<out>/losses.parquet` with the numbers of each request, which `jobs.compare` reads, and for a LaMP task `<out>/lamp/`:
-golds and answers in the form that LaMP's own evaluation reads.
+golds and answers in the format that LaMP's own evaluation reads.
 """
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from jobs.generate import load_personalized, plug_sources
-from jobs.runtime import cli, cost, inspection as look, joining, pools, reading, retrieval as retrieve, session
+from jobs.runtime import (
+    answers as stored_answers,
+    cli,
+    cost,
+    inspection,
+    joining,
+    losses,
+    plugs,
+    reading,
+    retrieval,
+    session,
+)
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, flat_settings
+from jobs.runtime.losses import Losses
+from jobs.runtime.plugs import PlugRef
+from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
+from jobs.runtime.texts import Histories
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions, PersonaKind, RetrievalOptions, check_at_least
+from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions, check_at_least
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from ray.data import Dataset
 
-    from persona.options import Metric
+    from persona.evaluation.one_run import Answers
+    from persona.inputs.splits import Split
     from persona.store.store import Store
 
-# What is kept of each request and kind of persona: numbers, and no texts.
-_KEPT = ("request_id", "user_id", "persona", "n_behaviors", "nats", "tokens")
-_KEPT_OF_REJECTED = ("rejected_nats", "rejected_tokens")
-_BUCKETS_TOGETHER = 16
+# Parts of `metrics.json` that are about single users.
+_PERSONAL = ("examples", "largest_gains", "largest_losses", "map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,21 +100,51 @@ class Config:
         return self.variants or tuple(self.retrieval.answers_of(persona) for persona in self.personas)
 
 
-def main(config: Config) -> Summary:  # noqa: PLR0915
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What the job reads and where it writes, found and checked before Ray starts."""
+
+    splits: "list[Split]"
+    store: "Store"
+    plug: PlugRef
+    histories: Histories | None
+    out: str
+
+
+def main(config: Config) -> Summary:
     """Runs the job."""
-    import json
-    from urllib.parse import quote
-
-    from persona import storage
-    from persona.evaluation.one_run import summarize
-    from persona.inputs import requests
-    from persona.inputs.lamp import TASKS, outputs_json
-    from persona.inputs.splits import plan_splits
-    from persona.report.pages import chart_files, evaluation_page
-    from persona.store.store import Store
-    from persona.versions import installed_versions
-
     started = time.perf_counter()
+    inputs = _inputs(config)
+    if config.dry_run:
+        return _plan(config, inputs)
+
+    # The whole report describes one state of the tables, even if another job writes to them meanwhile.
+    store = inputs.store.snapshot("behaviors", "generations")
+    variants = [variant for variant in config.scored if variant in store.variants()]
+    machines = session.connect()
+    pool = ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
+    tally = Tally.start()
+    with progress(tally, _progress_line):
+        requests = _requests(config, inputs, store, variants, tally)
+        measured = losses.measure(requests, _loss_settings(config, inputs.plug), pool, tally)
+    if not measured["request_id"]:
+        raise InputError(f"--requests {config.requests} has no request with a target, so there is nothing to evaluate")
+    answers = stored_answers.read_outputs(store, variants, measured["request_id"], measured["user_id"])
+    metrics = _metrics(config, inputs, store, measured, answers, tally)
+    counts = tally.totals()
+    metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    _write(inputs.out, _files(config, metrics, measured, answers))
+    summary = _summary(config, inputs.out, metrics, counts)
+    return cost.spent(summary, config.cost, machines, n_models=pool.max_size, seconds=metrics["seconds"])
+
+
+def _inputs(config: Config) -> _Inputs:
+    from persona import storage
+    from persona.inputs import requests
+    from persona.inputs.splits import plan_splits
+    from persona.store.store import Store
+
     source = storage.check_uri(config.requests, flag="--requests")
     target = storage.check_uri(config.store, flag="--store")
     out = storage.check_uri(config.out, flag="--out")
@@ -111,59 +154,110 @@ def main(config: Config) -> Summary:  # noqa: PLR0915
     splits = plan_splits(source, flag="--requests")
     requests.check_columns(splits, needs_target=True, rejected=config.rejected)
     store = Store.open(target)
-    where = plug_sources(store, config.plug, llm=config.models.llm, encoder=config.models.encoder)
-    histories = retrieve.plan(config.past_texts)
-    if config.dry_run:
-        size: dict[str, Any] = {"times": len(config.personas), "if_all": "with inputs of full length"}
-        return cost.planned_requests(_would_do(config), config.cost, splits, where, **size)
+    plug = plugs.find_plug(store, config.plug, config.models)
+    return _Inputs(splits=splits, store=store, plug=plug, histories=retrieval.plan(config.past_texts), out=out)
 
-    # The whole report is of one state of the tables, whoever writes to them meanwhile.
-    store = store.snapshot("behaviors", "generations")
-    answered = [variant for variant in config.scored if variant in store.variants()]
-    machines = session.connect()
-    tally = Tally.start()
-    losses = _losses(config, splits, store, where, histories, answered, machines, tally)
-    if not losses["request_id"]:
-        raise InputError(f"--requests {source} gives no request with a target, so there is nothing to evaluate")
-    answers = _answers(store, answered, losses)
-    golds = dict(zip(losses["request_id"], losses["target"], strict=True))
-    metrics = summarize(losses, config.personas, answers, _metric(config, golds), seed=config.seed)
-    metrics |= {"limited": config.rows.limit is not None}
-    metrics["unanswered_variants"] = [variant for variant in config.scored if variant not in answered]
-    metrics |= _looked_at(config, splits, store, where, tally, histories, losses, answers)
-    counts = tally.totals()
-    metrics["training"] = where["record"].training
-    metrics["settings"] = {**flat_settings(config), "variants": config.scored, **_origin(store, where)}
-    metrics["versions"] = installed_versions()
-    metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
-    metrics["seconds"] = round(time.perf_counter() - started, 1)
+
+def _plan(config: Config, inputs: _Inputs) -> Summary:
+    """The summary of a dry run."""
+    scored = f"score {', '.join(config.scored)} and " if config.scored else ""
+    would = f"{scored}measure the loss for {', '.join(config.personas)}"
+    if_all = "with inputs of full length"
+    return cost.planned_requests(
+        would, config.cost, inputs.splits, inputs.plug, passes=len(config.personas), if_all=if_all
+    )
+
+
+def _requests(config: Config, inputs: _Inputs, store: "Store", variants: Sequence[str], tally: Tally) -> "Dataset":
+    """The requests with the histories that they see under each kind of persona."""
+    spec = retrieval.RetrievalSpec.of_plug(inputs.plug, config.retrieval, inputs.histories)
+    plan = joining.JoinPlan(
+        job="evaluate",
+        personas=config.personas,
+        max_behaviors=inputs.plug.record.max_behaviors,
+        needs_target=True,
+        limit=config.rows.limit,
+        selection=stored_answers.AllAnswered(variants, inputs.plug),
+        texts=retrieval.best_of(spec, tally),
+        rejected=config.rejected,
+    )
+    return joining.requests_with_histories(inputs.splits, store, tally, plan)
+
+
+def _loss_settings(config: Config, plug: PlugRef) -> losses.LossSettings:
+    return losses.LossSettings(
+        plug=plug,
+        precision=config.models.precision,
+        batch_size=config.batch_size,
+        prefix_tokens=config.retrieval.front_tokens,
+        with_rejected=config.rejected is not None,
+        n_threads=config.pool.cpus_per_actor,
+    )
+
+
+def _metrics(
+    config: Config, inputs: _Inputs, store: "Store", measured: Losses, answers: "Answers", tally: Tally
+) -> dict[str, Any]:
+    """The content of `metrics.json`, except for the counts of the run."""
+    from persona.evaluation.one_run import summarize
+    from persona.versions import installed_versions
+
+    metric = _metric(config, measured["target"])
+    inspected = inspection.InspectionInputs(
+        splits=inputs.splits, store=store, plug=inputs.plug, histories=inputs.histories
+    )
+    return {
+        **summarize(measured, config.personas, answers, metric, seed=config.seed),
+        "limited": config.rows.limit is not None,
+        "unanswered_variants": [variant for variant in config.scored if variant not in answers],
+        **inspection.report_parts(inspected, measured, config.personas, answers, tally),
+        "training": inputs.plug.record.training,
+        "settings": {**flat_settings(config), "variants": config.scored, **_origin(store, inputs.plug)},
+        "versions": installed_versions(),
+    }
+
+
+def _metric(config: Config, targets: Sequence[str]) -> Metric:
+    from persona.inputs.lamp import TASKS
+
+    if config.task is not None:
+        return TASKS[config.task].metric
+    if config.metric == "label":
+        return Metric(kind="label", labels=tuple(sorted({target.strip() for target in targets})))
+    return Metric(kind=config.metric)
+
+
+def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
+    """The plug, models and table versions behind the numbers."""
+    return {
+        "plug_fingerprint": plug.fingerprint,
+        "plug_options": asdict(plug.record.options),
+        "llm": plug.record.llm,
+        "encoder": plug.record.encoder,
+        **{f"{table}_version": version for table, version in store.versions.items()},
+    }
+
+
+def _files(config: Config, metrics: Mapping[str, Any], measured: Losses, answers: "Answers") -> dict[str, bytes]:
+    """The content of each file of the output folder, by name."""
+    import json
+    from urllib.parse import quote
+
+    from persona.inputs.lamp import TASKS, outputs_json
+    from persona.report.pages import chart_files, evaluation_page
+
     files = {
-        "losses.parquet": _as_parquet(losses),
+        "losses.parquet": losses.to_parquet(measured),
         "metrics.json": (json.dumps(cli.plain(metrics), indent=2, allow_nan=False) + "\n").encode(),
         "report.html": evaluation_page(metrics),
+        **chart_files(metrics),
     }
-    files |= chart_files(metrics)
     if config.task is not None:
         task = TASKS[config.task]
-        files |= {f"lamp/{quote(name, safe='')}.json": outputs_json(task, answers[name]) for name in answered}
+        golds = dict(zip(measured["request_id"], measured["target"], strict=True))
+        files |= {f"lamp/{quote(name, safe='')}.json": outputs_json(task, outputs) for name, outputs in answers.items()}
         files["lamp/golds.json"] = outputs_json(task, golds)
-    _write(out, files)
-    # What is printed ends in logs, where nobody's id and nobody's words belong.
-    of_persons = {"examples", "largest_gains", "largest_losses", "map"}
-    brief = {name: metrics[name] for name in metrics if name not in {*of_persons, "training"}}
-    summary = Summary(
-        table=[
-            *_table(metrics),
-            *retrieve.summary_rows(counts),
-            ("metrics", storage.join(out, "metrics.json")),
-            ("report", storage.join(out, "report.html")),
-            *reading.reject_rows(counts),
-        ],
-        result={"job": "evaluate", "out": out, **brief},
-        exit_code=reading.exit_code(counts, config.rows.max_reject_fraction),
-    )
-    n_models = machines.n_models(config.pool.actors, config.pool.cpus_per_actor)
-    return cost.spent(summary, config.cost, machines, n_models=n_models, seconds=metrics["seconds"])
+    return files
 
 
 def _write(out: str, files: Mapping[str, bytes]) -> None:
@@ -173,201 +267,22 @@ def _write(out: str, files: Mapping[str, bytes]) -> None:
         storage.write_bytes(storage.join(out, name), data)
 
 
-def _would_do(config: Config) -> str:
-    scored = f"score {', '.join(config.scored)} and " if config.scored else ""
-    return f"{scored}measure the loss for {', '.join(config.personas)}"
+def _summary(config: Config, out: str, metrics: Mapping[str, Any], counts: Counts) -> Summary:
+    from persona import storage
 
-
-def _looked_at(
-    config: Config,
-    splits: Sequence[Any],
-    store: "Store",
-    where: Mapping[str, Any],
-    tally: Tally,
-    histories: Any,
-    losses: Mapping[str, list[Any]],
-    answers: Mapping[str, Mapping[str, str]],
-) -> dict[str, Any]:
-    """What the report shows of single requests and users."""
-    import numpy as np
-
-    from persona.evaluation import examples
-
-    chosen = examples.choose(losses, config.personas)
-    user_of = dict(zip(losses["request_id"], losses["user_id"], strict=True))
-    ids = sorted({*chosen.examples, *chosen.mapped})
-    found = look.look(splits, ids, frozenset(user_of[one] for one in ids), store, where, tally, histories)
-
-    def example(request_id: str) -> dict[str, Any]:
-        seen = found[request_id]
-        one = examples.example(losses, config.personas, answers, request_id, seen["input"])
-        return {**one, "listened_to": examples.heaviest_behaviors(seen)}
-
-    # Who has no behavior has no place on a map of personas.
-    mapped = [request_id for request_id in chosen.mapped if found[request_id]["n_behaviors"]]
-    vectors_UF = np.array([np.frombuffer(found[one]["persona_vector"], "<f4") for one in mapped])
-    users = [user_of[request_id] for request_id in mapped]
-    return {
-        "examples": [example(one) for one in chosen.even],
-        "largest_gains": [example(one) for one in chosen.largest_gains],
-        "largest_losses": [example(one) for one in chosen.largest_losses],
-        "map": examples.persona_map(vectors_UF, users, losses, config.personas),
-    }
-
-
-def _origin(store: "Store", where: Mapping[str, Any]) -> dict[str, Any]:
-    record = where["record"]
-    return {
-        "plug_fingerprint": where["fingerprint"],
-        "plug_options": asdict(record.options),
-        "llm": record.llm,
-        "encoder": record.encoder,
-        **{f"{table}_version": version for table, version in store.versions.items()},
-    }
-
-
-def _losses(
-    config: Config,
-    splits: Sequence[Any],
-    store: "Store",
-    where: Mapping[str, Any],
-    histories: retrieve.Histories | None,
-    answered: Sequence[str],
-    machines: session.Machines,
-    tally: Tally,
-) -> dict[str, list[Any]]:
-    """Loss of each request under each kind of persona: a few numbers a request, gathered here."""
-    joined = joining.requests_with_histories(
-        splits,
-        store,
-        tally,
-        joining.JoinPlan(
-            job="evaluate",
-            personas=config.personas,
-            max_behaviors=where["record"].max_behaviors,
-            needs_target=True,
-            limit=config.rows.limit,
-            selection=_Answered(answered, where["fingerprint"]),
-            texts=retrieve.best_of(histories, config.retrieval, where, tally),
-            rejected=config.rejected,
-        ),
+    # The summary goes to logs, which should contain neither ids nor texts of users.
+    printed = {name: value for name, value in metrics.items() if name not in (*_PERSONAL, "training")}
+    return Summary(
+        table=[
+            *_table(metrics),
+            *retrieval.summary_rows(counts),
+            ("metrics", storage.join(out, "metrics.json")),
+            ("report", storage.join(out, "report.html")),
+            *reading.reject_rows(counts),
+        ],
+        result={"job": "evaluate", "out": out, **printed},
+        exit_code=reading.exit_code(counts, config.rows.max_reject_fraction),
     )
-    pool = pools.ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
-    of_actors = {"config": config, "where": where, "tally": tally}
-    rows = pools.by_models(joined, Losses, block_rows=8 * config.batch_size, pool=pool, **of_actors)
-    names = [*_KEPT, "target", *(_KEPT_OF_REJECTED if config.rejected is not None else ())]
-    gathered: dict[str, list[Any]] = {name: [] for name in names}
-    with progress(tally, _progress_line):
-        for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in cast("pa.Table", table).to_pylist():
-                for name in names:
-                    gathered[name].append(row[name])
-    return gathered
-
-
-def _as_parquet(losses: Mapping[str, list[Any]]) -> bytes:
-    """The numbers of each request and kind of persona, for `jobs.compare` and whoever else wants to count."""
-    import io
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kept = pa.table({name: losses[name] for name in (*_KEPT, *_KEPT_OF_REJECTED) if name in losses})
-    sink = io.BytesIO()
-    pq.write_table(kept.sort_by([("request_id", "ascending"), ("persona", "ascending")]), sink)
-    return sink.getvalue()
-
-
-class _Answered:
-    """Refuses requests without an answer, or with one of another plug, whose scores are not to stand beside this loss.
-
-    It does so when their bucket is joined, which is long before all losses are known.
-    """
-
-    adds = ()
-
-    def __init__(self, variants: Sequence[str], plug: str) -> None:
-        self.variants = variants
-        self.plug = plug
-
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, _counts: Any) -> "pa.Table":
-        """The rows as they came."""
-        asked = set(joined["request_id"].to_pylist())
-        for variant in self.variants:
-            answered = store.answers(variant, bucket)
-            plug_of = dict(zip(answered["request_id"].to_pylist(), answered["plug"].to_pylist(), strict=True))
-            wrong = min((request for request in asked if plug_of.get(request) != self.plug), default=None)
-            if wrong is not None:
-                plug = plug_of.get(wrong)
-                of_another = f"an answer to {wrong!r} of another plug ({plug}, and --plug is {self.plug})"
-                found = of_another if plug else f"no answer to {wrong!r}"
-                raise InputError(
-                    f"the variant {variant!r} has {found} and perhaps others; answer all requests with jobs.generate "
-                    "and this plug, or name with --variants those to be scored, or score none with --losses-only"
-                )
-        return joined
-
-
-class Losses:
-    """Plug and LLM in an actor: requests with histories and targets in, losses out."""
-
-    def __init__(self, config: Config, where: Mapping[str, Any], tally: Tally) -> None:
-        session.quiet_models(config.pool.cpus_per_actor)
-        self.model = load_personalized(where, config)
-        self.batch_size = config.batch_size
-        self.with_rejected = config.rejected is not None
-        self.tally = tally
-
-    def __call__(self, requests: "pa.Table") -> "pa.Table":
-        """Adds `nats` and `tokens` of the target, and perhaps those of the rejected text."""
-        from persona.plug.request_tables import loss_of_all
-
-        losses = loss_of_all(self.model, requests, batch_size=self.batch_size)
-        rows = requests.select(["request_id", "user_id", "persona", "target", "n_behaviors"])
-        for name in ("nats", "tokens"):
-            rows = rows.append_column(name, losses[name])
-        if self.with_rejected:
-            place = requests.column_names.index("target")
-            instead = requests.set_column(place, "target", requests["rejected"])
-            losses = loss_of_all(self.model, instead, batch_size=self.batch_size)
-            for name in ("nats", "tokens"):
-                rows = rows.append_column(f"rejected_{name}", losses[name])
-        if rows.num_rows:
-            unit = f"{rows['request_id'][0]}/{rows['persona'][0]}"
-            self.tally.note("loss", unit, {"rows": rows.num_rows})
-        return rows
-
-
-def _answers(store: "Store", variants: Sequence[str], losses: Mapping[str, list[Any]]) -> dict[str, dict[str, str]]:
-    """Outputs by variant and request, a few buckets at a time: a variant may have a million times as many."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from persona.inputs.histories import bucket_of
-
-    asked = pa.array(sorted(set(losses["request_id"])), pa.string())
-    buckets = np.unique(bucket_of(pa.array(losses["user_id"], pa.string()), store.n_buckets)).tolist()
-    found: dict[str, dict[str, str]] = {variant: {} for variant in variants}
-    for variant, outputs in found.items():
-        for first in range(0, len(buckets), _BUCKETS_TOGETHER):
-            some = buckets[first : first + _BUCKETS_TOGETHER]
-            table = store.read_generations([variant], ["request_id", "output"], buckets=some)
-            mine = table.filter(pc.is_in(table["request_id"], value_set=asked))
-            outputs.update(zip(mine["request_id"].to_pylist(), mine["output"].to_pylist(), strict=True))
-    return found
-
-
-def _metric(config: Config, golds: Mapping[str, str]) -> "Metric":
-    from persona.options import Metric
-
-    if config.task is not None:
-        from persona.inputs.lamp import TASKS
-
-        return TASKS[config.task].metric
-    if config.metric == "label":
-        return Metric(kind="label", labels=tuple(sorted({gold.strip() for gold in golds.values()})))
-    return Metric(kind=config.metric)
 
 
 def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -375,13 +290,12 @@ def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     rows = [("requests", f"{metrics['requests']:,} of {metrics['users']:,} users")]
     if metrics["limited"]:
-        rows.append(("warning", "--limit was given: these are not the numbers of the whole set"))
+        rows.append(("warning", "--limit was given: these numbers are not of all requests"))
     for persona, loss in metrics["loss"].items():
         saved = metrics["loss_saved_by_own"].get(persona)
         note = f"; own saves {saved['mean']:+.4f} [{saved['low']:+.4f}, {saved['high']:+.4f}]" if saved else ""
-        rows.append(
-            (f"loss, {persona}", f"{loss['mean']:.4f} nats a token [{loss['low']:.4f}, {loss['high']:.4f}]{note}")
-        )
+        text = f"{loss['mean']:.4f} nats a token [{loss['low']:.4f}, {loss['high']:.4f}]{note}"
+        rows.append((f"loss, {persona}", text))
     rows += [(f"scores, {variant}", "no answers in the store") for variant in metrics["unanswered_variants"]]
     for persona, found in metrics.get("ranking", {}).items():
         shares = [f"{RANKINGS[way]} {100 * one['mean']:.1f} % {_percent(one)}" for way, one in found.items()]

@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs import embed, generate
 from jobs.runtime import cli, commits
+from jobs.runtime.plugs import PlugRef
 from jobs.runtime.session import Threads
 from jobs.runtime.tally import Tally
 
@@ -46,8 +47,8 @@ class CountingEncode(embed.Encode):
 class CountingGenerate(generate.Generate):
     """The LLM's actor."""
 
-    def __init__(self, config: generate.Config, where: Any, tally: Tally) -> None:
-        super().__init__(config, where, tally)
+    def __init__(self, config: generate.Config, plug: PlugRef, tally: Tally) -> None:
+        super().__init__(config, plug, tally)
         self.store = config.store
 
     def __call__(self, requests: Any) -> Any:

@@ -1,10 +1,11 @@
-"""The lines of a summary, and of a dry run, that say what a run costs (`persona.cost`)."""
+"""The rows of a summary, and of a dry run, that show what a run costs (computed by `persona.cost`)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.runtime.cli import Summary
+from jobs.runtime.plugs import PlugRef
 from jobs.runtime.session import Machines
 from persona import cost
 from persona.options import CostOptions
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def known(count: Callable[[], float]) -> float:
-    """The operations, or 0 for a model whose sizes are not known: no number is better than a wrong one."""
+    """The result of `count`, or 0 for a model whose config lacks a size: no number is better than a wrong one."""
     try:
         return count()
     except KeyError:
@@ -25,38 +26,39 @@ def planned_requests(
     would: str,
     options: CostOptions,
     splits: "Sequence[Split]",
-    where: Mapping[str, Any],
+    plug: PlugRef,
     *,
-    times: int,
+    passes: int,
     if_all: str,
     outputs: int = 0,
     beams: int = 1,
 ) -> Summary:
-    """The dry run of a job that shows each request to the plug's LLM so many `times`, with inputs of full length.
+    """The dry run of a job in which the plug's LLM reads each request `passes` times.
 
-    All of a row is taken for input, which the LLM reads as far as it may: what else it has is short beside it.
+    An upper bound: counts all bytes of a row as input, cut to the plug's `max_input_tokens`; the other columns are
+    short in comparison.
     """
     from persona.models import resolve as models
 
-    record = where["record"]
-    llm = models.resolve(where["llm"], revision=record.llm["revision"], flag="--llm")
+    record = plug.record
+    llm = models.resolve(plug.llm, revision=record.llm["revision"], flag="--llm")
     n_read = record.max_input_tokens
-    n_requests = times * cost.tokens_of_text(sum(split.end - split.start for split in splits)) / n_read
-    sizes = {"inputs": n_read, "outputs": outputs, "beams": beams}
-    flops = known(lambda: cost.llm_flops(llm.config, n_requests=n_requests, **sizes))
+    n_requests = passes * cost.tokens_of_text(sum(split.end - split.start for split in splits)) / n_read
+    flops = known(
+        lambda: cost.llm_flops(llm.config, n_requests=n_requests, inputs=n_read, outputs=outputs, beams=beams)
+    )
     plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
     return planned(plan, options, flops=flops, if_all=if_all)
 
 
 def planned(summary: Summary, options: CostOptions, *, flops: float, if_all: str) -> Summary:
-    """A dry run's summary with the work that it would be at most, in hours and money where rate and price are given."""
+    """Adds the work that a run would do at most, and hours and price where a speed and a price are given."""
     if not flops:
         return summary
     hours = cost.gpu_hours(flops, options.tflops) if options.tflops else None
-    found = {"tflop": round(flops / cost.TERA, 3), **_priced(hours, options)}
-    about = f"about {found['tflop']:,.0f} TFLOP {if_all}"
-    said = f"{about}; --tflops, what a GPU of yours reaches, makes hours of it" if hours is None else about
-    return _with(summary, ("cost", f"{said}{_said(found)}"), found)
+    found = {"tflop": round(flops / cost.TERA, 3), **_hours_and_price(hours, options)}
+    hint = "" if options.tflops else "; give --tflops, the measured speed of your GPU, to see hours"
+    return _with_cost(summary, f"about {found['tflop']:,.0f} TFLOP {if_all}{hint}{_in_words(found)}", found)
 
 
 def spent(
@@ -69,30 +71,37 @@ def spent(
     flops: float = 0.0,
     model_s: float = 0.0,
 ) -> Summary:
-    """The summary of a run with the hours that its models took, also while they waited.
+    """Adds the GPU-hours of a run, in which the time that models waited counts too.
 
-    `flops` is what the models did in `model_s` seconds, over all of them: where known, the rate that --tflops wants.
+    Args:
+        summary: of the run.
+        options: the price.
+        machines: no hours are shown without GPUs.
+        n_models: models that ran in parallel.
+        seconds: of the whole run.
+        flops: operations of all models together, if known; they give the speed for --tflops.
+        model_s: seconds that the models worked, summed over all of them.
     """
-    found = _priced(n_models * seconds / 3600, options) if machines.gpus else {}
+    found = _hours_and_price(n_models * seconds / 3600, options) if machines.gpus else {}
     if flops and model_s:
         found["tflops"] = round(flops / model_s / cost.TERA, 6)
     if not found:
         return summary
-    rate = f"{found['tflops']:.3g} TFLOP/s of each model while it worked" if "tflops" in found else ""
-    return _with(summary, ("cost", (rate + _said(found)).removeprefix("; ")), found)
+    speed = f"{found['tflops']:.3g} TFLOP/s per model while working" if "tflops" in found else ""
+    return _with_cost(summary, (speed + _in_words(found)).removeprefix("; "), found)
 
 
-def _priced(hours: float | None, options: CostOptions) -> dict[str, float]:
+def _hours_and_price(hours: float | None, options: CostOptions) -> dict[str, float]:
     found = {} if hours is None else {"gpu_hours": round(hours, 4)}
     if hours is not None and options.gpu_hour_price is not None:
         found["price"] = round(hours * options.gpu_hour_price, 4)
     return found
 
 
-def _said(found: dict[str, float]) -> str:
+def _in_words(found: dict[str, float]) -> str:
     hours = f"; {found['gpu_hours']:,.3g} GPU-hours" if "gpu_hours" in found else ""
     return f"{hours}, {found['price']:,.2f} at your price" if "price" in found else hours
 
 
-def _with(summary: Summary, row: tuple[str, str], found: dict[str, float]) -> Summary:
-    return replace(summary, table=[*summary.table, row], result={**summary.result, "cost": found})
+def _with_cost(summary: Summary, text: str, found: dict[str, float]) -> Summary:
+    return replace(summary, table=[*summary.table, ("cost", text)], result={**summary.result, "cost": found})

@@ -1,74 +1,106 @@
-"""A closer look at a few requests of an evaluation: their words, what the plug listens to, and where the persona lies.
+"""A closer look at a few requests of an evaluation: their texts, what the plug attends to, and the users' personas.
 
-The requests are read a second time and joined with their histories once more, so that the first pass over all of them
-need not carry texts to the driver.
+These requests are read and joined with their histories a second time, so that the first pass over all requests need not
+bring texts to the driver.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from jobs.runtime import exchange, joining, reading, session
+from jobs.runtime import exchange, joining, plugs, reading, session
+from jobs.runtime.plugs import PlugRef
 from jobs.runtime.tally import Tally
-from jobs.runtime.texts import Texts
+from jobs.runtime.texts import Histories, Texts
 from persona.options import PersonaKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from jobs.runtime.losses import Losses
+    from persona.evaluation.one_run import Answers
     from persona.inputs.splits import Split
     from persona.store.store import Store
 
 
-def look(
-    splits: "Sequence[Split]",
-    ids: Sequence[str],
-    users: frozenset[str],
-    store: "Store",
-    where: Mapping[str, Any],
-    tally: Tally,
-    histories: "tuple[Sequence[Split], Any] | None",
-) -> dict[str, dict[str, Any]]:
-    """By request id: `input`, the `behavior_id`s and `timestamp`s it sees, their `weights`, `persona_vector`.
+@dataclass(frozen=True, kw_only=True)
+class InspectionInputs:
+    """Where requests, behaviors, plug and texts are; without `histories` no texts are read."""
 
-    `persona_vector` is the bytes of float32 values; with `histories` (splits and columns) there are also the `texts`
-    of what is seen, null where the histories no longer have them.
+    splits: "Sequence[Split]"
+    store: "Store"
+    plug: PlugRef
+    histories: Histories | None
+
+
+def report_parts(
+    inputs: InspectionInputs, losses: "Losses", personas: Sequence[PersonaKind], answers: "Answers", tally: Tally
+) -> dict[str, Any]:
+    """The parts of `metrics.json` that show single requests and users."""
+    import numpy as np
+
+    from persona.evaluation import examples
+
+    chosen = examples.choose(losses, personas)
+    user_of = dict(zip(losses["request_id"], losses["user_id"], strict=True))
+    ids = sorted({*chosen.examples, *chosen.mapped})
+    found = _inspect(inputs, ids, frozenset(user_of[one] for one in ids), tally)
+
+    def example(request_id: str) -> dict[str, Any]:
+        seen = found[request_id]
+        one = examples.example(losses, personas, answers, request_id, seen["input"])
+        return {**one, "listened_to": examples.heaviest_behaviors(seen)}
+
+    # All users without a behavior have the same persona.
+    mapped = [request_id for request_id in chosen.mapped if found[request_id]["n_behaviors"]]
+    vectors_UF = np.array([np.frombuffer(found[one]["persona_vector"], "<f4") for one in mapped])
+    users = [user_of[request_id] for request_id in mapped]
+    return {
+        "examples": [example(one) for one in chosen.even],
+        "largest_gains": [example(one) for one in chosen.largest_gains],
+        "largest_losses": [example(one) for one in chosen.largest_losses],
+        "map": examples.persona_map(vectors_UF, users, losses, personas),
+    }
+
+
+def _inspect(
+    inputs: InspectionInputs, ids: Sequence[str], users: frozenset[str], tally: Tally
+) -> dict[str, Mapping[str, Any]]:
+    """Rows by request id: `input`, and the `behavior_id`s, `timestamp`s and `weights` of the visible behaviors.
+
+    Also `persona_vector`, the bytes of float32 values, and with histories the `texts` of the visible behaviors, null
+    where the histories no longer have them.
     """
-    max_behaviors = where["record"].max_behaviors
-    rows = reading.read(splits, _chosen, limit=None, ids=frozenset(ids), n_buckets=store.n_buckets)
+    store, max_behaviors = inputs.store, inputs.plug.record.max_behaviors
+    rows = reading.read(inputs.splits, _read_chosen, limit=None, ids=frozenset(ids), n_buckets=store.n_buckets)
     texts = None
-    if histories is not None:
-        use = _TextsOf(max_behaviors)
-        texts = Texts(splits=histories[0], columns=histories[1], use=use, users=users)
-        rows = texts.beside(rows, store.n_buckets)
-    joined = exchange.by_bucket(
-        rows,
-        splits,
-        store.n_buckets,
-        joining.join_bucket,
-        store=store,
-        tally=tally,
-        plan=joining.JoinPlan(
-            job="evaluate",
-            stage="look",
-            personas=[PersonaKind.OWN],
-            max_behaviors=max_behaviors,
-            needs_target=True,
-            selection=_Seen(max_behaviors),
-            texts=texts,
-        ),
+    if inputs.histories is not None:
+        texts = Texts(histories=inputs.histories, use=_AddTexts(max_behaviors), users=users)
+        rows = texts.union_with(rows, store.n_buckets)
+    plan = joining.JoinPlan(
+        job="evaluate",
+        stage="inspect",
+        personas=[PersonaKind.OWN],
+        max_behaviors=max_behaviors,
+        needs_target=True,
+        selection=_AddVisible(max_behaviors),
+        texts=texts,
     )
-    # One process is enough for a few hundred requests, and it loads no LLM.
-    looked = joined.repartition(1).map_batches(
-        _look_at,  # type: ignore[arg-type]  # Ray's types know nothing of fn_kwargs
+    joined = exchange.by_bucket(
+        rows, inputs.splits, store.n_buckets, joining.join_bucket, store=store, tally=tally, plan=plan
+    )
+    # A single process suffices for a few hundred requests without an LLM.
+    inspected = joined.repartition(1).map_batches(
+        _add_weights_and_persona,  # type: ignore[arg-type]  # Ray's types do not cover fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"where": where},
+        fn_kwargs={"plug": inputs.plug},
     )
-    tables = looked.iter_batches(batch_size=None, batch_format="pyarrow")
+    tables = inspected.iter_batches(batch_size=None, batch_format="pyarrow")
     return {row["request_id"]: row for table in tables for row in cast("pa.Table", table).to_pylist()}
 
 
-def _chosen(split: "Split", *, ids: frozenset[str], n_buckets: int) -> Iterator["pa.Table"]:
+def _read_chosen(split: "Split", *, ids: frozenset[str], n_buckets: int) -> Iterator["pa.Table"]:
     """The chosen requests of a split."""
     import pyarrow as pa
 
@@ -80,8 +112,8 @@ def _chosen(split: "Split", *, ids: frozenset[str], n_buckets: int) -> Iterator[
         yield good.filter(pa.compute.is_in(good["request_id"], pa.array(sorted(ids), pa.string())))
 
 
-class _TextsOf:
-    """Adds the texts of what each request sees."""
+class _AddTexts:
+    """Adds the texts of the behaviors that each request sees."""
 
     def __init__(self, max_behaviors: int) -> None:
         self.max_behaviors = max_behaviors
@@ -92,46 +124,41 @@ class _TextsOf:
         from persona.retrieval.lookup import TextLookup
         from persona.store.join import seen_rows
 
-        seen = seen_rows(requests, store, bucket, max_behaviors=self.max_behaviors)
+        visible = seen_rows(requests, store, bucket, max_behaviors=self.max_behaviors)
         lookup = TextLookup(texts)
-        found = [lookup.texts(rows) for rows in seen]
+        found = [lookup.texts(rows) for rows in visible]
         return requests.append_column("texts", pa.array(found, pa.list_(pa.large_string())))
 
 
-class _Seen:
-    """Adds which behaviors each request sees."""
+class _AddVisible:
+    """Selects all requests, and adds which behaviors each one sees."""
 
     adds = ("behavior_id", "timestamp")
 
     def __init__(self, max_behaviors: int) -> None:
         self.max_behaviors = max_behaviors
 
-    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, _counts: Any) -> "pa.Table":
-        """All rows, with the columns of `adds`, oldest behavior first."""
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, float]) -> "pa.Table":
+        """All rows with the columns of `adds`, oldest behavior first."""
+        del counts
         import pyarrow as pa
 
         from persona.store.join import seen_rows
 
-        seen = seen_rows(joined, store, bucket, max_behaviors=self.max_behaviors)
+        visible = seen_rows(joined, store, bucket, max_behaviors=self.max_behaviors)
         for name in self.adds:
             kind = pa.string() if name == "behavior_id" else pa.timestamp("us", "UTC")
-            joined = joined.append_column(name, pa.array([rows[name].to_pylist() for rows in seen], pa.list_(kind)))
+            joined = joined.append_column(name, pa.array([rows[name].to_pylist() for rows in visible], pa.list_(kind)))
         return joined
 
 
-def _look_at(requests: "pa.Table", *, where: Mapping[str, Any]) -> "pa.Table":
-    """Adds `weights` and `persona`."""
+def _add_weights_and_persona(requests: "pa.Table", *, plug: PlugRef) -> "pa.Table":
+    """Adds `weights` and `persona_vector`; drops the vectors of the history."""
     import pyarrow as pa
 
-    from persona.models import resolve as models
-    from persona.plug import record as plug_record
-    from persona.plug.inspection import PlugAlone
-
     session.quiet_models(1)
-    encoder = models.resolve(where["encoder"], revision=where["record"].encoder["revision"], flag="--encoder")
-    with plug_record.local_plug(where["plug"], where["fingerprint"]) as folder:
-        plug = PlugAlone.load(folder, encoder)
-    looks = [plug.look([row])[0] for row in requests.to_pylist()]
-    requests = requests.append_column("weights", pa.array([one.weights for one in looks], pa.list_(pa.float32())))
-    personas = [one.persona.astype("<f4").tobytes() for one in looks]
+    model = plugs.load_without_llm(plug)
+    found = [model.look([row])[0] for row in requests.to_pylist()]
+    requests = requests.append_column("weights", pa.array([one.weights for one in found], pa.list_(pa.float32())))
+    personas = [one.persona.astype("<f4").tobytes() for one in found]
     return requests.append_column("persona_vector", pa.array(personas, pa.large_binary())).drop_columns(["history"])

@@ -73,7 +73,8 @@ def requests_with_histories(splits: Sequence["Split"], store: "Store", tally: Ta
         rejected=plan.rejected,
     )
     if plan.texts is not None:
-        rows, splits = plan.texts.beside(rows, store.n_buckets), [*splits, *plan.texts.splits]
+        rows = plan.texts.union_with(rows, store.n_buckets)
+        splits = [*splits, *plan.texts.histories.splits]
     return by_bucket(rows, splits, store.n_buckets, join_bucket, store=store, tally=tally, plan=plan)
 
 

@@ -1,74 +1,89 @@
-"""The best of the users' own texts for each request, found where the request meets its history."""
+"""Retrieve past texts of the user for each request, in the task where a request is joined with its history."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from jobs.runtime import session, texts
+from jobs.runtime.plugs import PlugRef
 from jobs.runtime.tally import Counts, Tally
+from jobs.runtime.texts import Histories
+from persona.options import RetrievalOptions
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+    from numpy.typing import NDArray
 
     from jobs.runtime.job_options import PastTexts
-    from persona.inputs.histories import Columns
-    from persona.inputs.splits import Split
     from persona.models.encoder import TextEncoder
-    from persona.options import RetrievalOptions
+    from persona.options import Pooling
     from persona.store.identity import Identity
     from persona.store.store import Store
 
 
-Histories = tuple["list[Split]", "Columns"]
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSpec:
+    """What to retrieve, and from where.
+
+    Attributes:
+        options: how many texts, and how they are chosen.
+        histories: the files with the texts; None if nothing is to be retrieved.
+        encoder: hub id or folder of the store's encoder, which also encodes queries.
+        query_prefix: in front of each query; max_query_tokens: a query is cut to this length.
+        max_behaviors: a request sees at most this many behaviors, the latest ones.
+    """
+
+    options: RetrievalOptions
+    histories: Histories | None
+    encoder: str
+    query_prefix: str
+    max_query_tokens: int
+    max_behaviors: int
+
+    @classmethod
+    def of_plug(cls, plug: PlugRef, options: RetrievalOptions, histories: Histories | None) -> "RetrievalSpec":
+        """Retrieval for a trained plug."""
+        return cls(
+            options=options,
+            histories=histories,
+            encoder=plug.encoder,
+            query_prefix=plug.record.query_prefix,
+            max_query_tokens=plug.record.max_query_tokens,
+            max_behaviors=plug.record.max_behaviors,
+        )
 
 
 def plan(past: "PastTexts") -> Histories | None:
-    """The histories of --texts, checked; None when there are none."""
+    """The histories of --texts, checked; None if the flag is not given."""
     return None if past.texts is None else texts.plan(past.texts, past.columns, flag="--texts")
 
 
-def best_of(
-    histories: Histories | None,
-    options: "RetrievalOptions",
-    where: Mapping[str, Any],
-    tally: Tally,
-    *,
-    stage: str = "texts",
-) -> texts.Texts | None:
-    """What `joining.requests_with_histories` needs to add the column `retrieved`; None when nothing is to be retrieved.
-
-    `where` has the name of the `encoder`, and `record`, which knows how queries and histories are cut: that of a plug,
-    or the settings with which one is trained.
-    """
-    if histories is None or not options.retrieve:
+def best_of(spec: RetrievalSpec, tally: Tally, *, stage: str = "texts") -> texts.Texts | None:
+    """For `joining.JoinPlan`: adds the column `retrieved`, a list of texts; None if nothing is to be retrieved."""
+    if spec.histories is None or not spec.options.retrieve:
         return None
-    splits, columns = histories
-    return texts.Texts(splits=splits, columns=columns, use=_Retrieve(options, where, tally, stage))
+    return texts.Texts(histories=spec.histories, use=_AddRetrieved(spec, tally, stage))
 
 
 def summary_rows(counts: Counts) -> list[tuple[str, str]]:
-    """The line of a summary that tells how much of the histories `--texts` had, nothing where nobody asked."""
+    """The row of a summary that shows how many of the texts were found; none if nothing was retrieved."""
     found = counts.get("texts")
     if found is None:
         return []
-    return [
-        ("past texts", f"{int(found['known']):,} of {int(found['seen']):,} seen behaviors are in --texts unchanged")
-    ]
+    return [("past texts", f"{int(found['known']):,} of {int(found['seen']):,} visible behaviors found in --texts")]
 
 
-class _Retrieve:
-    """Adds `retrieved`: the texts for each request, the best first."""
+class _AddRetrieved:
+    """Adds the column `retrieved`: texts for each request, best first."""
 
-    def __init__(self, options: "RetrievalOptions", where: Mapping[str, Any], tally: Tally, stage: str) -> None:
-        self.n = options.retrieve
-        self.retriever = options.retriever
-        self.encoder = where["encoder"]
-        self.record = where["record"]
+    def __init__(self, spec: RetrievalSpec, tally: Tally, stage: str) -> None:
+        self.spec = spec
         self.tally = tally
         self.stage = stage
 
     def __call__(self, requests: "pa.Table", found: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
-        """`found` are the texts of the bucket's users."""
+        """`found` has the texts of the bucket's users."""
         import numpy as np
         import pyarrow as pa
 
@@ -77,35 +92,42 @@ class _Retrieve:
         from persona.store import vectors
         from persona.store.join import seen_rows
 
-        dense = needs_vectors(self.retriever)
-        seen = seen_rows(requests, store, bucket, max_behaviors=self.record.max_behaviors, with_vectors=dense)
+        options = self.spec.options
+        dense = needs_vectors(options.retriever)
+        visible = seen_rows(requests, store, bucket, max_behaviors=self.spec.max_behaviors, with_vectors=dense)
         lookup = TextLookup(found)
         queries = requests["query"].to_pylist()
         vectors_Rd = self._encode(queries, store.identity) if dense else [None] * len(queries)
         counts = {"seen": 0, "known": 0}
-        rows = []
-        for query, query_d, behaviors in zip(queries, vectors_Rd, seen, strict=True):
+        retrieved = []
+        for query, query_d, behaviors in zip(queries, vectors_Rd, visible, strict=True):
             known = lookup.texts(behaviors)
             counts["seen"] += len(known)
             counts["known"] += len(known) - known.count(None)
             vectors_Nd = None
             if dense:
                 vectors_Nd = vectors.from_column(behaviors["vector"], store.identity.width).astype(np.float32)
-            rows.append(best_texts(known, self.n, self.retriever, query=query, query_d=query_d, vectors_Nd=vectors_Nd))
+            retrieved.append(
+                best_texts(
+                    known, options.retrieve, options.retriever, query=query, query_d=query_d, vectors_Nd=vectors_Nd
+                )
+            )
         self.tally.note(self.stage, str(bucket), counts)
-        return requests.append_column("retrieved", pa.array(rows, pa.list_(pa.large_string())))
+        return requests.append_column("retrieved", pa.array(retrieved, pa.list_(pa.large_string())))
 
-    def _encode(self, queries: list[str], identity: "Identity") -> Any:
-        """Vectors of queries by the store's own encoder, which nobody has trained: retrieval as without a plug."""
+    def _encode(self, queries: list[str], identity: "Identity") -> "NDArray[np.float32]":
+        """Vectors (R, d) of the queries, by the store's frozen encoder and not by the plug's trained one."""
         import numpy as np
 
-        encoder = _encoder(self.encoder, identity.revision, identity.pooling, self.record.max_query_tokens)
-        return encoder.encode([self.record.query_prefix + query for query in queries]).vectors.astype(np.float32)
+        encoder = _load_encoder(
+            self.spec.encoder, identity.revision, cast("Pooling", identity.pooling), self.spec.max_query_tokens
+        )
+        return encoder.encode([self.spec.query_prefix + query for query in queries]).vectors.astype(np.float32)
 
 
 @lru_cache(maxsize=1)
-def _encoder(name: str, revision: str, pooling: Any, max_tokens: int) -> "TextEncoder":
-    """Once a process. On a CPU: the GPU belongs to the LLM, and queries are few and short."""
+def _load_encoder(name: str, revision: str, pooling: "Pooling", max_tokens: int) -> "TextEncoder":
+    """Loads once per process, on a CPU: the GPU is for the LLM, and queries are few and short."""
     from persona.models import resolve as models
     from persona.models.encoder import TextEncoder
 

@@ -1,11 +1,11 @@
-"""The users' texts beside their requests: the store holds vectors and hashes, so texts come from the histories again.
+"""Bring the users' texts to their requests: the store has only vectors and hashes, so the histories are read again.
 
-Rows of the histories go to the task that has their bucket's requests, as `embed` sends them to be compared.
+Rows of the histories go to the task that joins the requests of their bucket.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from jobs.runtime import reading
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from persona.store.store import Store
 
 
+class Histories(NamedTuple):
+    """Splits of history files, and the names of their columns."""
+
+    splits: "list[Split]"
+    columns: "Columns"
+
+
 class TextUse(Protocol):
     """What is done with the texts of a bucket."""
 
@@ -27,21 +34,26 @@ class TextUse(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Histories whose texts are needed, of all users or of some, and what to do with them."""
+    """Which texts to read, of all users or of some, and what to do with them."""
 
-    splits: "Sequence[Split]"
-    columns: "Columns"
+    histories: Histories
     use: TextUse
     users: frozenset[str] | None = None
 
-    def beside(self, requests: "Dataset", n_buckets: int) -> "Dataset":
+    def union_with(self, requests: "Dataset", n_buckets: int) -> "Dataset":
         """Requests and texts as rows of one dataset; a row without `request_id` is a text."""
-        options = {"columns": self.columns, "users": self.users, "n_buckets": n_buckets}
-        texts = reading.read(self.splits, _read, limit=None, **options)
-        return requests.map_batches(_widened, batch_size=None, batch_format="pyarrow").union(texts)
+        texts = reading.read(
+            self.histories.splits,
+            _read,
+            limit=None,
+            columns=self.histories.columns,
+            users=self.users,
+            n_buckets=n_buckets,
+        )
+        return requests.map_batches(_with_all_columns, batch_size=None, batch_format="pyarrow").union(texts)
 
     def joined(self, rows: "pa.Table", store: "Store") -> "pa.Table":
-        """The requests among the rows of one bucket, with what `use` adds."""
+        """The requests among the rows of one bucket, with the columns that `use` adds."""
         import pyarrow as pa
 
         from persona.inputs.requests import REJECTED, SCHEMA
@@ -52,8 +64,8 @@ class Texts:
         return self.use(requests, texts, store, rows["bucket"][0].as_py()) if requests.num_rows else requests
 
 
-def plan(uri: str, columns: str, *, flag: str) -> "tuple[list[Split], Columns]":
-    """The splits of histories and their columns' names, checked."""
+def plan(uri: str, columns: str, *, flag: str) -> Histories:
+    """The histories at a URI, checked; `columns` is the value of --columns."""
     from persona import storage
     from persona.inputs import histories
     from persona.inputs.splits import plan_splits
@@ -63,28 +75,28 @@ def plan(uri: str, columns: str, *, flag: str) -> "tuple[list[Split], Columns]":
     named = histories.Columns.parse(columns, "--columns")
     splits = plan_splits(source, flag=flag)
     histories.check_columns(splits, named)
-    return splits, named
+    return Histories(splits, named)
 
 
 def _read(split: "Split", *, columns: "Columns", users: frozenset[str] | None, n_buckets: int) -> Iterator["pa.Table"]:
-    """The texts of a split, as rows that may stand beside requests."""
+    """The texts of a split, as rows of the dataset with requests."""
     import pyarrow as pa
 
-    for good in reading.read_histories(split, columns=columns, n_buckets=n_buckets):
-        mine = good
+    for behaviors in reading.read_histories(split, columns=columns, n_buckets=n_buckets):
+        chosen = behaviors
         if users is not None:
-            mine = good.filter(pa.compute.is_in(good["user_id"], pa.array(sorted(users), pa.string())))
-        yield _widened(mine)
+            chosen = behaviors.filter(pa.compute.is_in(behaviors["user_id"], pa.array(sorted(users), pa.string())))
+        yield _with_all_columns(chosen)
 
 
-def _widened(rows: "pa.Table") -> "pa.Table":
-    """The rows with the columns of requests and of texts, null where they have none."""
+def _with_all_columns(rows: "pa.Table") -> "pa.Table":
+    """The rows with the columns of both requests and texts; missing ones are null."""
     import pyarrow as pa
 
     from persona.inputs import histories, requests
 
-    wanted = ("behavior_id", "text", "text_hash")
-    schema = pa.schema([*requests.SCHEMA, requests.REJECTED, *(histories.SCHEMA.field(name) for name in wanted)])
+    text_columns = ("behavior_id", "text", "text_hash")
+    schema = pa.schema([*requests.SCHEMA, requests.REJECTED, *(histories.SCHEMA.field(name) for name in text_columns)])
     columns = [
         rows[field.name].cast(field.type) if field.name in rows.column_names else pa.nulls(rows.num_rows, field.type)
         for field in schema

@@ -1,4 +1,4 @@
-"""`embed` on a real Ray: what it reads, what it encodes and what it leaves alone, on disk and on S3."""
+"""Tests for `embed` on a real Ray: what it reads, encodes and skips, on disk and on S3."""
 
 import gzip
 import json
@@ -34,8 +34,8 @@ def rejects(uri: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("root", ["s3"], indirect=True)
-def test_a_refresh_encodes_what_is_new_or_edited_and_nothing_else(do: Job, flags: dict, root: str) -> None:
-    """Day by day in files of each layout; vectors are the encoder's own."""
+def test_a_refresh_encodes_only_new_and_edited_behaviors(do: Job, flags: dict, root: str) -> None:
+    """Files of each layout; the vectors are those of the encoder itself."""
     rows = behaviors()
     write(join(root, "in", "1.parquet"), rows[:10])
     by_user = {}
@@ -58,7 +58,7 @@ def test_a_refresh_encodes_what_is_new_or_edited_and_nothing_else(do: Job, flags
     again = do(embed, histories=join(root, "in"), **flags)
     assert again.code == 0
     assert (again.result["known"], again.result["committed"], again.result["tokens"]) == (30, 0, 0)
-    # The lease is noted in the log, and nothing else.
+    # Only the lease adds a version to the log.
     assert again.result["version"] == first.result["version"] + 1
 
     new = {"user_id": "user-9", "behavior_id": "b0", "text": "i like it", "timestamp": START + timedelta(days=9)}
@@ -72,7 +72,7 @@ def test_a_refresh_encodes_what_is_new_or_edited_and_nothing_else(do: Job, flags
 
 
 @pytest.mark.parametrize("root", ["local"], indirect=True)
-def test_bad_rows_are_rejected_and_no_good_row_is_lost(do: Job, flags: dict, root: str) -> None:
+def test_bad_rows_are_rejected_and_good_rows_are_kept(do: Job, flags: dict, root: str) -> None:
     rows = behaviors(4, 2)
     good = write(join(root, "in", "good.parquet"), rows)
     lines = [json.dumps({"user_id": "u", "text": f"text {i}"}).encode() for i in range(3)]
@@ -101,21 +101,21 @@ def test_bad_rows_are_rejected_and_no_good_row_is_lost(do: Job, flags: dict, roo
     ]
     assert len(reasons["cut.parquet"]) == len(reasons["cut.jsonl.gz"]) == 1
 
-    # The same rows again are too many for the usual limit; everything good is in nevertheless.
+    # By default so many rejects are too many, but all good rows are kept.
     strict = do(embed, histories=join(root, "in"), **flags)
     assert strict.code == 3
     assert strict.result["known"] == len(kept)
 
 
 @pytest.mark.parametrize("root", ["local"], indirect=True)
-def test_an_input_of_bad_rows_only_ends_with_exit_code_3(do: Job, flags: dict, root: str) -> None:
+def test_an_input_of_only_bad_rows_ends_with_exit_code_3(do: Job, flags: dict, root: str) -> None:
     write(join(root, "in.jsonl"), [{"user_id": None, "text": "a"}, {"user_id": "", "text": "b"}])
     done = do(embed, histories=join(root, "in.jsonl"), **flags)
     assert (done.code, done.result["rejects"], done.result["committed"]) == (3, 2, 0)
 
 
 @pytest.mark.parametrize("root", ["local"], indirect=True)
-def test_columns_of_other_names_and_a_limit(do: Job, flags: dict, root: str) -> None:
+def test_renamed_columns_and_a_limit(do: Job, flags: dict, root: str) -> None:
     table = pa.table({"author": ["a", "a", "b"], "body": ["one", "two", "three"]})
     write(join(root, "in.parquet"), table.to_pylist())
     named = {"histories": join(root, "in.parquet"), "columns": "user_id=author,text=body"}
@@ -126,7 +126,7 @@ def test_columns_of_other_names_and_a_limit(do: Job, flags: dict, root: str) -> 
 
 
 @pytest.mark.parametrize("root", ["local"], indirect=True)
-def test_small_blocks_are_committed_on_their_own(do: Job, flags: dict, root: str) -> None:
+def test_small_blocks_are_committed_one_by_one(do: Job, flags: dict, root: str) -> None:
     write(join(root, "in.parquet"), behaviors(4, 5))
     done = do(embed, histories=join(root, "in.parquet"), block_rows=5, **flags)
     assert done.result["committed"] == 20
@@ -138,10 +138,10 @@ def test_small_blocks_are_committed_on_their_own(do: Job, flags: dict, root: str
 
 
 @pytest.mark.parametrize("root", ["local"], indirect=True)
-def test_a_dry_run_says_what_would_be_done_and_makes_nothing(refuse: Job, flags: dict, root: str) -> None:
+def test_a_dry_run_shows_the_plan_and_writes_nothing(refuse: Job, flags: dict, root: str) -> None:
     write(join(root, "in.parquet"), behaviors(2, 2))
     done = refuse(embed, histories=join(root, "in.parquet"), dry_run=True, **flags)
-    assert (done.code, done.result["would"]) == (0, "make the store")
+    assert (done.code, done.result["would"]) == (0, "create the store")
     assert not exists(str(flags["store"]))
 
 
@@ -150,7 +150,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
 ) -> None:
     flags = {"histories": write(str(tmp_path / "in.parquet"), behaviors()), "encoder": models["encoder"]}
     flags |= {"store": filled_store, "max_tokens": 32}
-    assert "add what is missing" in refuse(embed, **flags, dry_run=True).result["would"]
+    assert "add missing behaviors" in refuse(embed, **flags, dry_run=True).result["would"]
     for other in ({"max_tokens": 16}, {"buckets": BUCKETS + 1}):
         done = refuse(embed, **{**flags, **other}, dry_run=True)
         assert (done.code, done.result) == (2, None)
@@ -158,22 +158,22 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_sync_takes_nothing_out_when_a_file_is_replaced_between_listing_and_reading(
+def test_sync_deletes_nothing_when_a_file_is_replaced_between_listing_and_reading(
     do: Job, models: dict[str, str], store: Path, tmp_path: Path, while_it_waits: Callable[..., None], kind: str
 ) -> None:
-    """As when the nightly export comes."""
+    """As when the nightly export is written during the run."""
     histories = str(tmp_path / f"in.{kind}")
-    of_yesterday, rows = behaviors()[15:], behaviors(40)
-    write(histories, of_yesterday)
+    yesterday, rows = behaviors()[15:], behaviors(40)
+    write(histories, yesterday)
     while_it_waits(lambda: write(histories, rows))
     flags = {"histories": histories, "encoder": models["encoder"], "max_tokens": 32, "store": store, "actors": 1}
     done = do(embed, sync=True, **flags)
     assert (done.result["gone"], done.result["new"]) == (0, len(rows) - len(behaviors()))
     assert set(stored(store, "behaviors")) == {(row["user_id"], row["behavior_id"]) for row in rows}
-    assert "file changed during the run" in done.table and "taken out" in done.table
+    assert "file changed during the run" in done.table and "deleted" in done.table
 
 
-def test_a_model_that_is_alone_takes_the_cores_of_those_that_may_still_come(
+def test_the_only_actor_uses_all_cores_until_another_starts(
     local_ray: None, models: dict[str, str], filled_store: Path
 ) -> None:
     config = embed.Config(histories="", store=str(filled_store), encoder=models["encoder"], precision="fp32")
@@ -182,10 +182,10 @@ def test_a_model_that_is_alone_takes_the_cores_of_those_that_may_still_come(
     try:
         threads = Threads(model=1, alone=2, tokenizing=1)
         encode = embed.Encode(config, Store.open(str(filled_store)).identity, tally, threads)
-        alone, n_alone = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
+        first, n_alone = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
         tally.note("encoders", "another", {})
-        beside, n_beside = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
+        second, n_shared = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
     finally:
         torch.set_num_threads(n_before)
-    assert (n_alone, n_beside) == (2, 1)
-    np.testing.assert_allclose(np.frombuffer(alone, "<f2"), np.frombuffer(beside, "<f2"), atol=2**-10, rtol=0)
+    assert (n_alone, n_shared) == (2, 1)
+    np.testing.assert_allclose(np.frombuffer(first, "<f2"), np.frombuffer(second, "<f2"), atol=2**-10, rtol=0)

@@ -1,4 +1,4 @@
-"""`evaluate` on a real Ray: its numbers against a plain calculation over single requests."""
+"""Tests for `evaluate` on a real Ray: its numbers against a plain calculation over single requests."""
 
 import json
 import math
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from jobs import evaluate
+from jobs.runtime import losses
 from persona.inputs.histories import bucket_of
 from persona.models import resolve as models
 from persona.models.frozen_llm import FrozenLLM
@@ -36,18 +37,18 @@ def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
 
 def answer(
     flags: dict[str, Any],
-    asked: list[Row],
+    rows: list[Row],
     *,
     by: str | None = None,
     change: str = "new",
     **answers: Callable[[Row], str],
 ) -> None:
-    """Puts answers of the plug (or `by` another) into the table, for each variant what its function says."""
-    rows = [
+    """Writes answers of the plug (or `by` another one) to the table; each variant is given by a function."""
+    answered = [
         {
             "request_id": row["request_id"],
             "user_id": row["user_id"],
-            "output": say(row),
+            "output": output(row),
             "variant": variant,
             "plug": by or plug_record.fingerprint(Path(flags["plug"])),
             "llm": "l",
@@ -58,14 +59,14 @@ def answer(
             "bucket": int(bucket_of([row["user_id"]], BUCKETS)[0]),
             "change": change,
         }
-        for variant, say in answers.items()
-        for row in asked
+        for variant, output in answers.items()
+        for row in rows
     ]
-    write_rows(Store.open(flags["store"]), "generations", pa.Table.from_pylist(rows))
+    write_rows(Store.open(flags["store"]), "generations", pa.Table.from_pylist(answered))
 
 
 @torch.inference_mode()
-def loss_by_hand(uri: str, plug: str, asked: list[Row], *, own: bool) -> tuple[list[float], list[int]]:
+def loss_by_hand(uri: str, plug: str, rows: list[Row], *, own: bool) -> tuple[list[float], list[int]]:
     """Nats and tokens of each target: the soft tokens and the text in one row, log-softmax token by token."""
     folder = Path(plug)
     record = plug_record.read(folder)
@@ -73,7 +74,7 @@ def loss_by_hand(uri: str, plug: str, asked: list[Row], *, own: bool) -> tuple[l
     llm = FrozenLLM.load(llm_folder, precision="fp32")
     model = plug_folder.load(folder, encoder=encoder, llm=llm)
     nats, tokens = [], []
-    for row in asked:
+    for row in rows:
         history = b"".join(seen(uri, row, record.max_behaviors)) if own else b""
         batch = model.collate([{**row, "query": row["input"], "history": history}])
         soft_SD = model.soft_tokens(batch)[0]
@@ -88,13 +89,13 @@ def loss_by_hand(uri: str, plug: str, asked: list[Row], *, own: bool) -> tuple[l
 
 
 def test_losses_are_those_of_a_calculation_by_hand(do: Job, flags: dict[str, Any], plug: str, s3: str) -> None:
-    asked = requests(4, 2)
-    answer(flags, asked, own=lambda row: row["target"], none=lambda row: "no", other=lambda row: "of 1")
+    rows = requests(4, 2)
+    answer(flags, rows, own=lambda row: row["target"], none=lambda row: "no", other=lambda row: "of 1")
     done = do(evaluate, **flags, out=f"{s3}/report", batch_size=3)
     assert done.code == 0
     metrics = json.loads(read_bytes(f"{s3}/report/metrics.json"))
     for persona in ("own", "none"):
-        nats, tokens = loss_by_hand(flags["store"], plug, asked, own=persona == "own")
+        nats, tokens = loss_by_hand(flags["store"], plug, rows, own=persona == "own")
         # metrics.json keeps 5 decimals.
         assert metrics["loss"][persona]["mean"] == pytest.approx(sum(nats) / sum(tokens), abs=2e-5)
     loss, saved = metrics["loss"], metrics["loss_saved_by_own"]
@@ -111,25 +112,25 @@ def test_losses_are_those_of_a_calculation_by_hand(do: Job, flags: dict[str, Any
     assert done.result["loss"] == loss
 
 
-def test_a_rejected_text_is_measured_as_if_it_were_the_target_and_all_numbers_are_kept(
+def test_rejected_texts_are_measured_like_targets_and_all_numbers_are_saved(
     do: Job, flags: dict[str, Any], plug: str, s3: str, tmp_path: Path
 ) -> None:
-    asked = [{**row, "worse": row["target"][::-1]} for row in requests(4, 2)]
-    write(flags["requests"], asked)
+    rows = [{**row, "worse": row["target"][::-1]} for row in requests(4, 2)]
+    write(flags["requests"], rows)
     personas = ("own", "none", "mean")
     done = do(evaluate, **flags, out=f"{s3}/ranked", personas=personas, rejected="worse")
     assert done.code == 0
-    rows = pq.read_table(pa.BufferReader(read_bytes(f"{s3}/ranked/losses.parquet")))
-    assert rows.column_names == [
+    saved = pq.read_table(pa.BufferReader(read_bytes(f"{s3}/ranked/losses.parquet")))
+    assert saved.column_names == [
         *("request_id", "user_id", "persona", "n_behaviors", "nats", "tokens", "rejected_nats", "rejected_tokens")
     ]
-    assert rows.num_rows == len(asked) * len(personas)
-    found = {(row["persona"], row["request_id"]): row for row in rows.to_pylist()}
+    assert saved.num_rows == len(rows) * len(personas)
+    found = {(row["persona"], row["request_id"]): row for row in saved.to_pylist()}
     for persona in ("own", "none"):
         own = persona == "own"
-        nats, tokens = loss_by_hand(flags["store"], plug, asked, own=own)
-        rejected, _ = loss_by_hand(flags["store"], plug, [{**row, "target": row["worse"]} for row in asked], own=own)
-        mine = [found[persona, row["request_id"]] for row in asked]
+        nats, tokens = loss_by_hand(flags["store"], plug, rows, own=own)
+        rejected, _ = loss_by_hand(flags["store"], plug, [{**row, "target": row["worse"]} for row in rows], own=own)
+        mine = [found[persona, row["request_id"]] for row in rows]
         # float32 sums of about 50 nats in another order.
         assert [row["nats"] for row in mine] == pytest.approx(nats, abs=1e-3)
         assert [row["tokens"] for row in mine] == tokens
@@ -139,24 +140,24 @@ def test_a_rejected_text_is_measured_as_if_it_were_the_target_and_all_numbers_ar
     assert "ranking, mean" in done.table and "by gain over none" in done.table
 
 
-def test_a_task_is_scored_by_its_own_metric(do: Job, flags: dict[str, Any], tmp_path: Path) -> None:
-    asked = [{**row, "target": str(1 + i % 5)} for i, row in enumerate(requests(4, 2))]
-    write(flags["requests"], asked)
-    answer(flags, asked, own=lambda row: row["target"], none=lambda row: str(min(int(row["target"]) + 1, 5)))
+def test_a_task_is_scored_by_its_official_metric(do: Job, flags: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{**row, "target": str(1 + i % 5)} for i, row in enumerate(requests(4, 2))]
+    write(flags["requests"], rows)
+    answer(flags, rows, own=lambda row: row["target"], none=lambda row: str(min(int(row["target"]) + 1, 5)))
     out = tmp_path / "out"
     done = do(evaluate, **flags, out=str(out), task="LaMP_3", personas=("own",), variants=("own", "none"))
-    wrong = sum(row["target"] != "5" for row in asked) / len(asked)
+    wrong = sum(row["target"] != "5" for row in rows) / len(rows)
     assert done.result["scores"]["own"] == {"mae": 0, "rmse": 0}
     assert done.result["scores"]["none"] == {"mae": pytest.approx(wrong), "rmse": pytest.approx(math.sqrt(wrong))}
     assert done.result["score_gained_by_own"]["mae"]["none"]["mean"] == pytest.approx(wrong, abs=1e-5)
-    golds = {row["request_id"]: row["target"] for row in asked}
+    golds = {row["request_id"]: row["target"] for row in rows}
     assert lamp_form.read((out / "lamp" / "golds.json").read_bytes(), "LaMP_3") == golds
     assert lamp_form.read((out / "lamp" / "own.json").read_bytes(), "LaMP_3") == golds
     others = lamp_form.read((out / "lamp" / "none.json").read_bytes(), "LaMP_3")
     assert others.keys() == golds.keys() and others != golds
 
 
-def test_missing_answers_are_refused_and_a_variant_without_any_is_named(
+def test_missing_answers_are_refused_and_variants_without_any_are_listed(
     do: Job, flags: dict[str, Any], tmp_path: Path
 ) -> None:
     flags |= {"out": str(tmp_path / "out"), "personas": ("own",), "variants": ("own", "none", "other")}
@@ -165,18 +166,16 @@ def test_missing_answers_are_refused_and_a_variant_without_any_is_named(
     assert refused.code == 2
     assert "the variant 'own' has no answer to 'r" in refused.said
     assert "jobs.generate" in refused.said and "--losses-only" in refused.said
-    losses = do(evaluate, **{**flags, "variants": (), "losses_only": True})
-    assert (losses.code, losses.result["scores"], losses.result["unanswered_variants"]) == (0, {}, [])
-    assert losses.result["loss"]["own"]["mean"] > 0
+    without = do(evaluate, **{**flags, "variants": (), "losses_only": True})
+    assert (without.code, without.result["scores"], without.result["unanswered_variants"]) == (0, {}, [])
+    assert without.result["loss"]["own"]["mean"] > 0
     answer(flags, requests(4, 2), own=lambda row: "yes")
     done = do(evaluate, **flags)
     assert done.result["unanswered_variants"] == ["none", "other"]
     assert set(done.result["scores"]) == {"own"}
 
 
-def test_answers_of_another_plug_are_not_scored_beside_the_loss_of_this_one(
-    do: Job, flags: dict[str, Any], tmp_path: Path
-) -> None:
+def test_answers_of_another_plug_are_refused(do: Job, flags: dict[str, Any], tmp_path: Path) -> None:
     flags |= {"out": str(tmp_path / "out"), "personas": ("own",)}
     answer(flags, requests(4, 2), by="abc", own=lambda row: "yes")
     refused = do(evaluate, **flags)
@@ -187,32 +186,32 @@ def test_answers_of_another_plug_are_not_scored_beside_the_loss_of_this_one(
     assert do(evaluate, **flags, losses_only=True).code == 0
 
 
-def test_answers_that_another_run_replaces_meanwhile_are_not_scored(
+def test_answers_that_are_replaced_during_the_run_are_not_scored(
     do: Job, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, before = requests(4, 2), Store.open(flags["store"]).version("generations")
-    answer(flags, asked, own=lambda row: row["target"])
-    measure = evaluate._losses
+    rows, before = requests(4, 2), Store.open(flags["store"]).version("generations")
+    answer(flags, rows, own=lambda row: row["target"])
+    measure = losses.measure
 
-    def meanwhile(*arguments: Any) -> dict[str, list[Any]]:
-        losses = measure(*arguments)
-        answer(flags, asked, by="abc", change="edited", own=lambda row: "something else")
-        return losses
+    def replace_answers(*arguments: Any) -> losses.Losses:
+        measured = measure(*arguments)
+        answer(flags, rows, by="abc", change="edited", own=lambda row: "something else")
+        return measured
 
-    monkeypatch.setattr(evaluate, "_losses", meanwhile)
+    monkeypatch.setattr(losses, "measure", replace_answers)
     done = do(evaluate, **flags, out=str(tmp_path / "out"), personas=("own",), metric="text")
     assert done.result["scores"]["own"]["rouge1"] == 1
     now = Store.open(flags["store"]).version("generations")
     assert before < done.result["settings"]["generations_version"] < now
 
 
-def test_the_report_shows_past_texts_in_words_and_every_user_on_the_map(
+def test_the_report_shows_past_texts_and_a_map_of_all_users(
     do: Job, flags: dict[str, Any], plug: str, tmp_path: Path
 ) -> None:
-    asked, written = requests(4, 2), behaviors()
-    # Of the first user's texts one is no longer what was encoded: it must not be shown as what the plug has seen.
+    rows, written = requests(4, 2), behaviors()
+    # This text has changed since it was encoded, so the report must not show it as what the plug read.
     written[0] = {**written[0], "text": "something else"}
-    answer(flags, asked, own=lambda row: "<script>", none=lambda row: "no")
+    answer(flags, rows, own=lambda row: "<script>", none=lambda row: "no")
     texts = write(str(tmp_path / "histories.parquet"), written)
     done = do(evaluate, **flags, out=str(tmp_path / "out"), texts=texts, variants=("own", "none"))
     assert done.code == 0
@@ -221,12 +220,12 @@ def test_the_report_shows_past_texts_in_words_and_every_user_on_the_map(
     text_of = {(one["user_id"], one["behavior_id"]): one["text"] for one in behaviors()}
     shown = [*metrics["examples"], *metrics["largest_gains"], *metrics["largest_losses"]]
     for one in shown:
-        # A request sees the behaviors before it, of those the plug's last three.
+        # A request sees the last three behaviors before it.
         assert len(one["listened_to"]) == min(one["n_behaviors"], 3)
-        assert sum(heard["weight"] for heard in one["listened_to"]) == pytest.approx(1, abs=1e-4)
-        for heard in one["listened_to"]:
-            gone = (one["user_id"], heard["behavior_id"]) == ("user-0", "b0")
-            assert heard["text"] == (None if gone else text_of[one["user_id"], heard["behavior_id"]])
+        assert sum(behavior["weight"] for behavior in one["listened_to"]) == pytest.approx(1, abs=1e-4)
+        for behavior in one["listened_to"]:
+            changed = (one["user_id"], behavior["behavior_id"]) == ("user-0", "b0")
+            assert behavior["text"] == (None if changed else text_of[one["user_id"], behavior["behavior_id"]])
     assert metrics["largest_gains"][0]["nats_a_token"]["other"] > metrics["largest_gains"][0]["nats_a_token"]["own"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert text_of["user-1", "b0"] in page
@@ -256,15 +255,17 @@ def test_columns_without_texts_are_refused(refuse: Job, flags: dict[str, Any], t
     assert (done.code, "--texts" in done.said) == (2, True)
 
 
-def test_losses_with_retrieved_texts_are_those_of_the_plug_with_them_in_front(
+def test_losses_with_retrieved_texts_are_those_of_the_plug_itself(
     do: Job, flags: dict[str, Any], plug: str, tmp_path: Path
 ) -> None:
-    asked, written = requests(4, 2), behaviors()
+    rows, written = requests(4, 2), behaviors()
     texts = write(str(tmp_path / "histories.jsonl"), written)
     retrieval = {"texts": texts, "retrieve": 1, "retriever": "recency", "retrieve_tokens": 16}
     done = do(evaluate, **flags, out=str(tmp_path / "out"), personas=("own", "bare"), **retrieval)
     assert done.code == 0
-    assert done.result["unanswered_variants"] == ["own-recency-1", "bare-recency-1"], "those that generate would write"
+    assert done.result["unanswered_variants"] == ["own-recency-1", "bare-recency-1"], (
+        "the default names that generate uses"
+    )
     folder = Path(plug)
     record = plug_record.read(folder)
     encoder, llm_folder = (models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
@@ -272,7 +273,7 @@ def test_losses_with_retrieved_texts_are_those_of_the_plug_with_them_in_front(
     model = plug_folder.load(folder, encoder=encoder, llm=frozen, prefix_tokens=16)
     for persona in ("own", "bare"):
         nats = tokens = 0.0
-        for row in asked:
+        for row in rows:
             vectors = seen(flags["store"], row, record.max_behaviors)
             latest = [one["text"] for one in written if one["user_id"] == row["user_id"]][len(vectors) - 1]
             one = {**row, "query": row["input"], "history": b"".join(vectors), "retrieved": [latest]}

@@ -1,4 +1,4 @@
-"""`generate` on a real Ray: whose history is told, what is answered, and what is left alone the next time."""
+"""Tests for `generate` on a real Ray: which history a request sees, what is answered, and what is skipped."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,11 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import generate
+from jobs.runtime import plugs
+from jobs.runtime.job_options import PlugModels
+from jobs.runtime.tally import Tally
 from persona.engines.base import new_engine
+from persona.errors import UsageError
 from persona.inputs import histories as persona_histories
 from persona.inputs.requests import SCHEMA
 from persona.models import resolve as persona_models
@@ -26,26 +30,30 @@ from tests.jobs.conftest import BUCKETS, START, Job, Row, Rows, behaviors, new_p
 
 @pytest.fixture
 def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
-    """Greedy answers to a few requests, two of them of a user without history."""
-    asked = [*requests(3, 2), *requests(1, 2, first_user=50)]
-    source = write(str(tmp_path / "requests.parquet"), asked)
+    """Greedy answers to `sample_requests`."""
+    source = write(str(tmp_path / "requests.parquet"), sample_requests())
     decoding = {"beams": 1, "max_new_tokens": 8, "precision": "fp32", "batch_size": 4}
     return {"requests": source, "store": str(store), "plug": plug, "actors": 1, **decoding}
+
+
+def sample_requests() -> list[Row]:
+    """A few requests, two of them by a user without history."""
+    return [*requests(3, 2), *requests(1, 2, first_user=50)]
 
 
 def outputs(answers: Rows, variant: str) -> dict[str, str]:
     return {request: row["output"] for (request, of), row in answers.items() if of == variant}
 
 
-def expected(uri: str, plug: str, asked: list[Row], persona: Any, decoding: Decoding) -> dict[str, str]:
-    """What the plug's own classes answer, request by request."""
+def expected(uri: str, plug: str, rows: list[Row], persona: Any, decoding: Decoding) -> dict[str, str]:
+    """The answers of the plug's own classes, one request at a time."""
     store, folder = Store.open(uri), Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     engine = new_engine("local", llm, max_input_tokens=record.max_input_tokens, precision="fp32", batch_size=1)
     answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1)
     found = {}
-    for row in asked:
+    for row in rows:
         bucket = int(persona_histories.bucket_of([row["user_id"]], BUCKETS)[0])
         table = pa.Table.from_pylist([{**row, "query": row["input"], "bucket": bucket}], schema=SCHEMA)
         joined = join_histories(table, store, bucket, persona=PersonaKind(persona), max_behaviors=record.max_behaviors)
@@ -54,35 +62,45 @@ def expected(uri: str, plug: str, asked: list[Row], persona: Any, decoding: Deco
     return found
 
 
-def test_answers_of_each_persona_are_those_of_the_plug_alone(do: Job, flags: dict[str, Any], plug: str) -> None:
+def test_answers_of_each_persona_are_those_of_the_plug_itself(do: Job, flags: dict[str, Any], plug: str) -> None:
     personas = ("own", "none", "other", "mean")
     done = do(generate, persona=personas, **flags)
     assert done.code == 0
     assert (done.result["requests"], done.result["answered"]) == (8, 32)
     assert done.result["without_history"] == 2
     answers = stored(flags["store"], "generations")
-    asked = [*requests(3, 2), *requests(1, 2, first_user=50)]
     greedy = Decoding(beams=1, max_new_tokens=8)
     for persona in personas:
-        assert outputs(answers, persona) == expected(flags["store"], plug, asked, persona, greedy), persona
+        assert outputs(answers, persona) == expected(flags["store"], plug, sample_requests(), persona, greedy), persona
     different = [outputs(answers, persona) for persona in personas]
-    assert all(a != b for i, a in enumerate(different) for b in different[:i]), "the persona changes nothing"
+    assert all(a != b for i, a in enumerate(different) for b in different[:i]), "the persona has no effect"
     assert outputs(answers, "own")["r50-0"] == outputs(answers, "none")["r50-0"]
     assert answers["r50-0", "own"]["n_behaviors"] == 0
-    # Asked on the second day, when one behavior lay in the past, and on the third.
+    # The requests are of the second and the third day; there is one behavior per day.
     assert [answers[f"r1-{i}", "own"]["n_behaviors"] for i in range(2)] == [1, 2]
     assert {row["n_tokens"] for row in answers.values()} <= set(range(1, 10))
 
-    again = do(generate, persona=personas, **flags)
-    assert (again.code, again.result["answered"], again.result["already_answered"]) == (0, 0, 32)
-    assert stored(flags["store"], "generations") == answers
+    for engine in (None, "local"):  # the flag or its default: no answer becomes stale
+        again = do(generate, persona=personas, engine=engine, **flags)
+        assert (again.code, again.result["answered"], again.result["already_answered"]) == (0, 0, 32)
+        assert again.result["stale"] == 0
+        assert stored(flags["store"], "generations") == answers
 
 
-def test_only_what_has_changed_is_answered_again(do: Job, flags: dict[str, Any]) -> None:
+def test_an_unknown_engine_is_refused(refuse: Job, flags: dict[str, Any], plug: str) -> None:
+    done = refuse(generate, engine="remote", **flags)
+    assert (done.code, done.result) == (2, None)
+    assert "--engine 'remote': must be local" in done.said
+    config = generate.Config(requests="r", store="s", plug=plug, engine="remote")
+    with pytest.raises(UsageError, match="unknown name 'remote': persona.engines has no module"):
+        generate.Generate(config, plugs.read_plug(plug), Tally(actor=None))
+
+
+def test_only_changed_requests_are_answered_again(do: Job, flags: dict[str, Any]) -> None:
     do(generate, **flags)
     before = stored(flags["store"], "generations")
-    asked = requests(3, 2)
-    write(flags["requests"], [{**asked[0], "input": "another title"}, *asked[1:], *requests(1, 1, first_user=4)])
+    first, *others = requests(3, 2)
+    write(flags["requests"], [{**first, "input": "another title"}, *others, *requests(1, 1, first_user=4)])
     done = do(generate, **flags)
     assert (done.result["answered"], done.result["already_answered"]) == (2, 5)
     after = stored(flags["store"], "generations")
@@ -91,23 +109,25 @@ def test_only_what_has_changed_is_answered_again(do: Job, flags: dict[str, Any])
     longer = do(generate, **{**flags, "max_new_tokens": 9})
     assert (longer.result["answered"], longer.result["already_answered"]) == (7, 0)
     found = stored(flags["store"], "generations")
-    assert set(found) == set(after), "the answers to requests that nobody asks now stay"
+    assert set(found) == set(after), "answers to requests that are no longer in the input stay"
     assert sum(found[key]["fingerprint"] != after[key]["fingerprint"] for key in after) == 7
 
 
 def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp_path: Path) -> None:
     record = plug_record.read(Path(plug))
-    where = {"fingerprint": plug_record.fingerprint(Path(plug)), "record": record}
+    ref = plugs.read_plug(plug)
     other = Path(new_plug(tmp_path / "other", models["encoder"], models["llama"], seed=1))
     config = generate.Config(requests="r", store="s", plug="p", decoding=Decoding(beams=1))
     row = {"input": "a", "query": "b", "history_hash": "c", "persona": "own", "as_of": None}
 
     def fingerprint(row: Row = row, config: generate.Config = config, **changed: Any) -> str:
-        return generate.answer_fingerprint(row, config, where | changed)
+        return generate._answer_spec(config, replace(ref, **changed)).fingerprint(row)
 
+    fp32 = PlugModels(precision="fp32")
     same = [
         fingerprint({**row, "as_of": START}),
         fingerprint(config=replace(config, batch_size=1, requests="elsewhere")),
+        fingerprint(config=replace(config, engine="another", models=fp32)),
     ]
     assert set(same) == {fingerprint()}
 
@@ -126,23 +146,23 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
     assert len({*different, fingerprint()}) == len(different) + 1
 
 
-def test_beams_and_sampling_with_a_seed_a_request(do: Job, flags: dict[str, Any], plug: str) -> None:
-    asked = [*requests(3, 2), *requests(1, 2, first_user=50)]
+def test_beams_and_sampling_with_one_seed_per_request(do: Job, flags: dict[str, Any], plug: str) -> None:
+    rows = sample_requests()
     do(generate, **{**flags, "beams": 3, "variant": "beams"})
     sampling = {"sample": True, "sampling_temperature": 2.0, "top_p": 0.9}
     do(generate, **flags, **sampling, seed=1, variant="drawn")
     answers = stored(flags["store"], "generations")
     beams = Decoding(beams=3, max_new_tokens=8)
-    assert outputs(answers, "beams") == expected(flags["store"], plug, asked, "own", beams)
+    assert outputs(answers, "beams") == expected(flags["store"], plug, rows, "own", beams)
     one, two = (Decoding(beams=1, max_new_tokens=8, **sampling, seed=seed) for seed in (1, 2))
-    assert outputs(answers, "drawn") == expected(flags["store"], plug, asked, "own", one)
-    assert outputs(answers, "drawn") != expected(flags["store"], plug, asked, "own", two)
+    assert outputs(answers, "drawn") == expected(flags["store"], plug, rows, "own", one)
+    assert outputs(answers, "drawn") != expected(flags["store"], plug, rows, "own", two)
 
 
 def test_bad_requests_are_rejected_and_a_repeated_id_is_answered_once(do: Job, flags: dict[str, Any]) -> None:
     good = requests(1, 2)
     bad = [{**good[0], "user_id": None}, {**good[0], "input": " "}]
-    write(flags["requests"], [*good, *bad, {**good[0], "input": "asked again"}])
+    write(flags["requests"], [*good, *bad, {**good[0], "input": "a repeated id"}])
     done = do(generate, **flags)
     assert done.code == 3
     assert (done.result["answered"], done.result["rejects"], done.result["repeated_ids"]) == (2, 2, 1)
@@ -151,12 +171,12 @@ def test_bad_requests_are_rejected_and_a_repeated_id_is_answered_once(do: Job, f
 
 
 @pytest.mark.parametrize("retriever", ["recency", "bm25", "dense"])
-def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
+def test_retrieved_texts_are_the_best_of_the_visible_ones(
     do: Job, flags: dict[str, Any], plug: str, tmp_path: Path, retriever: str
 ) -> None:
     written = behaviors()
     histories = write(str(tmp_path / "histories.parquet"), written)
-    # The third behavior of user 1 was edited after it was encoded; it must not be taken for what was seen.
+    # The third behavior of user 1 was edited after it was encoded; the new text must not be retrieved.
     edited = [
         {**row, "text": "title of review title of review"}
         if (row["user_id"], row["behavior_id"]) == ("user-1", "b2")
@@ -164,8 +184,8 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
         for row in written
     ]
     write(histories, edited)
-    asked = [*requests(3, 4), *requests(1, 1, first_user=50)]
-    write(flags["requests"], asked)
+    rows = [*requests(3, 4), *requests(1, 1, first_user=50)]
+    write(flags["requests"], rows)
     given = {**flags, "persona": ("bare", "own"), "retrieve": 2, "retriever": retriever, "retrieve_tokens": 24}
     done = do(generate, **given, texts=histories)
     assert (done.code, done.result["answered"]) == (0, 26)
@@ -180,7 +200,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1, prefix_tokens=24)
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0
-    for row in asked:
+    for row in rows:
         mine = [one for one in written if one["user_id"] == row["user_id"] and one["timestamp"] < row["as_of"]][-3:]
         known = [None if (one["user_id"], one["behavior_id"]) == ("user-1", "b2") else one["text"] for one in mine]
         query_d, *vectors = reader.encode([row["input"], *(one["text"] for one in mine)]).vectors.astype("f4")
@@ -191,22 +211,22 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
         n_stale += len(names) * (later != found)
         history = vectors_Nd.astype("<f2").tobytes()
         for name, kind in zip(names, (PersonaKind.BARE, PersonaKind.OWN), strict=True):
-            rows = [{**row, "query": row["input"], "history": history, "retrieved": found}]
-            said = answerer.answer(rows, Decoding(beams=1, max_new_tokens=8), persona=kind)[0]
-            assert answers[row["request_id"], name]["output"] == said.text
+            one = {**row, "query": row["input"], "history": history, "retrieved": found}
+            answer = answerer.answer([one], Decoding(beams=1, max_new_tokens=8), persona=kind)[0]
+            assert answers[row["request_id"], name]["output"] == answer.text
 
     again = do(generate, **given, texts=histories)
     assert (again.result["answered"], again.result["already_answered"]) == (0, 26)
-    # The text is what it was again, so the answers that would have seen it are out of date, and no others.
+    # The original text is back: exactly the answers that now see it are out of date.
     write(histories, written)
-    mended = do(generate, **given, texts=histories)
-    assert mended.result["answered"] == n_stale > 0
+    restored = do(generate, **given, texts=histories)
+    assert restored.result["answered"] == n_stale > 0
     shorter = do(generate, **{**given, "retrieve_tokens": 12, "persona": "bare"}, texts=histories)
     assert shorter.result["answered"] == 13
 
 
 @pytest.mark.parametrize(
-    ("flags_given", "message"),
+    ("wrong", "message"),
     [
         ({"retrieve": 2}, "--retrieve 2 needs --texts"),
         ({"retrieve": -1}, "--retrieve -1: must be 0"),
@@ -220,7 +240,7 @@ def test_retrieved_texts_are_the_best_of_those_that_the_request_may_see(
     ],
 )
 def test_retrieval_that_cannot_work_is_refused(
-    refuse: Job, flags: dict[str, Any], flags_given: dict[str, Any], message: str
+    refuse: Job, flags: dict[str, Any], wrong: dict[str, Any], message: str
 ) -> None:
-    done = refuse(generate, **flags, **flags_given)
+    done = refuse(generate, **flags, **wrong)
     assert (done.code, message in done.said) == (2, True)

@@ -1,4 +1,4 @@
-"""A scheduled refresh on a real Ray: it ends where a new store would begin, whatever was there before."""
+"""Tests for a scheduled refresh on a real Ray: the store becomes equal to one built from the new histories."""
 
 import gzip
 from datetime import timedelta
@@ -16,25 +16,25 @@ from persona.store.lease import Lease
 from persona.store.store import Store
 from tests.jobs.conftest import START, Job, Row, behaviors, changed, fill_store, stored, write
 
-ALONE = "user-5"  # in a bucket of their own
+ALONE = "user-5"  # the only user of a bucket
 STAMP = ("embedded_at",)
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> str:
-    """Where the histories are; not written yet."""
+    """URI of the histories, which a test writes."""
     return str(tmp_path / "in" / "histories.jsonl")
 
 
 @pytest.fixture
 def flags(models: dict[str, str], store: Path, source: str) -> dict[str, Any]:
-    """Each text in a batch of its own, as in `fill_store`: vectors are the same to the last bit."""
-    alone = {"token_budget": 1, "precision": "fp32", "max_tokens": 32, "actors": 1}
-    return {"histories": str(Path(source).parent), "store": str(store), "encoder": models["encoder"], **alone}
+    """One text per batch, as in `fill_store`, so that vectors are equal bit by bit."""
+    exact = {"token_budget": 1, "precision": "fp32", "max_tokens": 32, "actors": 1}
+    return {"histories": str(Path(source).parent), "store": str(store), "encoder": models["encoder"], **exact}
 
 
 def next_day() -> tuple[list[Row], set[tuple[str, str]]]:
-    """`behaviors()` a day later, and the keys of which the text or the time is another or was not there."""
+    """`behaviors()` a day later, and the keys that are new or have another text or timestamp."""
     rows = {(row["user_id"], row["behavior_id"]): row for row in behaviors() if row["user_id"] != ALONE}
     del rows["user-2", "b4"]
     rows["user-0", "b1"] |= {"text": "user 0 has changed their mind"}
@@ -44,7 +44,7 @@ def next_day() -> tuple[list[Row], set[tuple[str, str]]]:
     return list(rows.values()), {("user-0", "b1"), ("user-1", "b2"), ("user-0", "b5"), ("user-9", "b0")}
 
 
-def test_a_synced_store_is_the_one_that_would_be_made_anew(
+def test_a_synced_store_equals_one_built_from_scratch(
     do: Job, flags: dict[str, Any], source: str, store: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
     before, stamps = stored(store, "behaviors", STAMP), stored(store, "behaviors")
@@ -54,16 +54,16 @@ def test_a_synced_store_is_the_one_that_would_be_made_anew(
     assert done.code == 0
     found = {name: done.result[name] for name in ("read", "known", "new", "edited", "gone", "encoded", "committed")}
     assert found == {"read": 26, "known": 22, "new": 2, "edited": 2, "gone": 6, "encoded": 4, "committed": 4}
-    assert "taken out" in done.table and "6 that the histories no longer have" in done.table
+    assert "deleted" in done.table and "6 that are no longer in --histories" in done.table
 
     fresh = stored(fill_store(tmp_path / "fresh", models["encoder"], rows), "behaviors", STAMP)
-    assert {row["bucket"] for row in before.values()} > {row["bucket"] for row in fresh.values()}, "a bucket is empty"
+    assert {row["bucket"] for row in before.values()} > {row["bucket"] for row in fresh.values()}, "no empty bucket"
     assert stored(store, "behaviors", STAMP) == fresh
     after = stored(store, "behaviors")
-    assert changed(stamps, after) == to_encode | (before.keys() - fresh.keys()), "a row that stayed was written anew"
+    assert changed(stamps, after) == to_encode | (before.keys() - fresh.keys()), "an unchanged row was written again"
 
 
-def test_nothing_is_taken_out_while_a_file_or_a_line_cannot_be_read(
+def test_sync_deletes_nothing_if_a_file_or_line_is_unreadable(
     do: Job, flags: dict[str, Any], source: str, store: Path
 ) -> None:
     before = stored(store, "behaviors", STAMP)
@@ -75,16 +75,16 @@ def test_nothing_is_taken_out_while_a_file_or_a_line_cannot_be_read(
     done = do(embed, sync=True, max_reject_fraction=0.5, **flags)
     assert done.code == 0
     assert (done.result["gone"], done.result["unreadable"], done.result["rejects"]) == (0, 2, 2)
-    assert "nothing, because 2 files or lines could not be read and may hold what seems gone" in done.table
+    assert "nothing, because 2 files or lines could not be read and may contain the absent behaviors" in done.table
     after = stored(store, "behaviors", STAMP)
     assert before.keys() <= after.keys()
     assert {key for key in changed(before, after) if key[1].startswith("b")} == to_encode
 
 
-def test_nothing_is_taken_out_where_too_many_rows_are_rejected(
+def test_sync_deletes_nothing_if_too_many_rows_are_rejected(
     do: Job, flags: dict[str, Any], source: str, store: Path
 ) -> None:
-    """Or a day on which the time stamps have another form would empty the store."""
+    """Otherwise an export with another format of timestamps would empty the store."""
     before = stored(store, "behaviors", STAMP)
     write(source, [{**row, "timestamp": "yesterday"} for row in behaviors()] + behaviors(1, 1))
     done = do(embed, sync=True, **flags)
@@ -93,20 +93,20 @@ def test_nothing_is_taken_out_where_too_many_rows_are_rejected(
     assert stored(store, "behaviors", STAMP) == before
 
 
-def test_a_sync_of_some_rows_only_is_refused(refuse: Job, flags: dict[str, Any], source: str, store: Path) -> None:
+def test_sync_with_a_limit_is_refused(refuse: Job, flags: dict[str, Any], source: str, store: Path) -> None:
     write(source, behaviors(1, 1))
     done = refuse(embed, sync=True, limit=1, **flags)
     assert done.code == 2
-    assert "--sync with --limit would take out all that the limit leaves unread" in done.said
+    assert "--sync with --limit would delete every behavior beyond the limit" in done.said
     assert len(stored(store, "behaviors", STAMP)) == 30
 
 
-def made_by_hand(store: Path, plug: str) -> dict[str, tuple[int, list[float]]]:
-    """How many behaviors each user has, and what the plug's own class makes of them."""
+def expected_personas(store: Path, plug: str) -> dict[str, tuple[int, list[float]]]:
+    """Each user's number of behaviors, and the persona that the plug's own class computes."""
     opened, model = Store.open(str(store)), UserPersonas.load(Path(plug))
     found = {}
     for bucket in opened.buckets():
-        users = opened.personas_to_make(bucket, "of nobody")
+        users = opened.personas_to_make(bucket, "of no plug")
         rows = model.make(users, opened.read_histories(bucket)).to_pylist()
         found |= {row["user_id"]: (row["n_behaviors"], row["persona"]) for row in rows}
     return found
@@ -117,15 +117,15 @@ def personas(store: Path) -> dict[str, Row]:
 
 
 def check_personas(store: Path, plug: str) -> None:
-    """Each user has one, and it is that of all their behaviors."""
-    found, expected = personas(store), made_by_hand(store, plug)
+    """Asserts that each user has one persona, computed from all their behaviors."""
+    found, expected = personas(store), expected_personas(store, plug)
     assert {user: row["n_behaviors"] for user, row in found.items()} == {user: n for user, (n, _) in expected.items()}
     for user, (_, persona) in expected.items():
-        # float32 sums whose order depends on how many users are made together
+        # float32 sums whose order depends on the batch
         assert found[user]["persona"] == pytest.approx(persona, rel=1e-5, abs=1e-6), user
 
 
-def test_personas_are_made_of_the_users_who_were_touched(
+def test_personas_of_changed_users_are_updated(
     do: Job, flags: dict[str, Any], source: str, store: Path, plug: str
 ) -> None:
     write(source, behaviors())
@@ -135,7 +135,7 @@ def test_personas_are_made_of_the_users_who_were_touched(
     assert len(before) == 6
     check_personas(store, plug)
 
-    # Beside a day's change, what runs may have left that were ended half-way: a persona and a behavior too few.
+    # Besides the changes of a day, what interrupted runs may leave: a missing persona and a missing behavior.
     DeltaTable(f"{store}/personas").delete("user_id = 'user-3'")
     DeltaTable(f"{store}/behaviors").delete("user_id = 'user-4' AND behavior_id = 'b2'")
     rows, to_encode = next_day()
@@ -159,7 +159,7 @@ def test_personas_are_made_of_the_users_who_were_touched(
 
 
 @pytest.mark.parametrize("table", ["behaviors", "personas"])
-def test_a_second_refresh_at_the_same_time_says_who_is_first(
+def test_a_second_refresh_at_the_same_time_names_the_holder_of_the_lease(
     refuse: Job,
     flags: dict[str, Any],
     source: str,
@@ -170,8 +170,8 @@ def test_a_second_refresh_at_the_same_time_says_who_is_first(
 ) -> None:
     write(source, behaviors(7))
     rows = stored(store, "behaviors", STAMP)
-    monkeypatch.setattr(session, "connect", lambda: pytest.fail("it goes to Ray first"))
-    # A holder that renews the lease every half second.
+    monkeypatch.setattr(session, "connect", lambda: pytest.fail("it connects to Ray first"))
+    # The holder renews the lease every half second.
     with Lease.acquire(str(store), table, job="jobs.first", ttl_s=2):
         done = refuse(embed, plug=plug, **flags)
     assert done.code == 1
@@ -180,7 +180,7 @@ def test_a_second_refresh_at_the_same_time_says_who_is_first(
     assert stored(store, "behaviors", STAMP) == rows
 
 
-def test_a_refresh_works_after_another_has_ended_and_without_sync_nothing_goes(
+def test_a_refresh_after_another_one_deletes_nothing_without_sync(
     do: Job, flags: dict[str, Any], source: str, store: Path
 ) -> None:
     before = stored(store, "behaviors", STAMP)
@@ -190,7 +190,7 @@ def test_a_refresh_works_after_another_has_ended_and_without_sync_nothing_goes(
         pass
     done = do(embed, **flags)
     assert (done.code, done.result["encoded"], done.result["gone"]) == (0, len(to_encode), 0)
-    assert "taken out" not in done.table
+    assert "deleted" not in done.table
     after = stored(store, "behaviors", STAMP)
     assert before.keys() <= after.keys()
     assert changed(before, after) == to_encode

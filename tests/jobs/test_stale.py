@@ -1,4 +1,4 @@
-"""Answers that are out of date, on a real Ray: exactly those are made again, and a reader can tell which they were."""
+"""Tests on a real Ray that exactly the stale answers are replaced, and that readers can find what has changed."""
 
 import shutil
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.stores import IDENTITY, answers, write_rows
 
 @pytest.fixture
 def flags(store: Path, plug: str, tmp_path: Path) -> dict[str, Any]:
-    """Requests of two users, on each of five days; the plug sees the last three behaviors before."""
+    """Requests by two users on each of five days; each sees the last three behaviors before it."""
     source = write(str(tmp_path / "requests.parquet"), requests(2, 5))
     decoding = {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "batch_size": 4}
     return {"requests": source, "store": str(store), "plug": plug, "actors": 1, **decoding}
@@ -35,7 +35,7 @@ def changed_since(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], list[
     return lambda uri, version: names["changed_since"](uri, version).to_pylist()
 
 
-def test_no_answer_is_noted_under_a_plug_that_did_not_make_it(
+def test_no_answer_is_stored_under_a_plug_that_did_not_generate_it(
     do: Job,
     flags: dict[str, Any],
     models: dict[str, str],
@@ -43,17 +43,17 @@ def test_no_answer_is_noted_under_a_plug_that_did_not_make_it(
     tmp_path: Path,
     while_it_waits: Callable[..., None],
 ) -> None:
-    """As when a new plug is published."""
+    """As when a new plug is published during the run."""
     plug = shutil.copytree(flags["plug"], tmp_path / "plug")
     newer = new_plug(tmp_path / "newer", models["encoder"], models["llama"], seed=1)
     while_it_waits(lambda: copy_folder(newer, str(plug)))
     done = do(generate, **{**flags, "plug": plug})
     assert done.code == 2
-    assert "is another plug now" in done.said and "run the same command again" in done.said
+    assert "was replaced while the job ran" in done.said and "run the same command again" in done.said
     assert not stored(store, "generations")
 
 
-def test_exactly_the_answers_that_are_out_of_date_are_made_again(
+def test_exactly_the_stale_answers_are_replaced(
     do: Job,
     flags: dict[str, Any],
     store: Path,
@@ -65,20 +65,20 @@ def test_exactly_the_answers_that_are_out_of_date_are_made_again(
     assert (first.code, first.result["answered"], first.result["stale"]) == (0, 20, 0)
     before = stored(store, "generations")
 
-    # What user-1 wrote on the second day is seen from the third day on, until three later texts stand before it.
+    # The text of user-1's second day is visible from the third day on, until three later ones replace it.
     edited = next(row for row in behaviors() if (row["user_id"], row["behavior_id"]) == ("user-1", "b1"))
     rows = encoded(models["encoder"], [{**edited, "text": "something else"}], change="edited")
     write_rows(Store.open(str(store)), "behaviors", rows)
-    asked = {row["request_id"]: row for row in requests(2, 5)}
-    asked["r0-2"] |= {"input": "another title"}
-    write(flags["requests"], [*asked.values(), *requests(1, 1, first_user=4)])
+    by_id = {row["request_id"]: row for row in requests(2, 5)}
+    by_id["r0-2"] |= {"input": "another title"}
+    write(flags["requests"], [*by_id.values(), *requests(1, 1, first_user=4)])
     stale = {("r1-1", "own"), ("r1-2", "own"), ("r1-3", "own"), ("r0-2", "own"), ("r0-2", "none")}
     new = {("r4-0", "own"), ("r4-0", "none")}
 
     done = do(generate, keep_stale=True, **both)
     assert done.code == 0
     assert (done.result["stale"], done.result["answered"], done.result["already_answered"]) == (5, 2, 20)
-    assert "5 of them out of date and left" in done.table
+    assert "5 of them out of date and kept" in done.table
     kept = stored(store, "generations")
     assert changed(before, kept) == new
 
@@ -94,7 +94,7 @@ def test_exactly_the_answers_that_are_out_of_date_are_made_again(
     assert keys == [stale | new, set()]
 
 
-def test_another_decoding_or_plug_makes_the_answers_of_its_variant_anew(
+def test_another_decoding_or_plug_replaces_the_answers_of_its_variant(
     do: Job, flags: dict[str, Any], store: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
     do(generate, **{**flags, "persona": ("own", "mean")})
@@ -112,13 +112,11 @@ def test_another_decoding_or_plug_makes_the_answers_of_its_variant_anew(
     assert len({row["plug"] for row in after.values()}) == 2
 
 
-def test_a_reader_asks_for_what_has_changed_since_a_version(
-    root: str, changed_since: Callable[[str, int], list[Row]]
-) -> None:
+def test_a_reader_finds_the_changes_since_a_version(root: str, changed_since: Callable[[str, int], list[Row]]) -> None:
     store = Store.create(join(root, "store"), IDENTITY, 4)
     uri = join(store.uri, "generations")
     names = [f"request {number}" for number in range(8)]
-    # The second one is no name of a folder. Both are staged together, with one time stamp.
+    # The second one is not a valid folder name. Both are staged together, with one timestamp.
     variants = [answers(*names, variant=variant, fingerprint=variant) for variant in ("own", "a/b c")]
     write_rows(store, "generations", pa.concat_tables(variants))
     since = store.version("generations")
@@ -140,4 +138,4 @@ def test_a_reader_asks_for_what_has_changed_since_a_version(
     assert found() == expected
     with store.writer("generations", job="test") as writer:
         writer.exchange_merged([merge(writer.table, group) for group in writer.small_files(2**20)])
-    assert found() == expected, "files that were merged hold nothing new"
+    assert found() == expected, "merged files contain nothing new"

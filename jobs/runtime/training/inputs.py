@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import joining, retrieval
 from jobs.runtime.tally import Tally
+from jobs.runtime.texts import Histories
 from persona.errors import InputError
 from persona.options import PersonaKind
 
@@ -36,7 +37,7 @@ class TrainingInputs:
     llm: "ModelFolder"
     requests: "list[Split]"
     validation: "list[Split] | None"
-    histories: retrieval.Histories | None
+    histories: Histories | None
     runs: str
     plug: str
 
@@ -66,7 +67,14 @@ class TrainingRequests:
 def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: int, tally: Tally) -> TrainingRequests:
     """Joins the requests with the histories at a version of the behaviors, once for all epochs."""
     store = inputs.store.at(behaviors=behaviors_version)
-    where = {"encoder": inputs.encoder.name, "record": spec}
+    retrieval_spec = retrieval.RetrievalSpec(
+        options=spec.retrieval,
+        histories=inputs.histories,
+        encoder=inputs.encoder.name,
+        query_prefix=spec.query_prefix,
+        max_query_tokens=spec.max_query_tokens,
+        max_behaviors=spec.max_behaviors,
+    )
 
     def joined(splits: "list[Split]", held_out: str = "", limit: int | None = None) -> "Dataset":
         plan = joining.JoinPlan(
@@ -75,7 +83,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
             max_behaviors=spec.max_behaviors,
             needs_target=True,
             limit=limit,
-            texts=retrieval.best_of(inputs.histories, spec.retrieval, where, tally, stage=f"texts{held_out}"),
+            texts=retrieval.best_of(retrieval_spec, tally, stage=f"texts{held_out}"),
             stage=f"join{held_out}",
         )
         return joining.requests_with_histories(splits, store, tally, plan)

@@ -1,4 +1,4 @@
-"""The cost of a job, planned and spent: work from model sizes, hours from a measured speed, money from a price."""
+"""Tests for the cost of a job, planned and spent: work from model sizes, hours from a speed, money from a price."""
 
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ ON_GPUS, ON_CPUS = Machines(cores=8, gpus=4), Machines(cores=8, gpus=0)
 
 def test_a_dry_run_shows_the_cost(refuse: Job, store: Path, plug: str, models: dict[str, str], tmp_path: Path) -> None:
     priced: dict[str, Any] = {"dry_run": True, "tflops": 1e-6, "gpu_hour_price": 2.0}
-    asked = write(str(tmp_path / "asked.jsonl"), requests())
+    source = write(str(tmp_path / "requests.jsonl"), requests())
     histories = write(str(tmp_path / "histories.jsonl"), behaviors())
-    answers = [
+    plans = [
         refuse(embed, histories=histories, store=store, encoder=models["encoder"], max_tokens=32, **priced),
-        refuse(generate, requests=asked, store=store, plug=plug, **priced),
-        refuse(evaluate, requests=asked, store=store, plug=plug, out=tmp_path / "report", **priced),
+        refuse(generate, requests=source, store=store, plug=plug, **priced),
+        refuse(evaluate, requests=source, store=store, plug=plug, out=tmp_path / "report", **priced),
         refuse(
             train,
             **TRAINING,
-            requests=asked,
+            requests=source,
             store=store,
             plug=tmp_path / "plug",
             runs=tmp_path / "runs",
@@ -34,24 +34,24 @@ def test_a_dry_run_shows_the_cost(refuse: Job, store: Path, plug: str, models: d
             **priced,
         ),
     ]
-    for done in answers:
+    for done in plans:
         assert done.code == 0, done.said
         found = done.result["cost"]
-        # `tflop` is rounded to three digits.
+        # `tflop` is rounded to three decimals.
         assert found["gpu_hours"] == pytest.approx(found["tflop"] / 1e-6 / 3600, abs=0.0005 / 1e-6 / 3600)
         assert found["gpu_hours"] > 0
         assert found["price"] == pytest.approx(2.0 * found["gpu_hours"], abs=1e-3)
         assert "at your price" in done.table
 
 
-def test_without_a_speed_there_are_neither_hours_nor_price(refuse: Job, models: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_speed_neither_hours_nor_price_are_shown(refuse: Job, models: dict[str, str], tmp_path: Path) -> None:
     histories = write(str(tmp_path / "histories.jsonl"), behaviors())
     store = tmp_path / "store"
     done = refuse(embed, histories=histories, store=store, encoder=models["encoder"], dry_run=True, gpu_hour_price=1.0)
     assert done.result["cost"].keys() == {"tflop"} and "--tflops" in done.table
 
 
-def test_waiting_gpus_cost_their_hours_too() -> None:
+def test_hours_of_waiting_gpus_count() -> None:
     done = cost.spent(
         Summary(table=[], result={}),
         CostOptions(gpu_hour_price=2.5),
@@ -64,7 +64,7 @@ def test_waiting_gpus_cost_their_hours_too() -> None:
     assert done.result["cost"] == {"gpu_hours": 2.0, "price": 5.0, "tflops": 22.5}
 
 
-def test_on_cpus_there_is_a_speed_but_no_gpu_hours() -> None:
+def test_a_run_on_cpus_has_a_speed_but_no_gpu_hours() -> None:
     empty, options = Summary(table=[], result={}), CostOptions(gpu_hour_price=2.5)
     assert cost.spent(empty, options, ON_CPUS, n_models=4, seconds=9.0) == empty
     found = cost.spent(empty, options, ON_CPUS, n_models=4, seconds=9.0, flops=9e12, model_s=3.0)

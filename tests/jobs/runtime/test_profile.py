@@ -1,4 +1,4 @@
-"""`--profile`: which stage it names as the bottleneck, and that the jobs report real numbers."""
+"""Tests for `--profile`: which stage is the bottleneck, and that jobs report real numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from tests.jobs.conftest import Job, behaviors, requests, write
 
 
 def found(stages: dict[str, tuple[float, int]], *, wall_s: float, waited_s: float) -> tuple[str, str]:
-    """The bottleneck's name and the line about it; the first stage is the model's."""
+    """The name of the bottleneck and its line in the summary; the first stage is the model's."""
     made = [
-        profile.Stage(name=name, seconds=seconds, side_by_side=n, helps=f"help {name}")
+        profile.Stage(name=name, seconds=seconds, n_parallel=n, advice=f"help {name}")
         for name, (seconds, n) in stages.items()
     ]
     before = Summary(table=[("rows", "7")], result={"rows": 7})
@@ -35,14 +35,14 @@ def found(stages: dict[str, tuple[float, int]], *, wall_s: float, waited_s: floa
         ({"encode": (0.0, 2), "read": (1.0, 4)}, 10.0, 0.0, "start", "the start and the end of the run"),
     ],
 )  # fmt: skip
-def test_the_bottleneck_is_named_with_what_helps(stages, wall_s, waited_s, name, text):
+def test_the_bottleneck_comes_with_advice(stages, wall_s, waited_s, name, text):
     got = found(stages, wall_s=wall_s, waited_s=waited_s)
     assert got[0] == name
     assert got[1].startswith(text)
     assert got[1].endswith(("help encode", "help read", "feed it", "put more work into one run"))
 
 
-def test_jobs_report_where_their_time_went(
+def test_jobs_report_the_seconds_of_each_stage(
     do: Job, store: Path, plug: str, models: dict[str, str], tmp_path: Path
 ) -> None:
     histories, new = write(str(tmp_path / "histories.parquet"), behaviors()), str(tmp_path / "new-store")
@@ -53,9 +53,9 @@ def test_jobs_report_where_their_time_went(
     assert all(seconds > 0 for seconds in spent.values())
     assert spent["encode"] + spent["waiting"] < done.result["seconds"]
 
-    asked = write(str(tmp_path / "requests.parquet"), requests(3, 2))
+    source = write(str(tmp_path / "requests.parquet"), requests(3, 2))
     answering = {"beams": 1, "max_new_tokens": 4, "precision": "fp32", "actors": 1, "profile": True}
-    done = do(generate, requests=asked, store=str(store), plug=plug, **answering)
+    done = do(generate, requests=source, store=str(store), plug=plug, **answering)
     spent = done.result["profile"]["seconds"]
     assert set(spent) == {"generate", "read", "join", "write", "commit", "waiting"}
     assert all(seconds > 0 for seconds in spent.values())

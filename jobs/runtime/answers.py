@@ -1,0 +1,144 @@
+"""Stored answers: which requests still need one, which ones must have one, and what the answers are."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.runtime.plugs import PlugRef
+from persona.errors import InputError
+from persona.options import Decoding, RetrievalOptions
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from persona.store.store import Store
+
+_BUCKETS_TOGETHER = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSpec:
+    """What answers depend on besides their request and its history, and their name in the table."""
+
+    plug: PlugRef
+    decoding: Decoding
+    retrieval: RetrievalOptions
+    variant: str | None = None
+
+    def variant_of(self, persona: str) -> str:
+        """The name of a persona's answers in the table."""
+        return self.variant or self.retrieval.answers_of(persona)
+
+    def fingerprint(self, row: Mapping[str, Any]) -> str:
+        """Hash of everything the answer to a joined request depends on: an answer with another hash is out of date.
+
+        Precision and engine are left out, so that answers need not be generated again on another kind of machine.
+        """
+        content = {
+            **{name: row[name] for name in ("input", "query", "history_hash", "persona")},
+            "plug": self.plug.fingerprint,
+            "llm": self.plug.record.llm["fingerprint"],
+            "decoding": self.decoding.facts(),
+        }
+        if self.retrieval.retrieve:
+            content |= {"retrieved": row["retrieved"], "retrieve_tokens": self.retrieval.retrieve_tokens}
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Unanswered:
+    """Selects the requests that have no answer, or one that is out of date unless `keep_stale`."""
+
+    adds = ("fingerprint", "variant", "change")
+
+    def __init__(self, spec: AnswerSpec, *, keep_stale: bool) -> None:
+        self.spec = spec
+        self.keep_stale = keep_stale
+
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, float]) -> "pa.Table":
+        """Some rows of one persona with the columns of `adds`; counts the answers that are `stale`."""
+        import pyarrow as pa
+
+        columns = ["input", "query", "history_hash", "persona"]
+        if self.spec.retrieval.retrieve:
+            columns.append("retrieved")
+        fingerprints = [self.spec.fingerprint(row) for row in joined.select(columns).to_pylist()]
+        variant = self.spec.variant_of(joined["persona"][0].as_py())
+        answered = store.answers(variant, bucket)
+        stored = dict(zip(answered["request_id"].to_pylist(), answered["fingerprint"].to_pylist(), strict=True))
+        requests = joined["request_id"].to_pylist()
+        changes = [_change(stored.get(request), now) for request, now in zip(requests, fingerprints, strict=True)]
+        counts["stale"] = counts.get("stale", 0) + changes.count("edited")
+        if self.keep_stale:
+            changes = [None if change == "edited" else change for change in changes]
+        joined = joined.append_column("fingerprint", pa.array(fingerprints, pa.string()))
+        joined = joined.append_column("variant", pa.repeat(variant, joined.num_rows))
+        joined = joined.append_column("change", pa.array(changes, pa.string()))
+        return joined.filter(joined["change"].is_valid())
+
+
+def _change(stored: str | None, fingerprint: str) -> str | None:
+    """How the table changes with a new answer: `new`, `edited`, or None if the stored one is up to date."""
+    if stored is None:
+        return "new"
+    return None if stored == fingerprint else "edited"
+
+
+class AllAnswered:
+    """Selects all requests, and refuses one without an answer or with an answer by another plug than the losses are of.
+
+    Requests are checked when their bucket is joined, long before all losses are measured.
+    """
+
+    adds = ()
+
+    def __init__(self, variants: Sequence[str], plug: PlugRef) -> None:
+        self.variants = variants
+        self.plug = plug.fingerprint
+
+    def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, float]) -> "pa.Table":
+        """The rows as given. Raises InputError for a request without a valid answer."""
+        del counts
+        requests = set(joined["request_id"].to_pylist())
+        for variant in self.variants:
+            answered = store.answers(variant, bucket)
+            plug_of = dict(zip(answered["request_id"].to_pylist(), answered["plug"].to_pylist(), strict=True))
+            wrong = min((request for request in requests if plug_of.get(request) != self.plug), default=None)
+            if wrong is not None:
+                raise InputError(
+                    f"the variant {variant!r} has {self._problem(wrong, plug_of.get(wrong))}, and perhaps for others; "
+                    "answer all requests with jobs.generate and this plug, choose the variants to score with "
+                    "--variants, or score none with --losses-only"
+                )
+        return joined
+
+    def _problem(self, request: str, plug: str | None) -> str:
+        if plug is None:
+            return f"no answer to {request!r}"
+        return f"an answer to {request!r} of another plug ({plug}, and --plug is {self.plug})"
+
+
+def read_outputs(
+    store: "Store", variants: Sequence[str], request_ids: Sequence[str], users: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """The answers to some requests, given with their users, by variant and request id.
+
+    Reads a few buckets at a time, because the table may have a million times as many answers.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from persona.inputs.histories import bucket_of
+
+    wanted = pa.array(sorted(set(request_ids)), pa.string())
+    buckets = np.unique(bucket_of(pa.array(users, pa.string()), store.n_buckets)).tolist()
+    found: dict[str, dict[str, str]] = {variant: {} for variant in variants}
+    for variant, outputs in found.items():
+        for first in range(0, len(buckets), _BUCKETS_TOGETHER):
+            some = buckets[first : first + _BUCKETS_TOGETHER]
+            table = store.read_generations([variant], ["request_id", "output"], buckets=some)
+            chosen = table.filter(pc.is_in(table["request_id"], value_set=wanted))
+            outputs.update(zip(chosen["request_id"].to_pylist(), chosen["output"].to_pylist(), strict=True))
+    return found

@@ -1,0 +1,74 @@
+"""The encoder of a store: its identity, how workers load it, and how behaviors become vectors."""
+
+from typing import TYPE_CHECKING, Literal, cast
+
+from persona.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from persona.models.encoder import Encoded, TextEncoder
+    from persona.models.resolve import ModelFolder
+    from persona.options import Pooling, Precision
+    from persona.store.identity import Identity
+
+_TEXT_RULE = "text as given, cut to max_tokens"
+
+
+def identity_of(encoder: "ModelFolder", *, pooling: "Pooling | Literal['auto']", max_tokens: int) -> "Identity":
+    """What a store records of its encoder."""
+    from persona.models.resolve import sentence_pooling
+    from persona.store.identity import Identity
+
+    return Identity(
+        encoder=encoder.name,
+        revision=encoder.revision,
+        fingerprint=encoder.fingerprint,
+        width=encoder.config["hidden_size"],
+        pooling=sentence_pooling(encoder) if pooling == "auto" else pooling,
+        max_tokens=max_tokens,
+        text_rule=_TEXT_RULE,
+    )
+
+
+def load_encoder(
+    name: str, revision: str, identity: "Identity", *, token_budget: int | None, precision: "Precision"
+) -> "TextEncoder":
+    """The encoder on this node. Raises InputError if it is another model than where the job was started."""
+    from persona.models import resolve as models
+    from persona.models.encoder import TextEncoder
+
+    folder = models.resolve(name, revision=revision, flag="--encoder")
+    if folder.fingerprint != identity.fingerprint:
+        raise InputError(
+            f"--encoder {name!r} has fingerprint {folder.fingerprint[:12]} on this node, but "
+            f"{identity.fingerprint[:12]} where the job was started; pin it with --revision, or give every node the "
+            "same folder"
+        )
+    return TextEncoder(
+        folder,
+        pooling=cast("Pooling", identity.pooling),
+        max_tokens=identity.max_tokens,
+        token_budget=token_budget,
+        precision=precision,
+    )
+
+
+def encode(encoder: "TextEncoder", behaviors: "pa.Table") -> "tuple[pa.BinaryArray, Encoded]":
+    """A column of vectors, 2·d bytes of little-endian float16 each and null for `gone` behaviors.
+
+    Also returns what the encoder returned for the behaviors that have a text.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from persona.store import vectors
+
+    has_text = pc.not_equal(behaviors["change"], "gone")
+    texts = behaviors["text"].filter(has_text).to_pylist()
+    encoded = encoder.encode(texts)
+    column = vectors.to_column(encoded.vectors)
+    if len(texts) < behaviors.num_rows:
+        number = pc.cumulative_sum(has_text.cast(pa.int64()))  # of texts up to each row
+        column = column.take(pc.if_else(has_text, pc.subtract(number, 1), None).combine_chunks())
+    return column, encoded

@@ -1,0 +1,134 @@
+"""The trained plug that a job uses: found and checked on the driver, loaded by the workers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.runtime.job_options import PlugModels
+from persona.errors import PlugMismatch
+
+if TYPE_CHECKING:
+    from persona.models.resolve import ModelFolder
+    from persona.options import Engine, Precision
+    from persona.plug.answerer import Answerer
+    from persona.plug.inspection import PlugAlone
+    from persona.plug.personalized import PersonalizedLLM
+    from persona.plug.record import PlugRecord
+    from persona.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlugRef:
+    """A plug as it was when the job started; small, so that it can be sent to every worker.
+
+    Attributes:
+        uri: of the plug's folder.
+        fingerprint: of the plug.
+        record: the content of its `plug.json`.
+        llm, encoder: hub ids or folders where its models are now.
+    """
+
+    uri: str
+    fingerprint: str
+    record: "PlugRecord"
+    llm: str
+    encoder: str
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """The plug's folder on this node. Raises PlugMismatch if another plug has replaced it."""
+        from persona.plug import record as plug_record
+
+        with plug_record.local_plug(self.uri, self.fingerprint) as folder:
+            yield folder
+
+
+def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
+    """The plug of `--plug`. Raises UsageError or InputError if there is none; does not look for its models."""
+    from persona import storage
+    from persona.plug import record as plug_record
+
+    uri = storage.check_uri(given, flag="--plug")
+    storage.check_reachable(uri, flag="--plug")
+    with storage.local_folder(uri) as folder:
+        record = plug_record.read(folder)
+        fingerprint = plug_record.fingerprint(folder)
+    models = models or PlugModels()
+    return PlugRef(
+        uri=uri,
+        fingerprint=fingerprint,
+        record=record,
+        llm=models.llm or record.llm["name"],
+        encoder=models.encoder or record.encoder["name"],
+    )
+
+
+def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
+    """The plug of `--plug`. Raises PlugMismatch unless it fits the store and its models are those of its training."""
+    plug = read_plug(given, models)
+    if plug.record.encoder["fingerprint"] != store.identity.fingerprint:
+        raise PlugMismatch(
+            f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but the store has those of "
+            f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
+        )
+    _models(plug)
+    return plug
+
+
+def load_answerer(
+    plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, prefix_tokens: int
+) -> "Answerer":
+    """The plug in front of an engine with its LLM, to generate answers.
+
+    Raises PlugMismatch if the plug or a model is not the one that the job started with.
+    """
+    from persona.engines.base import new_engine
+    from persona.plug import folder as plug_folder
+
+    encoder, llm = _models(plug)
+    loaded = new_engine(
+        engine, llm, max_input_tokens=plug.record.max_input_tokens, precision=precision, batch_size=batch_size
+    )
+    with plug.folder() as folder:
+        return plug_folder.load_answerer(
+            folder, encoder=encoder, engine=loaded, batch_size=batch_size, prefix_tokens=prefix_tokens
+        )
+
+
+def load_personalized(plug: PlugRef, *, precision: "Precision", prefix_tokens: int) -> "PersonalizedLLM":
+    """The plug in front of its LLM, to measure losses. Raises as `load_answerer` does."""
+    from persona.models.frozen_llm import FrozenLLM
+    from persona.plug import folder as plug_folder
+
+    encoder, llm_folder = _models(plug)
+    llm = FrozenLLM.load(llm_folder, max_input_tokens=plug.record.max_input_tokens, precision=precision)
+    with plug.folder() as folder:
+        return plug_folder.load(folder, encoder=encoder, llm=llm, prefix_tokens=prefix_tokens)
+
+
+def load_without_llm(plug: PlugRef) -> "PlugAlone":
+    """The plug alone, to inspect it. Raises PlugMismatch if the plug is not the one that the job started with."""
+    from persona.plug.inspection import PlugAlone
+
+    encoder = _encoder(plug)
+    with plug.folder() as folder:
+        return PlugAlone.load(folder, encoder)
+
+
+def _models(plug: PlugRef) -> "tuple[ModelFolder, ModelFolder]":
+    """Encoder and LLM on this node. Raises PlugMismatch if they are not those that the plug was trained with."""
+    from persona.models import resolve as models
+    from persona.plug import record as plug_record
+
+    llm = models.resolve(plug.llm, revision=plug.record.llm["revision"], flag="--llm")
+    encoder = _encoder(plug)
+    plug_record.check_models(plug.record, encoder=encoder, llm=llm)
+    return encoder, llm
+
+
+def _encoder(plug: PlugRef) -> "ModelFolder":
+    from persona.models import resolve as models
+
+    return models.resolve(plug.encoder, revision=plug.record.encoder["revision"], flag="--encoder")
