@@ -40,6 +40,7 @@ ARROWS = {
     "persona": {"options", "store", "engines", "api"},  # `persona/__init__.py`, which exports the Python API
 }
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 DRAWS_HELP = "import cyclopts.help, rich.console, rich.markdown, rich.table"
 # Imported by tasks of Ray Data that use no model.
 WITHOUT_A_MODEL = (
@@ -175,6 +176,14 @@ def test_a_module_is_named_and_described_by_its_subject(module: str):
         assert module.rpartition(".")[2].strip("_") not in NAMES_THAT_SAY_NOTHING
     if module not in PACKAGES:
         assert ast.get_docstring(ast.parse(SOURCES[module])), "the first line says what the module is about"
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_files_and_functions_can_be_read_in_one_sitting(module: str):
+    assert len(SOURCES[module].splitlines()) <= MAX_FILE_LINES
+    functions = (node for node in ast.walk(ast.parse(SOURCES[module])) if isinstance(node, ast.FunctionDef))
+    long = [one.name for one in functions if one.end_lineno - one.lineno + 1 > MAX_FUNCTION_LINES]
+    assert not long
 
 
 @pytest.mark.parametrize("module", SOURCES)
