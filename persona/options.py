@@ -1,6 +1,6 @@
 """The choices people make about a plug, its training and its answers; jobs build their flags from these classes.
 
-Each class checks itself when it is made, whoever makes it, and raises UsageError naming the flag. The module imports
+Each class checks itself when it is created, by a job or from Python, and raises UsageError naming the flag. The module imports
 nothing heavy, so `--help` needs no torch. Each field's docstring is its line in `--help`.
 """
 

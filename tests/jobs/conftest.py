@@ -190,7 +190,7 @@ def requests(n_users: int = 6, n_each: int = 4, first_user: int = 0) -> list[Row
 
 @pytest.fixture(scope="session")
 def filled_store(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with `behaviors()`; nobody may write to it."""
+    """A store with `behaviors()`; it is read-only, by convention."""
     return fill_store(tmp_path_factory.mktemp("filled") / "store", models["encoder"], behaviors())
 
 
