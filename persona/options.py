@@ -1,7 +1,7 @@
 """The choices people make about a plug, its training and its answers; jobs build their flags from these classes.
 
-Each class checks itself when it is created, by a job or from Python, and raises UsageError naming the flag. The module imports
-nothing heavy, so `--help` needs no torch. Each field's docstring is its line in `--help`.
+Each class checks itself when it is created, by a job or from Python, and raises UsageError naming the flag. The module
+imports nothing heavy, so `--help` needs no torch. Each field's docstring is its line in `--help`.
 """
 
 import hashlib
