@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+import persona
 from jobs.runtime import catalog, log
 from jobs.runtime.cli import run
 from jobs.runtime.usage_messages import did_you_mean
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A call without a job did nothing, and a scheduler should notice.
         return 0 if first else 2
     if first == "--version":
-        print(f"persona-plug {_version()}")
+        print(f"persona-plug {persona.__version__}")
         return 0
     what = "flag" if first.startswith("-") else "job"
     hint = did_you_mean(first, ["--help", "--version"] if what == "flag" else names)
@@ -44,15 +45,6 @@ def _help(program: str, names: Sequence[str]) -> str:
             f"`{program} JOB --help` shows the options of a job, `{program} --version` the version.",
         ]
     )
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("persona-plug")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+"""Code that the jobs share. Nothing in here can be run."""
+
 import sys
 
 if sys.argv[:1] == ["-m"]:
