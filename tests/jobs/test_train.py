@@ -209,7 +209,7 @@ def test_retrieved_texts_are_in_the_prompts(
     done = do(train, **flags)
     assert done.code == 0
     # Six users with four requests each, which see one to four behaviors.
-    assert "60 of 60 seen behaviors" in done.table
+    assert "60 of 60 visible behaviors found in --texts" in done.table
     training = record(tmp_path / "plug")["training"]
     assert [training[name] for name in ("retrieve", "retriever", "retrieve_tokens")] == [1, "recency", 12]
     encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
