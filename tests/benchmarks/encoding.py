@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import embed
+from jobs.runtime.job_options import ActorPool
 from persona.models import packaged
 from tests.benchmarks import corpus
 from tests.benchmarks.contest import timed
@@ -127,7 +128,7 @@ class Embed(OnRay):
             max_tokens=_MAX_TOKENS,
             buckets=4,
             block_rows=self.n // 16,
-            actors=_CORES,
+            pool=ActorPool(actors=_CORES),
         )
         embed.main(config)
 

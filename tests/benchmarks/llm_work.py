@@ -20,6 +20,7 @@ from persona.models.resolve import resolve
 from persona.options import Decoding, Precision, RetrievalOptions, TrainingOptions
 from persona.plug.answerer import Answerer
 from persona.plug.personalized import PersonalizedLLM, prepare_for_inference
+from persona.store import vectors
 from persona.training.deepspeed import new_optimizer, trainable
 from tests import plugs
 from tests.benchmarks import corpus
@@ -179,7 +180,7 @@ def reference_soft_tokens(model: PersonalizedLLM, rows: Sequence[Row]) -> Tensor
     history_BNd = torch.zeros(len(rows), _BEHAVIORS, _WIDTH)
     mask_BN = torch.zeros(len(rows), _BEHAVIORS, dtype=torch.bool)
     for i, row in enumerate(rows):
-        behaviors_Nd = np.frombuffer(row["history"], "<f2").reshape(-1, _WIDTH).astype(np.float32)
+        behaviors_Nd = vectors.from_bytes(row["history"], _WIDTH).astype(np.float32)
         history_BNd[i, : len(behaviors_Nd)] = torch.from_numpy(behaviors_Nd)
         mask_BN[i, : len(behaviors_Nd)] = True
     tokens = text.tokenizer(

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.runtime.configuration import read_config
-from tests.benchmarks.authors import EXPERIMENTS, Run
+from tests.benchmarks.author_experiments import EXPERIMENTS
+from tests.benchmarks.authors import Run
 
 
 @pytest.fixture
