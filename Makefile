@@ -1,4 +1,4 @@
-# Everything that a person or a CI does here, each in one word. Needs Python 3.11 or newer and nothing else.
+# Every command of this project, for people and CI. Needs Python 3.11 or newer and make.
 
 VENV   ?= .venv
 TESTS  ?= tests
@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 PIP     = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-# The demo and the tests use models that come as packages: a request to a model hub would be a mistake.
+# The demo and the tests use models from Python packages, so no request to a model hub is expected.
 export HF_HUB_OFFLINE           := 1
 export RAY_USAGE_STATS_ENABLED  := 0
 export TOKENIZERS_PARALLELISM   := false
@@ -20,9 +20,9 @@ export TOKENIZERS_PARALLELISM   := false
 help:  ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1 \t\2/p' Makefile | expand -t 16
 
-install: $(READY)  ## Make the virtual environment, or bring it up to date
+install: $(READY)  ## Create or update the virtual environment
 
-# Torch comes first and alone, so that a build for this machine which pip was told of (CPU only, another CUDA) is taken.
+# Torch is installed first and alone, so that pip can take a build configured for this machine (CPU only, another CUDA).
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Installing into $(VENV): once, for some minutes."
@@ -35,26 +35,26 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Run every job on a laptop: embed, train, generate, evaluate
 	@$(BIN)/python -m jobs.demo $(ARGS)
 
-# One thread a process: tests run many processes side by side, and small matrices gain nothing from more.
+# One thread per process: tests run many processes at once, and small matrices gain nothing from more.
 test: export OMP_NUM_THREADS := 1
-test: $(READY)  ## Run the tests; a part of them: make test TESTS=tests/persona ARGS='-k name'
+test: $(READY)  ## Run the tests; some of them: make test TESTS=tests/persona ARGS='-k name'
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 soak: export OMP_NUM_THREADS := 1
-soak: $(READY)  ## Run the tests that take long: kills of everything at every moment
+soak: $(READY)  ## Run the long tests, which kill processes at many moments
 	@$(BIN)/python -m pytest $(TESTS) -m soak $(ARGS)
 
-bench: $(READY)  ## Measure speed beside other ways to do the same, some twenty minutes on two cores
+bench: $(READY)  ## Compare speed with other ways to do the same; about twenty minutes on two cores
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
-check: $(READY)  ## Lint, format and types, nothing changed
+check: $(READY)  ## Check lint, format and types; changes nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(READY)  ## Format the code and mend what can be mended
+format: $(READY)  ## Format the code and apply lint fixes
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:  ## Remove what the commands above have made
+clean:  ## Remove what the commands above created
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
