@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-MAX_CELLS = 2**22  # of a table; most are null if each object has keys of its own
+MAX_CELLS = 2**22  # of a table; most are null if every object has different keys
 _MAX_DEPTH = 32  # of nested lists and objects that become Arrow types; hundreds of levels take Arrow seconds
 
 

@@ -43,7 +43,7 @@ class _Batch:
             self.bad.append((offset, f"line is {kind_of(value)}, not an object"))
 
     def is_full(self, max_rows: int) -> bool:
-        """Whether it has enough rows, bytes or cells; cells are many if each line has keys of its own."""
+        """Whether it has enough rows, bytes or cells; many cells if every line has different keys."""
         n_rows, n_cells = len(self.objects) + len(self.bad), len(self.objects) * len(self._names)
         return n_rows >= max_rows or self._n_bytes >= MAX_BATCH_BYTES or n_cells >= MAX_CELLS
 
