@@ -1,0 +1,63 @@
+"""The one place where the matrix calls this project's LLM code."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from persona.engines.base import Prompt
+from persona.engines.local import LocalEngine
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.prompts import PromptText
+from persona.models.resolve import resolve
+from persona.options import Decoding, Precision
+from tests.matrix.requests import Request
+
+_ALL_TEXTS = 10_000
+
+
+class OurLLM:
+    """An LLM of a folder, with its engine for answers."""
+
+    def __init__(self, folder: Path, *, precision: Precision = "fp32") -> None:
+        self.llm = FrozenLLM.load(resolve(str(folder), flag="--llm"), precision=precision, device="cpu")
+        self.engine = LocalEngine(self.llm, batch_size=8)
+        # Answers are compared by their tokens: different tokens may have the same text.
+        self.engine.tokenizer.decode = lambda ids: " ".join(map(str, ids))
+
+    def checkpoint_activations(self) -> None:
+        """Recomputes activations from now on."""
+        self.llm.checkpoint_activations()
+
+    def soft_tokens(self, requests: Sequence[Request]) -> Tensor:
+        """The embeddings (B, S, D) of the requests' words."""
+        ids = torch.tensor([list(request.soft_ids) for request in requests], dtype=torch.long)
+        return self.llm.embed(ids).detach()
+
+    def losses(self, requests: Sequence[Request], soft_BSD: Tensor | None = None) -> Tensor:
+        """The summed negative log-likelihood (B,) of each target."""
+        soft_BSD = self.soft_tokens(requests) if soft_BSD is None else soft_BSD
+        targets = self.llm.tokenizer.targets([request.target for request in requests])
+        return self.llm.nll(soft_BSD, self._prompts(requests), targets)
+
+    def gradient(self, requests: Sequence[Request]) -> Tensor:
+        """The gradient (B, S, D) of the sum of losses."""
+        soft_BSD = self.soft_tokens(requests).requires_grad_()
+        self.losses(requests, soft_BSD).sum().backward()
+        return soft_BSD.grad
+
+    def answers(self, requests: Sequence[Request], *, beams: int, max_new_tokens: int) -> list[list[int]]:
+        """The tokens of each answer, without special tokens."""
+        prompts = [
+            Prompt(ids=ids, soft_SD=soft_SD)
+            for ids, soft_SD in zip(self._prompts(requests), self.soft_tokens(requests), strict=True)
+        ]
+        decoding = Decoding(beams=beams, max_new_tokens=max_new_tokens)
+        answers = self.engine.answer(prompts, decoding, seeds=[0] * len(prompts))
+        special = self.llm.tokenizer.pretrained.all_special_ids
+        return [[token for token in map(int, answer.text.split()) if token not in special] for answer in answers]
+
+    def _prompts(self, requests):
+        texts = [PromptText(input=request.input, retrieved=request.texts) for request in requests]
+        return self.llm.tokenizer.prompts(texts, retrieved_tokens=_ALL_TEXTS)

@@ -1,0 +1,96 @@
+"""The reference: plain transformers, token ids only, one request at a time, no padding and no cache of ours."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from tests.matrix.requests import Request
+
+
+class PlainLLM:
+    """An LLM and its tokenizer as `from_pretrained` loads them."""
+
+    def __init__(self, folder: Path, *, seq2seq: bool, dtype: torch.dtype = torch.float32) -> None:
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        self.seq2seq = seq2seq
+        self.model = auto.from_pretrained(folder, dtype=dtype).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        words, whole = self.ids("it"), self.tokenizer("it")["input_ids"]
+        start = whole.index(words[0])
+        self.opening, self.closing = whole[:start], whole[start + len(words) :]
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def word_ids(self) -> list[int]:
+        """All tokens that are not special."""
+        return sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
+
+    def prompt(self, request: Request) -> list[int]:
+        """What the LLM reads, with words in the places of the soft tokens."""
+        end = [] if self.seq2seq else self.ids("\n")
+        closing = self.closing if self.seq2seq else []
+        return [*self.opening, *self._texts(request), *request.soft_ids, *self.ids(request.input), *closing, *end]
+
+    @torch.no_grad()
+    def loss(self, request: Request) -> float:
+        """The summed negative log-likelihood of the target, in nats."""
+        return float(self._loss(request))
+
+    def gradient(self, request: Request, soft_SD: Tensor) -> Tensor:
+        """The gradient (S, D) of the loss to the embeddings of the words in the places of the soft tokens.
+
+        Where a model scales what its embedding module returns, the gradient is that to the scaled embeddings `soft_SD`.
+        """
+        prompt = self.prompt(request)
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not seen and args[0][0, : len(prompt)].tolist() == prompt:
+                output.retain_grad()
+                seen.append(output)
+
+        embeddings = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        hooks = [module.register_forward_hook(keep) for module in embeddings]
+        self._loss(request).backward()
+        for hook in hooks:
+            hook.remove()
+        start = len(self.opening) + len(self._texts(request))
+        soft = slice(start, start + len(request.soft_ids))
+        scale = soft_SD.norm() / seen[0][0, soft].norm()
+        return seen[0].grad[0, soft] / scale
+
+    def _loss(self, request: Request) -> Tensor:
+        prompt = self.prompt(request)
+        if self.seq2seq:
+            labels = self.tokenizer(text_target=request.target)["input_ids"]
+            logits = self.model(input_ids=torch.tensor([prompt]), labels=torch.tensor([labels])).logits[0]
+        else:
+            labels = [*self.ids(request.target), self.tokenizer.eos_token_id]
+            row = torch.tensor([[*prompt, *labels]])
+            logits = self.model(input_ids=row, use_cache=False).logits[0, -len(labels) - 1 : -1]
+        return nn.functional.cross_entropy(logits.float(), torch.tensor(labels), reduction="sum")
+
+    def _texts(self, request: Request) -> list[int]:
+        end = [] if self.seq2seq else self.ids("\n")
+        return [token for text in request.texts for token in [*self.ids(text), *end]]
+
+    def answer(self, request: Request, *, beams: int, max_new_tokens: int) -> list[int]:
+        """The tokens that `generate` adds, up to the end, without special tokens."""
+        prompt = self.prompt(request)
+        ids = torch.tensor([prompt])
+        generated = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )[0].tolist()
+        generated = generated[1:] if self.seq2seq else generated[len(prompt) :]
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        generated = generated[: next((i for i, token in enumerate(generated) if token in ends), None)]
+        return [token for token in generated if token not in self.tokenizer.all_special_ids]
