@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -88,6 +89,18 @@ def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **op
     return model  # type: ignore[no-any-return]
 
 
+def check_encoder(folder: ModelFolder) -> None:
+    """Raises InputError when the encoder in the folder cannot be loaded whole; reads no weights."""
+    load_tokenizer(folder)
+    check_weights(folder, AutoModel)
+
+
+def check_llm(folder: ModelFolder) -> None:
+    """Raises InputError when the LLM in the folder cannot be loaded whole; reads no weights."""
+    load_tokenizer(folder)
+    check_weights(folder, llm_class(load_config(folder)))
+
+
 def check_weights(folder: ModelFolder, auto_class: Any, *, config: PreTrainedConfig | None = None) -> None:
     """Raises InputError as `load_model` does, but reads only the headers of the weights and needs no memory for them.
 
@@ -118,18 +131,14 @@ def _refuse_differences(folder: ModelFolder, model: PreTrainedModel, info: dict[
     other_shape = [f"{name} ({_shape(found)} instead of {_shape(own)})" for name, found, own in info["mismatched_keys"]]
     unused = sorted(name for name in info["unexpected_keys"] if missing or _is_inside(model, name))
     wrong = [
-        f"{what}: {_first(names)}"
-        for what, names in (
-            (f"{len(missing)} tensors are missing", missing),
-            (f"{len(other_shape)} have another shape", sorted(other_shape)),
-            (f"{len(unused)} are unknown", unused),
-        )
+        f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
+        for what, names in (("missing", missing), ("of another shape", sorted(other_shape)), ("unknown", unused))
         if names
     ]
     if wrong:
         raise InputError(
-            f"the weights of {folder.name!r} are not those of a {type(model).__name__} as config.json describes it "
-            f"({'; '.join(wrong)}); copy the whole folder again, or save the model with transformers' save_pretrained"
+            f"the weights of {folder.name!r} are not those of a {type(model).__name__} as config.json describes it: "
+            f"{'; '.join(wrong)}; copy the whole folder again, or save the model with transformers' save_pretrained"
         )
 
 
@@ -175,7 +184,3 @@ def _quiet() -> Iterator[None]:
 
 def _shape(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape))
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
