@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +96,7 @@ class TextEncoder:
         dtype = choose_precision(precision, self.device)
         self.tokenizer = loading.load_tokenizer(folder)
         kernel = attention.register_attention(folder.config["model_type"], dtype=dtype, device=self.device)
-        self.model: Any = loading.load_model(AutoModel, folder, dtype=dtype, attn_implementation=kernel)
+        self.model = loading.load_model(AutoModel, folder, dtype=dtype, attn_implementation=kernel)
         self.model.to(self.device).eval().requires_grad_(False)
         self.width: int = self.model.config.hidden_size
         check_positions(self.model.config, max_tokens)

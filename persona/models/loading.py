@@ -7,6 +7,7 @@ in an InputError that names them.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from logging import CRITICAL
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from persona.errors import InputError
 from persona.models import contents
@@ -45,7 +46,8 @@ def load_config(folder: ModelFolder) -> PreTrainedConfig:
             reason = "it needs Python code from its folder, which is never run; choose one that transformers implements"
         raise InputError(f"the model {folder.name!r} has the model_type {kind!r}: {reason}")
     with _refusing(folder, "its config.json is invalid"):
-        return AutoConfig.from_pretrained(folder.path, **_LOCAL)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder.path, **_LOCAL)
+        return config
 
 
 def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
@@ -67,8 +69,8 @@ def llm_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The model of a folder with all of its weights.
+def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **options: Any) -> Any:
+    """The model of a folder, a `PreTrainedModel`, with all of its weights.
 
     Args:
         auto_class: of transformers, such as `AutoModel`.
@@ -86,7 +88,7 @@ def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **op
         folder.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **_LOCAL
     )
     _refuse_differences(folder, model, info)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def check_encoder(folder: ModelFolder) -> None:
@@ -172,7 +174,7 @@ def _quiet() -> Iterator[None]:
     """Keeps transformers from printing a report and a progress bar."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
