@@ -85,7 +85,7 @@ def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
 
 
 def load_answerer(
-    plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, prefix_tokens: int
+    plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, retrieved_tokens: int
 ) -> "Answerer":
     """The plug in front of an engine with its LLM, to generate answers.
 
@@ -100,11 +100,11 @@ def load_answerer(
     )
     with plug.folder() as folder:
         return plug_folder.load_answerer(
-            folder, encoder=encoder, engine=loaded, batch_size=batch_size, prefix_tokens=prefix_tokens
+            folder, encoder=encoder, engine=loaded, batch_size=batch_size, retrieved_tokens=retrieved_tokens
         )
 
 
-def load_personalized(plug: PlugRef, *, precision: "Precision", prefix_tokens: int) -> "PersonalizedLLM":
+def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens: int) -> "PersonalizedLLM":
     """The plug in front of its LLM, to measure losses. Raises as `load_answerer` does."""
     from persona.models.frozen_llm import FrozenLLM
     from persona.plug import folder as plug_folder
@@ -112,7 +112,7 @@ def load_personalized(plug: PlugRef, *, precision: "Precision", prefix_tokens: i
     encoder, llm_folder = _models(plug)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=plug.record.max_input_tokens, precision=precision)
     with plug.folder() as folder:
-        return plug_folder.load(folder, encoder=encoder, llm=llm, prefix_tokens=prefix_tokens)
+        return plug_folder.load(folder, encoder=encoder, llm=llm, retrieved_tokens=retrieved_tokens)
 
 
 def load_without_llm(plug: PlugRef) -> "PlugAlone":

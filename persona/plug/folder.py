@@ -62,8 +62,8 @@ def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, 
     partial.replace(folder / RECORD)
 
 
-def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, prefix_tokens: int = 0) -> PersonalizedLLM:
-    """Loads a plug in front of `llm`, ready to compute losses; `prefix_tokens` as in `PersonalizedLLM`.
+def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, retrieved_tokens: int = 0) -> PersonalizedLLM:
+    """Loads a plug in front of `llm`, ready to compute losses; `retrieved_tokens` as in `PersonalizedLLM`.
 
     Raises:
         InputError: the folder holds no complete plug.
@@ -71,15 +71,15 @@ def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, prefix_tokens: i
         UsageError: the plug reads longer queries than the encoder can.
     """
     plug, query_text = _load_for(llm, folder, encoder)
-    return PersonalizedLLM(plug, llm, query_text, prefix_tokens=prefix_tokens).eval()
+    return PersonalizedLLM(plug, llm, query_text, retrieved_tokens=retrieved_tokens).eval()
 
 
 def load_answerer(
-    folder: Path, *, encoder: ModelFolder, engine: Engine, batch_size: int, prefix_tokens: int = 0
+    folder: Path, *, encoder: ModelFolder, engine: Engine, batch_size: int, retrieved_tokens: int = 0
 ) -> Answerer:
     """Loads a plug in front of `engine`; the other arguments are those of `Answerer`. Raises as `load` does."""
     plug, query_text = _load_for(engine, folder, encoder)
-    return Answerer(plug, engine, query_text, batch_size=batch_size, prefix_tokens=prefix_tokens)
+    return Answerer(plug, engine, query_text, batch_size=batch_size, retrieved_tokens=retrieved_tokens)
 
 
 def _load_for(llm: FrozenLLM | Engine, folder: Path, encoder: ModelFolder) -> tuple[Plug, QueryText]:
