@@ -8,6 +8,8 @@ from torch import Tensor
 
 from persona.engines.base import Prompt
 from persona.engines.local import LocalEngine
+from persona.errors import PersonaError
+from persona.models import loading
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptText
 from persona.models.resolve import resolve
@@ -15,6 +17,15 @@ from persona.options import Decoding, Precision
 from tests.matrix.requests import Request
 
 _ALL_TEXTS = 10_000
+
+
+def refusal(folder: Path) -> PersonaError | None:
+    """The error with which a job refuses the LLM in the folder before work begins."""
+    try:
+        loading.check_llm(resolve(str(folder), flag="--llm"))
+    except PersonaError as error:
+        return error
+    return None
 
 
 class OurLLM:
@@ -25,6 +36,11 @@ class OurLLM:
         self.engine = LocalEngine(self.llm, batch_size=8)
         # Answers are compared by their tokens: different tokens may have the same text.
         self.engine.tokenizer.decode = lambda ids: " ".join(map(str, ids))
+
+    @property
+    def needs_one_prompt_length(self) -> bool:
+        """Whether prompts of different lengths are answered in different batches."""
+        return not getattr(self.llm, "can_mask_padding", True)
 
     def checkpoint_activations(self) -> None:
         """Recomputes activations from now on."""

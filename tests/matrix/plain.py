@@ -82,14 +82,19 @@ class PlainLLM:
         """The tokens that `generate` adds, up to the end, without special tokens."""
         prompt = self.prompt(request)
         ids = torch.tensor([prompt])
+        given = {"input_ids": ids}
+        # A penalty for what was said before counts the prompt's tokens only if `generate` knows their ids.
+        if not self.seq2seq and self.model.generation_config.repetition_penalty is not None:
+            given = {"inputs_embeds": self.model.get_input_embeddings()(ids)}
         generated = self.model.generate(
-            ids,
+            **given,
             attention_mask=torch.ones_like(ids),
             num_beams=beams,
             do_sample=False,
             max_new_tokens=max_new_tokens,
         )[0].tolist()
-        generated = generated[1:] if self.seq2seq else generated[len(prompt) :]
+        if "input_ids" in given:
+            generated = generated[1:] if self.seq2seq else generated[len(prompt) :]
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         generated = generated[: next((i for i, token in enumerate(generated) if token in ends), None)]
