@@ -4,7 +4,7 @@ A check returns what is wrong, with numbers, or nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from persona.errors import PersonaError
 from tests.llms import Family
+from tests.matrix.findings import Findings, message
 from tests.matrix.ours import OurLLM, refusal
 from tests.matrix.plain import PlainLLM
 from tests.matrix.requests import Request, sample_requests
@@ -22,24 +23,6 @@ _RELATIVE, _ABSOLUTE = 2e-5, 2e-4
 # Lengths of a finite step along the soft tokens, whose own length is about 1. One that agrees is enough: a longer step
 # may end with another expert of a mixture, a shorter one drowns in rounding.
 _STEPS = (0.01, 0.003, 0.001)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """The outcome for one LLM: refused with a message, or what failed (nothing: it works), and its limits."""
-
-    refused: str = ""
-    failures: list[str] = field(default_factory=list)
-    limits: list[str] = field(default_factory=list)
-
-    @property
-    def verdict(self) -> str:
-        """One line for the page."""
-        if self.refused:
-            return f"refused: {self.refused}"
-        if self.failures:
-            return f"fails: {'; '.join(self.failures)}"
-        return "; ".join(["works", *self.limits])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +41,13 @@ Check = Callable[[Pair], Iterator[str]]
 def check_llm(family: Family, folder: Path, checks: Sequence[Check]) -> Findings:
     """Runs the checks on the LLM in the folder."""
     if error := refusal(folder):
-        return Findings(refused=_message(error, folder))
+        return Findings(refused=message(error, folder))
     failures: list[str] = []
     limits: list[str] = []
     try:
         ours, plain = OurLLM(folder), PlainLLM(folder, seq2seq=family.seq2seq)
     except PersonaError as error:
-        return Findings(failures=[f"refused too late: {_message(error, folder)}"])
+        return Findings(failures=[f"refused too late: {message(error, folder)}"])
     if ours.needs_one_prompt_length:
         limits.append("one prompt length a batch")
     pair = Pair(folder=folder, ours=ours, plain=plain, requests=sample_requests(plain.word_ids()))
@@ -73,9 +56,9 @@ def check_llm(family: Family, folder: Path, checks: Sequence[Check]) -> Findings
             failures += [f"{check.__name__}: {finding}" for finding in check(pair)]
         except Exception as error:  # noqa: BLE001 - a crash is a finding like any other
             if isinstance(error, PersonaError) and check in OPTIONS:
-                limits.append(f"no {OPTIONS[check]}: {_message(error, folder)}")
+                limits.append(f"no {OPTIONS[check]}: {message(error, folder)}")
             else:
-                failures.append(f"{check.__name__}: {type(error).__name__}: {_message(error, folder)}")
+                failures.append(f"{check.__name__}: {type(error).__name__}: {message(error, folder)}")
     return Findings(failures=failures, limits=limits)
 
 
@@ -176,11 +159,6 @@ SHORT: list[Check] = [losses, gradients, answers]
 LONG: list[Check] = [depends, *SHORT, checkpointing, bf16]
 OPTIONS: dict[Check, str] = {checkpointing: "activation checkpointing", bf16: "bf16"}
 """What an LLM may refuse and still work."""
-
-
-def _message(error: Exception, folder: Path) -> str:
-    """The error's text, the same in any folder."""
-    return " ".join(str(error).replace(str(folder), "MODEL").split())
 
 
 def _difference(
