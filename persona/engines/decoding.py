@@ -177,5 +177,5 @@ def _may_improve(running: _Beams, finished: _Beams, length: int, rules: AnswerRu
     worst_R = finished.scores_Rk[:, -1]
     if rules.early_stopping == "never" and rules.length_penalty > 0:
         length = rules.max_new_tokens
-    may_improve_R = running.scores_Rk[:, 0] / length**rules.length_penalty > worst_R
+    may_improve_R: Tensor = running.scores_Rk[:, 0] / length**rules.length_penalty > worst_R
     return may_improve_R & (worst_R <= _NEVER) if rules.early_stopping is True else may_improve_R

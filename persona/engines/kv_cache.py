@@ -37,9 +37,7 @@ class CausalSteps:
         n, length = self.prompt_BLD.shape[:2]
         last_B = torch.arange(1, n + 1, device=self.prompt_BLD.device) * length - 1
         mask = {} if self.mask_RL is None else self.llm.mask_arguments(self.mask_RL)
-        output = self.llm.forward_at(last_B, inputs_embeds=self.prompt_BLD, use_cache=True, **mask)
-        self.kv_cache = output.past_key_values
-        scores_BV: Tensor = output.logits[0]
+        scores_BV, self.kv_cache = self.llm.forward_at(last_B, inputs_embeds=self.prompt_BLD, use_cache=True, **mask)
         return scores_BV
 
     def step(self, tokens_R: Tensor) -> Tensor:
@@ -67,6 +65,7 @@ class Seq2SeqSteps:
 
     def __init__(self, llm: FrozenLLM, embeds_BLD: Tensor, mask_BL: Tensor) -> None:
         self.model = llm.model
+        assert llm.start_id is not None
         self.start_id = llm.start_id
         self.mask_RL = mask_BL.long()
         encoded = self.model.get_encoder()(inputs_embeds=embeds_BLD, attention_mask=self.mask_RL)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from persona.engines import probe
 from persona.engines.base import Answer, Engine, Prompt
 from persona.engines.decoding import SeededSampling, beam_search, sample
 from persona.engines.kv_cache import start_steps
@@ -17,8 +18,9 @@ from persona.options import Decoding, Precision
 
 
 def load(folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> Engine:
-    """Loads the LLM of a folder, on a GPU if there is one."""
+    """Loads the LLM of a folder, on a GPU if there is one. Raises InputError if it would not answer rightly."""
     llm = FrozenLLM.load(folder, max_input_tokens=max_input_tokens, precision=precision)
+    probe.check_llm(llm)
     return LocalEngine(llm, batch_size=batch_size)
 
 

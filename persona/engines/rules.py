@@ -7,10 +7,10 @@ Shapes: R running rows, T tokens, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers import (
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
@@ -31,6 +31,8 @@ from transformers import (
 )
 
 from persona.errors import InputError
+from persona.models.loading import load_config
+from persona.models.resolve import ModelFolder
 
 # Settings that change answers and are not followed, with the values that change nothing.
 _REFUSED = {
@@ -78,7 +80,7 @@ class AnswerRules:
         """The scores as the rules leave them."""
         if not self.processors:
             return scores_RV
-        changed_RV: Tensor = self.processors(tokens_RT, scores_RV.float())
+        changed_RV: Tensor = self.processors(cast(LongTensor, tokens_RT), cast(FloatTensor, scores_RV.float()))
         return changed_RV
 
 
@@ -98,6 +100,16 @@ def check_rules(config: GenerationConfig, *, is_encoder_decoder: bool, flag: str
             f"{flag}: its generation_config.json sets min_length {config.min_length}, which includes the prompt; set "
             "min_new_tokens instead in a copy of the folder, which counts the answer alone"
         )
+
+
+def check_folder(folder: ModelFolder) -> None:
+    """Raises InputError as `check_rules` does, for the LLM in a folder, without its weights."""
+    config = load_config(folder)
+    if (folder.path / "generation_config.json").is_file():
+        rules = GenerationConfig.from_pretrained(folder.path, local_files_only=True)
+    else:
+        rules = GenerationConfig.from_model_config(config)
+    check_rules(rules, is_encoder_decoder=bool(config.is_encoder_decoder))
 
 
 def answer_rules(

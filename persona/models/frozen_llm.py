@@ -3,8 +3,8 @@
 It is either encoder-decoder (T5-like) or decoder-only (Llama-like); `persona.models.prompts` says what each reads.
 Texts are token ids and soft tokens are vectors. They meet only as embeddings, so no text can become a soft token.
 
-Shapes: B requests, S soft tokens, F tokens in front of them, L tokens of a row, T target
-tokens of a row, N target tokens of a batch, D LLM width, V vocabulary.
+Shapes: B requests, S soft tokens, F tokens in front of them, L tokens of a row, T target tokens of a row, N target
+tokens of a batch, D LLM width, V vocabulary.
 """
 
 import inspect
@@ -15,12 +15,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
@@ -47,6 +43,7 @@ class FrozenLLM(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self._checkpointed: list[nn.Module] = []
+        self._recomputes = False
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.tokenizer = PromptTokenizer(
             tokenizer, is_encoder_decoder=self.is_encoder_decoder, max_input_tokens=max_input_tokens
@@ -77,11 +74,12 @@ class FrozenLLM(nn.Module):
         tokenizer = loading.load_tokenizer(folder)
         return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
 
-    def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's
-        """Stays in eval mode, so that the LLM's own dropout is off while the plug trains."""
+    def train(self, mode: bool = True) -> "FrozenLLM":
+        """Stays in eval mode, so that the LLM's own dropout is off; only recomputation of activations depends on it."""
         super().train(False)
         for layer in self._checkpointed:
-            layer.training = True  # of the layer alone, not of its submodules: their dropout stays off
+            layer.training = mode  # of the layer alone, not of its submodules: their dropout stays off
+        self._recomputes = mode and bool(self._checkpointed)
         return self
 
     def checkpoint_activations(self) -> None:
@@ -160,20 +158,35 @@ class FrozenLLM(nn.Module):
             cache_before: read what is in front of the soft tokens in a pass of its own, without gradients, if the LLM
                 allows it: faster if that is long. ZeRO-3 needs the same value on all workers.
         """
-        if self.is_encoder_decoder:
-            logits_NV = self._seq2seq_logits(soft_BSD, prompts, targets)
-        # transformers accepts no cache while it recomputes activations.
-        elif cache_before and self.can_mask_padding and not self._checkpointed:
-            logits_NV = self._logits_after_cache(soft_BSD, prompts, targets)
-        else:
-            logits_NV = self._causal_logits(soft_BSD, prompts, targets)
+        logits_NV = self.target_logits(soft_BSD, prompts, targets, cache_before=cache_before)
         labels_N = torch.tensor(list(chain.from_iterable(targets)), device=self.device)
         losses_N = nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none")
         rows_N = torch.tensor([row for row, target in enumerate(targets) for _ in target], device=self.device)
         return losses_N.new_zeros(len(targets)).index_add(0, rows_N, losses_N)
 
-    def forward_at(self, positions_N: Tensor, **inputs: Any) -> ModelOutput:
-        """The LLM's output with logits (1, N, V) at these positions of the flattened batch (B·L,) only.
+    def target_logits(
+        self,
+        soft_BSD: Tensor,
+        prompts: Sequence[PromptIds],
+        targets: Sequence[Sequence[int]],
+        *,
+        cache_before: bool = False,
+    ) -> Tensor:
+        """Logits (N, V) that predict the target tokens, row after row; the arguments are those of `nll`."""
+        if self.is_encoder_decoder:
+            return self._seq2seq_logits(soft_BSD, prompts, targets)
+        # transformers accepts no cache while it recomputes activations.
+        if cache_before and self.can_mask_padding and not self._recomputes:
+            return self._logits_after_cache(soft_BSD, prompts, targets)
+        # Rows are padded on the right, where a causal LLM does not see the padding: no mask is needed, and positions
+        # count from 0. Padding on the left would reach recurrent states, convolutions and attention by chunks.
+        embeds_BLD, _ = self.embed_prompts(soft_BSD, prompts, targets)
+        positions_N = self._positions(embeds_BLD, soft_BSD, prompts, targets)
+        logits_NV, _ = self.forward_at(positions_N, inputs_embeds=embeds_BLD, use_cache=False)
+        return logits_NV
+
+    def forward_at(self, positions_N: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+        """Logits (N, V) at these positions of the flattened batch (B·L,) only, and the cache if `use_cache`.
 
         Logits of all positions would be the largest tensor of a step.
         """
@@ -184,62 +197,57 @@ class FrozenLLM(nn.Module):
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
         try:
-            return cast(ModelOutput, self.model(**inputs))
+            output = self.model(**inputs)
         finally:
             hook.remove()
+        return output.logits[0], output.past_key_values if inputs["use_cache"] else None
 
     def _seq2seq_logits(
         self, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Logits (N, V) of all target tokens, row after row."""
+        assert self.start_id is not None
         embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, prompts)
         shifted_BT, _ = pad([[self.start_id, *target[:-1]] for target in targets], _PADDING, self.device)
-        positions_N = self._positions(shifted_BT, [0] * len(targets), targets)
-        return self.forward_at(
-            positions_N,
+        length = shifted_BT.shape[1]
+        positions = [row * length + i for row, target in enumerate(targets) for i in range(len(target))]
+        logits_NV, _ = self.forward_at(
+            torch.tensor(positions, device=self.device),
             inputs_embeds=embeds_BLD,
             attention_mask=mask_BL.long(),
             decoder_input_ids=shifted_BT,
             use_cache=False,
-        ).logits[0]
-
-    def _causal_logits(
-        self, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Logits (N, V) of all target tokens, row after row.
-
-        Rows are padded on the right, where a causal LLM does not see the padding: no mask is needed, and positions
-        count from 0. Padding on the left would reach recurrent states, convolutions and attention by chunks.
-        """
-        embeds_BLD, _ = self.embed_prompts(soft_BSD, prompts, targets)
-        # The first target token is predicted at the last token of the prompt.
-        firsts = [len(prompt) + soft_BSD.shape[1] - 1 for prompt in prompts]
-        positions_N = self._positions(embeds_BLD, firsts, targets)
-        return self.forward_at(positions_N, inputs_embeds=embeds_BLD, use_cache=False).logits[0]
+        )
+        return logits_NV
 
     def _logits_after_cache(
         self, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]]
     ) -> Tensor:
-        """The same, with a separate pass over `before`, which needs no gradients: nothing trained comes before it.
+        """With a separate pass over `before`, which needs no gradients: nothing trained comes before it.
 
         It is padded on the left and the rest on the right, so that no padding is between them. A batch in which all
         are empty is read, too: under ZeRO-3 all workers must call the LLM equally often.
         """
         befores = [PromptIds(before=prompt.before, after=()) for prompt in prompts]
-        with torch.no_grad():
-            embeds_BFD, mask_BF = self.embed_prompts(soft_BSD[:, :0], befores, pad_left=True)
-            # Without the head: nothing is predicted here.
-            output = self.model.base_model(inputs_embeds=embeds_BFD, **self.mask_arguments(mask_BF), use_cache=True)
-        rest = [PromptIds(before=(), after=prompt.after) for prompt in prompts]
-        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, rest, targets)
-        firsts = [len(prompt) + soft_BSD.shape[1] - 1 for prompt in rest]
-        return self.forward_at(
-            self._positions(embeds_BLD, firsts, targets),
+        kv_cache, mask_BF = self._read(befores)
+        afters = [PromptIds(before=(), after=prompt.after) for prompt in prompts]
+        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, afters, targets)
+        logits_NV, _ = self.forward_at(
+            self._positions(embeds_BLD, soft_BSD, afters, targets),
             inputs_embeds=embeds_BLD,
-            **self.mask_arguments(torch.cat([mask_BF, mask_BL], dim=1), mask_BL.shape[1]),
-            past_key_values=output.past_key_values,
+            **self.mask_arguments(torch.cat([mask_BF, mask_BL], dim=1), n_new=mask_BL.shape[1]),
+            past_key_values=kv_cache,
             use_cache=True,
-        ).logits[0]
+        )
+        return logits_NV
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[PromptIds]) -> tuple[Cache, Tensor]:
+        """The key-value cache of texts without soft tokens, padded on the left, and their mask (B, F)."""
+        no_soft_B0D = torch.empty(len(texts), 0, self.width, device=self.device)
+        embeds_BFD, mask_BF = self.embed_prompts(no_soft_B0D, texts, pad_left=True)
+        # Without the head: nothing is predicted here.
+        output = self.model.base_model(inputs_embeds=embeds_BFD, **self.mask_arguments(mask_BF), use_cache=True)
+        return output.past_key_values, mask_BF
 
     def mask_arguments(self, mask_BL: Tensor, n_new: int | None = None) -> dict[str, Tensor]:
         """Arguments by which the LLM neither sees nor counts padding; the last `n_new` tokens are not cached yet."""
@@ -248,14 +256,17 @@ class FrozenLLM(nn.Module):
             arguments["position_ids"] = position_ids(mask_BL)[:, -(n_new or mask_BL.shape[1]) :]
         return arguments
 
-    def _positions(self, padded_BL: Tensor, firsts: Sequence[int], targets: Sequence[Sequence[int]]) -> Tensor:
-        """Where the target tokens (N,) of all rows are predicted in the flattened batch (B·L,), row after row."""
-        length = padded_BL.shape[1]
-        positions = [
-            range(row * length + first, row * length + first + len(target))
-            for row, (first, target) in enumerate(zip(firsts, targets, strict=True))
-        ]
-        return torch.tensor(list(chain.from_iterable(positions)), device=self.device)
+    def _positions(
+        self, embeds_BLD: Tensor, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Where a decoder-only LLM predicts the target tokens (N,), in the flattened batch (B·L,).
+
+        The first one is predicted at the last token of the prompt.
+        """
+        length, n_soft = embeds_BLD.shape[1], soft_BSD.shape[1]
+        firsts = [row * length + n_soft + len(prompt) - 1 for row, prompt in enumerate(prompts)]
+        positions = [first + i for first, target in zip(firsts, targets, strict=True) for i in range(len(target))]
+        return torch.tensor(positions, device=self.device)
 
     def _embeddings(self) -> nn.Embedding:
         return cast(nn.Embedding, self.model.get_input_embeddings())
