@@ -90,9 +90,7 @@ class FrozenLLM(nn.Module):
         # transformers recomputes only layers in training mode.
         self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for layer in self._checkpointed:
-            for name, value in vars(layer).items():
-                if "dropout" in name and isinstance(value, float):
-                    setattr(layer, name, 0.0)  # BART-like layers drop out by themselves
+            _switch_off_dropout(layer)
         self.train()
 
     @property
@@ -270,3 +268,11 @@ class FrozenLLM(nn.Module):
 
     def _embeddings(self) -> nn.Embedding:
         return cast(nn.Embedding, self.model.get_input_embeddings())
+
+
+def _switch_off_dropout(layer: nn.Module) -> None:
+    """For layers that do not leave dropout to a submodule: BART's keep its rate, Falcon's read it from their config."""
+    for owner in (layer, getattr(layer, "config", None)):
+        for name, value in vars(owner).items() if owner is not None else ():
+            if "dropout" in name and isinstance(value, float):
+                setattr(owner, name, 0.0)

@@ -142,7 +142,7 @@ def test_the_probe_notices_padding_that_an_llm_sees(folders):
     assert not llm.can_mask_padding
     llm.can_mask_padding = True
     llm.mask_arguments = lambda mask_BL, n_new=None: {}  # as if transformers ignored masks
-    with pytest.raises(InputError, match="the scores of a text beside a longer one differ"):
+    with pytest.raises(InputError, match="results would be wrong"):
         probe.check_llm(llm)
 
 
@@ -159,6 +159,18 @@ def test_the_probe_notices_an_llm_that_cannot_answer(tmp_path):
     llm = load(tiny_llm(tmp_path, "mamba", hidden_size=48, num_hidden_layers=2, state_size=8))
     with pytest.raises(InputError, match=r"\(mamba\) cannot be used: .*past_key_values"):
         probe.check_llm(llm)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "bart", "opt"])
+def test_recomputed_activations_have_no_dropout(tmp_path, kind):
+    dropout = {name: 0.5 for name in ("dropout", "hidden_dropout", "activation_dropout", "attention_dropout")}
+    falcon = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llm = load(tiny_llm(tmp_path, kind, **{**KINDS.get(kind, falcon), **dropout}))
+    prompts = llm.tokenizer.prompts([PromptText(input=text) for text in INPUTS])
+    targets, no_soft = llm.tokenizer.targets(TARGETS), torch.empty(3, 0, llm.width)
+    expected = llm.nll(no_soft, prompts, targets)
+    llm.checkpoint_activations()
+    torch.testing.assert_close(llm.nll(no_soft, prompts, targets), expected)
 
 
 def test_the_probe_leaves_the_llm_as_it_was(llm):
