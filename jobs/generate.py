@@ -122,7 +122,13 @@ def _inputs(config: Config) -> _Inputs:
     splits = plan_splits(source, flag="--requests")
     requests.check_columns(splits, needs_target=False)
     store = Store.open(target)
-    plug = plugs.find_plug(store, config.plug, config.models)
+    plug = plugs.find_plug(
+        store,
+        config.plug,
+        config.models,
+        retrieved_tokens=config.retrieval.front_tokens,
+        max_new_tokens=config.decoding.max_new_tokens,
+    )
     return _Inputs(splits=splits, store=store, plug=plug, histories=retrieval.plan(config.past_texts))
 
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, profile, retrieval, session
+from jobs.runtime import cli, cost, plugs, profile, retrieval, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import FLAT, InputRows, PastTexts
 from jobs.runtime.progress import progress
@@ -174,7 +174,12 @@ def _inputs(config: Config) -> TrainingInputs:
     encoder = store_encoder(store.identity, config.encoder)
     llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
     loading.check_encoder(encoder)
-    loading.check_llm(llm)
+    plugs.check_llm(
+        llm,
+        max_input_tokens=config.max_input_tokens,
+        n_soft=config.plug_options.n_soft,
+        retrieved_tokens=config.retrieval.front_tokens,
+    )
     return TrainingInputs(
         store=store,
         encoder=encoder,
