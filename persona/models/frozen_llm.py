@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from persona.models import attention
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
-from persona.models.prompts import MAX_INPUT_TOKENS, PromptTokenizer
+from persona.models.prompts import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptTokenizer
 from persona.models.resolve import ModelFolder
 from persona.options import Precision
 
@@ -42,6 +42,7 @@ class FrozenLLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -51,7 +52,10 @@ class FrozenLLM(nn.Module):
         model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.tokenizer = PromptTokenizer(
-            tokenizer, is_encoder_decoder=self.is_encoder_decoder, max_input_tokens=max_input_tokens
+            tokenizer,
+            is_encoder_decoder=self.is_encoder_decoder,
+            max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
         )
         self.width: int = self._embeddings().embedding_dim
 
@@ -61,6 +65,7 @@ class FrozenLLM(nn.Module):
         folder: ModelFolder,
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
         precision: Precision = "auto",
         device: str | None = None,
     ) -> "FrozenLLM":
@@ -74,7 +79,12 @@ class FrozenLLM(nn.Module):
             folder.path, dtype=dtype, use_safetensors=True, attn_implementation=kernel
         )
         tokenizer = AutoTokenizer.from_pretrained(folder.path)
-        return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
+        return cls(
+            cast(PreTrainedModel, model.to(chosen)),
+            tokenizer,
+            max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
+        )
 
     def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's
         """Stays in eval mode, so that the LLM's own dropout is off while the plug trains."""
