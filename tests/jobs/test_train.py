@@ -250,6 +250,14 @@ def test_resuming_is_refused_when_the_data_was_deleted(
     assert "jobs.forget or jobs.store vacuum has deleted since; give the run another name" in done.said
 
 
+def test_resuming_on_another_store_of_the_same_encoder_is_refused(
+    refuse: Job, inputs: dict, undisturbed: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    other = fill_store(tmp_path / "other", models["encoder"], behaviors())
+    done = refuse(train, **{**SETTINGS, **inputs, **folders(undisturbed), "store": other, "dry_run": True})
+    assert (done.code, f"was started with another store than {other}; give --store" in done.said) == (2, True)
+
+
 def test_an_option_newer_than_the_run_was_off_in_it(
     refuse: Job, inputs: dict, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jobs.runtime.training.spec import RunSpec
     from persona.options import Pooling, Select
     from persona.plug.record import PlugRecord
+    from persona.store.store import Store
     from persona.training.checkpoint import Progress
 
 
@@ -22,6 +23,7 @@ class Published:
     """A run's plug, and how it was trained. `step` and `validation_loss` are those of its weights."""
 
     uri: str
+    store: "Store"
     fingerprint: str
     n_requests: int
     n_steps: int
@@ -52,6 +54,7 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
         fingerprint = plug_record.fingerprint(target)
     return Published(
         uri=inputs.plug,
+        store=inputs.store,
         fingerprint=fingerprint,
         n_requests=n_requests,
         n_steps=progress.step,
@@ -80,6 +83,7 @@ def summary(
     n_without_history = int(joined.get("empty", 0))
     answer = {
         "job": "train",
+        "store": published.store.uri,
         "plug": published.uri,
         "fingerprint": published.fingerprint,
         "requests": published.n_requests,
@@ -102,6 +106,7 @@ def summary(
         ("steps", f"{published.n_steps:,} of {global_batch} requests, {requests_per_s} requests/s"),
         ("trained", f"{published.n_parameters:,} parameters"),
         ("held-out loss", loss),
+        ("store", published.store.label),
         ("plug", f"{published.uri} ({published.fingerprint[:12]})"),
         ("seconds", f"{seconds:,.1f}"),
         *retrieval.summary_rows(counts),
