@@ -80,8 +80,8 @@ def require_equal(found: "Comparison", switch: Switch) -> None:
     differences = ", ".join(text for n, text in parts if n)
     raise StoreMismatch(
         f"--to {switch.new.uri} has {found.new:,} behaviors and {switch.current.store}, now in use, has {found.old:,}: "
-        f"{differences}. Run jobs.embed on the same histories into both, and on the new one jobs.forget for all users that were "
-        "forgotten in the old one; --differences FILE lists them, --allow-differences switches anyway"
+        f"{differences}. Run jobs.embed on the same histories into both, and on the new one jobs.forget for the users "
+        "who were forgotten in the old one; --differences FILE lists them, --allow-differences switches anyway"
     )
 
 
