@@ -303,7 +303,7 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         *([("personas updated", f"{result['personas']:,}")] if config.plug else []),
         ("tokens", f"{result['tokens']:,} and {padding:.1%} padding"),
         ("seconds", f"{seconds:,.1f} ({result['behaviors_per_s']:,} behaviors/s)"),
-        ("store", f"{store.uri}, version {result['version']}"),
+        ("store", f"{store.label}, version {result['version']}"),
         *reading.reject_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))

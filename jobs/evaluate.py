@@ -230,6 +230,7 @@ def _metric(config: Config, targets: Sequence[str]) -> Metric:
 def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
     """The plug, models and table versions behind the numbers."""
     return {
+        "store": store.uri,
         "plug_fingerprint": plug.fingerprint,
         "plug_options": asdict(plug.record.options),
         "llm": plug.record.llm,
@@ -288,7 +289,10 @@ def _summary(config: Config, out: str, metrics: Mapping[str, Any], counts: Count
 def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     from persona.report.wording import RANKINGS
 
-    rows = [("requests", f"{metrics['requests']:,} of {metrics['users']:,} users")]
+    rows = [
+        ("requests", f"{metrics['requests']:,} of {metrics['users']:,} users"),
+        ("store", metrics["settings"]["store"]),
+    ]
     if metrics["limited"]:
         rows.append(("warning", "--limit was given: these numbers are not of all requests"))
     for persona, loss in metrics["loss"].items():

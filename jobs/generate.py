@@ -248,7 +248,7 @@ def _summary(config: Config, inputs: _Inputs, counts: Counts, seconds: float) ->
         ("already answered", f"{result['already_answered']:,}{stale}"),
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
         ("seconds", f"{seconds:,.1f}"),
-        ("store", f"{store.uri}, generations version {result['version']}"),
+        ("store", f"{store.label}, generations version {result['version']}"),
         *reading.reject_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))

@@ -21,7 +21,15 @@ from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
 from persona.errors import PlugMismatch, UsageError
-from persona.options import CostOptions, PlugOptions, Precision, RetrievalOptions, TrainingOptions, check_at_least
+from persona.options import (
+    CostOptions,
+    PlugOptions,
+    Precision,
+    RetrievalOptions,
+    Select,
+    TrainingOptions,
+    check_at_least,
+)
 
 if TYPE_CHECKING:
     from persona.inputs.splits import Split
@@ -50,7 +58,9 @@ class Config:
     validation_rows: int = 512
     """Use at most this many held-out requests."""
     validate_every: int = 100
-    """Validate and save a checkpoint after this many steps; the best checkpoint becomes the plug."""
+    """Validate and save a checkpoint after this many steps."""
+    select: Select = "best"
+    """Whose weights become the plug: the checkpoint with the lowest held-out loss, or the last step (as in PPlug)."""
     llm: str = "google/flan-t5-xxl"
     """Hub id or folder (local, s3://) of an encoder-decoder or decoder-only LLM with safetensors weights."""
     llm_revision: str = "main"
@@ -62,7 +72,9 @@ class Config:
     max_query_tokens: int = 276
     """Cut each query after this many tokens."""
     max_input_tokens: int = 256
-    """Cut each input, and each target, after this many tokens."""
+    """Cut each input after this many tokens."""
+    max_target_tokens: int = 256
+    """Cut each target after this many tokens, end of sequence included."""
     max_behaviors: int = 512
     """Use only this many of a user's latest behaviors."""
     precision: Precision = "auto"
@@ -90,9 +102,8 @@ class Config:
         self.past_texts.check_used_by(self.retrieval)
         check_at_least(self, 1, "workers")
         self.training.check_workers(self.workers or 1)
-        check_at_least(
-            self, 1, "validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"
-        )
+        check_at_least(self, 1, "validation_rows", "validate_every")
+        check_at_least(self, 1, "max_query_tokens", "max_input_tokens", "max_target_tokens", "max_behaviors")
         check_at_least(self, 0, "max_failures")
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction {self.validation_fraction}: must be above 0 and below 1")
@@ -143,9 +154,11 @@ def _spec(config: Config) -> RunSpec:
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         validate_every=config.validate_every,
+        select=config.select,
         query_prefix=config.query_prefix,
         max_query_tokens=config.max_query_tokens,
         max_input_tokens=config.max_input_tokens,
+        max_target_tokens=config.max_target_tokens,
         max_behaviors=config.max_behaviors,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
