@@ -91,3 +91,8 @@ def describe(schema: pa.Schema) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its class if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def is_store_failure(error: Exception) -> bool:
+    """Whether the store failed, rather than the content of a file: Arrow raises `OSError` for both."""
+    return isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error))
