@@ -16,6 +16,7 @@ Engine = Literal["local"]
 Pooling = Literal["cls", "mean"]
 Precision = Literal["auto", "bf16", "fp32"]
 Retriever = Literal["recency", "bm25", "dense"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
 class PersonaKind(StrEnum):

@@ -30,8 +30,13 @@ def read_split(
     Raises `StorageError` if the store fails, rather than the file being broken.
     """
     read = read_parquet if split.format == "parquet" else read_jsonl
-    for table, bad in read(split, max_rows, columns):
-        yield Records(table=_with_partitions(table, split.uri, columns), rejects=rejects_of(split.uri, bad, job=job))
+    first_schema = None
+    for raw, bad in read(split, max_rows, columns):
+        table = _with_partitions(raw, split.uri, columns)
+        if first_schema is None and table.num_rows:
+            first_schema = table.schema
+        rejects = rejects_of(split.uri, bad, job=job)
+        yield Records(table=table, rejects=rejects, first_schema=first_schema or table.schema)
 
 
 def schema_of(split: Split) -> pa.Schema:
