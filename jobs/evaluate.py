@@ -246,7 +246,8 @@ def _files(config: Config, metrics: Mapping[str, Any], measured: Losses, answers
     import json
     from urllib.parse import quote
 
-    from persona.inputs.lamp import TASKS, outputs_json
+    from persona.inputs.lamp import TASKS
+    from persona.inputs.lamp_files import outputs_json
     from persona.report.pages import chart_files, evaluation_page
 
     files = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def records(**columns: Any) -> Records:
     table = pa.table(columns)
     n = table.num_rows
     table = table.append_column("_row", pa.array(range(n), pa.int64())).append_column("_source", pa.array(["file"] * n))
-    return Records(table=table, rejects=rejects("", [], [], []))
+    return Records(table=table, rejects=rejects("", [], [], []), first_schema=table.schema)
 
 
 def check(raw: Records, columns: Columns = PLAIN) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
@@ -180,7 +181,7 @@ def test_invalid_utf8_rejects_its_row_only() -> None:
 
 def test_rejects_from_reading_are_kept() -> None:
     raw = records(user_id=["a"], text=["x"])
-    raw = Records(table=raw.table, rejects=rejects("embed", ["file"], [-1], ["cut"]))
+    raw = replace(raw, rejects=rejects("embed", ["file"], [-1], ["cut"]))
     assert check(raw)[1] == [(-1, "cut")]
 
 
