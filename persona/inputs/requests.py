@@ -112,7 +112,7 @@ def validate(
     as_of, why_time = cells.timestamps(raw["as_of"], str(columns.as_of), columns.timestamp_unit)
     absent = why_absent(records.first_schema, columns)
     if needs_as_of and columns.as_of not in records.first_schema.names:
-        absent.setdefault("as_of", f"the file has no column {columns.as_of}, which other files have")
+        absent.setdefault("as_of", f"the file has no column {columns.as_of}, but other files do")
     why_absent_one = cells.why_null({"query": queries, "as_of": as_of}, absent)
     reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_time, why_absent_one)
     if rejected is not None:

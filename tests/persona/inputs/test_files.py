@@ -53,8 +53,10 @@ def rows(uri: str) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["a.JSONL", "a.json", "a.NDJSON", "a.jsonlines", "a.jsonl.GZ", "a.jsonl.bz2", "a.jsonl.zst"]
-    + ["a.parquet", "a.PARQUET", "a.parq", "a.pq", "a.parquet.snappy", "a.snappy.parquet", "a.parquet.gzip"],
+    [
+        *("a.JSONL", "a.json", "a.NDJSON", "a.jsonlines", "a.jsonl.GZ", "a.jsonl.bz2", "a.jsonl.zst"),
+        *("a.parquet", "a.PARQUET", "a.parq", "a.pq", "a.parquet.snappy", "a.snappy.parquet", "a.parquet.gzip"),
+    ],
 )
 def test_a_format_is_known_by_the_end_of_the_name_in_any_case(tmp_path: Path, name: str) -> None:
     pack = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zstd}.get(name.lower().rsplit(".", 1)[1], bytes)

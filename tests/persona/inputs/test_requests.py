@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from persona.errors import InputError
@@ -75,6 +76,17 @@ def test_unusable_requests_are_refused(tmp_path: Path, row: dict[str, Any], need
     (tmp_path / "in.jsonl").write_bytes(orjson.dumps(row))
     with pytest.raises(InputError, match=expected):
         check_columns(plan_splits(str(tmp_path), flag="--requests"), Columns(), needs_target=needs_target)
+
+
+def test_an_open_end_in_int96_is_not_a_time_before_all_behaviors(tmp_path: Path) -> None:
+    end = datetime(9999, 12, 31)  # noqa: DTZ001
+    pq.write_table(
+        pa.table({**{name: [value] for name, value in GOOD.items()}, "as_of": pa.array([end], pa.timestamp("us"))}),
+        tmp_path / "in.parquet",
+        use_deprecated_int96_timestamps=True,
+    )
+    (raw,) = read_split(plan_splits(str(tmp_path), flag="--requests")[0])
+    assert validate(raw, 16, False)[0]["as_of"].to_pylist() == [end.replace(tzinfo=UTC)]
 
 
 def test_usable_requests_pass(tmp_path: Path) -> None:
