@@ -130,12 +130,13 @@ def main(config: Config) -> Summary:
 
 def _inputs(config: Config) -> _Inputs:
     from persona import storage
-    from persona.models import resolve as models
+    from persona.models import loading, resolve as models
 
     store = storage.check_uri(config.store, flag="--store")
     storage.check_reachable(store, flag="--store", write=True)
     histories = find_histories(config.histories, config.columns, config.form, flag="--histories")
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
+    loading.check_encoder(encoder)
     identity = encoding.identity_of(encoder, pooling=config.pooling, max_tokens=config.max_tokens)
     plug = personas.find_plug(config.plug, identity) if config.plug else None
     return _Inputs(histories=histories, store=store, encoder=encoder, identity=identity, plug=plug)

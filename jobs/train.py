@@ -158,7 +158,7 @@ def _spec(config: Config) -> RunSpec:
 def _inputs(config: Config) -> TrainingInputs:
     """Finds and checks what the run reads and where it writes."""
     from persona import storage
-    from persona.models import resolve as models
+    from persona.models import loading, resolve as models
     from persona.store.store import Store
 
     store_uri = storage.check_uri(config.store, flag="--store")
@@ -170,10 +170,14 @@ def _inputs(config: Config) -> TrainingInputs:
     requests = _requests(config, config.requests, flag="--requests")
     held_out = None if config.validation is None else _requests(config, config.validation, flag="--validation")
     store = Store.open(store_uri)
+    encoder = store_encoder(store.identity, config.encoder)
+    llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
+    loading.check_encoder(encoder)
+    loading.check_llm(llm)
     return TrainingInputs(
         store=store,
-        encoder=store_encoder(store.identity, config.encoder),
-        llm=models.resolve(config.llm, revision=config.llm_revision, flag="--llm"),
+        encoder=encoder,
+        llm=llm,
         requests=requests,
         validation=held_out,
         histories=retrieval.plan(config.past_texts, config.form),

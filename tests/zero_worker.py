@@ -174,7 +174,7 @@ def new_case_model(case: dict[str, Any]) -> PersonalizedLLM:
     llm = FrozenLLM.load(folder, precision=case.get("precision", "fp32"), device="cpu")
     options = {"learn_temperature": case.get("plug", {}).get("weights") != "mean", **case.get("plug", {})}
     model = new_model(resolve(case["encoder"], flag="--encoder"), llm, **options)
-    model.prefix_tokens = case.get("front_tokens", 0)
+    model.retrieved_tokens = case.get("front_tokens", 0)
     return model
 
 
