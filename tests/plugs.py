@@ -102,10 +102,13 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
         query_prefix="Represent: ",
         max_query_tokens=64,
         max_input_tokens=256,
+        max_target_tokens=256,
         max_behaviors=512,
         training={
             "run": "a run",
             "seed": 3,
+            "select": "best",
+            "selected_step": 1200,
             "validation_curve": [[10, 4.25], [1200, 3.5]],
             "training_curve": [[1, 5.0]],
         },

@@ -161,7 +161,12 @@ def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens
     from persona.plug import folder as plug_folder
 
     encoder, llm_folder = _models(plug)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=plug.record.max_input_tokens, precision=precision)
+    llm = FrozenLLM.load(
+        llm_folder,
+        max_input_tokens=plug.record.max_input_tokens,
+        max_target_tokens=plug.record.max_target_tokens,
+        precision=precision,
+    )
     probe.check_llm(llm)
     with plug.folder() as folder:
         return plug_folder.load(folder, encoder=encoder, llm=llm, retrieved_tokens=retrieved_tokens)

@@ -22,7 +22,7 @@ from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
 from persona.models.llm_kinds import decoder_start, embedding_scale, holds_keys_only
-from persona.models.prompts import MAX_INPUT_TOKENS, PromptIds, PromptTokenizer
+from persona.models.prompts import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
 from persona.options import Precision
 
@@ -39,6 +39,7 @@ class FrozenLLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -46,7 +47,10 @@ class FrozenLLM(nn.Module):
         self._recomputes = False
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.tokenizer = PromptTokenizer(
-            tokenizer, is_encoder_decoder=self.is_encoder_decoder, max_input_tokens=max_input_tokens
+            tokenizer,
+            is_encoder_decoder=self.is_encoder_decoder,
+            max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
         )
         self.width: int = self._embeddings().embedding_dim
         self.start_id = decoder_start(model)
@@ -60,6 +64,7 @@ class FrozenLLM(nn.Module):
         folder: ModelFolder,
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
         precision: Precision = "auto",
         device: str | None = None,
     ) -> "FrozenLLM":
@@ -72,7 +77,12 @@ class FrozenLLM(nn.Module):
             loading.llm_class(config), folder, dtype=dtype, attn_implementation=kernel
         )
         tokenizer = loading.load_tokenizer(folder)
-        return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
+        return cls(
+            cast(PreTrainedModel, model.to(chosen)),
+            tokenizer,
+            max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
+        )
 
     def train(self, mode: bool = True) -> "FrozenLLM":
         """Stays in eval mode, so that the LLM's own dropout is off; only recomputation of activations depends on it."""

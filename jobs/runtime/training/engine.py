@@ -54,7 +54,12 @@ def _new_model(settings: WorkerSettings, encoder: "ModelFolder") -> "Personalize
     spec, identity = settings.spec, settings.identity
     llm_folder = local_model(settings.llm, flag="--llm")
     torch.manual_seed(spec.training.seed)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=spec.max_input_tokens, precision=spec.precision)
+    llm = FrozenLLM.load(
+        llm_folder,
+        max_input_tokens=spec.max_input_tokens,
+        max_target_tokens=spec.max_target_tokens,
+        precision=spec.precision,
+    )
     if spec.activation_checkpointing:
         llm.checkpoint_activations()
     plug = Plug(

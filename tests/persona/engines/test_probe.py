@@ -163,7 +163,7 @@ def test_the_probe_notices_an_llm_that_cannot_answer(tmp_path):
 
 @pytest.mark.parametrize("kind", ["falcon", "bart", "opt"])
 def test_recomputed_activations_have_no_dropout(tmp_path, kind):
-    dropout = {name: 0.5 for name in ("dropout", "hidden_dropout", "activation_dropout", "attention_dropout")}
+    dropout = dict.fromkeys(("dropout", "hidden_dropout", "activation_dropout", "attention_dropout"), 0.5)
     falcon = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     llm = load(tiny_llm(tmp_path, kind, **{**KINDS.get(kind, falcon), **dropout}))
     prompts = llm.tokenizer.prompts([PromptText(input=text) for text in INPUTS])
