@@ -86,7 +86,7 @@ def fingerprint(folder: Path) -> str:
             if file.suffix != ".safetensors":
                 digest.update(stream.read())
                 continue
-            start = 8 + _header_bytes(file)
+            start = 8 + check_safetensors(file)
             digest.update(stream.read(start))
             step = max((size - start) // _SAMPLES_PER_FILE, _SAMPLE_BYTES)
             for at in range(start, size, step):
@@ -110,8 +110,8 @@ def _parsed(folder: Path, name: str) -> Any:
         raise InputError(f"{name} is not valid JSON ({error}); copy the file again") from error
 
 
-def _header_bytes(file: Path) -> int:
-    """The length of the header of a safetensors file. Raises InputError when the file is truncated or broken."""
+def check_safetensors(file: Path) -> int:
+    """The length of a safetensors file's header in bytes. Raises InputError when the file is truncated or broken."""
     from safetensors import SafetensorError, safe_open
 
     try:
