@@ -8,6 +8,7 @@
 A user's bucket is `histories.bucket_of`. A worker reads one bucket at a time.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from functools import reduce
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from persona.errors import InputError, StoreMismatch
+from persona.errors import InputError, StoreMismatch, UsageError
 from persona.inputs.cells import TIME
 from persona.inputs.histories import KEY, in_order
 from persona.storage import join
@@ -29,6 +30,8 @@ from persona.store.table import Table, sql_in
 from persona.store.writer import Writer, staged_files
 
 DEFAULT_BUCKETS = 64
+# What delta-rs takes for something else in a local path: it decodes `%20` twice, and a backslash separates folders.
+_MISREAD = re.compile(r"%[0-9A-Fa-f]{2}|[\\\x00-\x1f\x7f\udc80-\udcff]")
 
 
 class Store:
@@ -60,6 +63,7 @@ class Store:
         """
         if n_buckets < 1:
             raise ValueError(f"n_buckets must be at least 1, got {n_buckets}")
+        _check_path(uri)
         properties = identities.to_properties(identity, n_buckets)
         # `behaviors`, with the identity, comes last: once it exists, the store is complete.
         for name in reversed(LAYOUTS):
@@ -241,7 +245,17 @@ class Store:
         return self.table("generations").scan(columns, " AND ".join(where) or None)
 
 
+def _check_path(uri: str) -> None:
+    """Raises UsageError for a local path that delta-rs takes for another one."""
+    if found := _MISREAD.search(uri):
+        raise UsageError(
+            f"the store {uri!r} cannot have {found[0]!r} in its path, which means another path to the table library; "
+            "rename the folder, or give another --store"
+        )
+
+
 def _find(uri: str) -> Store | None:
+    _check_path(uri)
     table = Table.find(join(uri, "behaviors"), "behaviors")
     if table is None:
         return None

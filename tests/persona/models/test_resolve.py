@@ -8,11 +8,11 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import BertModel
+from transformers import AutoModel, BertModel
 
 from persona import storage
 from persona.errors import InputError, StorageError, UsageError
-from persona.models import contents, resolve as models
+from persona.models import contents, loading, resolve as models
 from persona.models.resolve import ModelFolder
 from tests.models import tiny_encoder
 
@@ -301,6 +301,28 @@ def test_a_model_on_s3_has_the_same_fingerprint_and_is_downloaded_once(s3, cache
     assert models.resolve(uri, flag="--encoder").path == found.path
     assert (found.path / "config.json").stat().st_mtime_ns == before
     assert [folder.name for folder in cache.iterdir()] == [found.path.name]
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a?b", "a+b", "é", "100%", "-"])
+def test_a_model_in_a_folder_of_any_name(encoder_folder, tmp_path, name):
+    found = models.resolve(str(shutil.copytree(encoder_folder.path, tmp_path / name)), flag="--encoder")
+    assert (found.path, found.fingerprint) == (tmp_path / name, encoder_folder.fingerprint)
+    loading.load_tokenizer(found)
+    loading.load_model(AutoModel, found, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["a+b", "a=b,c", "a@b&c$d", "it's(1)", "~a!b*c;d:e"])
+def test_a_model_under_an_s3_prefix_of_any_allowed_name(each_s3, cache, encoder_folder, name):
+    storage.copy_folder(str(encoder_folder.path), f"{each_s3}/{name}")
+    found = models.resolve(f"{each_s3}/{name}", flag="--encoder")
+    assert found.fingerprint == encoder_folder.fingerprint
+    loading.load_tokenizer(found)
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a?b", "é"])
+def test_an_s3_prefix_that_a_library_would_misread_is_refused(s3, name):
+    with pytest.raises(UsageError, match=r"--encoder: '.*' contains (a space|the character '.'); use ASCII letters"):
+        models.resolve(f"{s3}/{name}", flag="--encoder")
 
 
 def test_a_retrained_model_at_the_same_prefix_is_downloaded_again(s3, cache, encoder_folder, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from persona import storage
 from persona.engines.local import LocalEngine
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.frozen_llm import FrozenLLM
@@ -228,6 +229,13 @@ def test_broken_weights_are_refused(saved, data):
     for read in (plug_record.read, plug_record.fingerprint, UserPersonas.load):
         with pytest.raises(InputError, match=r"/plug: plug\.safetensors is not a whole safetensors file"):
             read(saved)
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a+b", "é"])
+def test_a_plug_in_a_folder_of_any_name(saved, tmp_path, name):
+    storage.copy_folder(str(saved), str(tmp_path / name))
+    with plug_record.local_plug(str(tmp_path / name), plug_record.fingerprint(saved)) as folder:
+        assert folder == tmp_path / name
 
 
 def test_a_pickle_is_never_read(saved, encoder_folder, llm):
