@@ -145,8 +145,8 @@ def test_a_folder_that_is_overwritten_is_incomplete_until_the_end(saved, encoder
         ('{"a":' * 100_000, "maximum recursion depth exceeded"),
         ("\udcff", "not a valid plug.json .*can't decode byte"),
         ("", "Expecting value"),
-        ('{"format": 1}', "format 1, this version reads format 2; train a new plug"),
-        ('{"format": 2, "options": {}}', "missing"),
+        ('{"format": 1}', "format 1, this version reads format 3; train a new plug"),
+        ('{"format": 3, "options": {}}', "missing"),
     ],
 )
 def test_an_invalid_record_is_refused(saved, text, reason):
