@@ -91,12 +91,12 @@ def read(folder: Path) -> PlugRecord:
         raise InputError(
             f"{folder}: no complete plug here ({RECORD} and {WEIGHTS} are required); train one with jobs.train"
         )
-    record = PlugRecord.from_json((folder / RECORD).read_bytes(), source=str(folder))
     try:
+        text = (folder / RECORD).read_bytes()
         contents.check_safetensors(folder / WEIGHTS)
-    except InputError as error:
+    except (InputError, OSError) as error:
         raise InputError(f"{folder}: {error}") from error
-    return record
+    return PlugRecord.from_json(text, source=str(folder))
 
 
 def fingerprint(folder: Path) -> str:

@@ -192,6 +192,23 @@ def test_broken_json_is_refused(sentences, name, text):
         fingerprint(sentences)
 
 
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt", "model.safetensors"])
+def test_a_file_that_cannot_be_read_is_refused(copy, name):
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to("/proc/self/mem")  # reading it fails for root, too
+    with pytest.raises(InputError, match="--encoder: '.*/copy': .*(Input/output error|not a whole safetensors file)"):
+        fingerprint(copy)
+
+
+def test_links_in_a_circle_are_refused(copy, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (copy / "config.json").unlink()
+    (copy / "config.json").symlink_to(copy / "config.json")
+    for folder, reason in ((tmp_path / "loop", "there is no folder"), (copy, r"it has no config\.json")):
+        with pytest.raises(InputError, match=reason):
+            fingerprint(folder)
+
+
 @pytest.mark.parametrize("path", ["..", "../other", "/etc", None, 3])
 def test_modules_outside_the_folder_are_refused(copy, path):
     (copy / "modules.json").write_text(json.dumps([{"path": path}]))

@@ -231,6 +231,14 @@ def test_broken_weights_are_refused(saved, data):
             read(saved)
 
 
+@pytest.mark.parametrize("name", ["plug.json", "plug.safetensors"])
+def test_a_file_that_cannot_be_read_is_refused(saved, name):
+    (saved / name).unlink()
+    (saved / name).symlink_to("/proc/self/mem")  # reading it fails for root, too
+    with pytest.raises(InputError, match="/plug: .*(Input/output error|not a whole safetensors file)"):
+        plug_record.read(saved)
+
+
 @pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a+b", "é"])
 def test_a_plug_in_a_folder_of_any_name(saved, tmp_path, name):
     storage.copy_folder(str(saved), str(tmp_path / name))
