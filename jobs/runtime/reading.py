@@ -166,8 +166,8 @@ def timeless(counts: Counts) -> int:
 def request_rows(requests: Requests, counts: Counts) -> list[tuple[str, str]]:
     """Rows of a summary about the input of requests: what they lack, and the rejects."""
     n_timeless = timeless(counts)
-    see_all = "the requests without a value see the whole history"
-    null = [("null as_of", f"{n_timeless:,}; {see_all}")] if n_timeless and requests.needs_as_of else []
+    see_all = f"{n_timeless:,} requests see the whole history"
+    null = [("null as_of", see_all)] if n_timeless and requests.needs_as_of else []
     return [*null, *requests.rows(), *reject_rows(counts)]
 
 
