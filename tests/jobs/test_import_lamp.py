@@ -157,8 +157,8 @@ def test_half_a_character_and_an_unreadable_date_cost_no_row(tmp_path: Path) -> 
     summary = main(config)
     assert (summary.exit_code, summary.result["rejects"], summary.result["unreadable_dates"]) == (0, 0, 2)
     assert dict(summary.table)["unreadable dates"] == "2, which count as absent"
-    assert [one["query"] for one in rows(config, "requests.parquet")][0] == "half of \ufffd and \ufffd"
-    assert [one["target"] for one in rows(config, "requests.parquet")][0] == "a gold \ufffd"
+    assert next(one["query"] for one in rows(config, "requests.parquet")) == "half of \ufffd and \ufffd"
+    assert next(one["target"] for one in rows(config, "requests.parquet")) == "a gold \ufffd"
     behavior = rows(config, "histories.parquet")[1]
     assert (behavior["behavior_id"], behavior["timestamp"]) == ("00001:\ufffd", None)
     assert behavior["text"].startswith("also \ufffd ")
