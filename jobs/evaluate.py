@@ -156,7 +156,7 @@ def _inputs(config: Config) -> _Inputs:
         rejected=config.rejected,
     )
     store = Store.open(target)
-    plug = plugs.find_plug(store, config.plug, config.models)
+    plug = plugs.find_plug(store, config.plug, config.models, retrieved_tokens=config.retrieval.front_tokens)
     histories = retrieval.plan(config.past_texts, config.form)
     return _Inputs(requests=requests, store=store, plug=plug, histories=histories, out=out)
 
@@ -233,6 +233,7 @@ def _metric(config: Config, targets: Sequence[str]) -> Metric:
 def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
     """The plug, models and table versions behind the numbers."""
     return {
+        "store": store.uri,
         "plug_fingerprint": plug.fingerprint,
         "plug_options": asdict(plug.record.options),
         "llm": plug.record.llm,
@@ -292,7 +293,10 @@ def _summary(config: Config, inputs: _Inputs, metrics: Mapping[str, Any], counts
 def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     from persona.report.wording import RANKINGS
 
-    rows = [("requests", f"{metrics['requests']:,} of {metrics['users']:,} users")]
+    rows = [
+        ("requests", f"{metrics['requests']:,} of {metrics['users']:,} users"),
+        ("store", metrics["settings"]["store"]),
+    ]
     if metrics["limited"]:
         rows.append(("warning", "--limit was given: these numbers are not of all requests"))
     for persona, loss in metrics["loss"].items():

@@ -117,7 +117,13 @@ def _inputs(config: Config) -> _Inputs:
     storage.check_reachable(target, flag="--store", write=True)
     requests = find_requests(config.requests, config.form, flag="--requests", needs_target=False)
     store = Store.open(target)
-    plug = plugs.find_plug(store, config.plug, config.models)
+    plug = plugs.find_plug(
+        store,
+        config.plug,
+        config.models,
+        retrieved_tokens=config.retrieval.front_tokens,
+        max_new_tokens=config.decoding.max_new_tokens,
+    )
     return _Inputs(requests=requests, store=store, plug=plug, histories=retrieval.plan(config.past_texts, config.form))
 
 
@@ -239,7 +245,7 @@ def _summary(config: Config, inputs: _Inputs, counts: Counts, seconds: float) ->
         ("already answered", f"{result['already_answered']:,}{stale}"),
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
         ("seconds", f"{seconds:,.1f}"),
-        ("store", f"{store.uri}, generations version {result['version']}"),
+        ("store", f"{store.label}, generations version {result['version']}"),
         *reading.request_rows(inputs.requests, counts),
     ]
     return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))

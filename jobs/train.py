@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, profile, retrieval, session
+from jobs.runtime import cli, cost, plugs, profile, retrieval, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Requests, find_requests
 from jobs.runtime.job_options import FLAT, InputRows, PastTexts, RequestFormat
@@ -22,7 +22,15 @@ from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
 from persona.errors import PlugMismatch, UsageError
-from persona.options import CostOptions, PlugOptions, Precision, RetrievalOptions, TrainingOptions, check_at_least
+from persona.options import (
+    CostOptions,
+    PlugOptions,
+    Precision,
+    RetrievalOptions,
+    Select,
+    TrainingOptions,
+    check_at_least,
+)
 
 if TYPE_CHECKING:
     from persona.models.resolve import ModelFolder
@@ -50,7 +58,9 @@ class Config:
     validation_rows: int = 512
     """Use at most this many held-out requests."""
     validate_every: int = 100
-    """Validate and save a checkpoint after this many steps; the best checkpoint becomes the plug."""
+    """Validate and save a checkpoint after this many steps."""
+    select: Select = "best"
+    """Whose weights become the plug: the checkpoint with the lowest held-out loss, or the last step (as in PPlug)."""
     llm: str = "google/flan-t5-xxl"
     """Hub id or folder (local, s3://) of an encoder-decoder or decoder-only LLM with safetensors weights."""
     llm_revision: str = "main"
@@ -62,7 +72,9 @@ class Config:
     max_query_tokens: int = 276
     """Cut each query after this many tokens."""
     max_input_tokens: int = 256
-    """Cut each input, and each target, after this many tokens."""
+    """Cut each input after this many tokens."""
+    max_target_tokens: int = 256
+    """Cut each target after this many tokens, end of sequence included."""
     max_behaviors: int = 512
     """Use only this many of a user's latest behaviors."""
     precision: Precision = "auto"
@@ -91,9 +103,8 @@ class Config:
         self.past_texts.check_used_by(self.retrieval)
         check_at_least(self, 1, "workers")
         self.training.check_workers(self.workers or 1)
-        check_at_least(
-            self, 1, "validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"
-        )
+        check_at_least(self, 1, "validation_rows", "validate_every")
+        check_at_least(self, 1, "max_query_tokens", "max_input_tokens", "max_target_tokens", "max_behaviors")
         check_at_least(self, 0, "max_failures")
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction {self.validation_fraction}: must be above 0 and below 1")
@@ -146,9 +157,11 @@ def _spec(config: Config) -> RunSpec:
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         validate_every=config.validate_every,
+        select=config.select,
         query_prefix=config.query_prefix,
         max_query_tokens=config.max_query_tokens,
         max_input_tokens=config.max_input_tokens,
+        max_target_tokens=config.max_target_tokens,
         max_behaviors=config.max_behaviors,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
@@ -173,7 +186,12 @@ def _inputs(config: Config) -> TrainingInputs:
     encoder = store_encoder(store.identity, config.encoder)
     llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
     loading.check_encoder(encoder)
-    loading.check_llm(llm)
+    plugs.check_llm(
+        llm,
+        max_input_tokens=config.max_input_tokens,
+        n_soft=config.plug_options.n_soft,
+        retrieved_tokens=config.retrieval.front_tokens,
+    )
     return TrainingInputs(
         store=store,
         encoder=encoder,

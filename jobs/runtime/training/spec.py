@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job_options import PastTexts, RequestFormat
-from persona.options import PlugOptions, Precision, RetrievalOptions, TrainingOptions
+from persona.options import PlugOptions, Precision, RetrievalOptions, Select, TrainingOptions
 
 if TYPE_CHECKING:
     from jobs.runtime.tally import Tally
@@ -22,6 +22,7 @@ _FIXED = (
     "query_prefix",
     "max_query_tokens",
     "max_input_tokens",
+    "max_target_tokens",
     "max_behaviors",
     "precision",
     "limit",
@@ -44,9 +45,11 @@ class RunSpec:
     validation_fraction: float
     validation_rows: int
     validate_every: int
+    select: Select
     query_prefix: str
     max_query_tokens: int
     max_input_tokens: int
+    max_target_tokens: int
     max_behaviors: int
     precision: Precision
     activation_checkpointing: bool
