@@ -67,6 +67,7 @@ def read_requests(
     tally: Tally,
     job: str,
     needs_target: bool,
+    blank_targets: bool,
     rejected: str | None,
 ) -> "Iterator[pa.Table]":
     """The valid requests of a split; the others go to the `rejects` table."""
@@ -77,6 +78,7 @@ def read_requests(
         requests.validate,
         n_buckets=store.n_buckets,
         needs_target=needs_target,
+        blank_targets=blank_targets,
         columns=columns,
         needs_as_of=needs_as_of,
         job=job,
