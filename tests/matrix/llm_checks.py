@@ -13,7 +13,7 @@ from torch import Tensor
 from persona.errors import PersonaError
 from tests.llms import Family
 from tests.matrix.findings import Findings, message
-from tests.matrix.ours import OurLLM, refusal
+from tests.matrix.ours import OurLLM
 from tests.matrix.plain import PlainLLM
 from tests.matrix.requests import Request, sample_requests
 
@@ -40,14 +40,12 @@ Check = Callable[[Pair], Iterator[str]]
 
 def check_llm(family: Family, folder: Path, checks: Sequence[Check]) -> Findings:
     """Runs the checks on the LLM in the folder."""
-    if error := refusal(folder):
-        return Findings(refused=message(error, folder))
     failures: list[str] = []
     limits: list[str] = []
     try:
         ours, plain = OurLLM(folder), PlainLLM(folder, seq2seq=family.seq2seq)
     except PersonaError as error:
-        return Findings(failures=[f"refused too late: {message(error, folder)}"])
+        return Findings(refused=message(error, folder))
     if ours.needs_one_prompt_length:
         limits.append("one prompt length a batch")
     pair = Pair(folder=folder, ours=ours, plain=plain, requests=sample_requests(plain.word_ids()))
@@ -75,8 +73,10 @@ def losses(pair: Pair) -> Iterator[str]:
         with torch.no_grad():
             alone = torch.cat([pair.ours.losses([request]) for request in requests])
             together = pair.ours.losses(requests)
+            cached = pair.ours.losses(requests, cache_before=True)
         yield from _difference(f"{name}, alone", alone, expected)
         yield from _difference(f"{name}, in a padded batch", together, expected)
+        yield from _difference(f"{name}, with the texts in a cache", cached, expected)
 
 
 def gradients(pair: Pair) -> Iterator[str]:

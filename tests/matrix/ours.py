@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from jobs.runtime import plugs
+from persona.engines import probe
 from persona.engines.base import Prompt
 from persona.engines.local import LocalEngine
-from persona.errors import PersonaError
-from persona.models import loading
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptText
 from persona.models.resolve import resolve
@@ -19,20 +19,17 @@ from tests.matrix.requests import Request
 _ALL_TEXTS = 10_000
 
 
-def refusal(folder: Path) -> PersonaError | None:
-    """The error with which a job refuses the LLM in the folder before work begins."""
-    try:
-        loading.check_llm(resolve(str(folder), flag="--llm"))
-    except PersonaError as error:
-        return error
-    return None
-
-
 class OurLLM:
-    """An LLM of a folder, with its engine for answers."""
+    """An LLM of a folder as the jobs check and load it, with its engine for answers.
+
+    Raises PersonaError when it is refused.
+    """
 
     def __init__(self, folder: Path, *, precision: Precision = "fp32") -> None:
-        self.llm = FrozenLLM.load(resolve(str(folder), flag="--llm"), precision=precision, device="cpu")
+        found = resolve(str(folder), flag="--llm")
+        plugs.check_llm(found, max_input_tokens=64, n_soft=3, retrieved_tokens=64, max_new_tokens=32)
+        self.llm = FrozenLLM.load(found, precision=precision, device="cpu")
+        probe.check_llm(self.llm)
         self.engine = LocalEngine(self.llm, batch_size=8)
         # Answers are compared by their tokens: different tokens may have the same text.
         self.engine.tokenizer.decode = lambda ids: " ".join(map(str, ids))
@@ -40,7 +37,7 @@ class OurLLM:
     @property
     def needs_one_prompt_length(self) -> bool:
         """Whether prompts of different lengths are answered in different batches."""
-        return not getattr(self.llm, "can_mask_padding", True)
+        return not self.llm.can_mask_padding
 
     def checkpoint_activations(self) -> None:
         """Recomputes activations from now on."""
@@ -51,11 +48,13 @@ class OurLLM:
         ids = torch.tensor([list(request.soft_ids) for request in requests], dtype=torch.long)
         return self.llm.embed(ids).detach()
 
-    def losses(self, requests: Sequence[Request], soft_BSD: Tensor | None = None) -> Tensor:
-        """The summed negative log-likelihood (B,) of each target."""
+    def losses(
+        self, requests: Sequence[Request], soft_BSD: Tensor | None = None, *, cache_before: bool = False
+    ) -> Tensor:
+        """The summed negative log-likelihood (B,) of each target; with a cache of what is in front of soft tokens."""
         soft_BSD = self.soft_tokens(requests) if soft_BSD is None else soft_BSD
         targets = self.llm.tokenizer.targets([request.target for request in requests])
-        return self.llm.nll(soft_BSD, self._prompts(requests), targets)
+        return self.llm.nll(soft_BSD, self._prompts(requests), targets, cache_before=cache_before)
 
     def gradient(self, requests: Sequence[Request]) -> Tensor:
         """The gradient (B, S, D) of the sum of losses."""

@@ -67,6 +67,7 @@ class PlainLLM:
         prompt = self.prompt(request)
         if self.seq2seq:
             labels = self.tokenizer(text_target=request.target)["input_ids"]
+            labels += [] if self.closing else [self.tokenizer.eos_token_id]
             logits = self.model(input_ids=torch.tensor([prompt]), labels=torch.tensor([labels])).logits[0]
         else:
             labels = [*self.ids(request.target), self.tokenizer.eos_token_id]
