@@ -38,23 +38,26 @@ class Pair:
 Check = Callable[[Pair], Iterator[str]]
 
 
+def new_pair(family: Family, folder: Path) -> Pair:
+    """The LLM in the folder. Raises PersonaError when this project refuses it."""
+    ours, plain = OurLLM(folder), PlainLLM(folder, seq2seq=family.seq2seq)
+    return Pair(folder=folder, ours=ours, plain=plain, requests=sample_requests(plain.word_ids()))
+
+
 def check_llm(family: Family, folder: Path, checks: Sequence[Check]) -> Findings:
     """Runs the checks on the LLM in the folder."""
-    failures: list[str] = []
-    limits: list[str] = []
     try:
-        ours, plain = OurLLM(folder), PlainLLM(folder, seq2seq=family.seq2seq)
+        pair = new_pair(family, folder)
     except PersonaError as error:
         return Findings(refused=message(error, folder))
-    if ours.needs_one_prompt_length:
-        limits.append("one prompt length a batch")
-    pair = Pair(folder=folder, ours=ours, plain=plain, requests=sample_requests(plain.word_ids()))
+    failures: list[str] = []
+    limits = ["one prompt length a batch"] if pair.ours.needs_one_prompt_length else []
     for check in checks:
         try:
             failures += [f"{check.__name__}: {finding}" for finding in check(pair)]
         except Exception as error:  # noqa: BLE001 - a crash is a finding like any other
             if isinstance(error, PersonaError) and check in OPTIONS:
-                limits.append(f"no {OPTIONS[check]}: {message(error, folder)}")
+                limits.append(f"no {OPTIONS[check]} ({message(error, folder)})")
             else:
                 failures.append(f"{check.__name__}: {type(error).__name__}: {message(error, folder)}")
     return Findings(failures=failures, limits=limits)

@@ -54,6 +54,9 @@ in different batches.
 """
 
 
+_COLUMNS = 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A model on the page."""
@@ -78,6 +81,12 @@ def main() -> int:
     if not only:
         PAGE.write_text("\n".join([_INTRODUCTION, *(f"{head}\n\n{_table(table)}\n" for head, table in tables.items())]))
     return any(row.verdict.startswith("fails") for row in rows)
+
+
+def read() -> dict[str, str]:
+    """The verdict on each model of the page."""
+    rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in PAGE.read_text().splitlines()]
+    return {row[0]: row[-1] for row in rows if len(row) == _COLUMNS}
 
 
 def _llm_rows(families: Sequence[Family], only: str) -> Iterator[Row]:
