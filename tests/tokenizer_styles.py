@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from tests.chats import chat_tokenizer
+
 WORDS = (
     "the",
     "a",
@@ -86,7 +88,9 @@ STYLES = {
 
 
 def new_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of a style in `STYLES`."""
+    """A tokenizer of a style in `STYLES`, or with a chat template, like `chat: gemma`, of `tests.chats`."""
+    if name.startswith("chat: "):
+        return chat_tokenizer(name.removeprefix("chat: "))
     style = STYLES[name]
     tokenizer = Tokenizer(_unigram(style.special) if style.unigram else _byte_pairs(style.special))
     if style.unigram:

@@ -135,6 +135,16 @@ def answers(pair: Pair) -> Iterator[str]:
                     yield f"{beams} beams, {name}, {texts} texts: {found[row]}, transformers {expected[row]}"
 
 
+def soft_first(pair: Pair) -> Iterator[str]:
+    """The loss with the soft tokens in front of all text."""
+    ours = OurLLM(pair.folder, soft_first=True)
+    plain = PlainLLM(pair.folder, seq2seq=pair.plain.seq2seq, soft_first=True)
+    expected = torch.tensor([plain.loss(request) for request in pair.requests])
+    with torch.no_grad():
+        found = ours.losses(pair.requests)
+    yield from _difference("loss", found, expected)
+
+
 def checkpointing(pair: Pair) -> Iterator[str]:
     """Recomputing activations changes neither losses nor gradients."""
     recomputing = OurLLM(pair.folder)
@@ -159,7 +169,7 @@ def bf16(pair: Pair) -> Iterator[str]:
 
 
 SHORT: list[Check] = [losses, gradients, answers]
-LONG: list[Check] = [depends, *SHORT, checkpointing, bf16]
+LONG: list[Check] = [depends, *SHORT, soft_first, checkpointing, bf16]
 OPTIONS: dict[Check, str] = {checkpointing: "activation checkpointing", bf16: "bf16"}
 """What an LLM may refuse and still work."""
 

@@ -13,7 +13,7 @@ from persona.engines.local import LocalEngine
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptText
 from persona.models.resolve import resolve
-from persona.options import Decoding, Precision
+from persona.options import Decoding, Precision, PromptOptions
 from tests.matrix.requests import Request
 
 _ALL_TEXTS = 10_000
@@ -25,10 +25,11 @@ class OurLLM:
     Raises PersonaError when it is refused.
     """
 
-    def __init__(self, folder: Path, *, precision: Precision = "fp32") -> None:
+    def __init__(self, folder: Path, *, precision: Precision = "fp32", soft_first: bool = False) -> None:
         found = resolve(str(folder), flag="--llm")
-        plugs.check_llm(found, max_input_tokens=64, n_soft=3, retrieved_tokens=64, max_new_tokens=32)
-        self.llm = FrozenLLM.load(found, precision=precision, device="cpu")
+        prompt = PromptOptions(soft_position="start" if soft_first else "input")
+        plugs.check_llm(found, max_input_tokens=64, prompt=prompt, n_soft=3, retrieved_tokens=64, max_new_tokens=32)
+        self.llm = FrozenLLM.load(found, prompt=prompt, precision=precision, device="cpu")
         probe.check_llm(self.llm)
         self.engine = LocalEngine(self.llm, batch_size=8)
         # Answers are compared by their tokens: different tokens may have the same text.

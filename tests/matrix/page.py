@@ -46,7 +46,7 @@ Checked for each, in float32, for requests of different lengths:
 - the gradient to each soft token, also against finite differences,
 - greedy and 4-beam answers under the `generation_config.json` of the folder,
 - all of these alone and in a padded batch,
-- the loss in bf16, and the loss and gradient with `--activation-checkpointing`.
+- the loss with `--soft-position start`, in bf16, and the loss and gradient with `--activation-checkpointing`.
 
 The soft tokens are the embeddings of words, so that `transformers` can be given the same request as token ids.
 "One prompt length a batch" means that padding would change the answers, so prompts of different lengths are answered

@@ -1,4 +1,4 @@
-"""The reference: plain transformers, token ids only, one request at a time, no padding and no cache of ours."""
+"""The reference: plain transformers, token ids only, one request at a time, without padding."""
 
 from pathlib import Path
 
@@ -12,13 +12,16 @@ from tests.matrix.requests import Request
 class PlainLLM:
     """An LLM and its tokenizer as `from_pretrained` loads them."""
 
-    def __init__(self, folder: Path, *, seq2seq: bool, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, *, seq2seq: bool, dtype: torch.dtype = torch.float32, soft_first: bool = False
+    ) -> None:
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        self.seq2seq = seq2seq
+        self.seq2seq, self.soft_first = seq2seq, soft_first
         self.model = auto.from_pretrained(folder, dtype=dtype).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         words, whole = self.ids("it"), self.tokenizer("it")["input_ids"]
         start = whole.index(words[0])
+        self.is_chat = not seq2seq and self.tokenizer.chat_template is not None
         self.opening, self.closing = whole[:start], whole[start + len(words) :]
 
     def ids(self, text: str) -> list[int]:
@@ -31,9 +34,38 @@ class PlainLLM:
 
     def prompt(self, request: Request) -> list[int]:
         """What the LLM reads, with words in the places of the soft tokens."""
+        before, after = self._parts(request)
+        return [*before, *request.soft_ids, *after]
+
+    def _parts(self, request: Request) -> tuple[list[int], list[int]]:
+        """What is in front of the soft tokens and behind them."""
         end = [] if self.seq2seq else self.ids("\n")
-        closing = self.closing if self.seq2seq else []
-        return [*self.opening, *self._texts(request), *request.soft_ids, *self.ids(request.input), *closing, *end]
+        if not self.is_chat:
+            texts = [token for text in request.texts for token in [*self.ids(text), *end]]
+            closing = self.closing if self.seq2seq else []
+            text = [*self.ids(request.input), *closing, *end]
+            return (self.opening, [*texts, *text]) if self.soft_first else ([*self.opening, *texts], text)
+        content = "".join(f"{text}\n" for text in request.texts) + request.input
+        chat = [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        start = text.rindex(request.input)
+        at = next(i for i, (_, stop) in enumerate(encoded["offset_mapping"]) if stop > start)
+        if self.soft_first:
+            at = int(encoded["input_ids"][0] == self.tokenizer.bos_token_id and self.opening != [])
+        return encoded["input_ids"][:at], encoded["input_ids"][at:]
+
+    def labels(self, request: Request) -> list[int]:
+        """What the LLM is to answer."""
+        if self.seq2seq:
+            ids = self.tokenizer(text_target=request.target)["input_ids"]
+            return ids if self.closing else [*ids, self.tokenizer.eos_token_id]
+        if not self.is_chat:
+            return [*self.ids(request.target), self.tokenizer.eos_token_id]
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": request.target}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        behind = self.ids(text[text.rindex(request.target) + len(request.target) :])
+        return [*self.ids(request.target), next(token for token in behind if token in self.tokenizer.all_special_ids)]
 
     @torch.no_grad()
     def loss(self, request: Request) -> float:
@@ -58,26 +90,19 @@ class PlainLLM:
         self._loss(request).backward()
         for hook in hooks:
             hook.remove()
-        start = len(self.opening) + len(self._texts(request))
+        start = len(self._parts(request)[0])
         soft = slice(start, start + len(request.soft_ids))
         scale = soft_SD.norm() / seen[0][0, soft].norm()
         return seen[0].grad[0, soft] / scale
 
     def _loss(self, request: Request) -> Tensor:
-        prompt = self.prompt(request)
+        prompt, labels = self.prompt(request), self.labels(request)
         if self.seq2seq:
-            labels = self.tokenizer(text_target=request.target)["input_ids"]
-            labels += [] if self.closing else [self.tokenizer.eos_token_id]
             logits = self.model(input_ids=torch.tensor([prompt]), labels=torch.tensor([labels])).logits[0]
         else:
-            labels = [*self.ids(request.target), self.tokenizer.eos_token_id]
             row = torch.tensor([[*prompt, *labels]])
             logits = self.model(input_ids=row, use_cache=False).logits[0, -len(labels) - 1 : -1]
         return nn.functional.cross_entropy(logits.float(), torch.tensor(labels), reduction="sum")
-
-    def _texts(self, request: Request) -> list[int]:
-        end = [] if self.seq2seq else self.ids("\n")
-        return [token for text in request.texts for token in [*self.ids(text), *end]]
 
     def answer(self, request: Request, *, beams: int, max_new_tokens: int) -> list[int]:
         """The tokens that `generate` adds, up to the end, without special tokens."""
