@@ -17,6 +17,7 @@ Pooling = Literal["cls", "mean"]
 Precision = Literal["auto", "bf16", "fp32"]
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
 class PersonaKind(StrEnum):

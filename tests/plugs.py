@@ -82,7 +82,9 @@ def new_model(
 def new_answerer(model: PersonalizedLLM, *, batch_size: int = 32) -> Answerer:
     """The same plug and LLM, answering with the local engine."""
     engine = LocalEngine(model.llm, batch_size=batch_size)
-    return Answerer(model.plug, engine, model.query_text, batch_size=batch_size, prefix_tokens=model.prefix_tokens)
+    return Answerer(
+        model.plug, engine, model.query_text, batch_size=batch_size, retrieved_tokens=model.retrieved_tokens
+    )
 
 
 def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> PlugRecord:

@@ -224,7 +224,9 @@ def encoded(encoder: str, rows: Sequence[Row], change: str = "new") -> pa.Table:
     places = {"_row": pa.array(range(len(rows))), "_source": pa.repeat("test", len(rows))}
     for name, values in places.items():
         table = table.append_column(name, values)
-    good, bad = histories.validate(Records(table=table, rejects=rejects("", [], [], [])), histories.Columns(), BUCKETS)
+    good, bad = histories.validate(
+        Records(table=table, rejects=rejects("", [], [], []), first_schema=table.schema), histories.Columns(), BUCKETS
+    )
     assert bad.num_rows == 0
     # Each text in a batch of its own: no vector depends, in its last bits, on what the others have written.
     folder = resolve(encoder, flag="--encoder")

@@ -21,6 +21,7 @@ def start_engine(
     settings: WorkerSettings, encoder: "ModelFolder", last_checkpoint: Path | None
 ) -> "tuple[Any, Progress]":
     """The engine over plug and frozen LLM, and the progress of the run; all workers call it together."""
+    from persona.engines import probe
     from persona.training import checkpoint
     from persona.training.deepspeed import deepspeed_settings, new_engine
 
@@ -35,6 +36,7 @@ def start_engine(
         progress = checkpoint.load_weights(model, last_checkpoint)
         plug.token_norm, plug.scale = progress.token_norm, progress.scale
     engine = new_engine(model, options, deepspeed_settings(options, settings.n_workers))
+    probe.check_llm(model.llm)
     if last_checkpoint is not None:
         checkpoint.load_moments(engine, last_checkpoint, step=progress.step)
     return engine, progress

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import reading, retrieval
 from jobs.runtime.cli import Summary
+from jobs.runtime.inputs import Requests
 from jobs.runtime.tally import Counts
 
 if TYPE_CHECKING:
@@ -75,7 +76,13 @@ def _selected(result: Any, select: "Select") -> Any:
 
 
 def summary(
-    published: Published, counts: Counts, *, global_batch: int, seconds: float, max_reject_fraction: float
+    published: Published,
+    counts: Counts,
+    requests: Requests,
+    *,
+    global_batch: int,
+    seconds: float,
+    max_reject_fraction: float,
 ) -> Summary:
     """The summary of the job."""
     joined = counts.get("join", {})
@@ -93,6 +100,8 @@ def summary(
         "validation_loss": round(published.validation_loss, 5),
         "trained_parameters": published.n_parameters,
         "without_history": n_without_history,
+        "without_as_of": reading.timeless(counts),
+        **requests.facts(),
         "untimed_behaviors": int(joined.get("untimed", 0)),
         "repeated_ids": int(joined.get("repeated", 0)),
         "rejects": int(counts.get("read", {}).get("rejects", 0)),
@@ -110,7 +119,7 @@ def summary(
         ("plug", f"{published.uri} ({published.fingerprint[:12]})"),
         ("seconds", f"{seconds:,.1f}"),
         *retrieval.summary_rows(counts),
-        *reading.reject_rows(counts),
+        *reading.request_rows(requests, counts),
     ]
     return Summary(table=table, result=answer, exit_code=reading.exit_code(counts, max_reject_fraction))
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime.job_options import PastTexts
+from jobs.runtime.job_options import PastTexts, RequestFormat
 from persona.options import PlugOptions, Precision, RetrievalOptions, Select, TrainingOptions
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from persona.store.identity import Identity
 
 # Options whose defaults mean "off", so that a run from before one of them can be resumed.
-OPTIONS = (PlugOptions, TrainingOptions, RetrievalOptions, PastTexts)
+OPTIONS = (PlugOptions, TrainingOptions, RetrievalOptions, PastTexts, RequestFormat)
 # What else must stay the same when a run is resumed.
 _FIXED = (
     "requests",
@@ -39,6 +39,7 @@ class RunSpec:
     retrieval: RetrievalOptions
     past_texts: PastTexts
     requests: str
+    form: RequestFormat
     limit: int | None
     validation: str | None
     validation_fraction: float
@@ -55,7 +56,7 @@ class RunSpec:
 
     def fixed(self) -> dict[str, Any]:
         """What must stay the same when the run is resumed, by name."""
-        options = (self.plug_options, self.training, self.retrieval, self.past_texts)
+        options = (self.plug_options, self.training, self.retrieval, self.past_texts, self.form)
         values = {name: value for part in options for name, value in asdict(part).items()}
         return values | {name: getattr(self, name) for name in _FIXED}
 
