@@ -81,6 +81,34 @@ def test_a_column_of_the_wrong_type(refused: Any, embedding: dict[str, str], tra
     assert "column 'as_of'" in refused(train, **training)
 
 
+def test_a_misspelled_optional_column(
+    refused: Any, embedding: dict[str, str], training: dict[str, str], generating: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [{("asof" if name == "as_of" else name): value for name, value in row.items()} for row in requests()]
+    write(training["requests"], rows)
+    for job, flags in ((train, training), (generate, generating), (evaluate, {**generating, "out": str(tmp_path)})):
+        for more in ({}, {"dry_run": True}):
+            said = refused(job, **flags, **more)
+            assert "has no column 'as_of', but 'asof'" in said
+            assert "--request-columns as_of=asof" in said
+    write(embedding["histories"], [{"user_id": "u", "text": "t", "time_stamp": 1}])
+    assert "--columns timestamp=time_stamp" in refused(embed, **embedding)
+
+
+def test_a_file_that_cannot_be_read(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("user_id,text\n")
+    said = refused(embed, **{**embedding, "histories": str(tmp_path)}, sync=True)
+    assert "'more.csv'" in said
+    assert "--exclude '*.csv'" in said
+
+
+def test_a_store_in_a_folder_that_deltalake_would_misread(
+    refused: Any, embedding: dict[str, str], tmp_path: Path
+) -> None:
+    said = refused(embed, **{**embedding, "store": str(tmp_path / "new%20store")})
+    assert "cannot hold tables: deltalake would read '%20' as another character" in said
+
+
 def test_an_unknown_flag_and_an_unknown_key(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
     assert refused(embed, **embedding, actor=2).strip() == "error: unknown flag --actor; did you mean --actors?"
     config = tmp_path / "config.yaml"
