@@ -155,6 +155,7 @@ def _inputs(config: Config) -> _Inputs:
     requests.check_columns(splits, needs_target=True, rejected=config.rejected)
     store = Store.open(target)
     plug = plugs.find_plug(store, config.plug, config.models)
+    plugs.check_requests(plug, splits)
     return _Inputs(splits=splits, store=store, plug=plug, histories=retrieval.plan(config.past_texts), out=out)
 
 

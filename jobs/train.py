@@ -4,10 +4,11 @@ Reads `--requests` (and `--validation`) and `<store>/behaviors`; writes checkpoi
 end, the plug folder `--plug`. The same `--run` again resumes at the last checkpoint.
 """
 
+import json
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from jobs.runtime import cli, cost, profile, retrieval, session
@@ -16,12 +17,20 @@ from jobs.runtime.job_options import FLAT, InputRows, PastTexts
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.training.inputs import TrainingInputs, join_and_split
-from jobs.runtime.training.publish import publish, summary
+from jobs.runtime.training.publish import prompt_example, publish, summary
 from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
 from persona.errors import PlugMismatch, UsageError
-from persona.options import CostOptions, PlugOptions, Precision, RetrievalOptions, TrainingOptions, check_at_least
+from persona.options import (
+    CostOptions,
+    PlugOptions,
+    Precision,
+    PromptOptions,
+    RetrievalOptions,
+    TrainingOptions,
+    check_at_least,
+)
 
 if TYPE_CHECKING:
     from persona.inputs.splits import Split
@@ -70,6 +79,7 @@ class Config:
     activation_checkpointing: bool = False
     """Recompute the LLM's activations in the backward pass: a fraction of the memory for a third more time."""
     plug_options: Annotated[PlugOptions, FLAT] = field(default_factory=PlugOptions)
+    prompt: Annotated[PromptOptions, FLAT] = field(default_factory=PromptOptions)
     training: Annotated[TrainingOptions, FLAT] = field(default_factory=TrainingOptions)
     retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
     past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
@@ -103,10 +113,11 @@ class Config:
 def main(config: Config) -> Summary:
     """Runs the job."""
     started = time.perf_counter()
-    spec, inputs = _spec(config), _inputs(config)
+    inputs = _inputs(config)
+    spec = _spec(config, _prompt(config, inputs))
     run = Run.find(spec, inputs)
     if config.dry_run:
-        return _plan(config, inputs, resumes=run.record is not None)
+        return _plan(config, spec, inputs, resumes=run.record is not None)
     machines = session.connect()
     n_workers = config.workers or machines.gpus or 1
     config.training.check_workers(n_workers)
@@ -129,12 +140,24 @@ def main(config: Config) -> Summary:
     return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 
-def _spec(config: Config) -> RunSpec:
+def _prompt(config: Config, inputs: TrainingInputs) -> PromptOptions:
+    """How requests are written for this LLM. Raises UsageError when its tokenizer or the requests do not fit."""
+    from persona.inputs.requests import have_system
+    from persona.models.prompts import PromptTokenizer
+
+    tokenizer = PromptTokenizer.load(inputs.llm, max_input_tokens=config.max_input_tokens, prompt=config.prompt)
+    if have_system(inputs.requests) or (inputs.validation and have_system(inputs.validation)):
+        tokenizer.check_system_column()
+    return tokenizer.options
+
+
+def _spec(config: Config, prompt: PromptOptions) -> RunSpec:
     """The part of the configuration that defines the plug."""
     return RunSpec(
         run=config.run,
         plug_options=config.plug_options,
         training=config.training,
+        prompt=prompt,
         retrieval=config.retrieval,
         past_texts=config.past_texts,
         requests=config.requests,
@@ -208,7 +231,7 @@ def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
     return folder
 
 
-def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
+def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: bool) -> Summary:
     """The summary of a dry run."""
     from persona.cost import tokens_of_text, training_flops
 
@@ -229,7 +252,11 @@ def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
             epochs=config.training.epochs,
         )
     )
-    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+    example = prompt_example(spec, inputs)
+    plan = Summary(
+        table=[("would", would), ("the LLM reads", json.dumps(example, ensure_ascii=False))],
+        result={"dry_run": True, "would": would, "prompt": asdict(spec.prompt), "prompt_example": example},
+    )
     return cost.planned(plan, config.cost, flops=flops, if_all="for the whole run, with inputs of full length")
 
 

@@ -119,7 +119,11 @@ def load_plug(
         llm_folder = models.resolve(llm or record.llm["name"], revision=record.llm["revision"], flag="llm")
         plug_record.check_models(record, encoder=encoder_folder, llm=llm_folder)
         frozen = FrozenLLM.load(
-            llm_folder, max_input_tokens=record.max_input_tokens, precision=precision, device=device
+            llm_folder,
+            max_input_tokens=record.max_input_tokens,
+            prompt=record.prompt,
+            precision=precision,
+            device=device,
         )
         model = plug_folder.load(folder, encoder=encoder_folder, llm=frozen)
     return LoadedPlug(model, record, store, encoder_folder)

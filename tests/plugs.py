@@ -82,7 +82,9 @@ def new_model(
 def new_answerer(model: PersonalizedLLM, *, batch_size: int = 32) -> Answerer:
     """The same plug and LLM, answering with the local engine."""
     engine = LocalEngine(model.llm, batch_size=batch_size)
-    return Answerer(model.plug, engine, model.query_text, batch_size=batch_size, prefix_tokens=model.prefix_tokens)
+    return Answerer(
+        model.plug, engine, model.query_text, batch_size=batch_size, retrieved_tokens=model.retrieved_tokens
+    )
 
 
 def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> PlugRecord:
@@ -100,6 +102,7 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
         query_prefix="Represent: ",
         max_query_tokens=64,
         max_input_tokens=256,
+        prompt=model.llm.tokenizer.options,
         max_behaviors=512,
         training={
             "run": "a run",
@@ -113,7 +116,9 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
 def save(folder: Path, model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> Path:
     """Writes this model's plug into a folder, and returns the folder."""
     record = record_of(model, encoder, llm)
-    plug_folder.save(folder, model.plug.state_dict(), record, plug_record.card(record))
+    plug_folder.save(
+        folder, model.plug.state_dict(), record, plug_record.card(record, example=model.llm.tokenizer.example(n_soft=3))
+    )
     return folder
 
 

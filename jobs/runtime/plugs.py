@@ -1,6 +1,6 @@
 """The trained plug that a job uses: found and checked on the driver, loaded by the workers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from jobs.runtime.job_options import PlugModels
 from persona.errors import PlugMismatch
 
 if TYPE_CHECKING:
+    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.options import Engine, Precision
     from persona.plug.answerer import Answerer
@@ -77,6 +78,16 @@ def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
     return plug
 
 
+def check_requests(plug: PlugRef, requests: "Sequence[Split]") -> None:
+    """Raises UsageError when requests have system texts, and the plug's prompts no place for them."""
+    from persona.inputs.requests import have_system
+    from persona.models.prompts import PromptTokenizer
+
+    if have_system(requests):
+        _, llm = _models(plug)
+        PromptTokenizer.load(llm, prompt=plug.record.prompt).check_system_column()
+
+
 def load_answerer(
     plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, retrieved_tokens: int
 ) -> "Answerer":
@@ -89,7 +100,12 @@ def load_answerer(
 
     encoder, llm = _models(plug)
     loaded = new_engine(
-        engine, llm, max_input_tokens=plug.record.max_input_tokens, precision=precision, batch_size=batch_size
+        engine,
+        llm,
+        max_input_tokens=plug.record.max_input_tokens,
+        prompt=plug.record.prompt,
+        precision=precision,
+        batch_size=batch_size,
     )
     with plug.folder() as folder:
         return plug_folder.load_answerer(
@@ -103,7 +119,9 @@ def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens
     from persona.plug import folder as plug_folder
 
     encoder, llm_folder = _models(plug)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=plug.record.max_input_tokens, precision=precision)
+    llm = FrozenLLM.load(
+        llm_folder, max_input_tokens=plug.record.max_input_tokens, prompt=plug.record.prompt, precision=precision
+    )
     with plug.folder() as folder:
         return plug_folder.load(folder, encoder=encoder, llm=llm, retrieved_tokens=retrieved_tokens)
 

@@ -13,12 +13,14 @@ from persona.engines.decoding import SeededSampling, beam_search, sample
 from persona.engines.kv_cache import CausalSteps, Seq2SeqSteps
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision
+from persona.options import Decoding, Precision, PromptOptions
 
 
-def load(folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> Engine:
+def load(
+    folder: ModelFolder, *, max_input_tokens: int, prompt: PromptOptions, precision: Precision, batch_size: int
+) -> Engine:
     """Loads the LLM of a folder, on a GPU if there is one."""
-    llm = FrozenLLM.load(folder, max_input_tokens=max_input_tokens, precision=precision)
+    llm = FrozenLLM.load(folder, max_input_tokens=max_input_tokens, prompt=prompt, precision=precision)
     return LocalEngine(llm, batch_size=batch_size)
 
 

@@ -19,6 +19,7 @@ SCHEMA = pa.schema(
         ("input", pa.large_string()),
         ("query", pa.large_string()),
         ("target", pa.large_string()),
+        ("system", pa.large_string()),
         ("as_of", cells.TIME),
         ("bucket", pa.int32()),
     ]
@@ -31,6 +32,7 @@ _KINDS = {
     "input": cells.TEXT,
     "query": cells.TEXT,
     "target": cells.TEXT,
+    "system": cells.TEXT,
     "as_of": cells.TIMESTAMP,
 }
 
@@ -55,6 +57,11 @@ def check_columns(splits: Sequence[Split], *, needs_target: bool, rejected: str 
     cells.check_types(table.schema, _KINDS | ({} if rejected is None else {rejected: cells.TEXT}), source)
 
 
+def have_system(splits: Sequence[Split]) -> bool:
+    """Whether requests have system texts of their own, for chats; a blank one is that of the plug."""
+    return "system" in first_rows(splits).column_names
+
+
 def validate(
     records: Records, n_buckets: int, needs_target: bool, *, job: str = "", rejected: str | None = None
 ) -> tuple[pa.Table, pa.Table]:
@@ -70,8 +77,9 @@ def validate(
     inputs, why_input = cells.texts(column(table, "input"), "input")
     queries, why_query = cells.texts(column(table, "query"), "query", required=False)
     targets, why_target = cells.texts(column(table, "target"), "target", required=needs_target)
+    systems, why_system = cells.texts(column(table, "system"), "system", required=False)
     as_of, why_time = cells.timestamps(column(table, "as_of"), "as_of")
-    reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_time)
+    reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_system, why_time)
     if rejected is not None:
         wrong, why_wrong = cells.texts(column(table, rejected), rejected)
         reasons = pc.coalesce(reasons, why_wrong)
@@ -82,6 +90,7 @@ def validate(
             "input": inputs,
             "query": pc.if_else(cells.is_blank(queries), inputs, queries),
             "target": targets,
+            "system": systems,
             "as_of": as_of,
         }
     ).filter(reasons.is_null())

@@ -25,9 +25,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from persona.models import attention
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
-from persona.models.prompts import MAX_INPUT_TOKENS, PromptIds, PromptTokenizer
+from persona.models.prompts import AUTO_PROMPT, MAX_INPUT_TOKENS, PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Precision
+from persona.options import Precision, PromptOptions
 
 _IGNORED = -100
 
@@ -41,6 +41,7 @@ class FrozenLLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        prompt: PromptOptions = AUTO_PROMPT,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -50,7 +51,7 @@ class FrozenLLM(nn.Module):
         model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.tokenizer = PromptTokenizer(
-            tokenizer, is_encoder_decoder=self.is_encoder_decoder, max_input_tokens=max_input_tokens
+            tokenizer, is_encoder_decoder=self.is_encoder_decoder, max_input_tokens=max_input_tokens, prompt=prompt
         )
         self.width: int = self._embeddings().embedding_dim
 
@@ -60,6 +61,7 @@ class FrozenLLM(nn.Module):
         folder: ModelFolder,
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        prompt: PromptOptions = AUTO_PROMPT,
         precision: Precision = "auto",
         device: str | None = None,
     ) -> "FrozenLLM":
@@ -73,7 +75,7 @@ class FrozenLLM(nn.Module):
             folder.path, dtype=dtype, use_safetensors=True, attn_implementation=kernel
         )
         tokenizer = AutoTokenizer.from_pretrained(folder.path)
-        return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
+        return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens, prompt=prompt)
 
     def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's
         """Stays in eval mode, so that the LLM's own dropout is off while the plug trains."""

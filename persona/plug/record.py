@@ -14,10 +14,10 @@ from typing import Any
 from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Pooling
+from persona.options import PlugOptions, Pooling, PromptOptions
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class PlugRecord:
         scale, token_norm: as in `Plug`.
         query_prefix, max_query_tokens: how queries are read by the query encoder.
         max_input_tokens: inputs of the LLM are cut to this length.
+        prompt: how requests are written; its format is `chat` or `plain`.
         training: settings, curves and results of the training run, for people and reports.
         weights_digest: hash of the weights file; empty in plugs older than this field.
     """
@@ -47,6 +48,7 @@ class PlugRecord:
     query_prefix: str
     max_query_tokens: int
     max_input_tokens: int
+    prompt: PromptOptions
     max_behaviors: int
     training: dict[str, Any]
     weights_digest: str = ""
@@ -65,7 +67,10 @@ class PlugRecord:
                 raise InputError(
                     f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train a new plug"
                 )
-            record = cls(**{**fields, "options": PlugOptions(**fields["options"])})
+            prompt = PromptOptions(
+                **{**fields["prompt"], "template_argument": tuple(fields["prompt"]["template_argument"])}
+            )
+            record = cls(**{**fields, "options": PlugOptions(**fields["options"]), "prompt": prompt})
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
             raise InputError(f"{source}: not a valid {RECORD} ({error})") from error
         return record
@@ -134,8 +139,8 @@ def check_models(record: PlugRecord, *, encoder: ModelFolder, llm: ModelFolder) 
             )
 
 
-def card(record: PlugRecord) -> str:
-    """The README of a plug folder: its models, settings and losses."""
+def card(record: PlugRecord, *, example: str) -> str:
+    """The README of a plug folder: its models, an example of its prompts, settings and losses."""
     training = record.training
     curve = "\n".join(f"| {step:,} | {loss:.4f} |" for step, loss in training["validation_curve"])
     settings = "\n".join(
@@ -150,7 +155,14 @@ Turns a user's history into {record.options.n_soft} soft tokens of width {record
 | encoder | {record.encoder["name"]} | {record.encoder["revision"]} | {record.encoder["fingerprint"]} |
 | LLM | {record.llm["name"]} | {record.llm["revision"]} | {record.llm["fingerprint"]} |
 
-Options: {record.options}. The plug works with these two models only. Weights: `{WEIGHTS}`; all else: `{RECORD}`.
+Options: {record.options}. {record.prompt}.
+The plug works with these two models only. Weights: `{WEIGHTS}`; all else: `{RECORD}`.
+
+What the LLM reads:
+
+```text
+{example}
+```
 
 ## Held-out loss (nats a token)
 

@@ -52,7 +52,9 @@ def _new_model(settings: WorkerSettings, encoder: "ModelFolder") -> "Personalize
     spec, identity = settings.spec, settings.identity
     llm_folder = local_model(settings.llm, flag="--llm")
     torch.manual_seed(spec.training.seed)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=spec.max_input_tokens, precision=spec.precision)
+    llm = FrozenLLM.load(
+        llm_folder, max_input_tokens=spec.max_input_tokens, prompt=spec.prompt, precision=spec.precision
+    )
     if spec.activation_checkpointing:
         llm.checkpoint_activations()
     plug = Plug(

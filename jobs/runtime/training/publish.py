@@ -46,7 +46,7 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
         weights = load_file(Path(folder) / checkpoint.WEIGHTS)
         record = _record(spec, inputs, checkpoint.Progress.read(Path(folder)), progress, n_requests)
         target = Path(staged) / "plug"
-        plug_folder.save(target, weights, record, plug_record.card(record))
+        plug_folder.save(target, weights, record, plug_record.card(record, example=prompt_example(spec, inputs)))
         storage.copy_folder(str(target), inputs.plug)
         fingerprint = plug_record.fingerprint(target)
     return Published(
@@ -59,6 +59,14 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
         n_parameters=sum(weight.numel() for weight in weights.values()),
         step_seconds=progress.seconds,
     )
+
+
+def prompt_example(spec: "RunSpec", inputs: "TrainingInputs") -> str:
+    """What the LLM reads for a request."""
+    from persona.models.prompts import PromptTokenizer
+
+    tokenizer = PromptTokenizer.load(inputs.llm, max_input_tokens=spec.max_input_tokens, prompt=spec.prompt)
+    return tokenizer.example(n_soft=spec.plug_options.n_soft, retrieved=bool(spec.retrieval.retrieve))
 
 
 def summary(
@@ -119,6 +127,7 @@ def _record(
         query_prefix=spec.query_prefix,
         max_query_tokens=spec.max_query_tokens,
         max_input_tokens=spec.max_input_tokens,
+        prompt=spec.prompt,
         max_behaviors=spec.max_behaviors,
         training={
             **asdict(spec.training),
