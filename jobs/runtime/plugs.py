@@ -67,14 +67,21 @@ def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
 
 
 def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
-    """The plug of `--plug`. Raises PlugMismatch unless it fits the store and its models are those of its training."""
+    """The plug of `--plug`, which fits the store, and whose models are whole and those of its training.
+
+    Raises PlugMismatch or InputError otherwise.
+    """
+    from persona.models import loading
+
     plug = read_plug(given, models)
     if plug.record.encoder["fingerprint"] != store.identity.fingerprint:
         raise PlugMismatch(
             f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but the store has those of "
             f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
         )
-    _models(plug)
+    encoder, llm = _models(plug)
+    loading.check_encoder(encoder)
+    loading.check_llm(llm)
     return plug
 
 

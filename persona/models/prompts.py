@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from persona.errors import UsageError
+from persona.models import loading
 from persona.models.chat import ChatTemplate
 from persona.models.plain_text import PlainText, Tokens, special_tokens_around
 from persona.models.resolve import ModelFolder
@@ -105,8 +106,8 @@ class PromptTokenizer:
     ) -> "PromptTokenizer":
         """The tokenizer of an LLM's folder."""
         return cls(
-            AutoTokenizer.from_pretrained(folder.path),
-            is_encoder_decoder=bool(AutoConfig.from_pretrained(folder.path).is_encoder_decoder),
+            loading.load_tokenizer(folder),
+            is_encoder_decoder=bool(loading.load_config(folder).is_encoder_decoder),
             max_input_tokens=max_input_tokens,
             prompt=prompt,
         )

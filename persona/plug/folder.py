@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from persona.engines.base import Engine
 from persona.errors import PlugMismatch
+from persona.models import loading
 from persona.models.encoder import check_positions
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
@@ -35,15 +36,15 @@ def new_query_encoder(folder: ModelFolder, options: PlugOptions, *, pretrained: 
     """
     if not aggregation.uses_query(options):
         return None
-    config = AutoConfig.from_pretrained(folder.path)
+    config = loading.load_config(folder)
     # With dropout, the loss of a step would depend on how its batch is split over workers.
     for name in [name for name, value in vars(config).items() if "dropout" in name and isinstance(value, float)]:
         setattr(config, name, 0.0)
     encoder: Any
     if pretrained:
-        encoder = AutoModel.from_pretrained(folder.path, config=config, dtype=torch.float32, use_safetensors=True)
+        encoder = loading.load_model(AutoModel, folder, config=config, dtype=torch.float32)
     else:
-        encoder = AutoModel.from_config(config, dtype=torch.float32)
+        encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     without_pooler: nn.Module = encoder
@@ -115,5 +116,5 @@ def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:
 
 def new_query_text(encoder: ModelFolder, prefix: str, max_tokens: int) -> QueryText:
     """How queries become tokens for this encoder. Raises UsageError when it has fewer positions than `max_tokens`."""
-    check_positions(AutoConfig.from_pretrained(encoder.path), max_tokens)
-    return QueryText(tokenizer=AutoTokenizer.from_pretrained(encoder.path), prefix=prefix, max_tokens=max_tokens)
+    check_positions(loading.load_config(encoder), max_tokens)
+    return QueryText(tokenizer=loading.load_tokenizer(encoder), prefix=prefix, max_tokens=max_tokens)
