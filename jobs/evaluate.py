@@ -164,9 +164,11 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     scored = f"score {', '.join(config.scored)} and " if config.scored else ""
     would = f"{scored}measure the loss for {', '.join(config.personas)}"
     if_all = "with inputs of full length"
-    return cost.planned_requests(
+    plan = cost.planned_requests(
         would, config.cost, inputs.splits, inputs.plug, passes=len(config.personas), if_all=if_all
     )
+    example = plugs.prompt_example(inputs.plug, retrieved=bool(config.retrieval.retrieve))
+    return cli.with_prompt_example(plan, example)
 
 
 def _requests(config: Config, inputs: _Inputs, store: "Store", variants: Sequence[str], tally: Tally) -> "Dataset":

@@ -4,7 +4,6 @@ Reads `--requests` (and `--validation`) and `<store>/behaviors`; writes checkpoi
 end, the plug folder `--plug`. The same `--run` again resumes at the last checkpoint.
 """
 
-import json
 import re
 import sys
 import time
@@ -257,11 +256,13 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
         )
     )
     example = prompt_example(spec, inputs)
-    plan = Summary(
-        table=[("would", would), ("the LLM reads", json.dumps(example, ensure_ascii=False))],
-        result={"dry_run": True, "would": would, "prompt": asdict(spec.prompt), "prompt_example": example},
+    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would, "prompt": asdict(spec.prompt)})
+    return cost.planned(
+        cli.with_prompt_example(plan, example),
+        config.cost,
+        flops=flops,
+        if_all="for the whole run, with inputs of full length",
     )
-    return cost.planned(plan, config.cost, flops=flops, if_all="for the whole run, with inputs of full length")
 
 
 def _with_profile(

@@ -248,10 +248,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
-    """Texts of the user's own history in the prompt, in front of the soft tokens; off by default."""
+    """Texts of the user's own history in the prompt, in front of the input; off by default."""
 
     retrieve: int = 0
-    """Put this many of the user's past texts in front of the prompt; needs --texts."""
+    """Put this many of the user's past texts in front of the input; needs --texts."""
     retriever: Retriever = "recency"
     """Choose the latest texts, those that share the query's words (BM25), or those nearest by the store's encoder."""
     retrieve_tokens: int = 256

@@ -95,6 +95,15 @@ def check_requests(plug: PlugRef, requests: "Sequence[Split]") -> None:
         PromptTokenizer.load(llm, prompt=plug.record.prompt).check_system_column()
 
 
+def prompt_example(plug: PlugRef, *, retrieved: bool) -> str:
+    """What the LLM reads for a request."""
+    from persona.models.prompts import PromptTokenizer
+
+    record = plug.record
+    tokenizer = PromptTokenizer.load(_models(plug)[1], max_input_tokens=record.max_input_tokens, prompt=record.prompt)
+    return tokenizer.example(n_soft=record.options.n_soft, retrieved=retrieved)
+
+
 def load_answerer(
     plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, retrieved_tokens: int
 ) -> "Answerer":

@@ -11,11 +11,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from persona.errors import UsageError
-from persona.models.plain_text import PlainText
+from persona.models.plain_text import MARK, PlainText
 from persona.options import PromptOptions
 
-# Stand for texts while the template is explored; private characters keep them apart from what people type.
-_USER, _SYSTEM, _ANSWER = (f"\U0010fffd{name}\U0010fffd" for name in ("user", "system", "answer"))
+# Stand for texts while the template is explored; nobody can type them.
+_USER, _SYSTEM, _ANSWER = (f"{MARK}{name}{MARK}" for name in ("user", "system", "answer"))
 _CALLS_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _STRINGS = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 # Markers of turns that are no tokens of their own, such as [/INST], <|user|> and ### Response:.
@@ -68,7 +68,7 @@ class ChatTemplate:
         self._plain_text = plain_text
         self._system = options.system
         self._arguments = options.template_arguments()
-        self._template = _dated(pretrained.get_chat_template(), options.template_date)
+        self._template = _dated(_default_template(pretrained), options.template_date)
         for name in self._arguments:
             if not re.search(rf"\b{name}\b", self._template):
                 raise UsageError(f"--template-argument {name}: the LLM's chat template does not read {name!r}")
@@ -186,6 +186,15 @@ class ChatTemplate:
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+def _default_template(pretrained: PreTrainedTokenizerBase) -> str:
+    try:
+        return pretrained.get_chat_template()
+    except ValueError as error:
+        raise UsageError(
+            f"the LLM's tokenizer has several chat templates and none is the default; {_USE_PLAIN}"
+        ) from error
 
 
 def _dated(template: str, day: str) -> str:

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from persona.errors import UsageError
 
-# Names of control tokens inside our copy of the tokenizer: the last plane of Unicode, which is for private use.
-_FIRST_NAME = 0x100000
-_PRIVATE = re.compile("[\U00100000-\U0010ffff]")
+# Names of control tokens inside our copy of the tokenizer: the end of Unicode, which is for private use.
+_FIRST_NAME = 0x108000
+MARK = "\U0010fffd"
+"""A character that `PlainText.typed` never has."""
 _UNKNOWN_CHARACTER = "\ufffd"
 
 
@@ -51,6 +52,8 @@ class PlainText:
         self._typed_names = {token: chr(ord(name) + len(self._names)) for token, name in self._names.items()}
         self._typed_tokens = {name: token for token, name in self._typed_names.items()}
         longest_first = sorted(self._names, key=len, reverse=True)
+        last_name = chr(_FIRST_NAME + 2 * len(self._names))
+        self._reserved = re.compile(f"[{chr(_FIRST_NAME)}-{last_name}{MARK}]")
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # (?!) matches nothing
         self._copy = _renamed(pretrained, self._names) if pretrained.is_fast else None
 
@@ -74,13 +77,13 @@ class PlainText:
         return [Tokens(ids=one.ids, offsets=one.offsets) for one in copy.encode_batch(texts, add_special_tokens=False)]
 
     def typed(self, text: str) -> str:
-        """A text as people typed it, for `tokens`: private characters are replaced."""
-        return _PRIVATE.sub(_UNKNOWN_CHARACTER, text)
+        """A text as people typed it, for `tokens`: names of control tokens are replaced."""
+        return self._reserved.sub(_UNKNOWN_CHARACTER, text)
 
     def written(self, text: str) -> str:
         """A text as a chat template wrote it, for `tokens`: its control tokens stay control tokens."""
         renamed = self._control.sub(lambda found: self._names[found[0]], text)
-        return _PRIVATE.sub(lambda found: self._typed_tokens.get(found[0], found[0]), renamed)
+        return self._reserved.sub(lambda found: self._typed_tokens.get(found[0], found[0]), renamed)
 
     def protected(self, text: str) -> str:
         """A typed text that a chat template may process: `written` gives its control tokens back as plain text."""

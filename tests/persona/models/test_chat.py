@@ -156,10 +156,22 @@ def test_markers_of_turns_that_are_no_tokens_are_broken(style, typed, becomes):
 
 def test_private_characters_name_no_token():
     prompts = new("chatml")
-    names = "".join(chr(0x100000 + number) for number in range(6)) + "\U0010fffduser\U0010fffd"
+    names = "".join(chr(0x108000 + number) for number in range(6)) + "\U0010fffduser\U0010fffd"
     [ids] = prompts.prompts([PromptText(input=names, system=names)])
-    harmless = re.sub("[\U00100000-\U0010ffff]", "\ufffd", names)
+    harmless = re.sub("[\U00108000-\U0010ffff]", "\ufffd", names)
     assert whole(ids) == reference(prompts, harmless, harmless)
+    others = "\U00100000 \uf8ff"
+    assert whole(prompts.prompts([PromptText(input=others, system=others)])[0]) == reference(prompts, others, others)
+
+
+def test_of_several_templates_the_default_is_used():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ 'tools' }}"}
+    prompts = PromptTokenizer(tokenizer, is_encoder_decoder=False)
+    assert whole(prompts.prompts([PromptText(input="x")])[0]) == reference(prompts, "x")
+    tokenizer.chat_template = {"tool_use": "{{ 'tools' }}"}
+    with pytest.raises(UsageError, match="several chat templates and none is the default"):
+        PromptTokenizer(tokenizer, is_encoder_decoder=False)
 
 
 @pytest.mark.parametrize(
