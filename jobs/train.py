@@ -10,13 +10,14 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, profile, retrieval, session
+from jobs.runtime import cli, cost, plugs, profile, retrieval, session
 from jobs.runtime.cli import Summary
-from jobs.runtime.job_options import FLAT, InputRows, PastTexts
+from jobs.runtime.inputs import Requests, find_requests
+from jobs.runtime.job_options import FLAT, InputRows, PastTexts, RequestFormat
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
-from jobs.runtime.training.inputs import TrainingInputs, join_and_split
-from jobs.runtime.training.publish import prompt_example, publish, summary
+from jobs.runtime.training.inputs import TrainingInputs, join_and_split, prompt_example
+from jobs.runtime.training.publish import publish, summary
 from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
@@ -27,12 +28,12 @@ from persona.options import (
     Precision,
     PromptOptions,
     RetrievalOptions,
+    Select,
     TrainingOptions,
     check_at_least,
 )
 
 if TYPE_CHECKING:
-    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
 
@@ -58,7 +59,9 @@ class Config:
     validation_rows: int = 512
     """Use at most this many held-out requests."""
     validate_every: int = 100
-    """Validate and save a checkpoint after this many steps; the best checkpoint becomes the plug."""
+    """Validate and save a checkpoint after this many steps."""
+    select: Select = "best"
+    """Whose weights become the plug: the checkpoint with the lowest held-out loss, or the last step (as in PPlug)."""
     llm: str = "google/flan-t5-xxl"
     """Hub id or folder (local, s3://) of an encoder-decoder or decoder-only LLM with safetensors weights."""
     llm_revision: str = "main"
@@ -70,7 +73,9 @@ class Config:
     max_query_tokens: int = 276
     """Cut each query after this many tokens."""
     max_input_tokens: int = 256
-    """Cut each input, and each target, after this many tokens."""
+    """Cut each input after this many tokens."""
+    max_target_tokens: int = 256
+    """Cut each target after this many tokens, end of sequence included."""
     max_behaviors: int = 512
     """Use only this many of a user's latest behaviors."""
     precision: Precision = "auto"
@@ -87,6 +92,7 @@ class Config:
     max_failures: int = 3
     """Give up after this many worker crashes; after each one the run resumes at the last checkpoint."""
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     profile: bool = False
     """Show at the end where the time went, what the bottleneck was, and which flag would help."""
@@ -99,9 +105,8 @@ class Config:
         self.past_texts.check_used_by(self.retrieval)
         check_at_least(self, 1, "workers")
         self.training.check_workers(self.workers or 1)
-        check_at_least(
-            self, 1, "validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"
-        )
+        check_at_least(self, 1, "validation_rows", "validate_every")
+        check_at_least(self, 1, "max_query_tokens", "max_input_tokens", "max_target_tokens", "max_behaviors")
         check_at_least(self, 0, "max_failures")
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction {self.validation_fraction}: must be above 0 and below 1")
@@ -113,7 +118,7 @@ def main(config: Config) -> Summary:
     """Runs the job."""
     started = time.perf_counter()
     inputs = _inputs(config)
-    spec = _spec(config, _prompt(config, inputs))
+    spec = _spec(config, inputs)
     run = Run.find(spec, inputs)
     if config.dry_run:
         return _plan(config, spec, inputs, resumes=run.record is not None)
@@ -131,6 +136,7 @@ def main(config: Config) -> Summary:
     found = summary(
         published,
         counts,
+        inputs.requests,
         global_batch=config.training.global_batch,
         seconds=seconds,
         max_reject_fraction=config.rows.max_reject_fraction,
@@ -139,35 +145,27 @@ def main(config: Config) -> Summary:
     return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 
-def _prompt(config: Config, inputs: TrainingInputs) -> PromptOptions:
-    """How requests are written for this LLM. Raises UsageError when its tokenizer or the requests do not fit."""
-    from persona.inputs.requests import have_system
-    from persona.models.prompts import PromptTokenizer
-
-    tokenizer = PromptTokenizer.load(inputs.llm, max_input_tokens=config.max_input_tokens, prompt=config.prompt)
-    if have_system(inputs.requests) or (inputs.validation and have_system(inputs.validation)):
-        tokenizer.check_system_column()
-    return tokenizer.options
-
-
-def _spec(config: Config, prompt: PromptOptions) -> RunSpec:
+def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
     """The part of the configuration that defines the plug."""
     return RunSpec(
         run=config.run,
         plug_options=config.plug_options,
         training=config.training,
-        prompt=prompt,
+        prompt=inputs.tokenizer.options,
         retrieval=config.retrieval,
         past_texts=config.past_texts,
         requests=config.requests,
+        form=config.form,
         limit=config.rows.limit,
         validation=config.validation,
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         validate_every=config.validate_every,
+        select=config.select,
         query_prefix=config.query_prefix,
         max_query_tokens=config.max_query_tokens,
         max_input_tokens=config.max_input_tokens,
+        max_target_tokens=config.max_target_tokens,
         max_behaviors=config.max_behaviors,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
@@ -180,43 +178,43 @@ def _inputs(config: Config) -> TrainingInputs:
     from persona.models import loading, resolve as models
     from persona.store.store import Store
 
-    requests = storage.check_uri(config.requests, flag="--requests")
     store_uri = storage.check_uri(config.store, flag="--store")
     runs = storage.check_uri(config.runs, flag="--runs")
     plug = storage.check_uri(config.plug, flag="--plug")
-    storage.check_reachable(requests, flag="--requests")
     storage.check_reachable(store_uri, flag="--store")
     storage.check_reachable(runs, flag="--runs", write=True)
     storage.check_reachable(plug, flag="--plug", write=True)
-    splits = _splits(requests, flag="--requests")
-    held_out = None
-    if config.validation is not None:
-        held_out = _splits(storage.check_uri(config.validation, flag="--validation"), flag="--validation")
+    requests = _requests(config, config.requests, flag="--requests")
+    held_out = None if config.validation is None else _requests(config, config.validation, flag="--validation")
     store = Store.open(store_uri)
     encoder = store_encoder(store.identity, config.encoder)
     llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
     loading.check_encoder(encoder)
-    loading.check_llm(llm)
+    tokenizer = plugs.check_llm(
+        llm,
+        max_input_tokens=config.max_input_tokens,
+        prompt=config.prompt,
+        n_soft=config.plug_options.n_soft,
+        retrieved_tokens=config.retrieval.front_tokens,
+    )
+    if requests.have_system or (held_out is not None and held_out.have_system):
+        tokenizer.check_system_column()
     return TrainingInputs(
         store=store,
         encoder=encoder,
         llm=llm,
-        requests=splits,
+        tokenizer=tokenizer,
+        requests=requests,
         validation=held_out,
-        histories=retrieval.plan(config.past_texts),
+        histories=retrieval.plan(config.past_texts, config.form),
         runs=runs,
         plug=plug,
     )
 
 
-def _splits(uri: str, *, flag: str) -> "list[Split]":
-    """The splits of requests with targets. Raises InputError when a column is missing."""
-    from persona.inputs import requests
-    from persona.inputs.splits import plan_splits
-
-    splits = plan_splits(uri, flag=flag)
-    requests.check_columns(splits, needs_target=True)
-    return splits
+def _requests(config: Config, uri: str, *, flag: str) -> Requests:
+    """Requests with targets."""
+    return find_requests(uri, config.form, flag=flag, needs_target=True)
 
 
 def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
@@ -241,7 +239,7 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
     verb = "resume" if resumes else "start"
     plug = config.plug_options
     would = f"{verb} run {config.run!r}: a {plug.weights} plug of {plug.persona_tokens} tokens for {config.llm}"
-    n_bytes = sum(split.end - split.start for split in inputs.requests)
+    n_bytes = sum(split.end - split.start for split in inputs.requests.splits)
     # An upper bound: counts all bytes of a row as input, cut to --max-input-tokens; targets are short in comparison.
     flops = cost.known(
         lambda: training_flops(
@@ -256,9 +254,10 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
         )
     )
     example = prompt_example(spec, inputs)
-    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would, "prompt": asdict(spec.prompt)})
+    table = [("would", would), *inputs.requests.rows()]
+    result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), **inputs.requests.facts()}
     return cost.planned(
-        cli.with_prompt_example(plan, example),
+        cli.with_prompt_example(Summary(table=table, result=result), example),
         config.cost,
         flops=flops,
         if_all="for the whole run, with inputs of full length",

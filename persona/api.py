@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from persona import storage
+from persona.engines import probe
 from persona.engines.base import Answer
 from persona.engines.local import LocalEngine
 from persona.errors import PlugMismatch, UsageError
@@ -121,10 +122,12 @@ def load_plug(
         frozen = FrozenLLM.load(
             llm_folder,
             max_input_tokens=record.max_input_tokens,
+            max_target_tokens=record.max_target_tokens,
             prompt=record.prompt,
             precision=precision,
             device=device,
         )
+        probe.check_llm(frozen)
         model = plug_folder.load(folder, encoder=encoder_folder, llm=frozen)
     return LoadedPlug(model, record, store, encoder_folder)
 

@@ -1,18 +1,19 @@
 """The trained plug that a job uses: found and checked on the driver, loaded by the workers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.runtime.inputs import Requests
 from jobs.runtime.job_options import PlugModels
 from persona.errors import PlugMismatch
 
 if TYPE_CHECKING:
-    from persona.inputs.splits import Split
+    from persona.models.prompts import PromptTokenizer
     from persona.models.resolve import ModelFolder
-    from persona.options import Engine, Precision
+    from persona.options import Engine, Precision, PromptOptions
     from persona.plug.answerer import Answerer
     from persona.plug.inspection import PlugAlone
     from persona.plug.personalized import PersonalizedLLM
@@ -66,10 +67,29 @@ def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
     )
 
 
-def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
+def find_plug(
+    store: "Store",
+    given: str,
+    models: PlugModels,
+    requests: Requests,
+    *,
+    retrieved_tokens: int = 0,
+    max_new_tokens: int | None = None,
+) -> PlugRef:
     """The plug of `--plug`, which fits the store, and whose models are whole and those of its training.
 
-    Raises PlugMismatch or InputError otherwise.
+    Args:
+        store: with the vectors.
+        given: the value of `--plug`.
+        models: where the plug's models are, if not where it says.
+        requests: to be answered or measured.
+        retrieved_tokens: tokens of a request's retrieved texts.
+        max_new_tokens: of an answer; None if targets are read instead.
+
+    Raises:
+        PlugMismatch, InputError: it does not.
+        UsageError: requests and answers would be longer than the LLM allows, or requests have system texts that the
+            plug's prompts have no place for.
     """
     from persona.models import loading
 
@@ -81,18 +101,53 @@ def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
         )
     encoder, llm = _models(plug)
     loading.check_encoder(encoder)
-    loading.check_llm(llm)
+    tokenizer = check_llm(
+        llm,
+        max_input_tokens=plug.record.max_input_tokens,
+        prompt=plug.record.prompt,
+        n_soft=plug.record.options.n_soft,
+        retrieved_tokens=retrieved_tokens,
+        max_new_tokens=max_new_tokens,
+    )
+    if requests.have_system:
+        tokenizer.check_system_column()
     return plug
 
 
-def check_requests(plug: PlugRef, requests: "Sequence[Split]") -> None:
-    """Raises UsageError when requests have system texts, and the plug's prompts no place for them."""
-    from persona.inputs.requests import have_system
+def check_llm(
+    llm: "ModelFolder",
+    *,
+    max_input_tokens: int,
+    prompt: "PromptOptions",
+    n_soft: int,
+    retrieved_tokens: int,
+    max_new_tokens: int | None = None,
+) -> "PromptTokenizer":
+    """The tokenizer of an LLM that gives what plain transformers gives, as far as its folder shows.
+
+    Raises InputError when it does not, and UsageError when requests would be longer than it allows or cannot be written
+    as `prompt` says. The other arguments are as in `find_plug`.
+    """
+    from persona.engines import rules
+    from persona.models import limits, llm_kinds, loading
     from persona.models.prompts import PromptTokenizer
 
-    if have_system(requests):
-        _, llm = _models(plug)
-        PromptTokenizer.load(llm, prompt=plug.record.prompt).check_system_column()
+    config = loading.load_config(llm)
+    llm_kinds.check_kind(llm.name, config)
+    loading.check_llm(llm)
+    rules.check_folder(llm)
+    tokenizer = PromptTokenizer.load(llm, max_input_tokens=max_input_tokens, prompt=prompt)
+    limits.check_vocabulary(llm.name, config, tokenizer)
+    limits.check_positions(
+        llm.name,
+        config,
+        tokenizer,
+        n_soft=n_soft,
+        retrieved_tokens=retrieved_tokens,
+        answer_tokens=max_new_tokens or max_input_tokens,
+        answer_flag="--max-new-tokens" if max_new_tokens else "--max-input-tokens",
+    )
+    return tokenizer
 
 
 def prompt_example(plug: PlugRef, *, retrieved: bool) -> str:
@@ -131,13 +186,19 @@ def load_answerer(
 
 def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens: int) -> "PersonalizedLLM":
     """The plug in front of its LLM, to measure losses. Raises as `load_answerer` does."""
+    from persona.engines import probe
     from persona.models.frozen_llm import FrozenLLM
     from persona.plug import folder as plug_folder
 
     encoder, llm_folder = _models(plug)
     llm = FrozenLLM.load(
-        llm_folder, max_input_tokens=plug.record.max_input_tokens, prompt=plug.record.prompt, precision=precision
+        llm_folder,
+        max_input_tokens=plug.record.max_input_tokens,
+        max_target_tokens=plug.record.max_target_tokens,
+        prompt=plug.record.prompt,
+        precision=precision,
     )
+    probe.check_llm(llm)
     with plug.folder() as folder:
         return plug_folder.load(folder, encoder=encoder, llm=llm, retrieved_tokens=retrieved_tokens)
 

@@ -22,6 +22,7 @@ from persona.models.resolve import ModelFolder
 from persona.options import PromptOptions
 
 MAX_INPUT_TOKENS = 256
+MAX_TARGET_TOKENS = 256
 AUTO_PROMPT = PromptOptions()
 # Without it, a decoder-only LLM would read request and answer as one word.
 _SEPARATOR = "\n"
@@ -59,7 +60,8 @@ class PromptTokenizer:
     Args:
         pretrained: the LLM's own tokenizer.
         is_encoder_decoder: whether the LLM is T5-like; it then needs no separator.
-        max_input_tokens: inputs and targets are cut to this length; in a chat, only the input's own tokens count.
+        max_input_tokens: inputs are cut to this length; in a chat, only the input's own tokens count.
+        max_target_tokens: targets are cut to this length, the special tokens around them included.
         prompt: how requests are written.
 
     Attributes:
@@ -75,10 +77,12 @@ class PromptTokenizer:
         *,
         is_encoder_decoder: bool,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
         prompt: PromptOptions = AUTO_PROMPT,
     ) -> None:
         self.pretrained = pretrained
         self.max_input_tokens = max_input_tokens
+        self.max_target_tokens = max_target_tokens
         self.options = _resolved(prompt, pretrained, is_encoder_decoder=is_encoder_decoder)
         self._plain_text = PlainText(pretrained)
         self._chat = (
@@ -102,13 +106,19 @@ class PromptTokenizer:
 
     @classmethod
     def load(
-        cls, folder: ModelFolder, *, max_input_tokens: int = MAX_INPUT_TOKENS, prompt: PromptOptions = AUTO_PROMPT
+        cls,
+        folder: ModelFolder,
+        *,
+        max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
+        prompt: PromptOptions = AUTO_PROMPT,
     ) -> "PromptTokenizer":
         """The tokenizer of an LLM's folder."""
         return cls(
             loading.load_tokenizer(folder),
             is_encoder_decoder=bool(loading.load_config(folder).is_encoder_decoder),
             max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
             prompt=prompt,
         )
 
@@ -143,11 +153,11 @@ class PromptTokenizer:
         ]
 
     def targets(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each target, cut to `max_input_tokens`, the token that ends an answer included.
+        """Ids of each target, cut to `max_target_tokens`, the token that ends an answer included.
 
         For an encoder-decoder LLM they are `tokenizer(text_target=text)`, special tokens included.
         """
-        room = max(self.max_input_tokens - len(self._target_opening) - len(self._target_closing), 0)
+        room = max(self.max_target_tokens - len(self._target_opening) - len(self._target_closing), 0)
         rows = self._plain_text.ids(texts, as_target=True)
         return [[*self._target_opening, *row[:room], *self._target_closing] for row in rows]
 

@@ -13,10 +13,13 @@ from typing import Any
 
 from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
+from persona.field_types import check_field_types
+from persona.models import contents
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Pooling, PromptOptions
+from persona.options import PlugOptions, Pooling, PromptOptions, Select
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
+_SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
 _FORMAT = 3
 
 
@@ -30,7 +33,7 @@ class PlugRecord:
         encoder_max_tokens: stored behaviors were cut to this length.
         scale, token_norm: as in `Plug`.
         query_prefix, max_query_tokens: how queries are read by the query encoder.
-        max_input_tokens: inputs of the LLM are cut to this length.
+        max_input_tokens, max_target_tokens: inputs and targets of the LLM are cut to these lengths.
         prompt: how requests are written; its format is `chat` or `plain`.
         training: settings, curves and results of the training run, for people and reports.
         weights_digest: hash of the weights file; empty in plugs older than this field.
@@ -48,17 +51,28 @@ class PlugRecord:
     query_prefix: str
     max_query_tokens: int
     max_input_tokens: int
+    max_target_tokens: int
     prompt: PromptOptions
     max_behaviors: int
     training: dict[str, Any]
     weights_digest: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for values that no training run writes."""
+        check_field_types(self)
+        for kind, model in (("encoder", self.encoder), ("llm", self.llm)):
+            if absent := {"name", "revision", "fingerprint"} - model.keys():
+                raise ValueError(f"{kind} lacks {', '.join(sorted(absent))}")
+        for name in [name for name in vars(self) if name.endswith("_width") or name.startswith("max_")]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more")
 
     def to_json(self) -> str:
         """The text of `plug.json`."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, source: str) -> "PlugRecord":
+    def from_json(cls, text: str | bytes, *, source: str) -> "PlugRecord":
         """Parses `plug.json`. Raises InputError when the text is no plug record or has another format."""
         try:
             fields = json.loads(text)
@@ -67,22 +81,31 @@ class PlugRecord:
                 raise InputError(
                     f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train a new plug"
                 )
-            prompt = PromptOptions(
-                **{**fields["prompt"], "template_argument": tuple(fields["prompt"]["template_argument"])}
-            )
-            record = cls(**{**fields, "options": PlugOptions(**fields["options"]), "prompt": prompt})
-        except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+            fields["options"] = PlugOptions(**fields["options"])
+            if "prompt" in fields:
+                fields["prompt"] = _prompt(fields["prompt"])
+            record = cls(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
             raise InputError(f"{source}: not a valid {RECORD} ({error})") from error
         return record
 
 
+def _prompt(fields: dict[str, Any]) -> PromptOptions:
+    return PromptOptions(**{**fields, "template_argument": tuple(fields["template_argument"])})
+
+
 def read(folder: Path) -> PlugRecord:
-    """The record of a plug folder. Raises InputError when the folder holds no complete plug."""
+    """The record of a plug folder. Raises InputError when the folder holds no complete plug, or a broken one."""
     if not (folder / RECORD).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(
             f"{folder}: no complete plug here ({RECORD} and {WEIGHTS} are required); train one with jobs.train"
         )
-    return PlugRecord.from_json((folder / RECORD).read_text(), source=str(folder))
+    try:
+        text = (folder / RECORD).read_bytes()
+        contents.check_safetensors(folder / WEIGHTS)
+    except (InputError, OSError) as error:
+        raise InputError(f"{folder}: {error}") from error
+    return PlugRecord.from_json(text, source=str(folder))
 
 
 def fingerprint(folder: Path) -> str:
@@ -165,6 +188,8 @@ What the LLM reads:
 ```
 
 ## Held-out loss (nats a token)
+
+The weights are those of step {training["selected_step"]:,}, {_SELECTED[training["select"]]}.
 
 | step | loss |
 |---|---|

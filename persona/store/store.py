@@ -5,9 +5,11 @@
     <store>/generations  a row per answer, by variant
     <store>/rejects      a row per bad input row, by job
 
-A user's bucket is `histories.bucket_of`. A worker reads one bucket at a time.
+A user's bucket is `histories.bucket_of`. A worker reads one bucket at a time. A folder may also be a pointer to a store
+(`pointer`): whoever opens it gets that store.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,11 +18,11 @@ from functools import reduce
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from persona.errors import InputError, StoreMismatch
+from persona.errors import InputError, StoreMismatch, UsageError
 from persona.inputs.cells import TIME
 from persona.inputs.histories import KEY, in_order
 from persona.storage import join
-from persona.store import identity as identities, vectors
+from persona.store import identity as identities, pointer as pointers, vectors
 from persona.store.changes import behavior_changes, persona_changes
 from persona.store.identity import Identity
 from persona.store.lease import Lease
@@ -29,6 +31,8 @@ from persona.store.table import Table, sql_in
 from persona.store.writer import Writer, staged_files
 
 DEFAULT_BUCKETS = 64
+# What delta-rs takes for something else in a local path: it decodes `%20` twice, and a backslash separates folders.
+_MISREAD = re.compile(r"%[0-9A-Fa-f]{2}|[\\\x00-\x1f\x7f\udc80-\udcff]")
 
 
 class Store:
@@ -37,20 +41,33 @@ class Store:
     It reads the newest version of each table, or the one in `versions`; see `snapshot`.
     """
 
-    def __init__(self, uri: str, identity: Identity, n_buckets: int, versions: Mapping[str, int] | None = None) -> None:
-        """Use `open`, `create`, `open_or_create`, `find` or `at`."""
+    def __init__(
+        self,
+        uri: str,
+        identity: Identity,
+        n_buckets: int,
+        versions: Mapping[str, int] | None = None,
+        pointer: str | None = None,
+    ) -> None:
+        """Use `open`, `create`, `open_or_create`, `find` or `at`. `pointer` is the folder that led to this store."""
         self.uri = uri
+        self.pointer = pointer
         self.identity = identity
         self.n_buckets = n_buckets
         self.versions = dict(versions or {})
         self._tables: dict[str, Table] = {}
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int, dict[str, int]]]:
+    def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int, dict[str, int], str | None]]:
         """Without open tables, which hold connections."""
-        return Store, (self.uri, self.identity, self.n_buckets, self.versions)
+        return Store, (self.uri, self.identity, self.n_buckets, self.versions, self.pointer)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r}, encoder={self.identity.encoder!r}, n_buckets={self.n_buckets})"
+
+    @property
+    def label(self) -> str:
+        """The store's folder for people, and the pointer that led to it, if one did."""
+        return self.uri if self.pointer is None else f"{self.uri} (via {self.pointer})"
 
     @staticmethod
     def create(uri: str, identity: Identity, n_buckets: int) -> "Store":
@@ -60,6 +77,7 @@ class Store:
         """
         if n_buckets < 1:
             raise ValueError(f"n_buckets must be at least 1, got {n_buckets}")
+        _check_path(uri)
         properties = identities.to_properties(identity, n_buckets)
         # `behaviors`, with the identity, comes last: once it exists, the store is complete.
         for name in reversed(LAYOUTS):
@@ -68,11 +86,19 @@ class Store:
 
     @staticmethod
     def open(uri: str) -> "Store":
-        """Open an existing store. Raises `InputError` when there is none, and as `find`."""
+        """Open a store, or the one that a pointer names. Raises `InputError` when there is none, and as `find`."""
         store = _find(uri)
         if store is None:
             raise InputError(f"there is no store at {uri}; create one with: python -m jobs.embed --store {uri} ...")
         return store
+
+    @staticmethod
+    def open_all(uri: str) -> list["Store"]:
+        """Open a store, or all that a pointer names and ever named and that still exist. Raises as `open`."""
+        store = Store.open(uri)
+        pointer = None if store.pointer is None else pointers.read(store.pointer)
+        others = [] if pointer is None else [_at(other) for other in pointer.stores if other != store.uri]
+        return [store, *(other for other in others if other is not None)]
 
     @staticmethod
     def open_or_create(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store":
@@ -91,7 +117,7 @@ class Store:
 
         Raises:
             StoreMismatch: The store has another identity or number of buckets, or a newer format.
-            InputError: The table there is not one of ours.
+            InputError: The table there is not one of ours, or a pointer there is broken.
         """
         store = _find(uri)
         return None if store is None else _matching(store, identity, n_buckets)
@@ -102,7 +128,7 @@ class Store:
 
     def at(self, **versions: int) -> "Store":
         """The same store with some tables fixed at these versions."""
-        return Store(self.uri, self.identity, self.n_buckets, {**self.versions, **versions})
+        return Store(self.uri, self.identity, self.n_buckets, {**self.versions, **versions}, self.pointer)
 
     def snapshot(self, *tables: str) -> "Store":
         """The same store with some tables fixed at their current version: any process reads the same rows."""
@@ -241,7 +267,33 @@ class Store:
         return self.table("generations").scan(columns, " AND ".join(where) or None)
 
 
+def _check_path(uri: str) -> None:
+    """Raises UsageError for a local path that delta-rs takes for another one."""
+    if found := _MISREAD.search(uri):
+        raise UsageError(
+            f"the store {uri!r} cannot have {found[0]!r} in its path, which means another path to the table library; "
+            "rename the folder, or give another --store"
+        )
+
+
 def _find(uri: str) -> Store | None:
+    """The store in a folder, or the one that the pointer there names."""
+    if (store := _at(uri)) is not None:
+        return store
+    if (pointer := pointers.read(uri)) is None:
+        return None
+    target = _at(pointer.store)
+    if target is None:
+        raise InputError(
+            f"{uri} points to {pointer.store}, where there is no store; point it to one with: python -m jobs.store "
+            f"switch --store {uri} --to STORE --allow-differences"
+        )
+    return Store(target.uri, target.identity, target.n_buckets, pointer=uri)
+
+
+def _at(uri: str) -> Store | None:
+    """The store in this very folder."""
+    _check_path(uri)
     table = Table.find(join(uri, "behaviors"), "behaviors")
     if table is None:
         return None

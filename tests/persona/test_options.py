@@ -78,6 +78,7 @@ def test_arguments_of_a_chat_template_are_json_or_text():
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),
         ({"query_learning_rate": float("nan")}, "--query-learning-rate nan"),
         ({"max_gradient_norm": float("inf")}, "--max-gradient-norm inf"),
+        ({"max_gradient_norm": -1.0}, "--max-gradient-norm -1.0: must be 0 "),
         ({"weight_decay": -1.0}, "--weight-decay -1.0"),
     ],
 )

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import joining, retrieval
+from jobs.runtime.inputs import Histories, Requests
 from jobs.runtime.tally import Tally
-from jobs.runtime.texts import Histories
 from persona.errors import InputError
 from persona.options import PersonaKind
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from jobs.runtime.training.spec import RunSpec
-    from persona.inputs.splits import Split
+    from persona.models.prompts import PromptTokenizer
     from persona.models.resolve import ModelFolder
     from persona.store.store import Store
 
@@ -27,7 +27,8 @@ class TrainingInputs:
     """What a run reads and where it writes, found and checked before Ray starts.
 
     Attributes:
-        requests, validation: splits of the files; `validation` is None when it is taken from `requests`.
+        tokenizer: of the LLM; it writes the prompts.
+        requests, validation: what to train on; `validation` is None when it is taken from `requests`.
         histories: the texts for retrieval, if any.
         runs, plug: URIs of the folders for checkpoints and for the plug.
     """
@@ -35,11 +36,17 @@ class TrainingInputs:
     store: "Store"
     encoder: "ModelFolder"
     llm: "ModelFolder"
-    requests: "list[Split]"
-    validation: "list[Split] | None"
+    tokenizer: "PromptTokenizer"
+    requests: Requests
+    validation: Requests | None
     histories: Histories | None
     runs: str
     plug: str
+
+
+def prompt_example(spec: "RunSpec", inputs: TrainingInputs) -> str:
+    """What the LLM reads for a request."""
+    return inputs.tokenizer.example(n_soft=spec.plug_options.n_soft, retrieved=bool(spec.retrieval.retrieve))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +83,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
         max_behaviors=spec.max_behaviors,
     )
 
-    def joined(splits: "list[Split]", held_out: str = "", limit: int | None = None) -> "Dataset":
+    def joined(requests: Requests, held_out: str = "", limit: int | None = None) -> "Dataset":
         plan = joining.JoinPlan(
             job="train",
             personas=[PersonaKind.OWN],
@@ -86,7 +93,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
             texts=retrieval.best_of(retrieval_spec, tally, stage=f"texts{held_out}"),
             stage=f"join{held_out}",
         )
-        return joining.requests_with_histories(splits, store, tally, plan)
+        return joining.requests_with_histories(requests, store, tally, plan)
 
     train = joined(inputs.requests, limit=spec.limit).materialize()
     if inputs.validation is not None:

@@ -19,11 +19,12 @@ def prompts(llm_folder) -> PromptTokenizer:
     return PromptTokenizer.load(llm_folder)
 
 
-def new(pretrained, *, is_encoder_decoder: bool = False, max_input_tokens: int = 256, **options) -> PromptTokenizer:
+def new(pretrained, *, is_encoder_decoder: bool = False, max_tokens: int = 256, **options) -> PromptTokenizer:
     return PromptTokenizer(
         pretrained,
         is_encoder_decoder=is_encoder_decoder,
-        max_input_tokens=max_input_tokens,
+        max_input_tokens=max_tokens,
+        max_target_tokens=max_tokens,
         prompt=PromptOptions(**options),
     )
 
@@ -66,12 +67,13 @@ def test_the_tokenizer_of_a_folder_is_that_of_its_llm(prompts, llm):
 @pytest.mark.parametrize("source", ["tokenizer", "llm"])
 def test_texts_are_cut_to_the_limit(llm_folder, source):
     if source == "tokenizer":
-        prompts = PromptTokenizer.load(llm_folder, max_input_tokens=8)
+        prompts = PromptTokenizer.load(llm_folder, max_input_tokens=8, max_target_tokens=5)
     else:
-        prompts = FrozenLLM.load(llm_folder, max_input_tokens=8, precision="fp32", device="cpu").tokenizer
+        limits = {"max_input_tokens": 8, "max_target_tokens": 5}
+        prompts = FrozenLLM.load(llm_folder, **limits, precision="fp32", device="cpu").tokenizer
     [text], [target] = prompts.prompts([PromptText(input="x" * 100)]), prompts.targets(["y" * 100])
     assert len(text) == 8 + len(prompts.separator)
-    assert len(target) == 8
+    assert len(target) == 5
     assert target[-1] == prompts.pretrained.eos_token_id
 
 
@@ -149,7 +151,7 @@ def test_an_encoder_decoder_reads_and_writes_what_transformers_gives(pretrained,
         assert [*ids.before, *ids.after] == tokenizer(text)["input_ids"]
         assert prompts.targets([text])[0] == tokenizer(text_target=text)["input_ids"]
     assert names(prompts, [*prompts.opening, *prompts.closing]) == opening
-    cut = new(tokenizer, is_encoder_decoder=True, max_input_tokens=6)
+    cut = new(tokenizer, is_encoder_decoder=True, max_tokens=6)
     [ids], [labels] = cut.prompts([PromptText(input="x" * 20)]), cut.targets(["y" * 20])
     assert [*ids.before, *ids.after] == tokenizer("x" * 20, truncation=True, max_length=6)["input_ids"]
     assert labels == tokenizer(text_target="y" * 20, truncation=True, max_length=6)["input_ids"]
