@@ -245,6 +245,7 @@ def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
         "store": store.uri,
         "plug_fingerprint": plug.fingerprint,
         "plug_options": asdict(plug.record.options),
+        "prompt": asdict(plug.record.prompt),
         "llm": plug.record.llm,
         "encoder": plug.record.encoder,
         **{f"{table}_version": version for table, version in store.versions.items()},

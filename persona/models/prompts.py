@@ -122,12 +122,6 @@ class PromptTokenizer:
             prompt=prompt,
         )
 
-    @property
-    def template_tokens(self) -> int:
-        """Tokens of a prompt besides input, retrieved texts and soft tokens."""
-        [prompt] = self.prompts([PromptText(input="a")])
-        return len(prompt) - len(self._plain_text.ids(["a"])[0])
-
     def check_system_column(self) -> None:
         """Raises UsageError when requests cannot have system texts of their own."""
         if self._chat is None:

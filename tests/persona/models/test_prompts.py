@@ -256,7 +256,6 @@ def test_a_column_of_system_texts_needs_a_chat_with_a_place_for_it():
 def test_an_example_shows_what_the_llm_reads(pretrained, options, expected):
     prompts = new(pretrained(), **options)
     assert prompts.example(n_soft=3, retrieved=True) == expected.replace("{model}", "<start_of_turn>model\n")
-    assert prompts.template_tokens == len(prompts.prompts([PromptText(input="a")])[0]) - 1
 
 
 def test_an_example_of_an_encoder_decoder_shows_both_sides():
