@@ -38,6 +38,7 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
     """Writes the plug folder from Ray Train's result."""
     from safetensors.torch import load_file
 
+    from jobs.runtime.training.inputs import prompt_example
     from persona import storage
     from persona.plug import folder as plug_folder, record as plug_record
     from persona.training import checkpoint
@@ -49,7 +50,7 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
         selected = checkpoint.Progress.read(Path(folder))
         record = _record(spec, inputs, selected, progress, n_requests)
         target = Path(staged) / "plug"
-        plug_folder.save(target, weights, record, plug_record.card(record))
+        plug_folder.save(target, weights, record, plug_record.card(record, example=prompt_example(spec, inputs)))
         storage.copy_folder(str(target), inputs.plug)
         fingerprint = plug_record.fingerprint(target)
     return Published(
@@ -145,6 +146,7 @@ def _record(
         max_query_tokens=spec.max_query_tokens,
         max_input_tokens=spec.max_input_tokens,
         max_target_tokens=spec.max_target_tokens,
+        prompt=spec.prompt,
         max_behaviors=spec.max_behaviors,
         training={
             **asdict(spec.training),
