@@ -21,7 +21,7 @@ from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
-from persona.options import CostOptions, Precision, check_at_least
+from persona.options import CostOptions, Pooling, Precision, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,10 +51,14 @@ class Config:
     """Hub id or folder (local, s3://) of a BERT-like encoder with safetensors weights."""
     revision: str = "main"
     """Revision of the encoder on the hub."""
-    pooling: Literal["auto", "cls", "mean"] = "auto"
-    """How token vectors become one; auto follows the model's sentence-transformers file, or else takes cls."""
+    pooling: Literal["auto"] | Pooling = "auto"
+    """How token vectors become one; auto is what the encoder's folder says, or cls for a plain BERT-like model."""
+    document_prompt: str | None = None
+    """Text in front of each behavior; default the encoder's own prompt for documents, "" for none."""
+    width: int | None = None
+    """Keep only this many components of each vector, for encoders trained for it (Matryoshka)."""
     max_tokens: int = 512
-    """Cut each text after this many tokens."""
+    """Cut each text after this many tokens, or earlier if the encoder's folder says so."""
     precision: Precision = "auto"
     """Precision of the encoder; auto is bf16 where the hardware supports it."""
     token_budget: int | None = None
@@ -77,7 +81,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        check_at_least(self, 1, "max_tokens", "token_budget", "block_rows", "buckets")
+        check_at_least(self, 1, "max_tokens", "width", "token_budget", "block_rows", "buckets")
         if self.sync and self.rows.limit is not None:
             raise UsageError("--sync with --limit would delete every behavior beyond the limit; remove one of them")
 
@@ -141,7 +145,14 @@ def _inputs(config: Config) -> _Inputs:
     splits = plan_splits(source, flag="--histories")
     histories.check_columns(splits, columns)
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
-    identity = encoding.identity_of(encoder, pooling=config.pooling, max_tokens=config.max_tokens)
+    identity = encoding.identity_of(
+        encoder,
+        pooling=config.pooling,
+        max_tokens=config.max_tokens,
+        document_prompt=config.document_prompt,
+        width=config.width,
+        precision=config.precision,
+    )
     plug = personas.find_plug(config.plug, identity) if config.plug else None
     return _Inputs(splits=splits, columns=columns, store=store, encoder=encoder, identity=identity, plug=plug)
 
@@ -264,7 +275,7 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         ("would", would),
         ("store", inputs.store),
         ("input", f"{n_files:,} files, {n_bytes:,} bytes, {len(inputs.splits):,} splits"),
-        ("encoder", f"{identity.encoder} (width {identity.width}, {identity.pooling} pooling)"),
+        ("encoder", f"{identity.encoder} ({identity.describe()})"),
     ]
     plan = Summary(table=table, result={"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes})
     n_texts = tokens_of_text(n_bytes) / config.max_tokens

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from persona.errors import UsageError
 
 Engine = Literal["local"]
-Pooling = Literal["cls", "mean"]
+# The names of sentence-transformers.
+Pooling = Literal["cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 Precision = Literal["auto", "bf16", "fp32"]
 Retriever = Literal["recency", "bm25", "dense"]
 

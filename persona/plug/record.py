@@ -14,10 +14,10 @@ from typing import Any
 from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Pooling
+from persona.options import PlugOptions
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,11 @@ class PlugRecord:
     Attributes:
         encoder, llm: `ModelFolder.card()` of the two models.
         encoder_width: d; llm_width: D.
+        pooling: of behaviors and queries, modes joined by `+`.
         encoder_max_tokens: stored behaviors were cut to this length.
+        document_prompt: in front of each behavior.
         scale, token_norm: as in `Plug`.
-        query_prefix, max_query_tokens: how queries are read by the query encoder.
+        query_prompt, max_query_tokens: how queries are read by the query encoder.
         max_input_tokens: inputs of the LLM are cut to this length.
         training: settings, curves and results of the training run, for people and reports.
         weights_digest: hash of the weights file; empty in plugs older than this field.
@@ -38,13 +40,14 @@ class PlugRecord:
     options: PlugOptions
     encoder: dict[str, str]
     encoder_width: int
-    pooling: Pooling
+    pooling: str
     encoder_max_tokens: int
+    document_prompt: str
     llm: dict[str, str]
     llm_width: int
     token_norm: float
     scale: float
-    query_prefix: str
+    query_prompt: str
     max_query_tokens: int
     max_input_tokens: int
     max_behaviors: int
