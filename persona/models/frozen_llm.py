@@ -13,16 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from persona.models import attention
+from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
 from persona.models.prompts import MAX_INPUT_TOKENS, PromptIds, PromptTokenizer
@@ -65,14 +61,13 @@ class FrozenLLM(nn.Module):
     ) -> "FrozenLLM":
         """Loads the LLM of a folder; see `choose_precision` and `choose_device` for the defaults."""
         chosen = choose_device(device)
-        config = AutoConfig.from_pretrained(folder.path)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        config = loading.load_config(folder)
         dtype = choose_precision(precision, chosen)
         kernel = attention.register_attention(config.model_type, dtype=dtype, device=chosen)
-        model: nn.Module = auto.from_pretrained(
-            folder.path, dtype=dtype, use_safetensors=True, attn_implementation=kernel
+        model: nn.Module = loading.load_model(
+            loading.llm_class(config), folder, dtype=dtype, attn_implementation=kernel
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder.path)
+        tokenizer = loading.load_tokenizer(folder)
         return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
 
     def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from persona.models import loading
 from persona.models.resolve import ModelFolder
 
 MAX_INPUT_TOKENS = 256
@@ -70,8 +71,8 @@ class PromptTokenizer:
     def load(cls, folder: ModelFolder, *, max_input_tokens: int = MAX_INPUT_TOKENS) -> "PromptTokenizer":
         """The tokenizer of an LLM's folder."""
         return cls(
-            AutoTokenizer.from_pretrained(folder.path),
-            is_encoder_decoder=bool(AutoConfig.from_pretrained(folder.path).is_encoder_decoder),
+            loading.load_tokenizer(folder),
+            is_encoder_decoder=bool(loading.load_config(folder).is_encoder_decoder),
             max_input_tokens=max_input_tokens,
         )
 
