@@ -57,8 +57,8 @@ class Config:
     """Revision of the LLM on the hub."""
     encoder: str | None = None
     """Folder or hub id of the store's encoder, if it is not where the store says."""
-    query_prefix: str = ""
-    """Prefix of each query (BGE: 'Represent this sentence for searching relevant passages: ')."""
+    query_prompt: str | None = None
+    """Text in front of each query; default the encoder's own prompt for queries, "" for none."""
     max_query_tokens: int = 276
     """Cut each query after this many tokens."""
     max_input_tokens: int = 256
@@ -103,7 +103,8 @@ class Config:
 def main(config: Config) -> Summary:
     """Runs the job."""
     started = time.perf_counter()
-    spec, inputs = _spec(config), _inputs(config)
+    inputs = _inputs(config)
+    spec = _spec(config, inputs)
     run = Run.find(spec, inputs)
     if config.dry_run:
         return _plan(config, inputs, resumes=run.record is not None)
@@ -129,8 +130,11 @@ def main(config: Config) -> Summary:
     return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 
-def _spec(config: Config) -> RunSpec:
-    """The part of the configuration that defines the plug."""
+def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
+    """What defines the plug: a part of the configuration, and how the encoder reads queries."""
+    from persona.models.encoder_settings import settle_query
+
+    query = settle_query(inputs.encoder, prompt=config.query_prompt, max_tokens=config.max_query_tokens)
     return RunSpec(
         run=config.run,
         plug_options=config.plug_options,
@@ -143,8 +147,8 @@ def _spec(config: Config) -> RunSpec:
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         validate_every=config.validate_every,
-        query_prefix=config.query_prefix,
-        max_query_tokens=config.max_query_tokens,
+        query_prompt=query.prompt,
+        max_query_tokens=query.max_tokens,
         max_input_tokens=config.max_input_tokens,
         max_behaviors=config.max_behaviors,
         precision=config.precision,

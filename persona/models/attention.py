@@ -42,7 +42,7 @@ def register_attention(model_type: str, *, dtype: torch.dtype, device: torch.dev
 
 
 def encoder_attention(model_type: str, *, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The same for encoders: those that are built like an LLM keep transformers' default, which may be bidirectional."""
+    """The same for encoders: those built like an LLM keep transformers' default, since they may be bidirectional."""
     return register_attention(model_type, dtype=dtype, device=device) if model_type in ENCODERS else None
 
 

@@ -1,6 +1,5 @@
-"""The transformer inside a text encoder: which architectures work, what a folder's one can read, and how it is loaded."""
+"""The transformer inside a text encoder: which architectures work, how much text they read, and how one is loaded."""
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from persona.options import Precision
 WITH_CLS = (
     "albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie",
     "eurobert", "gte", "megatron-bert", "mobilebert", "modernbert", "mpnet", "nomic_bert", "rembert", "roberta",
-    "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
 )  # fmt: skip
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 # Of the encoder-decoders only the encoder is used.
@@ -95,7 +94,7 @@ def load_transformer(folder: ModelFolder, *, dtype: torch.dtype, **options: Any)
     """The pretrained transformer, without a pooler; `options` are more arguments of `from_pretrained`."""
     config = options.setdefault("config", loading.load_config(folder))
     config.use_cache = False
-    return _stack(loading.load_model(auto_class(config), folder, dtype=dtype, **_no_pooler(config), **options))
+    return _stack(loading.load_model(auto_class(config), folder, dtype=dtype, **options))
 
 
 def new_transformer(config: PreTrainedConfig) -> nn.Module:
@@ -142,8 +141,7 @@ def token_rows(
 
 def _without_weights(config: PreTrainedConfig) -> nn.Module:
     config.use_cache = False
-    model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False, **_no_pooler(config))
-    return _stack(model)
+    return _stack(auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False))
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -152,17 +150,13 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def _stack(model: Any) -> nn.Module:
-    """The part that reads tokens: T5's wrapper holds its embedding twice."""
-    stack: nn.Module = model.encoder if model.config.model_type in T5_LIKE else model
+    """The part that is used: T5's wrapper holds its embedding twice, and no gradient reaches BERT's pooler."""
+    if model.config.model_type in T5_LIKE:
+        model = model.encoder
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    stack: nn.Module = model
     return stack
-
-
-def _no_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    """BERT's pooler is not used, and its weights are often absent."""
-    classes = AutoModel._model_mapping  # noqa: SLF001 - transformers has no public way from a configuration to its class
-    built = classes[type(config)]
-    has_pooler = "add_pooling_layer" in inspect.signature(built.__init__).parameters
-    return {"add_pooling_layer": False} if has_pooler else {}
 
 
 def _positions(model: nn.Module, config: PreTrainedConfig) -> int | None:

@@ -74,7 +74,7 @@ def settle(
         chosen = declared.pooling or encoder_model.default_pooling(folder, model.kind)
     full = _full_width(model.width, chosen, declared.layers)
     if width is not None and width > full:
-        raise UsageError(f"--width {width}: the encoder {folder.name!r} gives vectors of width {full}; give at most that")
+        raise UsageError(f"--width {width}: the vectors of {folder.name!r} have width {full}; give at most that")
     kept = full if declared.width is None else min(declared.width, full)
     cut = min(max_tokens, declared.max_tokens or max_tokens)
     model.check_length(cut)

@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

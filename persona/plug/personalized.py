@@ -36,9 +36,7 @@ class QueryText:
 
     def tokens(self, queries: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Token ids and mask, both (B, T)."""
-        rows = encoder_model.token_rows(
-            self.tokenizer, list(queries), prompt=self.prompt, max_tokens=self.max_tokens
-        )
+        rows = encoder_model.token_rows(self.tokenizer, list(queries), prompt=self.prompt, max_tokens=self.max_tokens)
         return pad(rows, encoder_model.pad_id(self.tokenizer), device)
 
 

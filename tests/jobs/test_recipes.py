@@ -74,7 +74,7 @@ def test_paper_has_the_settings_of_the_paper(task: str) -> None:
     assert (training.learning_rate, training.query_learning_rate, training.weight_decay) == (1e-4, 1e-4, 1e-4)
     assert (training.warmup, config.max_behaviors) == (0.05, 512)
     assert (config.max_input_tokens, config.max_query_tokens) == (256, 276)
-    assert config.query_prefix == "Represent this sentence for searching relevant passages: "
+    assert config.query_prompt == "Represent this sentence for searching relevant passages: "
     encoder = read(embed, recipe)
     assert (encoder.encoder, encoder.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
     answers = read(generate, recipe).decoding

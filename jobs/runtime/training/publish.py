@@ -3,7 +3,7 @@
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import reading, retrieval
 from jobs.runtime.cli import Summary
@@ -12,7 +12,6 @@ from jobs.runtime.tally import Counts
 if TYPE_CHECKING:
     from jobs.runtime.training.inputs import TrainingInputs
     from jobs.runtime.training.spec import RunSpec
-    from persona.options import Pooling
     from persona.plug.record import PlugRecord
     from persona.training.checkpoint import Progress
 
@@ -110,13 +109,14 @@ def _record(
         options=spec.plug_options,
         encoder={"name": identity.encoder, "revision": identity.revision, "fingerprint": identity.fingerprint},
         encoder_width=identity.width,
-        pooling=cast("Pooling", identity.pooling),
+        pooling=identity.pooling,
         encoder_max_tokens=identity.max_tokens,
+        document_prompt=identity.document_prompt,
         llm=inputs.llm.card(),
         llm_width=best.llm_width,
         token_norm=best.token_norm,
         scale=best.scale,
-        query_prefix=spec.query_prefix,
+        query_prompt=spec.query_prompt,
         max_query_tokens=spec.max_query_tokens,
         max_input_tokens=spec.max_input_tokens,
         max_behaviors=spec.max_behaviors,

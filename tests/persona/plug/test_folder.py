@@ -33,7 +33,7 @@ GREEDY = Decoding(max_new_tokens=6, beams=1)
 @pytest.fixture
 def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
     """A plug whose weights differ from those of a new one."""
-    model = new_model(encoder_folder, llm, prefix="Represent: ", learn_temperature=True)
+    model = new_model(encoder_folder, llm, prompt="Represent: ", learn_temperature=True)
     with torch.no_grad():
         for parameter in model.plug.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -42,7 +42,7 @@ def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm, tmp_path):
-    model = new_model(encoder_folder, llm, prefix="Represent: ", **options)
+    model = new_model(encoder_folder, llm, prompt="Represent: ", **options)
     save(tmp_path / "plug", model, encoder_folder, llm_folder)
     torch.manual_seed(99)  # a new plug would have other weights
     again = plug_folder.load(tmp_path / "plug", encoder=encoder_folder, llm=llm)
@@ -103,7 +103,7 @@ def test_the_fingerprint_changes_with_whatever_answers_depend_on(saved, tmp_path
     record = plug_record.read(moved)
     (moved / "plug.json").write_text(replace(record, training={"another": "run"}).to_json())
     assert plug_record.fingerprint(moved) == found
-    (moved / "plug.json").write_text(replace(record, query_prefix="").to_json())
+    (moved / "plug.json").write_text(replace(record, query_prompt="").to_json())
     assert plug_record.fingerprint(moved) != found
     shutil.copy(saved / "plug.json", moved)
     weights = bytearray((moved / "plug.safetensors").read_bytes())

@@ -73,7 +73,7 @@ def test_the_mean_persona_of_any_plug_has_uniform_weights(encoder_folder, llm, o
 
 
 def test_the_prefix_is_added_to_the_query_only(encoder_folder, llm):
-    plain, prefixed = new_model(encoder_folder, llm), new_model(encoder_folder, llm, prefix="Represent: ")
+    plain, prefixed = new_model(encoder_folder, llm), new_model(encoder_folder, llm, prompt="Represent: ")
     by_hand = [{**ROWS[0], "query": "Represent: query 0"}]
     batch, expected = prefixed.collate(ROWS[:1]), plain.collate(by_hand)
     assert torch.equal(batch.query[0], expected.query[0])
