@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from persona.plug.inspection import PlugAlone
     from persona.plug.personalized import PersonalizedLLM
     from persona.plug.record import PlugRecord
+    from persona.store.identity import Identity
     from persona.store.store import Store
 
 
@@ -66,15 +67,40 @@ def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
 
 
 def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
-    """The plug of `--plug`. Raises PlugMismatch unless it fits the store and its models are those of its training."""
+    """The plug of `--plug`, which fits the store, and whose models are whole and those of its training.
+
+    Raises PlugMismatch or InputError otherwise.
+    """
+    from persona.models import loading
+    from persona.models.encoder_model import check_encoder
+
     plug = read_plug(given, models)
     if plug.record.encoder["fingerprint"] != store.identity.fingerprint:
         raise PlugMismatch(
             f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but the store has those of "
             f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
         )
-    _models(plug)
+    check_vectors(plug, store.identity)
+    encoder, llm = _models(plug)
+    check_encoder(encoder)
+    loading.check_llm(llm)
     return plug
+
+
+def check_vectors(plug: PlugRef, identity: "Identity") -> None:
+    """Raises PlugMismatch when the plug was trained on vectors that the same encoder made in another way."""
+    record = plug.record
+    pairs = (
+        ("width", record.encoder_width, identity.width),
+        ("pooling", record.pooling, identity.pooling),
+        ("document prompt", record.document_prompt, identity.document_prompt),
+    )
+    different = [f"{name} {trained!r} instead of {given!r}" for name, trained, given in pairs if trained != given]
+    if different:
+        raise PlugMismatch(
+            f"--plug {plug.uri} was trained on other vectors of the same encoder ({'; '.join(different)}); give the "
+            "store it was trained on, or train a plug on this one"
+        )
 
 
 def load_answerer(

@@ -137,12 +137,13 @@ def _module_weights(folder: Path) -> Iterator[Path]:
 def _module_folders(folder: Path) -> Iterator[Path]:
     """The subfolders that `modules.json` of sentence-transformers names, such as `1_Pooling`."""
     modules = _parsed(folder, _MODULES) if (folder / _MODULES).is_file() else []
-    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    whole = isinstance(modules, list) and len(paths) == len(modules) and all(isinstance(path, str) for path in paths)
-    parts = [PurePosixPath(path) for path in paths] if whole else []
-    if not whole or any(path.is_absolute() or ".." in path.parts for path in parts):
+    if not isinstance(modules, list):
+        modules = [None]
+    names = [module.get("path") if isinstance(module, dict) else None for module in modules]
+    paths = [PurePosixPath(name) for name in names if isinstance(name, str)]
+    if len(paths) < len(names) or any(path.is_absolute() or ".." in path.parts for path in paths):
         raise InputError(f"{_MODULES} must be a list of modules in subfolders; copy the whole folder again")
-    yield from (folder / path for path in parts if path.parts)
+    yield from (folder / path for path in paths if path.parts)
 
 
 def _listed(names: list[str]) -> str:

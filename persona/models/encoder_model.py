@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from persona.errors import InputError, UsageError
-from persona.models import loading
+from persona.models import loading, sentence_transformer
 from persona.models.resolve import ModelFolder
 from persona.models.sentence_transformer import Declaration
 from persona.options import Precision
@@ -54,6 +54,19 @@ class Architecture:
         """Raises UsageError for bf16 where the encoder cannot compute in it."""
         if precision == "bf16" and self.kind in _ONLY_FP32:
             raise UsageError(f"encoders of type {self.kind} cannot compute in bf16; use --precision fp32 or auto")
+
+
+def check_encoder(folder: ModelFolder) -> Architecture:
+    """What the folder's encoder can read; checks all that can be checked without loading weights.
+
+    Raises:
+        InputError: the architecture or a declaration is not supported, or weights or tokens are missing.
+    """
+    found = architecture(folder)
+    _check_tokenizer(load_tokenizer(folder, sentence_transformer.read(folder)), found.n_tokens, folder)
+    config = loading.load_config(folder)
+    loading.check_weights(folder, auto_class(config), config=config)
+    return found
 
 
 def architecture(folder: ModelFolder) -> Architecture:
@@ -110,7 +123,7 @@ def load_tokenizer(folder: ModelFolder, declared: Declaration) -> PreTrainedToke
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, n_tokens: int, folder: ModelFolder) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, n_tokens: int, folder: ModelFolder) -> None:
     """Raises InputError if the tokenizer gives ids that the model has no embedding for."""
     largest, token = max((number, token) for token, number in tokenizer.get_vocab().items())
     if largest >= n_tokens:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from persona.errors import InputError, UsageError
-from persona.models import encoder_model, loading, sentence_transformer
+from persona.models import encoder_model, sentence_transformer
 from persona.models.resolve import ModelFolder
 from persona.models.sentence_head import SentenceHead, parse_pooling
 from persona.models.sentence_transformer import Dense, Layer
@@ -64,11 +64,8 @@ def settle(
         UsageError: a choice does not fit the encoder, or must be made.
     """
     declared = sentence_transformer.read(folder)
-    model = encoder_model.architecture(folder)
+    model = encoder_model.check_encoder(folder)
     model.check_precision(precision)
-    tokenizer = encoder_model.load_tokenizer(folder, declared)
-    encoder_model.check_tokenizer(tokenizer, model.n_tokens, folder)
-    loading.check_weights(folder, encoder_model.auto_class(loading.load_config(folder)))
     chosen = str(pooling)
     if pooling == "auto":
         chosen = declared.pooling or encoder_model.default_pooling(folder, model.kind)
@@ -91,7 +88,7 @@ def settle_query(folder: ModelFolder, *, prompt: str | None = None, max_tokens: 
     """The same for queries: the folder's prompt for queries, unless another one is given. Raises as `settle` does."""
     declared = sentence_transformer.read(folder)
     cut = min(max_tokens, declared.max_tokens or max_tokens)
-    encoder_model.architecture(folder).check_length(cut)
+    encoder_model.check_encoder(folder).check_length(cut)
     return QuerySettings(prompt=declared.query_prompt(prompt), max_tokens=cut)
 
 

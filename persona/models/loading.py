@@ -7,6 +7,7 @@ in an InputError that names them.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from logging import CRITICAL
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from persona.errors import InputError
 from persona.models import contents
@@ -44,7 +45,8 @@ def load_config(folder: ModelFolder) -> PreTrainedConfig:
             reason = "it needs Python code from its folder, which is never run; choose one that transformers implements"
         raise InputError(f"the model {folder.name!r} has the model_type {kind!r}: {reason}")
     with _refusing(folder, "its config.json is invalid"):
-        return AutoConfig.from_pretrained(folder.path, **_LOCAL)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder.path, **_LOCAL)
+        return config
 
 
 def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
@@ -66,8 +68,8 @@ def llm_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The model of a folder with all of its weights.
+def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **options: Any) -> Any:
+    """The model of a folder, a `PreTrainedModel`, with all of its weights.
 
     Args:
         auto_class: of transformers, such as `AutoModel`.
@@ -85,7 +87,13 @@ def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **op
         folder.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **_LOCAL
     )
     _refuse_differences(folder, model, info)
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+def check_llm(folder: ModelFolder) -> None:
+    """Raises InputError when the LLM in the folder cannot be loaded whole; reads no weights."""
+    load_tokenizer(folder)
+    check_weights(folder, llm_class(load_config(folder)))
 
 
 def check_weights(folder: ModelFolder, auto_class: Any, *, config: PreTrainedConfig | None = None) -> None:
@@ -118,18 +126,14 @@ def _refuse_differences(folder: ModelFolder, model: PreTrainedModel, info: dict[
     other_shape = [f"{name} ({_shape(found)} instead of {_shape(own)})" for name, found, own in info["mismatched_keys"]]
     unused = sorted(name for name in info["unexpected_keys"] if missing or _is_inside(model, name))
     wrong = [
-        f"{what}: {_first(names)}"
-        for what, names in (
-            (f"{len(missing)} tensors are missing", missing),
-            (f"{len(other_shape)} have another shape", sorted(other_shape)),
-            (f"{len(unused)} are unknown", unused),
-        )
+        f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
+        for what, names in (("missing", missing), ("of another shape", sorted(other_shape)), ("unknown", unused))
         if names
     ]
     if wrong:
         raise InputError(
-            f"the weights of {folder.name!r} are not those of a {type(model).__name__} as config.json describes it "
-            f"({'; '.join(wrong)}); copy the whole folder again, or save the model with transformers' save_pretrained"
+            f"the weights of {folder.name!r} are not those of a {type(model).__name__} as config.json describes it: "
+            f"{'; '.join(wrong)}; copy the whole folder again, or save the model with transformers' save_pretrained"
         )
 
 
@@ -163,7 +167,7 @@ def _quiet() -> Iterator[None]:
     """Keeps transformers from printing a report and a progress bar."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
@@ -175,7 +179,3 @@ def _quiet() -> Iterator[None]:
 
 def _shape(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape))
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
