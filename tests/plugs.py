@@ -57,6 +57,7 @@ def new_model(
     prompt: str = "",
     *,
     pooling: str = "cls",
+    width: int | None = None,
     max_query_tokens: int = 64,
     seed: int = 0,
     **options: Any,
@@ -65,7 +66,7 @@ def new_model(
     # At a temperature of 1 the weights would be too uniform to tell from the mean.
     chosen = PlugOptions(**{"persona_tokens": 2, "temperature": 30.0, **options})
     torch.manual_seed(seed)
-    width = architecture(encoder).width
+    width = architecture(encoder).width if width is None else width
     query_encoder, query_head = plug_folder.new_query_encoder(
         encoder, chosen, pooling=pooling, width=width, pretrained=True
     )

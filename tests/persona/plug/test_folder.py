@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 
 from persona.engines.local import LocalEngine
 from persona.errors import InputError, PlugMismatch, UsageError
+from persona.models.encoder_settings import settle
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import Decoding
 from persona.plug import folder as plug_folder, record as plug_record
+from persona.plug.user_personas import UserPersonas
+from tests.encoders import sentence_transformer
 from tests.models import tiny_encoder
 from tests.plugs import ROWS, losses, new_answerer, new_model, record_of, save
 
@@ -139,8 +142,8 @@ def test_a_folder_that_is_overwritten_is_incomplete_until_the_end(saved, encoder
     [
         ("not JSON", "Expecting value"),
         ("[]", "not a valid plug.json"),
-        ('{"format": 1}', "format 1, this version reads format 2; train a new plug"),
-        ('{"format": 2, "options": {}}', "missing"),
+        ('{"format": 1}', "format 1, this version reads format 3; train a new plug"),
+        ('{"format": 3, "options": {}}', "missing"),
     ],
 )
 def test_an_invalid_record_is_refused(saved, text, reason):
@@ -196,6 +199,24 @@ def test_a_pickle_is_never_read(saved, encoder_folder, llm):
     (saved / "plug.safetensors").unlink()
     with pytest.raises(InputError, match="no complete plug here"):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+
+
+def test_a_plug_whose_encoder_has_dense_layers_is_saved_with_them_and_loads_anywhere(tmp_path, llm, llm_folder):
+    path = sentence_transformer(tmp_path / "encoder", kind="t5", dense=[(24, torch.nn.Tanh())])
+    encoder = resolve(str(path), flag="--encoder")
+    settings = settle(encoder)
+    model = new_model(encoder, llm, pooling=settings.pooling, width=settings.width)
+    with torch.no_grad():  # as after some training
+        for parameter in (*model.plug.query_encoder.parameters(), *model.plug.query_head.parameters()):
+            parameter.add_(0.01)
+    record = replace(record_of(model, encoder, llm_folder), pooling=settings.pooling, encoder_width=settings.width)
+    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_record.card(record))
+
+    loaded = plug_folder.load_plug(tmp_path / "plug", encoder=encoder)
+    query = model.query_text.tokens(["a walk by the river", "it"], torch.device("cpu"))
+    torch.testing.assert_close(loaded.encode_query(*query), model.plug.encode_query(*query), rtol=1e-6, atol=1e-6)
+    assert "query_head.layers.0.linear.weight" in loaded.state_dict()
+    assert UserPersonas.load(tmp_path / "plug").plug.query_head is None
 
 
 def test_queries_longer_than_the_encoders_positions_are_refused(encoder_folder):
