@@ -48,10 +48,10 @@ class Config:
     columns: str = ""
     """Names of your columns where they differ: text=body,user_id=author."""
     encoder: str = "BAAI/bge-base-en-v1.5"
-    """Hub id or folder (local, s3://) of a BERT-like encoder with safetensors weights."""
+    """Hub id or folder (local, s3://) of a text encoder with safetensors weights; docs/data.md lists which work."""
     revision: str = "main"
     """Revision of the encoder on the hub."""
-    pooling: Literal["auto"] | Pooling = "auto"
+    pooling: Literal["auto", Pooling] = "auto"
     """How token vectors become one; auto is what the encoder's folder says, or cls for a plain BERT-like model."""
     document_prompt: str | None = None
     """Text in front of each behavior; default the encoder's own prompt for documents, "" for none."""

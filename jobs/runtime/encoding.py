@@ -18,7 +18,7 @@ _TEXT_RULE = "text as given, cut to max_tokens"
 def identity_of(
     encoder: "ModelFolder",
     *,
-    pooling: "Pooling | Literal['auto']",
+    pooling: "Literal['auto', Pooling]",
     max_tokens: int,
     document_prompt: str | None = None,
     width: int | None = None,

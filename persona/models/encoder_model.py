@@ -79,7 +79,7 @@ def architecture(folder: ModelFolder) -> Architecture:
             f"{', '.join(sorted(known))}"
         )
     with torch.device("meta"):
-        model = _without_weights(config)
+        model: Any = _without_weights(config)
     return Architecture(
         kind=config.model_type,
         width=config.hidden_size,

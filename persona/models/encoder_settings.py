@@ -43,7 +43,7 @@ class QuerySettings:
 def settle(
     folder: ModelFolder,
     *,
-    pooling: Pooling | Literal["auto"] = "auto",
+    pooling: Literal["auto", Pooling] = "auto",
     max_tokens: int = 512,
     prompt: str | None = None,
     width: int | None = None,
