@@ -14,9 +14,10 @@ from typing import Any
 from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions
+from persona.options import PlugOptions, Select
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
+_SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
 _FORMAT = 3
 
 
@@ -32,7 +33,7 @@ class PlugRecord:
         document_prompt: in front of each behavior.
         scale, token_norm: as in `Plug`.
         query_prompt, max_query_tokens: how queries are read by the query encoder.
-        max_input_tokens: inputs of the LLM are cut to this length.
+        max_input_tokens, max_target_tokens: inputs and targets of the LLM are cut to these lengths.
         training: settings, curves and results of the training run, for people and reports.
         weights_digest: hash of the weights file; empty in plugs older than this field.
     """
@@ -50,6 +51,7 @@ class PlugRecord:
     query_prompt: str
     max_query_tokens: int
     max_input_tokens: int
+    max_target_tokens: int
     max_behaviors: int
     training: dict[str, Any]
     weights_digest: str = ""
@@ -156,6 +158,8 @@ Turns a user's history into {record.options.n_soft} soft tokens of width {record
 Options: {record.options}. The plug works with these two models only. Weights: `{WEIGHTS}`; all else: `{RECORD}`.
 
 ## Held-out loss (nats a token)
+
+The weights are those of step {training["selected_step"]:,}, {_SELECTED[training["select"]]}.
 
 | step | loss |
 |---|---|

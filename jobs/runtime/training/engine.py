@@ -20,6 +20,7 @@ def start_engine(
     settings: WorkerSettings, encoder: "ModelFolder", last_checkpoint: Path | None
 ) -> "tuple[Any, Progress]":
     """The engine over plug and frozen LLM, and the progress of the run; all workers call it together."""
+    from persona.engines import probe
     from persona.training import checkpoint
     from persona.training.deepspeed import deepspeed_settings, new_engine
 
@@ -34,6 +35,7 @@ def start_engine(
         progress = checkpoint.load_weights(model, last_checkpoint)
         plug.token_norm, plug.scale = progress.token_norm, progress.scale
     engine = new_engine(model, options, deepspeed_settings(options, settings.n_workers))
+    probe.check_llm(model.llm)
     if last_checkpoint is not None:
         checkpoint.load_moments(engine, last_checkpoint, step=progress.step)
     return engine, progress
@@ -51,7 +53,12 @@ def _new_model(settings: WorkerSettings, encoder: "ModelFolder") -> "Personalize
     spec, identity = settings.spec, settings.identity
     llm_folder = local_model(settings.llm, flag="--llm")
     torch.manual_seed(spec.training.seed)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=spec.max_input_tokens, precision=spec.precision)
+    llm = FrozenLLM.load(
+        llm_folder,
+        max_input_tokens=spec.max_input_tokens,
+        max_target_tokens=spec.max_target_tokens,
+        precision=spec.precision,
+    )
     if spec.activation_checkpointing:
         llm.checkpoint_activations()
     query_encoder, query_head = plug_folder.new_query_encoder(
