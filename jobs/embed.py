@@ -50,7 +50,7 @@ class Config:
     """Names of your columns where they differ: text=body,user_id=author."""
     form: Annotated[InputFormat, FLAT] = field(default_factory=InputFormat)
     encoder: str = "BAAI/bge-base-en-v1.5"
-    """Hub id or folder (local, s3://) of a text encoder with safetensors weights; docs/data.md lists which work."""
+    """Hub id or folder (local, s3://) of a text encoder with safetensors weights."""
     revision: str = "main"
     """Revision of the encoder on the hub."""
     pooling: Literal["auto", Pooling] = "auto"

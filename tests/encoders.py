@@ -130,7 +130,7 @@ def sentence_transformer(
         width = out
     if normalize:
         modules.append(Normalize())
-    SentenceTransformer(modules=modules, device="cpu", **options).save(str(folder / "saved"))
+    SentenceTransformer(modules=modules, device="cpu", **options).save(str(folder / "saved"), create_model_card=False)
     return folder / "saved"
 
 

@@ -143,16 +143,12 @@ def read(folder: ModelFolder) -> Declaration:
                 f"the encoder {folder.name!r} has {parts[0]} but no {_MODULES}, so part of a sentence-transformers "
                 "folder is missing; copy the whole folder"
             )
-        return Declaration(name=folder.name)
+        return Declaration(name=folder.name, max_tokens=_longest({}, root))
     pooling, include_prompt, layers = _modules(root)
     prompts = _object(root / _PROMPTS) if (root / _PROMPTS).is_file() else {}
     texts = next((_object(root / name) for name in _TEXT if (root / name).is_file()), {})
     _check_prompts(prompts, root / _PROMPTS)
     _check_texts(texts, root)
-    tokenizer = root / "tokenizer_config.json"
-    longest = texts.get("max_seq_length")
-    if longest is None and tokenizer.is_file():
-        longest = _object(tokenizer).get("model_max_length")
     return Declaration(
         name=folder.name,
         pooling=pooling,
@@ -161,7 +157,7 @@ def read(folder: ModelFolder) -> Declaration:
         default_prompt=prompts.get("default_prompt_name"),
         prompt_is_pooled=include_prompt,
         lower_case=bool(texts.get("do_lower_case")),
-        max_tokens=None if longest is None else int(longest),
+        max_tokens=_longest(texts, root),
         width=prompts.get("truncate_dim"),
     )
 
@@ -245,6 +241,16 @@ def _dense(folder: Path) -> Dense:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: in_features and out_features must be numbers ({error})") from error
+
+
+def _longest(texts: Mapping[str, Any], root: Path) -> int | None:
+    """Tokens of a text: as sentence-transformers says, or else the tokenizer."""
+    longest = texts.get("max_seq_length")
+    tokenizer = root / "tokenizer_config.json"
+    if longest is None and tokenizer.is_file():
+        longest = _object(tokenizer).get("model_max_length")
+    # transformers writes a number beyond all integers for no limit.
+    return int(longest) if isinstance(longest, int | float) else None
 
 
 def _check_prompts(config: Mapping[str, Any], file: Path) -> None:

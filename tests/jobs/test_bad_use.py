@@ -91,9 +91,7 @@ def test_an_unknown_flag_and_an_unknown_key(refused: Any, embedding: dict[str, s
     assert "pooling 'median': must be auto, cls, mean, max, lasttoken, " in refused(embed, **embedding, config=config)
 
 
-def test_an_encoder_that_cannot_be_used_as_asked(
-    refused: Any, embedding: dict[str, str], training: dict[str, str], tmp_path: Path
-) -> None:
+def test_an_encoder_that_cannot_be_used_as_asked(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     fnet = transformer(tmp_path / "fnet", "fnet", **size)
     assert "is of type fnet, which is not supported" in refused(embed, **{**embedding, "encoder": str(fnet)})
@@ -101,8 +99,9 @@ def test_an_encoder_that_cannot_be_used_as_asked(
     said = refused(embed, **{**embedding, "encoder": str(deberta)}, precision="bf16")
     assert "encoders of type deberta cannot compute in bf16; use --precision fp32 or auto" in said
     assert "--width 33: the vectors of" in refused(embed, **embedding, width=33)
-    assert "at most 512 tokens of a text, not 513" in refused(embed, **{**embedding, "max_tokens": "513"})
-    assert "at most 512 tokens of a text, not 600" in refused(train, **training, max_query_tokens=600)
+    roberta = transformer(tmp_path / "roberta", "roberta", max_position_embeddings=32, **size)
+    said = refused(embed, **{**embedding, "encoder": str(roberta), "max_tokens": "32"})
+    assert "at most 31 tokens of a text, not 32" in said
 
 
 def test_a_plug_of_other_vectors_of_the_same_encoder(

@@ -85,9 +85,15 @@ def test_the_shorter_length_wins(copy):
     assert settle_query(found(copy), max_tokens=276).max_tokens == 40
 
 
-def test_the_length_in_tokenizer_config_counts_where_there_is_no_other(copy):
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_length_in_tokenizer_config_counts_where_there_is_no_other(copy, plain):
     edit(copy / "tokenizer_config.json", model_max_length=33)
+    if plain:
+        for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+            (copy / name).unlink()
+        shutil.rmtree(copy / "1_Pooling")
     assert settle(found(copy), max_tokens=512).max_tokens == 33
+    assert reference(copy).max_seq_length == 33
 
 
 @pytest.mark.parametrize(("kind", "most"), [("bert", 128), ("roberta", 127), ("mpnet", 126)])
