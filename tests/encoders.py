@@ -304,6 +304,11 @@ ENCODERS: tuple[EncoderCase, ...] = (
         expected="give --pooling",
     ),
     EncoderCase(
+        name="bert as a decoder",
+        build=lambda folder: transformer(folder / "plain", is_decoder=True, **_SIZE),
+        expected="is a decoder",
+    ),
+    EncoderCase(
         name="fnet",
         build=lambda folder: transformer(folder / "plain", "fnet", **_SIZE),
         expected="is of type fnet, which is not supported",
