@@ -79,7 +79,9 @@ def architecture(folder: ModelFolder) -> Architecture:
             f"{', '.join(sorted(known))}"
         )
     if config.model_type in WITH_CLS and getattr(config, "is_decoder", False):
-        raise InputError(f"the encoder {folder.name!r} is a decoder (is_decoder in config.json), which is not supported")
+        raise InputError(
+            f"the encoder {folder.name!r} is a decoder (is_decoder in config.json), which is not supported"
+        )
     with torch.device("meta"):
         model: Any = _without_weights(config)
     return Architecture(
