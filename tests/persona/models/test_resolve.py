@@ -1,5 +1,6 @@
 """Finding models: local, on the hub and on S3; what is refused; when two have the same fingerprint."""
 
+import json
 import shutil
 from pathlib import Path
 
