@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from jobs.runtime import cli, cost, encoding, exchange, personas, pools, profile, reading, session, staging, sync
 from jobs.runtime.cli import Summary
@@ -23,7 +23,7 @@ from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
-from persona.options import CostOptions, Pooling, Precision, check_at_least
+from persona.options import CostOptions, Precision, VectorOptions, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,12 +53,7 @@ class Config:
     """Hub id or folder (local, s3://) of a text encoder with safetensors weights."""
     revision: str = "main"
     """Revision of the encoder on the hub."""
-    pooling: Literal["auto", Pooling] = "auto"
-    """How token vectors become one; auto is what the encoder's folder says, or cls for a plain BERT-like model."""
-    document_prompt: str | None = None
-    """Text in front of each behavior; default the encoder's own prompt for documents, "" for none."""
-    width: int | None = None
-    """Keep only this many components of each vector, for encoders trained for it (Matryoshka)."""
+    vectors: Annotated[VectorOptions, FLAT] = field(default_factory=VectorOptions)
     max_tokens: int = 512
     """Cut each text after this many tokens, or earlier if the encoder's folder says so."""
     precision: Precision = "auto"
@@ -83,7 +78,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        check_at_least(self, 1, "max_tokens", "width", "token_budget", "block_rows", "buckets")
+        check_at_least(self, 1, "max_tokens", "token_budget", "block_rows", "buckets")
         if self.sync and self.rows.limit is not None:
             raise UsageError("--sync with --limit would delete every behavior beyond the limit; remove one of them")
 
@@ -140,14 +135,7 @@ def _inputs(config: Config) -> _Inputs:
     storage.check_reachable(store, flag="--store", write=True)
     histories = find_histories(config.histories, config.columns, config.form, flag="--histories")
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
-    identity = encoding.identity_of(
-        encoder,
-        pooling=config.pooling,
-        max_tokens=config.max_tokens,
-        document_prompt=config.document_prompt,
-        width=config.width,
-        precision=config.precision,
-    )
+    identity = encoding.identity_of(encoder, config.vectors, max_tokens=config.max_tokens, precision=config.precision)
     plug = personas.find_plug(config.plug, identity) if config.plug else None
     return _Inputs(histories=histories, store=store, encoder=encoder, identity=identity, plug=plug)
 

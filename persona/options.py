@@ -8,7 +8,7 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from persona.errors import UsageError
 
@@ -19,6 +19,15 @@ Precision = Literal["auto", "bf16", "fp32"]
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
+
+
+def pooling_modes(pooling: str) -> tuple[Pooling, ...]:
+    """The modes of a pooling such as `cls+mean`. Raises UsageError for a mode that does not exist."""
+    known: dict[str, Pooling] = {mode: mode for mode in get_args(Pooling)}
+    unknown = [mode for mode in pooling.split("+") if mode not in known]
+    if unknown:
+        raise UsageError(f"pooling {pooling!r}: must be {', '.join(known)}, or several of them joined by +")
+    return tuple(known[mode] for mode in pooling.split("+"))
 
 
 class PersonaKind(StrEnum):
@@ -44,6 +53,22 @@ class PersonaKind(StrEnum):
     def sees_no_history(self) -> bool:
         """Whether the request sees no behavior at all."""
         return self in (PersonaKind.NONE, PersonaKind.BARE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorOptions:
+    """How an encoder makes a behavior's vector; what is left out comes from its folder."""
+
+    pooling: Literal["auto", Pooling] = "auto"
+    """How token vectors become one; auto is what the encoder's folder says, or cls for a plain BERT-like model."""
+    document_prompt: str | None = None
+    """Text in front of each behavior; default the encoder's own prompt for documents, "" for none."""
+    width: int | None = None
+    """Keep only this many components of each vector, for encoders trained for it (Matryoshka)."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "width")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The encoder of a store: its identity, how workers load it, and how behaviors become vectors."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from persona.errors import InputError
 
@@ -9,28 +9,20 @@ if TYPE_CHECKING:
 
     from persona.models.encoder import Encoded, TextEncoder
     from persona.models.resolve import ModelFolder
-    from persona.options import Pooling, Precision
+    from persona.options import Precision, VectorOptions
     from persona.store.identity import Identity
 
 _TEXT_RULE = "text as given, cut to max_tokens"
 
 
 def identity_of(
-    encoder: "ModelFolder",
-    *,
-    pooling: "Literal['auto', Pooling]",
-    max_tokens: int,
-    document_prompt: str | None = None,
-    width: int | None = None,
-    precision: "Precision" = "auto",
+    encoder: "ModelFolder", options: "VectorOptions", *, max_tokens: int, precision: "Precision"
 ) -> "Identity":
     """What a store records of its encoder. Raises InputError and UsageError as `encoder_settings.settle` does."""
     from persona.models.encoder_settings import settle
     from persona.store.identity import Identity
 
-    settings = settle(
-        encoder, pooling=pooling, max_tokens=max_tokens, prompt=document_prompt, width=width, precision=precision
-    )
+    settings = settle(encoder, options, max_tokens=max_tokens, precision=precision)
     return Identity(
         encoder=encoder.name,
         revision=encoder.revision,

@@ -5,14 +5,13 @@ Every reason to refuse an encoder that can be seen without its weights is found 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from persona.errors import InputError, UsageError
 from persona.models import encoder_model, sentence_transformer
 from persona.models.resolve import ModelFolder
-from persona.models.sentence_head import SentenceHead, parse_pooling
+from persona.models.sentence_head import SentenceHead
 from persona.models.sentence_transformer import Dense, Layer
-from persona.options import Pooling, Precision
+from persona.options import Precision, VectorOptions, pooling_modes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,45 +41,44 @@ class QuerySettings:
 
 def settle(
     folder: ModelFolder,
+    options: VectorOptions | None = None,
     *,
-    pooling: Literal["auto", Pooling] = "auto",
     max_tokens: int = 512,
-    prompt: str | None = None,
-    width: int | None = None,
     precision: Precision = "auto",
 ) -> EncoderSettings:
-    """The settings for behaviors; what is not given comes from the folder.
+    """The settings for behaviors; what `options` leave out comes from the folder.
 
     Args:
         folder: of the encoder.
-        pooling: `auto` is the folder's.
+        options: pooling, prompt and width.
         max_tokens: cut texts to this length; a smaller one in the folder wins.
-        prompt: None is the folder's prompt for documents.
-        width: keep this many components (Matryoshka); None keeps all, or as many as the folder says.
         precision: that the encoder will run in.
 
     Raises:
         InputError: the encoder, or something that its folder declares, is not supported.
         UsageError: a choice does not fit the encoder, or must be made.
     """
+    options = options or VectorOptions()
     declared = sentence_transformer.read(folder)
     model = encoder_model.check_encoder(folder)
     model.check_precision(precision)
-    chosen = str(pooling)
+    pooling: str = options.pooling
     if pooling == "auto":
-        chosen = declared.pooling or encoder_model.default_pooling(folder, model.kind)
-    full = _full_width(model.width, chosen, declared.layers)
-    if width is not None and width > full:
-        raise UsageError(f"--width {width}: the vectors of {folder.name!r} have width {full}; give at most that")
+        pooling = declared.pooling or encoder_model.default_pooling(folder, model.kind)
+    full = _full_width(model.width, pooling, declared.layers)
+    if options.width is not None and options.width > full:
+        raise UsageError(
+            f"--width {options.width}: the vectors of {folder.name!r} have width {full}; give at most it"
+        )
     kept = full if declared.width is None else min(declared.width, full)
     cut = min(max_tokens, declared.max_tokens or max_tokens)
     model.check_length(cut)
-    SentenceHead(chosen, declared.layers).load_weights()
+    SentenceHead(pooling, declared.layers).load_weights()
     return EncoderSettings(
-        pooling=chosen,
-        width=kept if width is None else width,
+        pooling=pooling,
+        width=kept if options.width is None else options.width,
         max_tokens=cut,
-        prompt=declared.document_prompt(prompt),
+        prompt=declared.document_prompt(options.document_prompt),
     )
 
 
@@ -94,7 +92,7 @@ def settle_query(folder: ModelFolder, *, prompt: str | None = None, max_tokens: 
 
 def _full_width(width: int, pooling: str, layers: Sequence[Layer]) -> int:
     """The width of uncut vectors. Raises InputError when a dense layer reads another width than it is given."""
-    width *= len(parse_pooling(pooling))
+    width *= len(pooling_modes(pooling))
     for layer in layers:
         if isinstance(layer, Dense):
             if layer.inputs != width:

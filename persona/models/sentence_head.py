@@ -4,28 +4,17 @@ Shapes: N texts, T tokens padded on the right, d width of token vectors, e width
 """
 
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from persona.errors import InputError, UsageError
+from persona.errors import InputError
 from persona.models.sentence_transformer import Dense, Layer
-from persona.options import Pooling
+from persona.options import Pooling, pooling_modes
 
 _Pool = Callable[[Tensor, Tensor], Tensor]
-
-
-def parse_pooling(pooling: str) -> tuple[Pooling, ...]:
-    """The modes of a pooling such as `cls+mean`. Raises UsageError for a mode that does not exist."""
-    known = {str(mode): mode for mode in get_args(Pooling)}
-    modes = pooling.split("+")
-    unknown = [mode for mode in modes if mode not in known]
-    if unknown:
-        raise UsageError(f"pooling {pooling!r}: must be {', '.join(known)}, or several of them joined by +")
-    return tuple(known[mode] for mode in modes)
 
 
 class SentenceHead(nn.Module):
@@ -39,7 +28,7 @@ class SentenceHead(nn.Module):
 
     def __init__(self, pooling: str, layers: Sequence[Layer] = (), width: int | None = None) -> None:
         super().__init__()
-        self.modes = parse_pooling(pooling)
+        self.modes = pooling_modes(pooling)
         self.width = width
         self.layers = nn.ModuleList(_Normalize() if layer == "normalize" else _DenseLayer(layer) for layer in layers)
 

@@ -16,7 +16,7 @@ from persona.errors import InputError, PlugMismatch, UsageError
 from persona.field_types import check_field_types
 from persona.models import contents
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Select
+from persona.options import PlugOptions, Select, pooling_modes
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
 _SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
@@ -59,8 +59,9 @@ class PlugRecord:
     weights_digest: str = ""
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for values that no training run writes."""
+        """Raises TypeError, ValueError or UsageError for values that no training run writes."""
         check_field_types(self)
+        pooling_modes(self.pooling)
         for kind, model in (("encoder", self.encoder), ("llm", self.llm)):
             if absent := {"name", "revision", "fingerprint"} - model.keys():
                 raise ValueError(f"{kind} lacks {', '.join(sorted(absent))}")

@@ -83,7 +83,7 @@ def test_paper_has_the_settings_of_the_paper(task: str) -> None:
     assert (config.select, training.max_gradient_norm) == ("last", 0)
     assert config.query_prompt == "Represent this sentence for searching relevant passages: "
     encoder = read(embed, recipe)
-    assert (encoder.encoder, encoder.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
+    assert (encoder.encoder, encoder.vectors.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
     answers = read(generate, recipe).decoding
     assert (answers.beams, answers.sample, answers.max_new_tokens) == (4, False, TASKS[task].max_new_tokens)
 

@@ -15,6 +15,7 @@ from persona.models.encoder import TextEncoder
 from persona.models.encoder_settings import settle, settle_query
 from persona.models.resolve import ModelFolder, resolve
 from persona.models.sentence_transformer import read
+from persona.options import VectorOptions
 from tests.encoders import WIDTH, edit, reference, sentence_transformer, transformer
 
 PROMPTS = {"query": "query: ", "document": "passage: "}
@@ -43,7 +44,7 @@ def test_a_plain_bert_takes_cls_and_its_own_width(encoder_folder):
 def test_the_folder_decides_and_flags_override(saved):
     settings = settle(found(saved))
     assert (settings.pooling, settings.width, settings.prompt) == ("mean", 24, "passage: ")
-    settings = settle(found(saved), pooling="max", width=7, prompt="", max_tokens=9)
+    settings = settle(found(saved), VectorOptions(pooling="max", width=7, document_prompt=""), max_tokens=9)
     assert (settings.pooling, settings.width, settings.prompt, settings.max_tokens) == ("max", 7, "", 9)
     assert settle_query(found(saved), max_tokens=64).prompt == "query: "
     assert settle_query(found(saved), prompt="other: ", max_tokens=64).prompt == "other: "
@@ -57,8 +58,8 @@ def test_a_given_width_is_that_of_sentence_transformers(saved):
 
 
 def test_a_width_beyond_the_vectors_is_refused(saved):
-    with pytest.raises(UsageError, match=r"--width 25: the vectors of .* have width 24; give at most that"):
-        settle(found(saved), width=25)
+    with pytest.raises(UsageError, match=r"--width 25: the vectors of .* are only 24 wide; lower it"):
+        settle(found(saved), VectorOptions(width=25))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_a_prompt_must_be_chosen_where_sentence_transformers_passes_over_one(cop
         settle(found(copy))
     with pytest.raises(UsageError, match=r"no prompt named 'query', but has default .*--query-prompt TEXT"):
         settle_query(found(copy), max_tokens=64)
-    assert settle(found(copy), prompt="passage: ").prompt == "passage: "
+    assert settle(found(copy), VectorOptions(document_prompt="passage: ")).prompt == "passage: "
     assert settle_query(found(copy), prompt="", max_tokens=64).prompt == ""
 
 
