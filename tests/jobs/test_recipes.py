@@ -112,10 +112,13 @@ def test_a_recipe_states_how_many_parameters_it_trains(recipe: Path, tmp_path: P
     BertConfig().save_pretrained(tmp_path)  # the size of the recipes' encoder
     encoder = ModelFolder(name="", revision="", path=tmp_path, fingerprint="")
     with torch.device("meta"):
+        query_encoder, query_head = plug_folder.new_query_encoder(
+            encoder, config.plug_options, pooling="cls", width=768, pretrained=False
+        )
         plug = Plug(
             config.plug_options,
-            query_encoder=plug_folder.new_query_encoder(encoder, config.plug_options, pretrained=False),
-            pooling="cls",
+            query_encoder=query_encoder,
+            query_head=query_head,
             width=768,
             llm_width={"google/flan-t5-xxl": 4096, "HuggingFaceTB/SmolLM2-135M": 576}[config.llm],
             token_norm=1.0,
