@@ -67,9 +67,7 @@ def settle(
         pooling = declared.pooling or encoder_model.default_pooling(folder, model.kind)
     full = _full_width(model.width, pooling, declared.layers)
     if options.width is not None and options.width > full:
-        raise UsageError(
-            f"--width {options.width}: the vectors of {folder.name!r} have width {full}; give at most it"
-        )
+        raise UsageError(f"--width {options.width}: the vectors of {folder.name!r} have only {full} components")
     kept = full if declared.width is None else min(declared.width, full)
     cut = min(max_tokens, declared.max_tokens or max_tokens)
     model.check_length(cut)

@@ -58,7 +58,7 @@ def test_a_given_width_is_that_of_sentence_transformers(saved):
 
 
 def test_a_width_beyond_the_vectors_is_refused(saved):
-    with pytest.raises(UsageError, match=r"--width 25: the vectors of .* are only 24 wide; lower it"):
+    with pytest.raises(UsageError, match=r"--width 25: the vectors of .* have only 24 components"):
         settle(found(saved), VectorOptions(width=25))
 
 
