@@ -10,12 +10,13 @@ import math
 from dataclasses import asdict, dataclass
 from datetime import date
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from persona.errors import UsageError
 
 Engine = Literal["local"]
-Pooling = Literal["cls", "mean"]
+# The names of sentence-transformers.
+Pooling = Literal["cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 Precision = Literal["auto", "bf16", "fp32"]
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
@@ -23,6 +24,15 @@ TimeUnit = Literal["s", "ms", "us", "ns"]
 
 # What the chat template is given besides its own arguments.
 _TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
+
+
+def pooling_modes(pooling: str) -> tuple[Pooling, ...]:
+    """The modes of a pooling such as `cls+mean`. Raises UsageError for a mode that does not exist."""
+    known: dict[str, Pooling] = {mode: mode for mode in get_args(Pooling)}
+    unknown = [mode for mode in pooling.split("+") if mode not in known]
+    if unknown:
+        raise UsageError(f"pooling {pooling!r}: must be {', '.join(known)}, or several of them joined by +")
+    return tuple(known[mode] for mode in pooling.split("+"))
 
 
 class PersonaKind(StrEnum):
@@ -48,6 +58,22 @@ class PersonaKind(StrEnum):
     def sees_no_history(self) -> bool:
         """Whether the request sees no behavior at all."""
         return self in (PersonaKind.NONE, PersonaKind.BARE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorOptions:
+    """How an encoder makes a behavior's vector; what is left out comes from its folder."""
+
+    pooling: Literal["auto", Pooling] = "auto"
+    """How token vectors become one; auto is what the encoder's folder says, or cls for a plain BERT-like model."""
+    document_prompt: str | None = None
+    """Text in front of each behavior; default the encoder's own prompt for documents, "" for none."""
+    width: int | None = None
+    """Keep only this many components of each vector, for encoders trained for it (Matryoshka)."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "width")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
         options=spec.retrieval,
         histories=inputs.histories,
         encoder=inputs.encoder.name,
-        query_prefix=spec.query_prefix,
+        query_prompt=spec.query_prompt,
         max_query_tokens=spec.max_query_tokens,
         max_behaviors=spec.max_behaviors,
     )

@@ -12,7 +12,7 @@ from jobs.runtime.tally import Counts
 if TYPE_CHECKING:
     from jobs.runtime.training.inputs import TrainingInputs
     from jobs.runtime.training.spec import RunSpec
-    from persona.options import Pooling, Select
+    from persona.options import Select
     from persona.plug.record import PlugRecord
     from persona.store.store import Store
     from persona.training.checkpoint import Progress
@@ -136,13 +136,14 @@ def _record(
         options=spec.plug_options,
         encoder={"name": identity.encoder, "revision": identity.revision, "fingerprint": identity.fingerprint},
         encoder_width=identity.width,
-        pooling=cast("Pooling", identity.pooling),
+        pooling=identity.pooling,
         encoder_max_tokens=identity.max_tokens,
+        document_prompt=identity.document_prompt,
         llm=inputs.llm.card(),
         llm_width=selected.llm_width,
         token_norm=selected.token_norm,
         scale=selected.scale,
-        query_prefix=spec.query_prefix,
+        query_prompt=spec.query_prompt,
         max_query_tokens=spec.max_query_tokens,
         max_input_tokens=spec.max_input_tokens,
         max_target_tokens=spec.max_target_tokens,
