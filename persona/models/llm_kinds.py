@@ -32,6 +32,8 @@ _ENCODERS = (
     *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
     *("roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+# They read other inputs as well, but texts as a language model alone would.
+_READ_TEXTS = ("gemma3",)
 _OTHER_INPUTS = ("audio", "image", "speech", "text", "video", "vision")
 
 
@@ -48,7 +50,7 @@ def check_kind(name: str, config: PreTrainedConfig, *, flag: str = "--llm") -> N
         reason = _REFUSED[kind]
     elif kind in _ENCODERS:
         reason = "it is an encoder, which does not generate text"
-    elif any(part.startswith(_OTHER_INPUTS) for part in config.sub_configs):
+    elif kind not in _READ_TEXTS and any(part.startswith(_OTHER_INPUTS) for part in config.sub_configs):
         reason = "it also reads images or sound; give the folder of its language model alone, if there is one"
     elif getattr(config, "hidden_size_per_layer_input", 0):
         reason = "its layers look up token ids, which soft tokens do not have"
