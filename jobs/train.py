@@ -133,7 +133,7 @@ def main(config: Config) -> Summary:
     found = summary(
         published,
         counts,
-        inputs.requests,
+        inputs,
         global_batch=config.training.global_batch,
         seconds=seconds,
         max_reject_fraction=config.rows.max_reject_fraction,
@@ -245,7 +245,7 @@ def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
             epochs=config.training.epochs,
         )
     )
-    table = [("would", would), *inputs.requests.rows()]
+    table = [("would", would), *inputs.requests.rows(), *inputs.validation_rows()]
     plan = Summary(table=table, result={"dry_run": True, "would": would, **inputs.requests.facts()})
     return cost.planned(plan, config.cost, flops=flops, if_all="for the whole run, with inputs of full length")
 

@@ -40,6 +40,11 @@ class TrainingInputs:
     runs: str
     plug: str
 
+    def validation_rows(self) -> list[tuple[str, str]]:
+        """The rows of a summary about what --validation lacks."""
+        rows = self.validation.rows() if self.validation is not None else []
+        return [(f"{name} in validation", text) for name, text in rows]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequests:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import reading, retrieval
 from jobs.runtime.cli import Summary
-from jobs.runtime.inputs import Requests
 from jobs.runtime.tally import Counts
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def _selected(result: Any, select: "Select") -> Any:
 def summary(
     published: Published,
     counts: Counts,
-    requests: Requests,
+    inputs: "TrainingInputs",
     *,
     global_batch: int,
     seconds: float,
@@ -101,7 +100,7 @@ def summary(
         "trained_parameters": published.n_parameters,
         "without_history": n_without_history,
         "without_as_of": reading.timeless(counts),
-        **requests.facts(),
+        **inputs.requests.facts(),
         "untimed_behaviors": int(joined.get("untimed", 0)),
         "repeated_ids": int(joined.get("repeated", 0)),
         "rejects": int(counts.get("read", {}).get("rejects", 0)),
@@ -119,7 +118,8 @@ def summary(
         ("plug", f"{published.uri} ({published.fingerprint[:12]})"),
         ("seconds", f"{seconds:,.1f}"),
         *retrieval.summary_rows(counts),
-        *reading.request_rows(requests, counts),
+        *inputs.validation_rows(),
+        *reading.request_rows(inputs.requests, counts),
     ]
     return Summary(table=table, result=answer, exit_code=reading.exit_code(counts, max_reject_fraction))
 
