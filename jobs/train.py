@@ -22,6 +22,7 @@ from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
 from persona.errors import PlugMismatch, UsageError
+from persona.option_checks import check_at_least
 from persona.options import (
     CostOptions,
     PlugOptions,
@@ -30,7 +31,6 @@ from persona.options import (
     RetrievalOptions,
     Select,
     TrainingOptions,
-    check_at_least,
 )
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class Config:
     """Revision of the LLM on the hub."""
     encoder: str | None = None
     """Folder or hub id of the store's encoder, if it is not where the store says."""
-    query_prefix: str = ""
-    """Prefix of each query (BGE: 'Represent this sentence for searching relevant passages: ')."""
+    query_prompt: str | None = None
+    """Text in front of each query; default the encoder's own prompt for queries, "" for none."""
     max_query_tokens: int = 276
     """Cut each query after this many tokens."""
     max_input_tokens: int = 256
@@ -136,7 +136,7 @@ def main(config: Config) -> Summary:
     found = summary(
         published,
         counts,
-        inputs.requests,
+        inputs,
         global_batch=config.training.global_batch,
         seconds=seconds,
         max_reject_fraction=config.rows.max_reject_fraction,
@@ -146,7 +146,10 @@ def main(config: Config) -> Summary:
 
 
 def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
-    """The part of the configuration that defines the plug."""
+    """What defines the plug: a part of the configuration, and how the encoder reads queries."""
+    from persona.models.encoder_settings import settle_query
+
+    query = settle_query(inputs.encoder, prompt=config.query_prompt, max_tokens=config.max_query_tokens)
     return RunSpec(
         run=config.run,
         plug_options=config.plug_options,
@@ -162,8 +165,8 @@ def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
         validation_rows=config.validation_rows,
         validate_every=config.validate_every,
         select=config.select,
-        query_prefix=config.query_prefix,
-        max_query_tokens=config.max_query_tokens,
+        query_prompt=query.prompt,
+        max_query_tokens=query.max_tokens,
         max_input_tokens=config.max_input_tokens,
         max_target_tokens=config.max_target_tokens,
         max_behaviors=config.max_behaviors,
@@ -175,7 +178,7 @@ def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
 def _inputs(config: Config) -> TrainingInputs:
     """Finds and checks what the run reads and where it writes."""
     from persona import storage
-    from persona.models import loading, resolve as models
+    from persona.models import resolve as models
     from persona.store.store import Store
 
     store_uri = storage.check_uri(config.store, flag="--store")
@@ -189,7 +192,6 @@ def _inputs(config: Config) -> TrainingInputs:
     store = Store.open(store_uri)
     encoder = store_encoder(store.identity, config.encoder)
     llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
-    loading.check_encoder(encoder)
     tokenizer = plugs.check_llm(
         llm,
         max_input_tokens=config.max_input_tokens,
@@ -254,7 +256,7 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
         )
     )
     example = prompt_example(spec, inputs)
-    table = [("would", would), *inputs.requests.rows()]
+    table = [("would", would), *inputs.requests.rows(), *inputs.validation_rows()]
     result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), **inputs.requests.facts()}
     return cost.planned(
         cli.with_prompt_example(Summary(table=table, result=result), example),

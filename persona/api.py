@@ -191,6 +191,8 @@ class LoadedPlug:
             self._encoder_folder,
             pooling=self.record.pooling,
             max_tokens=self.record.encoder_max_tokens,
+            prompt=self.record.document_prompt,
+            width=self.record.encoder_width,
             device=str(self.model.llm.device),
         )
 

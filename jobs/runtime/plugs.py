@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from persona.plug.inspection import PlugAlone
     from persona.plug.personalized import PersonalizedLLM
     from persona.plug.record import PlugRecord
+    from persona.store.identity import Identity
     from persona.store.store import Store
 
 
@@ -91,7 +92,7 @@ def find_plug(
         UsageError: requests and answers would be longer than the LLM allows, or requests have system texts that the
             plug's prompts have no place for.
     """
-    from persona.models import loading
+    from persona.models.encoder_model import check_encoder
 
     plug = read_plug(given, models)
     if plug.record.encoder["fingerprint"] != store.identity.fingerprint:
@@ -99,8 +100,9 @@ def find_plug(
             f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but the store has those of "
             f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
         )
+    check_vectors(plug, store.identity)
     encoder, llm = _models(plug)
-    loading.check_encoder(encoder)
+    check_encoder(encoder)
     tokenizer = check_llm(
         llm,
         max_input_tokens=plug.record.max_input_tokens,
@@ -112,6 +114,22 @@ def find_plug(
     if requests.have_system:
         tokenizer.check_system_column()
     return plug
+
+
+def check_vectors(plug: PlugRef, identity: "Identity") -> None:
+    """Raises PlugMismatch when the plug was trained on vectors that the same encoder made in another way."""
+    record = plug.record
+    pairs = (
+        ("width", record.encoder_width, identity.width),
+        ("pooling", record.pooling, identity.pooling),
+        ("document prompt", record.document_prompt, identity.document_prompt),
+    )
+    different = [f"{name} {trained!r} instead of {given!r}" for name, trained, given in pairs if trained != given]
+    if different:
+        raise PlugMismatch(
+            f"--plug {plug.uri} was trained on other vectors of the same encoder ({'; '.join(different)}); give the "
+            "store it was trained on, or train a plug on this one"
+        )
 
 
 def check_llm(

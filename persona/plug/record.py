@@ -16,7 +16,7 @@ from persona.errors import InputError, PlugMismatch, UsageError
 from persona.field_types import check_field_types
 from persona.models import contents
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Pooling, PromptOptions, Select
+from persona.options import PlugOptions, PromptOptions, Select, pooling_modes
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
 _SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
@@ -30,9 +30,11 @@ class PlugRecord:
     Attributes:
         encoder, llm: `ModelFolder.card()` of the two models.
         encoder_width: d; llm_width: D.
+        pooling: of behaviors and queries, modes joined by `+`.
         encoder_max_tokens: stored behaviors were cut to this length.
+        document_prompt: in front of each behavior.
         scale, token_norm: as in `Plug`.
-        query_prefix, max_query_tokens: how queries are read by the query encoder.
+        query_prompt, max_query_tokens: how queries are read by the query encoder.
         max_input_tokens, max_target_tokens: inputs and targets of the LLM are cut to these lengths.
         prompt: how requests are written; its format is `chat` or `plain`.
         training: settings, curves and results of the training run, for people and reports.
@@ -42,13 +44,14 @@ class PlugRecord:
     options: PlugOptions
     encoder: dict[str, str]
     encoder_width: int
-    pooling: Pooling
+    pooling: str
     encoder_max_tokens: int
+    document_prompt: str
     llm: dict[str, str]
     llm_width: int
     token_norm: float
     scale: float
-    query_prefix: str
+    query_prompt: str
     max_query_tokens: int
     max_input_tokens: int
     max_target_tokens: int
@@ -58,8 +61,9 @@ class PlugRecord:
     weights_digest: str = ""
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for values that no training run writes."""
+        """Raises TypeError, ValueError or UsageError for values that no training run writes."""
         check_field_types(self)
+        pooling_modes(self.pooling)
         for kind, model in (("encoder", self.encoder), ("llm", self.llm)):
             if absent := {"name", "revision", "fingerprint"} - model.keys():
                 raise ValueError(f"{kind} lacks {', '.join(sorted(absent))}")

@@ -248,7 +248,7 @@ def new_plug(path: Path, encoder: str, llm: str, seed: int = 0) -> str:
     model = new_model(frozen, FrozenLLM.load(llm_folder, precision="fp32"), seed=seed)
     cut = {"encoder_max_tokens": 32, "max_query_tokens": 32, "max_input_tokens": 32, "max_behaviors": 3}
     training = {"validation_curve": []}
-    record = replace(record_of(model, frozen, llm_folder), query_prefix="", training=training, **cut)
+    record = replace(record_of(model, frozen, llm_folder), query_prompt="", training=training, **cut)
     plug_folder.save(path, model.plug.state_dict(), record, "a plug for tests")
     return str(path)
 

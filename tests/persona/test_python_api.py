@@ -79,7 +79,7 @@ def plug_uri(encoder_folder: ModelFolder, llama_folder: ModelFolder, tmp_path_fa
     """A plug with random weights for the tiny Llama."""
     llm = FrozenLLM.load(llama_folder, precision="fp32", device="cpu")
     folder = save(tmp_path_factory.mktemp("api") / "plug", new_model(encoder_folder, llm), encoder_folder, llama_folder)
-    record = json.loads((folder / "plug.json").read_text()) | {"max_behaviors": MAX_BEHAVIORS, "query_prefix": ""}
+    record = json.loads((folder / "plug.json").read_text()) | {"max_behaviors": MAX_BEHAVIORS, "query_prompt": ""}
     (folder / "plug.json").write_text(json.dumps(record))
     return str(folder)
 

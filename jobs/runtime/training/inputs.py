@@ -43,6 +43,11 @@ class TrainingInputs:
     runs: str
     plug: str
 
+    def validation_rows(self) -> list[tuple[str, str]]:
+        """The rows of a summary about what --validation lacks."""
+        rows = self.validation.rows() if self.validation is not None else []
+        return [(f"{name} in validation", text) for name, text in rows]
+
 
 def prompt_example(spec: "RunSpec", inputs: TrainingInputs) -> str:
     """What the LLM reads for a request."""
@@ -78,7 +83,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
         options=spec.retrieval,
         histories=inputs.histories,
         encoder=inputs.encoder.name,
-        query_prefix=spec.query_prefix,
+        query_prompt=spec.query_prompt,
         max_query_tokens=spec.max_query_tokens,
         max_behaviors=spec.max_behaviors,
     )

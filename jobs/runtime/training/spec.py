@@ -19,7 +19,7 @@ _FIXED = (
     "validation",
     "validation_fraction",
     "validation_rows",
-    "query_prefix",
+    "query_prompt",
     "max_query_tokens",
     "max_input_tokens",
     "max_target_tokens",
@@ -50,7 +50,7 @@ class RunSpec:
     validation_rows: int
     validate_every: int
     select: Select
-    query_prefix: str
+    query_prompt: str
     max_query_tokens: int
     max_input_tokens: int
     max_target_tokens: int
