@@ -5,19 +5,34 @@ imports nothing heavy, so `--help` needs no torch. Each field's docstring is its
 """
 
 import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass
+from datetime import date
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from persona.errors import UsageError
 
 Engine = Literal["local"]
-Pooling = Literal["cls", "mean"]
+# The names of sentence-transformers.
+Pooling = Literal["cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 Precision = Literal["auto", "bf16", "fp32"]
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
+
+# What the chat template is given besides its own arguments.
+_TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
+
+
+def pooling_modes(pooling: str) -> tuple[Pooling, ...]:
+    """The modes of a pooling such as `cls+mean`. Raises UsageError for a mode that does not exist."""
+    known: dict[str, Pooling] = {mode: mode for mode in get_args(Pooling)}
+    unknown = [mode for mode in pooling.split("+") if mode not in known]
+    if unknown:
+        raise UsageError(f"pooling {pooling!r}: must be {', '.join(known)}, or several of them joined by +")
+    return tuple(known[mode] for mode in pooling.split("+"))
 
 
 class PersonaKind(StrEnum):
@@ -43,6 +58,22 @@ class PersonaKind(StrEnum):
     def sees_no_history(self) -> bool:
         """Whether the request sees no behavior at all."""
         return self in (PersonaKind.NONE, PersonaKind.BARE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorOptions:
+    """How an encoder makes a behavior's vector; what is left out comes from its folder."""
+
+    pooling: Literal["auto", Pooling] = "auto"
+    """How token vectors become one; auto is what the encoder's folder says, or cls for a plain BERT-like model."""
+    document_prompt: str | None = None
+    """Text in front of each behavior; default the encoder's own prompt for documents, "" for none."""
+    width: int | None = None
+    """Keep only this many components of each vector, for encoders trained for it (Matryoshka)."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +107,43 @@ class PlugOptions:
     def n_soft(self) -> int:
         """Soft tokens in front of a request."""
         return self.persona_tokens + (self.instruction != "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How the LLM reads a request; kept in `plug.json`, where `auto` has become `chat` or `plain`."""
+
+    prompt_format: Literal["auto", "chat", "plain"] = "auto"
+    """Write requests by the LLM's chat template, or plainly; auto is chat for a decoder-only LLM with a template."""
+    soft_position: Literal["start", "input"] = "input"
+    """Put the soft tokens in front of all text, or directly in front of the request's input."""
+    system: str = ""
+    """System text of the chat; a request's own, in its column `system`, replaces it."""
+    template_argument: tuple[str, ...] = ()
+    """Argument of the chat template as KEY=VALUE, like enable_thinking=false; give the flag once per argument."""
+    template_date: str = ""
+    """Date (YYYY-MM-DD) for a chat template that writes today's, which would change the answers from day to day."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if self.prompt_format == "plain":
+            _check_default(self, "system", "template_argument", "template_date", needs="--prompt-format chat")
+        if self.template_date:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise UsageError(f"--template-date {self.template_date}: must be a date like 2026-01-31") from error
+        names = [argument.partition("=")[0] for argument in self.template_argument]
+        for argument, name in zip(self.template_argument, names, strict=True):
+            if "=" not in argument or not name.isidentifier() or name in _TEMPLATE_OWN or names.count(name) > 1:
+                raise UsageError(
+                    f"--template-argument {argument}: must be KEY=VALUE, each KEY once, and none of "
+                    f"{', '.join(_TEMPLATE_OWN)}"
+                )
+
+    def template_arguments(self) -> dict[str, Any]:
+        """The arguments of the chat template by name; a value that is JSON, like `false` or `3`, is read as such."""
+        return {name: _json_or_text(value) for name, _, value in (one.partition("=") for one in self.template_argument)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +278,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
-    """Texts of the user's own history in the prompt, in front of the soft tokens; off by default."""
+    """Texts of the user's own history in the prompt, in front of the input; off by default."""
 
     retrieve: int = 0
-    """Put this many of the user's past texts in front of the prompt; needs --texts."""
+    """Put this many of the user's past texts in front of the input; needs --texts."""
     retriever: Retriever = "recency"
     """Choose the latest texts, those that share the query's words (BM25), or those nearest by the store's encoder."""
     retrieve_tokens: int = 256
@@ -272,6 +340,13 @@ def _check_default(options: object, *names: str, needs: str) -> None:
     for name in names:
         if getattr(options, name) != getattr(type(options), name):
             raise UsageError(f"{_given(options, name)} has no effect without {needs}; give both or neither")
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _given(options: object, name: str) -> str:

@@ -20,7 +20,8 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MODULES, _ADAPTER = "modules.json", "adapter_config.json"
 _CONFIGURATION = (
     "config.json", "generation_config.json", _MODULES, "config_sentence_transformers.json",
-    "sentence_*_config.json", "router_config.json", "chat_template*.json", "*.jinja", "additional_chat_templates/*.jinja",
+    "sentence_*_config.json", "router_config.json",
+    "chat_template*.json", "*.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 # The files of all tokenizers of transformers.
 _TOKENIZER = (
