@@ -195,6 +195,7 @@ def _inputs(config: Config) -> TrainingInputs:
     tokenizer = plugs.check_llm(
         llm,
         max_input_tokens=config.max_input_tokens,
+        max_target_tokens=config.max_target_tokens,
         prompt=config.prompt,
         n_soft=config.plug_options.n_soft,
         retrieved_tokens=config.retrieval.front_tokens,

@@ -106,6 +106,7 @@ def find_plug(
     tokenizer = check_llm(
         llm,
         max_input_tokens=plug.record.max_input_tokens,
+        max_target_tokens=plug.record.max_target_tokens,
         prompt=plug.record.prompt,
         n_soft=plug.record.options.n_soft,
         retrieved_tokens=retrieved_tokens,
@@ -136,6 +137,7 @@ def check_llm(
     llm: "ModelFolder",
     *,
     max_input_tokens: int,
+    max_target_tokens: int,
     prompt: "PromptOptions",
     n_soft: int,
     retrieved_tokens: int,
@@ -154,7 +156,9 @@ def check_llm(
     llm_kinds.check_kind(llm.name, config)
     loading.check_llm(llm)
     rules.check_folder(llm)
-    tokenizer = PromptTokenizer.load(llm, max_input_tokens=max_input_tokens, prompt=prompt)
+    tokenizer = PromptTokenizer.load(
+        llm, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens, prompt=prompt
+    )
     limits.check_vocabulary(llm.name, config, tokenizer)
     limits.check_positions(
         llm.name,
@@ -162,8 +166,8 @@ def check_llm(
         tokenizer,
         n_soft=n_soft,
         retrieved_tokens=retrieved_tokens,
-        answer_tokens=max_new_tokens or max_input_tokens,
-        answer_flag="--max-new-tokens" if max_new_tokens else "--max-input-tokens",
+        answer_tokens=max_new_tokens or max_target_tokens,
+        answer_flag="--max-new-tokens" if max_new_tokens else "--max-target-tokens",
     )
     return tokenizer
 

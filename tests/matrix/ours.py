@@ -28,7 +28,8 @@ class OurLLM:
     def __init__(self, folder: Path, *, precision: Precision = "fp32", soft_first: bool = False) -> None:
         found = resolve(str(folder), flag="--llm")
         prompt = PromptOptions(soft_position="start" if soft_first else "input")
-        plugs.check_llm(found, max_input_tokens=64, prompt=prompt, n_soft=3, retrieved_tokens=64, max_new_tokens=32)
+        limits = {"max_input_tokens": 64, "max_target_tokens": 64, "retrieved_tokens": 64, "max_new_tokens": 32}
+        plugs.check_llm(found, prompt=prompt, n_soft=3, **limits)
         self.llm = FrozenLLM.load(found, prompt=prompt, precision=precision, device="cpu")
         probe.check_llm(self.llm)
         self.engine = LocalEngine(self.llm, batch_size=8)
