@@ -110,6 +110,7 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
         max_query_tokens=64,
         max_input_tokens=256,
         max_target_tokens=256,
+        prompt=model.llm.tokenizer.options,
         max_behaviors=512,
         training={
             "run": "a run",
@@ -125,7 +126,9 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
 def save(folder: Path, model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> Path:
     """Writes this model's plug into a folder, and returns the folder."""
     record = record_of(model, encoder, llm)
-    plug_folder.save(folder, model.plug.state_dict(), record, plug_record.card(record))
+    plug_folder.save(
+        folder, model.plug.state_dict(), record, plug_record.card(record, example=model.llm.tokenizer.example(n_soft=3))
+    )
     return folder
 
 

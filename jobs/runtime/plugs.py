@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.runtime.inputs import Requests
 from jobs.runtime.job_options import PlugModels
 from persona.errors import PlugMismatch
 
 if TYPE_CHECKING:
+    from persona.models.prompts import PromptTokenizer
     from persona.models.resolve import ModelFolder
-    from persona.options import Engine, Precision
+    from persona.options import Engine, Precision, PromptOptions
     from persona.plug.answerer import Answerer
     from persona.plug.inspection import PlugAlone
     from persona.plug.personalized import PersonalizedLLM
@@ -67,7 +69,13 @@ def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
 
 
 def find_plug(
-    store: "Store", given: str, models: PlugModels, *, retrieved_tokens: int = 0, max_new_tokens: int | None = None
+    store: "Store",
+    given: str,
+    models: PlugModels,
+    requests: Requests,
+    *,
+    retrieved_tokens: int = 0,
+    max_new_tokens: int | None = None,
 ) -> PlugRef:
     """The plug of `--plug`, which fits the store, and whose models are whole and those of its training.
 
@@ -75,12 +83,14 @@ def find_plug(
         store: with the vectors.
         given: the value of `--plug`.
         models: where the plug's models are, if not where it says.
+        requests: to be answered or measured.
         retrieved_tokens: tokens of a request's retrieved texts.
         max_new_tokens: of an answer; None if targets are read instead.
 
     Raises:
         PlugMismatch, InputError: it does not.
-        UsageError: requests and answers would be longer than the LLM allows.
+        UsageError: requests and answers would be longer than the LLM allows, or requests have system texts that the
+            plug's prompts have no place for.
     """
     from persona.models.encoder_model import check_encoder
 
@@ -93,13 +103,16 @@ def find_plug(
     check_vectors(plug, store.identity)
     encoder, llm = _models(plug)
     check_encoder(encoder)
-    check_llm(
+    tokenizer = check_llm(
         llm,
         max_input_tokens=plug.record.max_input_tokens,
+        prompt=plug.record.prompt,
         n_soft=plug.record.options.n_soft,
         retrieved_tokens=retrieved_tokens,
         max_new_tokens=max_new_tokens,
     )
+    if requests.have_system:
+        tokenizer.check_system_column()
     return plug
 
 
@@ -123,13 +136,15 @@ def check_llm(
     llm: "ModelFolder",
     *,
     max_input_tokens: int,
+    prompt: "PromptOptions",
     n_soft: int,
     retrieved_tokens: int,
     max_new_tokens: int | None = None,
-) -> None:
-    """Raises InputError for an LLM that would not give what plain transformers gives, as far as its folder shows.
+) -> "PromptTokenizer":
+    """The tokenizer of an LLM that gives what plain transformers gives, as far as its folder shows.
 
-    Raises UsageError when requests would be longer than it allows; the arguments are as in `find_plug`.
+    Raises InputError when it does not, and UsageError when requests would be longer than it allows or cannot be written
+    as `prompt` says. The other arguments are as in `find_plug`.
     """
     from persona.engines import rules
     from persona.models import limits, llm_kinds, loading
@@ -139,7 +154,7 @@ def check_llm(
     llm_kinds.check_kind(llm.name, config)
     loading.check_llm(llm)
     rules.check_folder(llm)
-    tokenizer = PromptTokenizer.load(llm, max_input_tokens=max_input_tokens)
+    tokenizer = PromptTokenizer.load(llm, max_input_tokens=max_input_tokens, prompt=prompt)
     limits.check_vocabulary(llm.name, config, tokenizer)
     limits.check_positions(
         llm.name,
@@ -150,6 +165,16 @@ def check_llm(
         answer_tokens=max_new_tokens or max_input_tokens,
         answer_flag="--max-new-tokens" if max_new_tokens else "--max-input-tokens",
     )
+    return tokenizer
+
+
+def prompt_example(plug: PlugRef, *, retrieved: bool) -> str:
+    """What the LLM reads for a request."""
+    from persona.models.prompts import PromptTokenizer
+
+    record = plug.record
+    tokenizer = PromptTokenizer.load(_models(plug)[1], max_input_tokens=record.max_input_tokens, prompt=record.prompt)
+    return tokenizer.example(n_soft=record.options.n_soft, retrieved=retrieved)
 
 
 def load_answerer(
@@ -164,7 +189,12 @@ def load_answerer(
 
     encoder, llm = _models(plug)
     loaded = new_engine(
-        engine, llm, max_input_tokens=plug.record.max_input_tokens, precision=precision, batch_size=batch_size
+        engine,
+        llm,
+        max_input_tokens=plug.record.max_input_tokens,
+        prompt=plug.record.prompt,
+        precision=precision,
+        batch_size=batch_size,
     )
     with plug.folder() as folder:
         return plug_folder.load_answerer(
@@ -183,6 +213,7 @@ def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens
         llm_folder,
         max_input_tokens=plug.record.max_input_tokens,
         max_target_tokens=plug.record.max_target_tokens,
+        prompt=plug.record.prompt,
         precision=precision,
     )
     probe.check_llm(llm)

@@ -16,7 +16,7 @@ from torch import Tensor
 from persona.extensions import find
 from persona.models.prompts import PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision
+from persona.options import Decoding, Precision, PromptOptions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,12 +68,26 @@ class Engine(Protocol):
 class EngineModule(Protocol):
     """What `persona/engines/NAME.py` defines."""
 
-    def load(self, folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> Engine:
+    def load(
+        self,
+        folder: ModelFolder,
+        *,
+        max_input_tokens: int,
+        prompt: PromptOptions,
+        precision: Precision,
+        batch_size: int,
+    ) -> Engine:
         """See `new_engine`."""
 
 
 def new_engine(
-    name: str, folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int
+    name: str,
+    folder: ModelFolder,
+    *,
+    max_input_tokens: int,
+    prompt: PromptOptions,
+    precision: Precision,
+    batch_size: int,
 ) -> Engine:
     """Loads an LLM into the engine of that name (`persona.options.Engine`).
 
@@ -81,6 +95,7 @@ def new_engine(
         name: the engine.
         folder: the LLM.
         max_input_tokens: requests are cut to this length.
+        prompt: how requests are written.
         precision: of the LLM; see `persona.models.device.choose_precision`.
         batch_size: prompts per forward pass; engines that schedule requests themselves may ignore it.
 
@@ -88,4 +103,6 @@ def new_engine(
         UsageError: there is no such engine, or it cannot run this LLM.
     """
     module = cast(EngineModule, find("persona.engines", name, required="load"))
-    return module.load(folder, max_input_tokens=max_input_tokens, precision=precision, batch_size=batch_size)
+    return module.load(
+        folder, max_input_tokens=max_input_tokens, prompt=prompt, precision=precision, batch_size=batch_size
+    )

@@ -23,9 +23,9 @@ from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
 from persona.models.llm_kinds import decoder_start, embedding_scale, holds_keys_only
-from persona.models.prompts import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
+from persona.models.prompts import AUTO_PROMPT, MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Precision
+from persona.options import Precision, PromptOptions
 
 # Padding is masked or comes after all that is read, so any id of the vocabulary will do.
 _PADDING = 0
@@ -41,6 +41,7 @@ class FrozenLLM(nn.Module):
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
         max_target_tokens: int = MAX_TARGET_TOKENS,
+        prompt: PromptOptions = AUTO_PROMPT,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -52,6 +53,7 @@ class FrozenLLM(nn.Module):
             is_encoder_decoder=self.is_encoder_decoder,
             max_input_tokens=max_input_tokens,
             max_target_tokens=max_target_tokens,
+            prompt=prompt,
         )
         self.width: int = self._embeddings().embedding_dim
         self.start_id = decoder_start(model)
@@ -66,6 +68,7 @@ class FrozenLLM(nn.Module):
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
         max_target_tokens: int = MAX_TARGET_TOKENS,
+        prompt: PromptOptions = AUTO_PROMPT,
         precision: Precision = "auto",
         device: str | None = None,
     ) -> "FrozenLLM":
@@ -83,6 +86,7 @@ class FrozenLLM(nn.Module):
             tokenizer,
             max_input_tokens=max_input_tokens,
             max_target_tokens=max_target_tokens,
+            prompt=prompt,
         )
 
     def train(self, mode: bool = True) -> "FrozenLLM":

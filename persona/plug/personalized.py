@@ -1,7 +1,7 @@
 """The plug in front of the frozen LLM: requests with their histories become soft tokens and losses.
 
-A row is a mapping with the columns of `persona.store.join`: `request_id`, `input`, `query`, `target`, `history` (n·2·d
-bytes of little-endian float16), and `retrieved` (texts) if there is retrieval.
+A row is a mapping with the columns of `persona.store.join`: `request_id`, `input`, `query`, `target`, `system`
+(for chats), `history` (n·2·d bytes of little-endian float16), and `retrieved` (texts) if there is retrieval.
 
 Shapes: B requests, M behaviors of all requests together, S soft tokens, d encoder width, D LLM width.
 """
@@ -85,7 +85,9 @@ def plug_inputs(
 
 def prompt_texts(rows: Sequence[Row]) -> list[PromptText]:
     """What the LLM reads of each row."""
-    return [PromptText(input=row["input"], retrieved=row.get("retrieved") or ()) for row in rows]
+    return [
+        PromptText(input=row["input"], retrieved=row.get("retrieved") or (), system=row.get("system")) for row in rows
+    ]
 
 
 def soft_tokens(plug: Plug, inputs: PlugInputs) -> Tensor:

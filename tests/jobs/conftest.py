@@ -29,7 +29,7 @@ from persona.plug import folder as plug_folder
 from persona.storage import delta_options, join, write_bytes
 from persona.store.identity import Identity
 from persona.store.store import Store
-from tests.models import ENCODER_WIDTH, tiny_encoder, tiny_llama, tiny_t5
+from tests.models import ENCODER_WIDTH, tiny_chat_llama, tiny_encoder, tiny_llama, tiny_t5
 from tests.plugs import new_model, record_of
 from tests.stores import write_rows
 from tests.warm_workers import warm_workers
@@ -70,7 +70,7 @@ StoreUri = TypeVar("StoreUri", Path, str)
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of tiny models by name."""
     folder = tmp_path_factory.mktemp("models")
-    makers = {"encoder": tiny_encoder, "llama": tiny_llama, "t5": tiny_t5}
+    makers = {"encoder": tiny_encoder, "llama": tiny_llama, "chat": tiny_chat_llama, "t5": tiny_t5}
     return {name: str(make(folder / name)) for name, make in makers.items()}
 
 

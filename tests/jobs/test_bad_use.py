@@ -103,13 +103,6 @@ def test_a_file_that_cannot_be_read(refused: Any, embedding: dict[str, str], tmp
     assert "--exclude '*.csv'" in said
 
 
-def test_a_store_in_a_folder_that_deltalake_would_misread(
-    refused: Any, embedding: dict[str, str], tmp_path: Path
-) -> None:
-    said = refused(embed, **{**embedding, "store": str(tmp_path / "new%20store")})
-    assert "cannot hold tables: deltalake would read '%20' as another character" in said
-
-
 def test_an_unknown_flag_and_an_unknown_key(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
     assert refused(embed, **embedding, actor=2).strip() == "error: unknown flag --actor; did you mean --actors?"
     config = tmp_path / "config.yaml"
@@ -192,11 +185,11 @@ def test_a_uri_with_a_space(refused: Any, embedding: dict[str, str]) -> None:
 
 def test_an_input_without_any_row(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
     write_bytes(embedding["histories"], b"")
-    assert "--histories: every file at" in refused(embed, **embedding)
+    assert "--histories: every file of the input is empty" in refused(embed, **embedding)
     assert "does not exist" in refused(embed, **{**embedding, "histories": str(tmp_path / "nowhere")})
     (tmp_path / "empty").mkdir()
     said = refused(embed, **{**embedding, "histories": str(tmp_path / "empty")})
-    assert "has no file to read; file names must end in one of" in said
+    assert "has no file to read; file names must end in .parquet" in said
 
 
 def test_batch_sizes_that_do_not_multiply_out(refused: Any, training: dict[str, str]) -> None:

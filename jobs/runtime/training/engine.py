@@ -57,6 +57,7 @@ def _new_model(settings: WorkerSettings, encoder: "ModelFolder") -> "Personalize
         llm_folder,
         max_input_tokens=spec.max_input_tokens,
         max_target_tokens=spec.max_target_tokens,
+        prompt=spec.prompt,
         precision=spec.precision,
     )
     if spec.activation_checkpointing:

@@ -15,7 +15,7 @@ from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.encoder_settings import settle
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
-from persona.options import Decoding
+from persona.options import Decoding, PromptOptions
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.user_personas import UserPersonas
 from tests.encoders import sentence_transformer
@@ -74,6 +74,15 @@ def test_the_record_is_read_as_it_was_saved(saved, encoder_folder, llm_folder, l
     model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
     record = plug_record.with_digest(record_of(model, encoder_folder, llm_folder), saved)
     assert plug_record.read(saved) == record
+
+
+def test_how_prompts_are_written_is_part_of_the_record_and_the_fingerprint(saved):
+    record = plug_record.read(saved)
+    before = plug_record.fingerprint(saved)
+    prompt = PromptOptions(prompt_format="chat", system="Write.", template_argument=("thinking=false",))
+    (saved / "plug.json").write_text(replace(record, prompt=prompt).to_json())
+    assert plug_record.read(saved).prompt == prompt
+    assert plug_record.fingerprint(saved) != before
 
 
 def test_the_folder_holds_only_weights_of_the_plug(saved, encoder_folder, llm):
