@@ -303,6 +303,7 @@ def _summary(config: Config, inputs: _Inputs, store: "Store", counts: Counts, se
         *([("personas updated", f"{result['personas']:,}")] if config.plug else []),
         ("tokens", f"{result['tokens']:,} and {padding:.1%} padding"),
         ("seconds", f"{seconds:,.1f} ({result['behaviors_per_s']:,} behaviors/s)"),
+        ("encoder", store.identity.describe()),
         ("store", f"{store.label}, version {result['version']}"),
         *inputs.histories.rows(),
         *reading.reject_rows(counts),
