@@ -57,7 +57,7 @@ def check_llm(family: Family, folder: Path, checks: Sequence[Check]) -> Findings
             failures += [f"{check.__name__}: {finding}" for finding in check(pair)]
         except Exception as error:  # noqa: BLE001 - a crash is a finding like any other
             if isinstance(error, PersonaError) and check in OPTIONS:
-                limits.append(f"no {OPTIONS[check]} ({message(error, folder)})")
+                limits.append(f"no {OPTIONS[check]}")
             else:
                 failures.append(f"{check.__name__}: {type(error).__name__}: {message(error, folder)}")
     return Findings(failures=failures, limits=limits)
