@@ -23,7 +23,8 @@ from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
-from persona.options import CostOptions, Precision, VectorOptions, check_at_least
+from persona.option_checks import check_at_least
+from persona.options import CostOptions, Precision, VectorOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa

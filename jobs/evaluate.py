@@ -33,7 +33,8 @@ from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions, check_at_least
+from persona.option_checks import check_at_least
+from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -22,7 +22,8 @@ from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
-from persona.options import CostOptions, Decoding, Engine, PersonaKind, RetrievalOptions, check_at_least
+from persona.option_checks import check_at_least
+from persona.options import CostOptions, Decoding, Engine, PersonaKind, RetrievalOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa

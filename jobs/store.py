@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from jobs.runtime import cli, exchange, session, switching
 from jobs.runtime.cli import Summary
 from persona.errors import UsageError
-from persona.options import check_at_least
+from persona.option_checks import check_at_least
 
 if TYPE_CHECKING:
     from persona.store.data_files import DataFile

@@ -22,6 +22,7 @@ from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
 from persona.errors import PlugMismatch, UsageError
+from persona.option_checks import check_at_least
 from persona.options import (
     CostOptions,
     PlugOptions,
@@ -30,7 +31,6 @@ from persona.options import (
     RetrievalOptions,
     Select,
     TrainingOptions,
-    check_at_least,
 )
 
 if TYPE_CHECKING:

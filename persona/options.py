@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, Literal, get_args
 
 from persona.errors import UsageError
+from persona.option_checks import check_above_zero, check_at_least, check_default, given
 
 Engine = Literal["local"]
 # The names of sentence-transformers.
@@ -98,8 +99,8 @@ class PlugOptions:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "persona_tokens")
-        _check_above_zero(self, "persona_gain", note=" (1 is the paper's plug)")
-        _check_above_zero(self, "temperature")
+        check_above_zero(self, "persona_gain", note=" (1 is the paper's plug)")
+        check_above_zero(self, "temperature")
         if self.weights == "mean" and self.learn_temperature:
             raise UsageError("--learn-temperature has no effect with --weights mean; remove one of them")
 
@@ -127,7 +128,7 @@ class PromptOptions:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         if self.prompt_format == "plain":
-            _check_default(self, "system", "template_argument", "template_date", needs="--prompt-format chat")
+            check_default(self, "system", "template_argument", "template_date", needs="--prompt-format chat")
         if self.template_date:
             try:
                 date.fromisoformat(self.template_date)
@@ -188,10 +189,10 @@ class TrainingOptions:
             raise UsageError(f"--zero-stage {self.zero_stage}: must be 1, 2 or 3")
         for name in ("warmup", "history_dropout", "alignment"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{_given(self, name)}: must be at least 0 and below 1")
+                raise UsageError(f"{given(self, name)}: must be at least 0 and below 1")
         if not 0 <= self.empty_history <= 1:
             raise UsageError(f"--empty-history {self.empty_history}: must be from 0 to 1")
-        _check_above_zero(self, "learning_rate", "query_learning_rate")
+        check_above_zero(self, "learning_rate", "query_learning_rate")
         if not 0 <= self.max_gradient_norm < math.inf:
             raise UsageError(f"--max-gradient-norm {self.max_gradient_norm}: must be 0 (clips nothing) or more")
         if not 0 <= self.weight_decay < math.inf:
@@ -233,7 +234,7 @@ class CostOptions:
         for name in ("gpu_hour_price", "tflops"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UsageError(f"{_given(self, name)}: must be above 0")
+                raise UsageError(f"{given(self, name)}: must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,11 +261,11 @@ class Decoding:
             raise UsageError(f"--beams {self.beams}: must be 1 (greedy) or more")
         if self.sample and self.beams > 1:
             raise UsageError(f"--sample draws one answer per request and needs --beams 1, not {self.beams}")
-        _check_above_zero(self, "sampling_temperature")
+        check_above_zero(self, "sampling_temperature")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if not self.sample:
-            _check_default(self, "sampling_temperature", "top_p", "seed", needs="--sample")
+            check_default(self, "sampling_temperature", "top_p", "seed", needs="--sample")
 
     def facts(self) -> dict[str, Any]:
         """The settings that an answer depends on; what only sampling uses is left out without it."""
@@ -297,7 +298,7 @@ class RetrievalOptions:
                 "or more"
             )
         if not self.retrieve:
-            _check_default(self, "retriever", "retrieve_tokens", needs="--retrieve")
+            check_default(self, "retriever", "retrieve_tokens", needs="--retrieve")
 
     @property
     def front_tokens(self) -> int:
@@ -321,34 +322,8 @@ class Metric:
     labels: tuple[str, ...] = ()
 
 
-def check_at_least(options: object, least: int, *names: str) -> None:
-    """Raises UsageError for a field below `least`; None is allowed."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UsageError(f"{_given(options, name)}: must be {least} or more")
-
-
-def _check_above_zero(options: object, *names: str, note: str = "") -> None:
-    for name in names:
-        if not 0 < getattr(options, name) < math.inf:
-            raise UsageError(f"{_given(options, name)}: must be above 0{note}")
-
-
-def _check_default(options: object, *names: str, needs: str) -> None:
-    """Raises UsageError for an option that has no effect without another."""
-    for name in names:
-        if getattr(options, name) != getattr(type(options), name):
-            raise UsageError(f"{_given(options, name)} has no effect without {needs}; give both or neither")
-
-
 def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
         return value
-
-
-def _given(options: object, name: str) -> str:
-    """A field as its flag, with its value."""
-    return f"--{name.replace('_', '-')} {getattr(options, name)}"
