@@ -65,15 +65,14 @@ class OurLLM:
         return soft_BSD.grad
 
     def answers(self, requests: Sequence[Request], *, beams: int, max_new_tokens: int) -> list[list[int]]:
-        """The tokens of each answer, without special tokens."""
+        """The tokens of each answer, up to the end."""
         prompts = [
             Prompt(ids=ids, soft_SD=soft_SD)
             for ids, soft_SD in zip(self._prompts(requests), self.soft_tokens(requests), strict=True)
         ]
         decoding = Decoding(beams=beams, max_new_tokens=max_new_tokens)
         answers = self.engine.answer(prompts, decoding, seeds=[0] * len(prompts))
-        special = self.llm.tokenizer.pretrained.all_special_ids
-        return [[token for token in map(int, answer.text.split()) if token not in special] for answer in answers]
+        return [[int(token) for token in answer.text.split()] for answer in answers]
 
     def _prompts(self, requests):
         texts = [PromptText(input=request.input, retrieved=request.texts) for request in requests]
