@@ -1,5 +1,11 @@
-"""What DeepSpeed needs for a plug: the trained parameters, their optimizer, settings, and sums over workers."""
+"""What DeepSpeed needs for a plug: settings, the trained parameters, their optimizer, and sums over workers.
 
+Under ZeRO-3 each worker holds its share of every weight of the LLM. The LLM is created that way (`sharded_loading`);
+while it computes, DeepSpeed gathers the weights of a few modules at a time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,6 +13,10 @@ from torch import nn
 
 from persona.options import TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
+
+# Under ZeRO-3, DeepSpeed keeps gathered weights that are needed again soon, and gathers the next ones ahead, up to this
+# share of the LLM and this number of parameters (DeepSpeed's default). A single larger tensor is gathered alone.
+_LLM_SHARES, _MAX_LIVE = 16, 10**9
 
 
 def trainable(model: PersonalizedLLM) -> dict[str, nn.Parameter]:
@@ -38,14 +48,69 @@ def deepspeed_settings(options: TrainingOptions, n_workers: int) -> dict[str, An
     }
 
 
+@contextmanager
+def sharded_loading(settings: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Under ZeRO-3, whatever transformers loads inside is created sharded over the workers, in `dtype`.
+
+    A worker allocates one module at a time and keeps its share of it. The first worker reads the files, which are
+    mapped into memory, and broadcasts tensor after tensor. All workers load together. With another ZeRO stage, this
+    does nothing.
+    """
+    if settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    _skip_shared_memory_op()
+    deepspeed.init_distributed(verbose=False)  # takes over torch's process group
+    # transformers only keeps a weak reference. Without a bf16 section, every tensor would become float32.
+    active = HfDeepSpeedConfig({**settings, "bf16": {"enabled": dtype == torch.bfloat16}})
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del active
+
+
+def gathered(module: nn.Module) -> Any:
+    """A context in which the weights of one module are whole, for use before an engine gathers them by itself.
+
+    Changes to them are lost. All workers enter it together. Without ZeRO-3, it does nothing.
+    """
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()))
+
+
 def new_engine(model: PersonalizedLLM, options: TrainingOptions, settings: dict[str, Any]) -> Any:
     """A DeepSpeed engine over the model; all workers call it together. `settings` are `deepspeed_settings`."""
     import deepspeed
 
-    # On CPUs this op is compiled with g++ at every start, and only DeepSpeed's own launcher uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=model, optimizer=new_optimizer(model, options), config=settings)
+    _skip_shared_memory_op()
+    sized = {**settings, "zero_optimization": {**settings["zero_optimization"], **_buffer_sizes(model)}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=new_optimizer(model, options), config=sized)
     return engine
+
+
+def _buffer_sizes(model: PersonalizedLLM) -> dict[str, int]:
+    """DeepSpeed's buffers, in numbers of elements; its defaults take gigabytes, whatever the size of the model."""
+    trained = sum(parameter.numel() for parameter in trainable(model).values())
+    llm = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.llm.parameters())
+    live = min(llm // _LLM_SHARES, _MAX_LIVE)
+    return {
+        "reduce_bucket_size": trained,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+    }
+
+
+def _skip_shared_memory_op() -> None:
+    """On CPUs this op is compiled with g++ at every start, and only DeepSpeed's own launcher uses it."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def sum_over_workers(value: float, device: torch.device) -> float:
