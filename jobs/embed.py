@@ -131,7 +131,7 @@ def _inputs(config: Config) -> _Inputs:
     from persona import storage
     from persona.inputs import histories
     from persona.inputs.splits import plan_splits
-    from persona.models import resolve as models
+    from persona.models import loading, resolve as models
 
     source = storage.check_uri(config.histories, flag="--histories")
     store = storage.check_uri(config.store, flag="--store")
@@ -141,6 +141,7 @@ def _inputs(config: Config) -> _Inputs:
     splits = plan_splits(source, flag="--histories")
     histories.check_columns(splits, columns)
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
+    loading.check_encoder(encoder)
     identity = encoding.identity_of(encoder, pooling=config.pooling, max_tokens=config.max_tokens)
     plug = personas.find_plug(config.plug, identity) if config.plug else None
     return _Inputs(splits=splits, columns=columns, store=store, encoder=encoder, identity=identity, plug=plug)

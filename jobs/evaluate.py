@@ -189,7 +189,7 @@ def _loss_settings(config: Config, plug: PlugRef) -> losses.LossSettings:
         plug=plug,
         precision=config.models.precision,
         batch_size=config.batch_size,
-        prefix_tokens=config.retrieval.front_tokens,
+        retrieved_tokens=config.retrieval.front_tokens,
         with_rejected=config.rejected is not None,
         n_threads=config.pool.cpus_per_actor,
     )

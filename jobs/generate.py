@@ -175,7 +175,7 @@ class Generate:
             engine=config.engine,
             precision=config.models.precision,
             batch_size=config.batch_size,
-            prefix_tokens=config.retrieval.front_tokens,
+            retrieved_tokens=config.retrieval.front_tokens,
         )
         self.decoding = config.decoding
         self.plug = plug

@@ -155,7 +155,7 @@ def _spec(config: Config) -> RunSpec:
 def _inputs(config: Config) -> TrainingInputs:
     """Finds and checks what the run reads and where it writes."""
     from persona import storage
-    from persona.models import resolve as models
+    from persona.models import loading, resolve as models
     from persona.store.store import Store
 
     requests = storage.check_uri(config.requests, flag="--requests")
@@ -171,10 +171,14 @@ def _inputs(config: Config) -> TrainingInputs:
     if config.validation is not None:
         held_out = _splits(storage.check_uri(config.validation, flag="--validation"), flag="--validation")
     store = Store.open(store_uri)
+    encoder = store_encoder(store.identity, config.encoder)
+    llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
+    loading.check_encoder(encoder)
+    loading.check_llm(llm)
     return TrainingInputs(
         store=store,
-        encoder=store_encoder(store.identity, config.encoder),
-        llm=models.resolve(config.llm, revision=config.llm_revision, flag="--llm"),
+        encoder=encoder,
+        llm=llm,
         requests=splits,
         validation=held_out,
         histories=retrieval.plan(config.past_texts),

@@ -154,7 +154,7 @@ def new_case_model(case: dict[str, Any], llm: FrozenLLM | None = None) -> Person
     llm = llm or load_llm(case)
     options = {"learn_temperature": case.get("plug", {}).get("weights") != "mean", **case.get("plug", {})}
     model = new_model(resolve(case["encoder"], flag="--encoder"), llm, **options)
-    model.prefix_tokens = case.get("front_tokens", 0)
+    model.retrieved_tokens = case.get("front_tokens", 0)
     return model
 
 

@@ -31,7 +31,7 @@ class LossSettings:
         plug: in front of the LLM.
         precision: of the LLM.
         batch_size: requests per forward pass.
-        prefix_tokens: tokens of retrieved texts in front of a prompt.
+        retrieved_tokens: tokens of retrieved texts in front of a prompt.
         with_rejected: whether to measure the rejected texts as well.
         n_threads: for the model on CPUs.
     """
@@ -39,7 +39,7 @@ class LossSettings:
     plug: PlugRef
     precision: "Precision"
     batch_size: int
-    prefix_tokens: int
+    retrieved_tokens: int
     with_rejected: bool
     n_threads: int
 
@@ -76,7 +76,7 @@ class MeasureLosses:
     def __init__(self, settings: LossSettings, tally: Tally) -> None:
         session.quiet_models(settings.n_threads)
         self.model = plugs.load_personalized(
-            settings.plug, precision=settings.precision, prefix_tokens=settings.prefix_tokens
+            settings.plug, precision=settings.precision, retrieved_tokens=settings.retrieved_tokens
         )
         self.batch_size = settings.batch_size
         self.with_rejected = settings.with_rejected

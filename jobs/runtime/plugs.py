@@ -66,19 +66,26 @@ def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
 
 
 def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
-    """The plug of `--plug`. Raises PlugMismatch unless it fits the store and its models are those of its training."""
+    """The plug of `--plug`, which fits the store, and whose models are whole and those of its training.
+
+    Raises PlugMismatch or InputError otherwise.
+    """
+    from persona.models import loading
+
     plug = read_plug(given, models)
     if plug.record.encoder["fingerprint"] != store.identity.fingerprint:
         raise PlugMismatch(
             f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but the store has those of "
             f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
         )
-    _models(plug)
+    encoder, llm = _models(plug)
+    loading.check_encoder(encoder)
+    loading.check_llm(llm)
     return plug
 
 
 def load_answerer(
-    plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, prefix_tokens: int
+    plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, retrieved_tokens: int
 ) -> "Answerer":
     """The plug in front of an engine with its LLM, to generate answers.
 
@@ -93,11 +100,11 @@ def load_answerer(
     )
     with plug.folder() as folder:
         return plug_folder.load_answerer(
-            folder, encoder=encoder, engine=loaded, batch_size=batch_size, prefix_tokens=prefix_tokens
+            folder, encoder=encoder, engine=loaded, batch_size=batch_size, retrieved_tokens=retrieved_tokens
         )
 
 
-def load_personalized(plug: PlugRef, *, precision: "Precision", prefix_tokens: int) -> "PersonalizedLLM":
+def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens: int) -> "PersonalizedLLM":
     """The plug in front of its LLM, to measure losses. Raises as `load_answerer` does."""
     from persona.models.frozen_llm import FrozenLLM
     from persona.plug import folder as plug_folder
@@ -105,7 +112,7 @@ def load_personalized(plug: PlugRef, *, precision: "Precision", prefix_tokens: i
     encoder, llm_folder = _models(plug)
     llm = FrozenLLM.load(llm_folder, max_input_tokens=plug.record.max_input_tokens, precision=precision)
     with plug.folder() as folder:
-        return plug_folder.load(folder, encoder=encoder, llm=llm, prefix_tokens=prefix_tokens)
+        return plug_folder.load(folder, encoder=encoder, llm=llm, retrieved_tokens=retrieved_tokens)
 
 
 def load_without_llm(plug: PlugRef) -> "PlugAlone":

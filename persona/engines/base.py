@@ -14,21 +14,19 @@ import torch
 from torch import Tensor
 
 from persona.extensions import find
-from persona.models.prompts import PromptTokenizer
+from persona.models.prompts import PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
 from persona.options import Decoding, Precision
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
-    """What the LLM reads for one request: the three parts, in this order."""
+    """What the LLM reads for one request: `ids.before`, then the soft tokens, then `ids.after`."""
 
-    prefix_ids: Sequence[int]
-    """Token ids in front, such as retrieved texts; may be empty."""
+    ids: PromptIds
+    """Token ids, as `PromptTokenizer.prompts` makes them."""
     soft_SD: Tensor
     """Soft tokens on any device and of any floating-point type; S is 0 without a plug."""
-    input_ids: Sequence[int]
-    """Token ids of the request, as `PromptTokenizer.inputs` makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)

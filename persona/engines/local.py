@@ -54,8 +54,7 @@ class LocalEngine:
         """The tokens of each answer, the end-of-sequence token included."""
         prompts = [prompt for prompt, _ in batch]
         soft_BSD = torch.stack([prompt.soft_SD for prompt in prompts]).to(self.device)
-        inputs, prefixes = [prompt.input_ids for prompt in prompts], [prompt.prefix_ids for prompt in prompts]
-        embeds_BLD, mask_BL = self.llm.embed_prompts(soft_BSD, inputs, prefixes)
+        embeds_BLD, mask_BL = self.llm.embed_prompts(soft_BSD, [prompt.ids for prompt in prompts])
         steps_of_kind = Seq2SeqSteps if self.llm.is_encoder_decoder else CausalSteps
         steps = steps_of_kind(self.llm.model, embeds_BLD, mask_BL)
         if decoding.beams > 1:

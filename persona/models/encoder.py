@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from persona.errors import UsageError
-from persona.models import attention
+from persona.models import attention, loading
 from persona.models.batching import full_batches, pad
 from persona.models.device import choose_device, choose_precision
 from persona.models.resolve import ModelFolder
@@ -87,18 +87,16 @@ class TextEncoder:
         precision: Precision = "auto",
         device: str | None = None,
     ) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         self.device = choose_device(device)
         self.pooling = pooling
         self.max_tokens = max_tokens
         self.token_budget = token_budget or _TOKEN_BUDGETS.get(self.device.type, _TOKEN_BUDGETS["cpu"])
         dtype = choose_precision(precision, self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder.path)
+        self.tokenizer = loading.load_tokenizer(folder)
         kernel = attention.register_attention(folder.config["model_type"], dtype=dtype, device=self.device)
-        self.model = AutoModel.from_pretrained(
-            folder.path, dtype=dtype, use_safetensors=True, attn_implementation=kernel
-        )
+        self.model = loading.load_model(AutoModel, folder, dtype=dtype, attn_implementation=kernel)
         self.model.to(self.device).eval().requires_grad_(False)
         self.width: int = self.model.config.hidden_size
         check_positions(self.model.config, max_tokens)

@@ -13,20 +13,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from persona.models import attention
+from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
-from persona.models.prompts import MAX_INPUT_TOKENS, PromptTokenizer
+from persona.models.prompts import MAX_INPUT_TOKENS, PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
 from persona.options import Precision
 
@@ -66,14 +61,13 @@ class FrozenLLM(nn.Module):
     ) -> "FrozenLLM":
         """Loads the LLM of a folder; see `choose_precision` and `choose_device` for the defaults."""
         chosen = choose_device(device)
-        config = AutoConfig.from_pretrained(folder.path)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        config = loading.load_config(folder)
         dtype = choose_precision(precision, chosen)
         kernel = attention.register_attention(config.model_type, dtype=dtype, device=chosen)
-        model: nn.Module = auto.from_pretrained(
-            folder.path, dtype=dtype, use_safetensors=True, attn_implementation=kernel
+        model: nn.Module = loading.load_model(
+            loading.llm_class(config), folder, dtype=dtype, attn_implementation=kernel
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder.path)
+        tokenizer = loading.load_tokenizer(folder)
         return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
 
     def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's
@@ -118,19 +112,21 @@ class FrozenLLM(nn.Module):
         return embedded
 
     def embed_prompts(
-        self, soft_BSD: Tensor, rows: Sequence[Sequence[int]], prefix_ids: Sequence[Sequence[int]] = ()
+        self, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]] = ()
     ) -> tuple[Tensor, Tensor]:
-        """[prefix; soft tokens; row] of each request as embeddings (B, L, D), and their mask (B, L).
+        """[before; soft tokens; after; target] of each request as embeddings (B, L, D), and their mask (B, L).
 
         Padding is on the right for an encoder-decoder LLM and on the left for a decoder-only one, whose rows must end
         together.
         """
         n_soft = soft_BSD.shape[1]
-        prefix_ids = prefix_ids or [[]] * len(rows)
+        targets = targets or [[]] * len(prompts)
         placeholders = [self.tokenizer.pad_id] * n_soft
-        whole = [[*prefix, *placeholders, *row] for prefix, row in zip(prefix_ids, rows, strict=True)]
+        whole = [[*p.before, *placeholders, *p.after, *target] for p, target in zip(prompts, targets, strict=True)]
         ids_BL, mask_BL = pad(whole, self.tokenizer.pad_id, self.device)
-        start_B1 = torch.tensor([len(ids) for ids in prefix_ids], dtype=torch.long, device=self.device).view(-1, 1)
+        start_B1 = torch.tensor([len(prompt.before) for prompt in prompts], dtype=torch.long, device=self.device).view(
+            -1, 1
+        )
         index_BS = start_B1 + torch.arange(n_soft, device=self.device)
         embeds_BLD = self.embed(ids_BL)
         index_BSD = index_BS.unsqueeze(-1).expand(-1, -1, embeds_BLD.shape[-1])
@@ -146,20 +142,18 @@ class FrozenLLM(nn.Module):
     def nll(
         self,
         soft_BSD: Tensor,
-        inputs: Sequence[list[int]],
+        prompts: Sequence[PromptIds],
         targets: Sequence[list[int]],
-        prefix_ids: Sequence[list[int]] = (),
     ) -> Tensor:
         """PPlug eq. 6 per request: the summed negative log-likelihood (B,) of the target's tokens, in nats, float32.
 
         Args:
             soft_BSD: soft tokens; S may be 0.
-            inputs: token ids of the requests, as `PromptTokenizer.inputs` makes them.
+            prompts: token ids of the requests, as `PromptTokenizer.prompts` makes them.
             targets: token ids of the targets, as `PromptTokenizer.targets` makes them.
-            prefix_ids: token ids in front of the soft tokens, such as retrieved texts; by default none.
         """
         compute = self._seq2seq_logits if self.is_encoder_decoder else self._causal_logits
-        logits_BTV, labels_BT = compute(soft_BSD, inputs, targets, prefix_ids)
+        logits_BTV, labels_BT = compute(soft_BSD, prompts, targets)
         # Only real target positions are converted to float32: these rows are the largest tensors of a step.
         is_target_BT = labels_BT != _IGNORED
         losses_N = nn.functional.cross_entropy(
@@ -171,13 +165,12 @@ class FrozenLLM(nn.Module):
     def _seq2seq_logits(
         self,
         soft_BSD: Tensor,
-        inputs: Sequence[list[int]],
+        prompts: Sequence[PromptIds],
         targets: Sequence[list[int]],
-        prefix_ids: Sequence[list[int]],
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) at the target positions and their labels (B, T), padded on the right."""
         labels_BT = self._labels(targets)
-        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, inputs, prefix_ids)
+        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, prompts)
         shifted_BT = labels_BT.masked_fill(labels_BT == _IGNORED, self.tokenizer.pad_id).roll(1, dims=1)
         shifted_BT[:, 0] = self.model.config.decoder_start_token_id
         output = self.model(
@@ -188,9 +181,8 @@ class FrozenLLM(nn.Module):
     def _causal_logits(
         self,
         soft_BSD: Tensor,
-        inputs: Sequence[list[int]],
+        prompts: Sequence[PromptIds],
         targets: Sequence[list[int]],
-        prefix_ids: Sequence[list[int]],
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) at the target positions and their labels (B, T), padded on the left.
 
@@ -199,39 +191,15 @@ class FrozenLLM(nn.Module):
         labels_BT = self._labels(targets)
         longest = labels_BT.shape[1]
         labels_BT = torch.stack([row.roll(longest - len(ids)) for row, ids in zip(labels_BT, targets, strict=True)])
-        rows = [[*text, *target] for text, target in zip(inputs, targets, strict=True)]
-        kv_cache = None
-        # transformers accepts no cache while it recomputes activations.
-        if prefix_ids and not self._checkpointed:
-            kv_cache, mask_BF = self._read_prefixes(prefix_ids)
-            embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, rows)
-            mask_BL = torch.cat([mask_BF, mask_BL], dim=1)
-        else:
-            embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, rows, prefix_ids)
+        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, prompts, targets)
         output = self.model(
             inputs_embeds=embeds_BLD,
             attention_mask=mask_BL,
-            position_ids=position_ids(mask_BL)[:, -embeds_BLD.shape[1] :],
-            past_key_values=kv_cache,
+            position_ids=position_ids(mask_BL),
             logits_to_keep=longest + 1,
-            use_cache=kv_cache is not None,
+            use_cache=False,
         )
         return output.logits[:, :-1], labels_BT
-
-    @torch.no_grad()
-    def _read_prefixes(self, prefix_ids: Sequence[list[int]]) -> tuple[Cache, Tensor]:
-        """The key-value cache of the prefixes of a decoder-only LLM, and their mask (B, F).
-
-        Nothing trained comes before a prefix, so it needs no gradient. A batch of empty prefixes is read, too: under
-        ZeRO-3 all workers must call the LLM equally often, whatever their rows contain.
-        """
-        no_soft_B0D = torch.empty(len(prefix_ids), 0, self.width, device=self.device)
-        embeds_BFD, mask_BF = self.embed_prompts(no_soft_B0D, prefix_ids)
-        # Without the head: nothing is predicted here.
-        output = self.model.base_model(
-            inputs_embeds=embeds_BFD, attention_mask=mask_BF, position_ids=position_ids(mask_BF), use_cache=True
-        )
-        return output.past_key_values, mask_BF
 
     def _labels(self, targets: Sequence[list[int]]) -> Tensor:
         ids_BT, mask_BT = pad(targets, self.tokenizer.pad_id, self.device)

@@ -51,10 +51,10 @@ def _unpack(source: Path, target: Path) -> None:
     quantized = GgufConfig(gguf_file=name, dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=name, quantization_config=quantized, dtype=torch.bfloat16
+            source.parent, gguf_file=name, quantization_config=quantized, dtype=torch.bfloat16, trust_remote_code=False
         )
         model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=name).save_pretrained(target)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=name, trust_remote_code=False).save_pretrained(target)
 
 
 def _package(name: str, install: str) -> Path:

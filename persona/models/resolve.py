@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from persona.errors import InputError
-
-# Weights, configuration and tokenizer; never code, and never a pickled checkpoint.
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-# The files of all kinds of tokenizers.
-_TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
-_SAMPLES_PER_FILE = 64
-_SAMPLE_BYTES = 64 * 1024
+from persona.models import contents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +28,7 @@ class ModelFolder:
     @property
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
-        return dict(json.loads((self.path / "config.json").read_text()))
+        return contents.read_object(self.path, "config.json")
 
     def card(self) -> dict[str, str]:
         """What a table or a plug records about the model: the name as given, revision and fingerprint."""
@@ -49,7 +43,7 @@ def resolve(name: str, *, revision: str = "main", flag: str) -> ModelFolder:
     Models from the hub or S3 are downloaded once per node, into the cache folder of the hub.
 
     Raises:
-        InputError: the model does not exist, or its folder has no `config.json` or no safetensors weights.
+        InputError: the model does not exist, or a file in its folder is missing or broken.
     """
     if name.startswith("s3://"):
         path = _from_s3(name, flag)
@@ -59,13 +53,12 @@ def resolve(name: str, *, revision: str = "main", flag: str) -> ModelFolder:
         raise InputError(f"{flag}: there is no folder {name!r}; give a model's folder, an s3:// folder or a hub id")
     else:
         path = _from_hub(name, revision, flag)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{flag}: {name!r} has no config.json, so it is not a saved transformers model")
-    if not any(path.glob("*.safetensors")):
-        raise InputError(
-            f"{flag}: {name!r} has no *.safetensors weights; pickled weights are never loaded, so convert them first"
-        )
-    return ModelFolder(name=name, revision=revision, path=path, fingerprint=_fingerprint(path))
+    try:
+        contents.check(path)
+        fingerprint = contents.fingerprint(path)
+    except InputError as error:
+        raise InputError(f"{flag}: {name!r}: {error}") from error
+    return ModelFolder(name=name, revision=revision, path=path, fingerprint=fingerprint)
 
 
 def _from_hub(name: str, revision: str, flag: str) -> Path:
@@ -73,7 +66,14 @@ def _from_hub(name: str, revision: str, flag: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*contents.DOWNLOADED],
+                ignore_patterns=[*contents.NOT_DOWNLOADED],
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{flag}: {name!r} is neither a local folder nor available on the hub at revision {revision!r} "
@@ -108,31 +108,6 @@ def _from_s3(uri: str, flag: str) -> Path:
             if not target.is_dir():
                 raise
     return target
-
-
-def _fingerprint(path: Path) -> str:
-    """Hash of configuration, tokenizer, tensor names and shapes, and evenly spaced samples of the weights.
-
-    Hashing all of a 40 GB folder would take a minute at the start of each job. Training changes every weight, so
-    samples are enough to notice it.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([*path.glob("*.safetensors"), path / "config.json", *(path / name for name in _TOKENIZER)]):
-        if not file.is_file():
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as stream:
-            if file.suffix != ".safetensors":
-                digest.update(stream.read())
-                continue
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(header_bytes))
-            step = max((size - header_bytes) // _SAMPLES_PER_FILE, _SAMPLE_BYTES)
-            for start in range(8 + header_bytes, size, step):
-                stream.seek(start)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def sentence_pooling(folder: ModelFolder) -> Literal["cls", "mean"]:

@@ -7,7 +7,7 @@ import torch
 from persona.engines.base import Answer, Engine, Prompt
 from persona.options import Decoding, PersonaKind
 from persona.plug.module import Plug
-from persona.plug.personalized import QueryText, Row, plug_inputs, soft_tokens
+from persona.plug.personalized import QueryText, Row, plug_inputs, prompt_texts, soft_tokens
 
 
 class Answerer:
@@ -18,17 +18,17 @@ class Answerer:
         engine: the LLM.
         query_text: how queries are tokenized; None for a plug that reads none.
         batch_size: requests per forward pass of the plug.
-        prefix_tokens: tokens of each row's `retrieved` texts in front of its soft tokens; 0 without retrieval.
+        retrieved_tokens: tokens of each row's `retrieved` texts; 0 without retrieval.
     """
 
     def __init__(
-        self, plug: Plug, engine: Engine, query_text: QueryText | None, *, batch_size: int, prefix_tokens: int = 0
+        self, plug: Plug, engine: Engine, query_text: QueryText | None, *, batch_size: int, retrieved_tokens: int = 0
     ) -> None:
         self.plug = plug
         self.engine = engine
         self.query_text = query_text
         self.batch_size = batch_size
-        self.prefix_tokens = prefix_tokens
+        self.retrieved_tokens = retrieved_tokens
 
     def answer(
         self, rows: Sequence[Row], decoding: Decoding, *, persona: PersonaKind = PersonaKind.OWN
@@ -40,14 +40,7 @@ class Answerer:
 
     @torch.inference_mode()
     def _prompts(self, rows: Sequence[Row], persona: PersonaKind) -> list[Prompt]:
-        tokenizer = self.engine.tokenizer
-        prefixes: list[list[int]] = [[] for _ in rows]
-        if self.prefix_tokens:
-            prefixes = tokenizer.prefixes([row["retrieved"] for row in rows], self.prefix_tokens)
-        input_ids = tokenizer.inputs([row["input"] for row in rows])
+        ids = self.engine.tokenizer.prompts(prompt_texts(rows), retrieved_tokens=self.retrieved_tokens)
         inputs = plug_inputs(self.plug, self.query_text, rows, persona, self.engine.device)
         soft_BSD = soft_tokens(self.plug, inputs)
-        return [
-            Prompt(prefix_ids=prefix, soft_SD=soft_SD, input_ids=ids)
-            for prefix, soft_SD, ids in zip(prefixes, soft_BSD, input_ids, strict=True)
-        ]
+        return [Prompt(ids=row, soft_SD=soft_SD) for row, soft_SD in zip(ids, soft_BSD, strict=True)]

@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from persona.engines.base import Engine
 from persona.errors import PlugMismatch
+from persona.models import loading
 from persona.models.encoder import check_positions
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
@@ -35,15 +36,15 @@ def new_query_encoder(folder: ModelFolder, options: PlugOptions, *, pretrained: 
     """
     if not aggregation.uses_query(options):
         return None
-    config = AutoConfig.from_pretrained(folder.path)
+    config = loading.load_config(folder)
     # With dropout, the loss of a step would depend on how its batch is split over workers.
     for name in [name for name, value in vars(config).items() if "dropout" in name and isinstance(value, float)]:
         setattr(config, name, 0.0)
     encoder: Any
     if pretrained:
-        encoder = AutoModel.from_pretrained(folder.path, config=config, dtype=torch.float32, use_safetensors=True)
+        encoder = loading.load_model(AutoModel, folder, config=config, dtype=torch.float32)
     else:
-        encoder = AutoModel.from_config(config, dtype=torch.float32)
+        encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     without_pooler: nn.Module = encoder
@@ -61,8 +62,8 @@ def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, 
     partial.replace(folder / RECORD)
 
 
-def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, prefix_tokens: int = 0) -> PersonalizedLLM:
-    """Loads a plug in front of `llm`, ready to compute losses; `prefix_tokens` as in `PersonalizedLLM`.
+def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, retrieved_tokens: int = 0) -> PersonalizedLLM:
+    """Loads a plug in front of `llm`, ready to compute losses; `retrieved_tokens` as in `PersonalizedLLM`.
 
     Raises:
         InputError: the folder holds no complete plug.
@@ -70,15 +71,15 @@ def load(folder: Path, *, encoder: ModelFolder, llm: FrozenLLM, prefix_tokens: i
         UsageError: the plug reads longer queries than the encoder can.
     """
     plug, query_text = _load_for(llm, folder, encoder)
-    return PersonalizedLLM(plug, llm, query_text, prefix_tokens=prefix_tokens).eval()
+    return PersonalizedLLM(plug, llm, query_text, retrieved_tokens=retrieved_tokens).eval()
 
 
 def load_answerer(
-    folder: Path, *, encoder: ModelFolder, engine: Engine, batch_size: int, prefix_tokens: int = 0
+    folder: Path, *, encoder: ModelFolder, engine: Engine, batch_size: int, retrieved_tokens: int = 0
 ) -> Answerer:
     """Loads a plug in front of `engine`; the other arguments are those of `Answerer`. Raises as `load` does."""
     plug, query_text = _load_for(engine, folder, encoder)
-    return Answerer(plug, engine, query_text, batch_size=batch_size, prefix_tokens=prefix_tokens)
+    return Answerer(plug, engine, query_text, batch_size=batch_size, retrieved_tokens=retrieved_tokens)
 
 
 def _load_for(llm: FrozenLLM | Engine, folder: Path, encoder: ModelFolder) -> tuple[Plug, QueryText]:
@@ -115,5 +116,5 @@ def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:
 
 def new_query_text(encoder: ModelFolder, prefix: str, max_tokens: int) -> QueryText:
     """How queries become tokens for this encoder. Raises UsageError when it has fewer positions than `max_tokens`."""
-    check_positions(AutoConfig.from_pretrained(encoder.path), max_tokens)
-    return QueryText(tokenizer=AutoTokenizer.from_pretrained(encoder.path), prefix=prefix, max_tokens=max_tokens)
+    check_positions(loading.load_config(encoder), max_tokens)
+    return QueryText(tokenizer=loading.load_tokenizer(encoder), prefix=prefix, max_tokens=max_tokens)

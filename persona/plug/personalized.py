@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from persona.models import attention
 from persona.models.batching import pad
 from persona.models.frozen_llm import FrozenLLM
+from persona.models.prompts import PromptIds, PromptText
 from persona.options import PersonaKind
 from persona.plug.module import Plug
 from persona.store import vectors
@@ -55,10 +56,8 @@ class PlugInputs:
 class Batch(PlugInputs):
     """Requests with targets: what the plug reads, and the token ids for the LLM."""
 
-    inputs: list[list[int]]
+    prompts: list[PromptIds]
     targets: list[list[int]]
-    prefix_ids: list[list[int]]
-    """Of each row's retrieved texts; an empty list without retrieval."""
 
     @property
     def n_target_tokens(self) -> int:
@@ -83,6 +82,11 @@ def plug_inputs(
     if query_text is not None and plug.query_encoder is not None and persona is not PersonaKind.MEAN:
         query = query_text.tokens([row["query"] for row in rows], device)
     return PlugInputs(history_Md=history_Md, lengths_B=lengths_B, query=query, persona=persona)
+
+
+def prompt_texts(rows: Sequence[Row]) -> list[PromptText]:
+    """What the LLM reads of each row."""
+    return [PromptText(input=row["input"], retrieved=row.get("retrieved") or ()) for row in rows]
 
 
 def soft_tokens(plug: Plug, inputs: PlugInputs) -> Tensor:
@@ -115,35 +119,32 @@ class PersonalizedLLM(nn.Module):
         plug: on the LLM's device.
         llm: the frozen LLM.
         query_text: how queries are tokenized; None for a plug that reads none.
-        prefix_tokens: tokens of each row's `retrieved` texts in front of its soft tokens; 0 without retrieval.
+        retrieved_tokens: tokens of each row's `retrieved` texts; 0 without retrieval.
     """
 
-    def __init__(self, plug: Plug, llm: FrozenLLM, query_text: QueryText | None, *, prefix_tokens: int = 0) -> None:
+    def __init__(self, plug: Plug, llm: FrozenLLM, query_text: QueryText | None, *, retrieved_tokens: int = 0) -> None:
         super().__init__()
         self.plug = plug
         self.llm = llm
         self.query_text = query_text
-        self.prefix_tokens = prefix_tokens
+        self.retrieved_tokens = retrieved_tokens
 
     def collate(self, rows: Sequence[Row], *, persona: PersonaKind = PersonaKind.OWN) -> Batch:
         """A batch of rows with targets, all of one kind of persona, on the LLM's device."""
-        tokenizer, prefixes = self.llm.tokenizer, []
-        if self.prefix_tokens:
-            prefixes = tokenizer.prefixes([row["retrieved"] for row in rows], self.prefix_tokens)
+        tokenizer = self.llm.tokenizer
         of_plug = plug_inputs(self.plug, self.query_text, rows, persona, self.llm.device)
         return Batch(
             history_Md=of_plug.history_Md,
             lengths_B=of_plug.lengths_B,
             query=of_plug.query,
             persona=persona,
-            inputs=tokenizer.inputs([row["input"] for row in rows]),
+            prompts=tokenizer.prompts(prompt_texts(rows), retrieved_tokens=self.retrieved_tokens),
             targets=tokenizer.targets([row["target"] for row in rows]),
-            prefix_ids=prefixes,
         )
 
     def forward(self, batch: Batch) -> Tensor:
         """PPlug eq. 6 per request: the summed negative log-likelihood (B,) of the targets, in nats."""
-        return self.llm.nll(self.soft_tokens(batch), batch.inputs, batch.targets, batch.prefix_ids)
+        return self.llm.nll(self.soft_tokens(batch), batch.prompts, batch.targets)
 
     def soft_tokens(self, batch: Batch) -> Tensor:
         """The soft tokens (B, S, D) of a batch."""

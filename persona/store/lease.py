@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Self
@@ -36,6 +36,17 @@ class _Entry:
     expires: str
     token: str  # unique, or two threads that write in the same instant would both read back their own bytes
     released: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError for values that no holder writes."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if type(value) is not one.type:
+                raise TypeError(f"{one.name} must not be of type {type(value).__name__}")
+        if not 0 < self.pid < 2**31:
+            raise ValueError(f"there is no process {self.pid}")
+        if datetime.fromisoformat(self.expires).tzinfo is None:
+            raise ValueError(f"expires, {self.expires}, has no time zone")
 
     @property
     def holder(self) -> str:
@@ -153,11 +164,14 @@ def _latest(folder: str) -> _Entry | None:
     while numbers := _numbers(folder):
         uri = _uri(folder, max(numbers))
         try:
-            return _Entry(**json.loads(storage.read_bytes(uri)))
+            entry = _Entry(**json.loads(storage.read_bytes(uri)))
+            if entry.number != max(numbers):
+                raise ValueError(f"its number is {entry.number}")
+            return entry
         except StorageError:
             if storage.exists(uri):
                 raise  # otherwise it was deleted by the holder of the next number
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise StorageError(
                 f"{uri} cannot be read as a lease ({error}); if no run is writing to this table, delete it"
             ) from error
@@ -165,8 +179,9 @@ def _latest(folder: str) -> _Entry | None:
 
 
 def _numbers(folder: str) -> list[int]:
-    names = [file.uri.rsplit("/", 1)[1].removesuffix(".json") for file in storage.list_files(folder, (".json",))]
-    return [int(name) for name in names if name.isdecimal()]
+    uris = [file.uri for file in storage.list_files(folder, (".json",))]
+    numbers = [(uri, int(name)) for uri in uris if (name := uri.rsplit("/", 1)[1].removesuffix(".json")).isdecimal()]
+    return [number for uri, number in numbers if uri == _uri(folder, number)]
 
 
 def _uri(folder: str, number: int) -> str:

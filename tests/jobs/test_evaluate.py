@@ -270,7 +270,7 @@ def test_losses_with_retrieved_texts_are_those_of_the_plug_itself(
     record = plug_record.read(folder)
     encoder, llm_folder = (models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     frozen = FrozenLLM.load(llm_folder, precision="fp32")
-    model = plug_folder.load(folder, encoder=encoder, llm=frozen, prefix_tokens=16)
+    model = plug_folder.load(folder, encoder=encoder, llm=frozen, retrieved_tokens=16)
     for persona in ("own", "bare"):
         nats = tokens = 0.0
         for row in rows:

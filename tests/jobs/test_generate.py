@@ -197,7 +197,7 @@ def test_retrieved_texts_are_the_best_of_the_visible_ones(
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
     engine = new_engine("local", llm, max_input_tokens=record.max_input_tokens, precision="fp32", batch_size=1)
-    answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1, prefix_tokens=24)
+    answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1, retrieved_tokens=24)
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0
     for row in rows:

@@ -214,7 +214,7 @@ def test_retrieved_texts_are_in_the_prompts(
     assert [training[name] for name in ("retrieve", "retriever", "retrieve_tokens")] == [1, "recency", 12]
     encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
     frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])
-    model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen, prefix_tokens=12)
+    model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen, retrieved_tokens=12)
     rows = []
     for row in held_out:
         vectors = seen(inputs["store"], row, 512)

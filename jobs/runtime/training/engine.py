@@ -80,7 +80,7 @@ def _new_model(settings: WorkerSettings, encoder: "ModelFolder", llm: "FrozenLLM
         token_norm=llm.token_norm(),
     )
     query_text = plug_folder.new_query_text(encoder, spec.query_prefix, spec.max_query_tokens)
-    return PersonalizedLLM(plug.to(llm.device), llm, query_text, prefix_tokens=spec.retrieval.front_tokens)
+    return PersonalizedLLM(plug.to(llm.device), llm, query_text, retrieved_tokens=spec.retrieval.front_tokens)
 
 
 def _initialize(model: "PersonalizedLLM", encoder: "ModelFolder", settings: WorkerSettings) -> None:

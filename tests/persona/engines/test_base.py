@@ -71,7 +71,9 @@ def test_an_engine_found_by_name_answers_tables_of_requests_in_order(
 ):
     model = new_model(encoder_folder, llm)
     folder = save(tmp_path / "plug", model, encoder_folder, llm_folder)
-    answerer = plug_folder.load_answerer(folder, encoder=encoder_folder, engine=engine, batch_size=2, prefix_tokens=12)
+    answerer = plug_folder.load_answerer(
+        folder, encoder=encoder_folder, engine=engine, batch_size=2, retrieved_tokens=12
+    )
     answers = answer_all(answerer, requests, SAMPLE)
 
     rows = requests.to_pylist()

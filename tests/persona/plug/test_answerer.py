@@ -40,8 +40,8 @@ def test_the_answer_depends_on_the_history_unless_the_llm_is_bare(answerer):
     assert bare[0] == bare[1] != answerer.answer(ROWS, GREEDY)
 
 
-def test_retrieved_texts_change_the_answer_only_with_prefix_tokens(answerer):
+def test_retrieved_texts_change_the_answer_only_with_retrieved_tokens(answerer):
     rows = [{**one, "retrieved": ["the movie is", "it"]} for one in ROWS]
     assert answerer.answer(rows, GREEDY) == answerer.answer(ROWS, GREEDY)
-    answerer.prefix_tokens = 12
+    answerer.retrieved_tokens = 12
     assert answerer.answer(rows, GREEDY) != answerer.answer([{**one, "retrieved": []} for one in ROWS], GREEDY)

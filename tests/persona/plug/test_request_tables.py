@@ -69,7 +69,7 @@ def test_retrieved_texts_and_bare_personas_work_in_any_batch(model, requests, mo
     texts = [["the movie", "it is"], [], ["a title"], ["of it"], [], ["in a paper"]]
     table = with_personas(requests, personas).append_column("retrieved", pa.array(texts, pa.list_(pa.string())))
     without = request_tables.loss_of_all(model, table, batch_size=3)["nats"].to_pylist()
-    monkeypatch.setattr(model, "prefix_tokens", 8)
+    monkeypatch.setattr(model, "retrieved_tokens", 8)
     together = request_tables.loss_of_all(model, table, batch_size=3)["nats"].to_pylist()
     alone = [
         request_tables.loss_of_all(model, table.slice(i, 1), batch_size=1)["nats"][0].as_py()

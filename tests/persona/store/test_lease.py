@@ -308,18 +308,39 @@ def test_entries_written_in_the_same_instant_differ(s3: str, monkeypatch: pytest
 
 
 def test_other_files_in_the_folder_are_ignored(root: str) -> None:
-    for name in ("notes.txt", "copy of 00000001.json", ".00000009.json.draft"):
+    for name in ("notes.txt", "copy of 00000001.json", ".00000009.json.draft", "7.json", "old/00000009.json"):
         uri = join(root, "_leases", "behaviors", name.replace(" ", "_"))
         storage.write_bytes(uri, b"{}")
     with acquire(root) as lease:
         assert lease.number == 1
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"number": 1, "colour": "red"}'])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b"[" * 100_000, b"\xff", b'{"number": 1, "colour": "red"}'])
 def test_an_unreadable_entry_is_named(tmp_path: Path, data: bytes) -> None:
     uri = join(str(tmp_path), "_leases", "behaviors", "00000001.json")
     storage.write_bytes(uri, data)
     with pytest.raises(StorageError, match=r"00000001\.json cannot be read as a lease .* delete it"):
+        acquire(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"expires": "2026-01-02T03:04:05"}, "expires, 2026-01-02T03:04:05, has no time zone"),
+        ({"expires": "tomorrow"}, "Invalid isoformat string: 'tomorrow'"),
+        ({"expires": 5}, "expires must not be of type int"),
+        ({"released": "no"}, "released must not be of type str"),
+        ({"pid": True}, "pid must not be of type bool"),
+        ({"pid": 2**80, "host": socket.gethostname()}, "there is no process"),
+        ({"pid": -1, "host": socket.gethostname()}, "there is no process -1"),
+        ({"number": 2}, "its number is 2"),
+    ],
+)
+def test_an_entry_that_no_holder_writes_is_named(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
+    plant(str(tmp_path), 1)
+    file = tmp_path / "_leases" / "behaviors" / "00000001.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(StorageError, match=rf"00000001\.json cannot be read as a lease \({reason}.*delete it"):
         acquire(str(tmp_path))
 
 
