@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from persona.models.device import choose_precision
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import Precision, TrainingOptions
@@ -58,15 +57,14 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     import deepspeed
 
     from persona.training import checkpoint
-    from persona.training.deepspeed import deepspeed_settings, gathered, new_engine, sharded_loading
+    from persona.training.deepspeed import deepspeed_settings, gathered, load_llm, new_engine
     from persona.training.step import train_step, validation_loss
 
     options = new_options(case["stage"], case.get("contrast", 0.0))
     settings = deepspeed_settings(options, n_workers)
     if case.get("shard_small"):
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    with sharded_loading(settings, choose_precision(precision_of(case), torch.device("cpu"))):
-        llm = load_llm(case)
+    llm = load_llm(resolve(case["llm"], flag="--llm"), settings, precision=precision_of(case), device="cpu")
     with gathered(llm.model.get_input_embeddings()):
         model = new_case_model(case, llm)
     if case.get("recompute"):
@@ -151,16 +149,12 @@ def new_options(stage: int, contrast: float) -> TrainingOptions:
 
 def new_case_model(case: dict[str, Any], llm: FrozenLLM | None = None) -> PersonalizedLLM:
     """The model of a case before training, by default with a whole LLM of its own."""
-    llm = llm or load_llm(case)
+    if llm is None:
+        llm = FrozenLLM.load(resolve(case["llm"], flag="--llm"), precision=precision_of(case), device="cpu")
     options = {"learn_temperature": case.get("plug", {}).get("weights") != "mean", **case.get("plug", {})}
     model = new_model(resolve(case["encoder"], flag="--encoder"), llm, **options)
     model.retrieved_tokens = case.get("front_tokens", 0)
     return model
-
-
-def load_llm(case: dict[str, Any]) -> FrozenLLM:
-    """The LLM of a case."""
-    return FrozenLLM.load(resolve(case["llm"], flag="--llm"), precision=precision_of(case), device="cpu")
 
 
 def precision_of(case: dict[str, Any]) -> Precision:

@@ -1,17 +1,23 @@
 """What DeepSpeed needs for a plug: settings, the trained parameters, their optimizer, and sums over workers.
 
-Under ZeRO-3 each worker holds its share of every weight of the LLM. The LLM is created that way (`sharded_loading`);
+Under ZeRO-3 each worker holds its share of every weight of the LLM. The LLM is created that way (`load_llm`);
 while it computes, DeepSpeed gathers the weights of a few modules at a time.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from persona.options import TrainingOptions
+from persona.errors import InputError, PersonaError
+from persona.models.device import choose_device, choose_precision
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.prompts import MAX_INPUT_TOKENS
+from persona.models.resolve import ModelFolder
+from persona.options import Precision, TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
 
 # Under ZeRO-3, DeepSpeed keeps gathered weights that are needed again soon, and gathers the next ones ahead, up to this
@@ -48,17 +54,57 @@ def deepspeed_settings(options: TrainingOptions, n_workers: int) -> dict[str, An
     }
 
 
-@contextmanager
-def sharded_loading(settings: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
-    """Under ZeRO-3, whatever transformers loads inside is created sharded over the workers, in `dtype`.
+def load_llm(
+    folder: ModelFolder,
+    settings: dict[str, Any],
+    *,
+    max_input_tokens: int = MAX_INPUT_TOKENS,
+    precision: Precision = "auto",
+    device: str | None = None,
+) -> FrozenLLM:
+    """The frozen LLM; under ZeRO-3 this worker's share of it, which all workers load together.
 
     A worker allocates one module at a time and keeps its share of it. The first worker reads the files, which are
-    mapped into memory, and broadcasts tensor after tensor. All workers load together. With another ZeRO stage, this
-    does nothing.
+    mapped into memory, and broadcasts tensor after tensor.
+
+    Args:
+        folder: the LLM.
+        settings: `deepspeed_settings`.
+        max_input_tokens: as of `FrozenLLM.load`, like the next two.
+        precision: of the LLM.
+        device: of the LLM, or of this worker's share.
+
+    Raises:
+        InputError: the LLM cannot be loaded, or not as shares.
     """
+    load = partial(FrozenLLM.load, folder, max_input_tokens=max_input_tokens, precision=precision, device=device)
     if settings["zero_optimization"]["stage"] != 3:
-        yield
-        return
+        return load()
+    advice = "take --zero-stage 1 or 2, or another LLM"
+    try:
+        with _sharded_creation(settings, choose_precision(precision, choose_device(device))):
+            llm = load()
+    except PersonaError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(
+            f"--zero-stage 3: transformers cannot create {folder.name!r} as shares ({reason}); {advice}"
+        ) from error
+    # With whole models, transformers keeps these weights in float32.
+    names = getattr(llm.model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in llm.model.named_parameters():
+        if parameter.dtype != torch.float32 and any(part in name for part in names):
+            raise InputError(
+                f"--zero-stage 3 loads all weights in {llm.dtype}, but {folder.name!r} needs {name} in float32; "
+                f"add --precision fp32, {advice}"
+            )
+    return llm
+
+
+@contextmanager
+def _sharded_creation(settings: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Whatever transformers loads inside is created as shares of this worker, in `dtype`."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import TrainingOptions
 from persona.training.checkpoint import Progress
@@ -86,7 +85,7 @@ def train(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     import deepspeed  # noqa: F401 - its import takes memory, too
 
     from persona.training import checkpoint
-    from persona.training.deepspeed import deepspeed_settings, gathered, new_engine, sharded_loading
+    from persona.training.deepspeed import deepspeed_settings, gathered, load_llm, new_engine
     from persona.training.step import train_step
 
     # glibc's allocator would keep the memory of freed tensors.
@@ -94,8 +93,8 @@ def train(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     options = TrainingOptions(global_batch=_ROWS, micro_batch=1, learning_rate=1e-3, zero_stage=case["stage"])
     settings = deepspeed_settings(options, n_workers)
     start = held_bytes()
-    with Peak() as loading, sharded_loading(settings, torch.float32):
-        llm = FrozenLLM.load(resolve(case["llm"], flag="--llm"), precision="fp32", device="cpu")
+    with Peak() as loading:
+        llm = load_llm(resolve(case["llm"], flag="--llm"), settings, precision="fp32", device="cpu")
     with Peak() as training:
         with gathered(llm.model.get_input_embeddings()):
             model = plugs.new_model(resolve(case["encoder"], flag="--encoder"), llm)
@@ -129,7 +128,7 @@ def compare(folder: Path, workers: Sequence[int], **shape: int) -> tuple[int, di
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=26, help="26 layers of width 1024 and 32,000 tokens: 1.6 GB")
+    parser.add_argument("--layers", type=int, default=36, help="36 layers of width 1024 and 32,000 tokens: 1.6 GB")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -48,14 +48,11 @@ def start_engine(
 
 def _load_llm(settings: WorkerSettings, deepspeed: dict[str, Any]) -> "FrozenLLM":
     """The LLM on this worker's device; under ZeRO-3, this worker's share of it."""
-    from persona.models.device import choose_device, choose_precision
-    from persona.models.frozen_llm import FrozenLLM
-    from persona.training.deepspeed import sharded_loading
+    from persona.training.deepspeed import load_llm
 
     spec = settings.spec
     folder = local_model(settings.llm, flag="--llm")
-    with sharded_loading(deepspeed, choose_precision(spec.precision, choose_device())):
-        llm = FrozenLLM.load(folder, max_input_tokens=spec.max_input_tokens, precision=spec.precision)
+    llm = load_llm(folder, deepspeed, max_input_tokens=spec.max_input_tokens, precision=spec.precision)
     if spec.activation_checkpointing:
         llm.checkpoint_activations()
     return llm
