@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from jobs.runtime import cli, cost, encoding, exchange, personas, pools, profile, reading, session, staging, sync
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
-from jobs.runtime.job_options import FLAT, ActorPool, InputRows
+from jobs.runtime.inputs import Histories, find_histories
+from jobs.runtime.job_options import FLAT, ActorPool, InputFormat, InputRows
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from persona.inputs.histories import Columns
-    from persona.inputs.records import Records
     from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
@@ -47,6 +48,7 @@ class Config:
     """Folder of the tables, local or s3://; created if it does not exist."""
     columns: str = ""
     """Names of your columns where they differ: text=body,user_id=author."""
+    form: Annotated[InputFormat, FLAT] = field(default_factory=InputFormat)
     encoder: str = "BAAI/bge-base-en-v1.5"
     """Hub id or folder (local, s3://) of a BERT-like encoder with safetensors weights."""
     revision: str = "main"
@@ -86,8 +88,7 @@ class Config:
 class _Inputs:
     """What the job reads and where it writes, found and checked before Ray starts."""
 
-    splits: "list[Split]"
-    columns: "Columns"
+    histories: Histories
     store: str
     encoder: "ModelFolder"
     identity: "Identity"
@@ -120,7 +121,7 @@ def main(config: Config) -> Summary:
             if inputs.plug is not None and personas_writer is not None:
                 personas.update(store, personas_writer, inputs.plug, tally)
     counts, seconds = tally.totals(), time.perf_counter() - started
-    summary = _summary(config, store, counts, seconds)
+    summary = _summary(config, inputs, store, counts, seconds)
     summary = _with_cost(summary, config, inputs, counts, machines, n_models=pool.max_size, seconds=seconds)
     if config.profile:
         summary = _with_profile(summary, counts, n_actors=pool.max_size, cores=machines.cores, seconds=seconds)
@@ -129,32 +130,27 @@ def main(config: Config) -> Summary:
 
 def _inputs(config: Config) -> _Inputs:
     from persona import storage
-    from persona.inputs import histories
-    from persona.inputs.splits import plan_splits
     from persona.models import loading, resolve as models
 
-    source = storage.check_uri(config.histories, flag="--histories")
     store = storage.check_uri(config.store, flag="--store")
-    columns = histories.Columns.parse(config.columns, "--columns")
-    storage.check_reachable(source, flag="--histories")
     storage.check_reachable(store, flag="--store", write=True)
-    splits = plan_splits(source, flag="--histories")
-    histories.check_columns(splits, columns)
+    histories = find_histories(config.histories, config.columns, config.form, flag="--histories")
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
     loading.check_encoder(encoder)
     identity = encoding.identity_of(encoder, pooling=config.pooling, max_tokens=config.max_tokens)
     plug = personas.find_plug(config.plug, identity) if config.plug else None
-    return _Inputs(splits=splits, columns=columns, store=store, encoder=encoder, identity=identity, plug=plug)
+    return _Inputs(histories=histories, store=store, encoder=encoder, identity=identity, plug=plug)
 
 
 def _staged(
     config: Config, inputs: _Inputs, store: "Store", machines: session.Machines, pool: ModelPool, tally: Tally
 ) -> "Iterator[pa.Table]":
     """The job as one chain: read, find what is missing, encode, stage."""
-    rows = reading.read(inputs.splits, _read, limit=config.rows.limit, columns=inputs.columns, store=store, tally=tally)
+    columns, limit = inputs.histories.columns, config.rows.limit
+    rows = reading.read(inputs.histories.splits, _read, limit=limit, columns=columns, store=store, tally=tally)
     missing = exchange.by_bucket(
         rows,
-        inputs.splits,
+        inputs.histories.splits,
         store.n_buckets,
         _missing,
         store=store.snapshot("behaviors"),
@@ -179,10 +175,9 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Tally) -
     from persona.inputs import histories
     from persona.inputs.reader import read_split
 
-    def validate(records: "Records") -> "tuple[pa.Table, pa.Table]":
-        return histories.validate(records, columns, store.n_buckets, job="embed")
-
-    yield from reading.keep_good(read_split(split, job="embed"), validate, split=split, store=store, tally=tally)
+    validate = partial(histories.validate, columns=columns, n_buckets=store.n_buckets, job="embed")
+    records = read_split(split, job="embed")
+    yield from reading.keep_good(records, validate, time_column="timestamp", split=split, store=store, tally=tally)
 
 
 def _missing(rows: "pa.Table", *, store: "Store", tally: Tally, config: Config) -> "pa.Table":
@@ -254,26 +249,29 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     from persona.cost import encoder_flops, tokens_of_text
     from persona.store.store import Store
 
-    n_bytes = sum(split.end - split.start for split in inputs.splits)
+    splits = inputs.histories.splits
+    n_bytes = sum(split.end - split.start for split in splits)
     would = "create the store"
     if Store.find(inputs.store, inputs.identity, config.buckets) is not None:
         deleting = " and delete those that are not in --histories" if config.sync else ""
         would = f"add missing behaviors to the store{deleting}"
-    n_files = len({split.uri for split in inputs.splits})
+    n_files = len({split.uri for split in splits})
     identity = inputs.identity
     table = [
         ("would", would),
         ("store", inputs.store),
-        ("input", f"{n_files:,} files, {n_bytes:,} bytes, {len(inputs.splits):,} splits"),
+        ("input", f"{n_files:,} files, {n_bytes:,} bytes, {len(splits):,} splits"),
+        *inputs.histories.rows(),
         ("encoder", f"{identity.encoder} (width {identity.width}, {identity.pooling} pooling)"),
     ]
-    plan = Summary(table=table, result={"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes})
+    result = {"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes, **inputs.histories.facts()}
+    plan = Summary(table=table, result=result)
     n_texts = tokens_of_text(n_bytes) / config.max_tokens
     flops = cost.known(lambda: encoder_flops(inputs.encoder.config, n_texts=n_texts, tokens=config.max_tokens))
     return cost.planned(plan, config.cost, flops=flops, if_all="if no behavior is in the store yet")
 
 
-def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> Summary:
+def _summary(config: Config, inputs: _Inputs, store: "Store", counts: Counts, seconds: float) -> Summary:
     compare, encode, read = (counts.get(stage, {}) for stage in ("compare", "encode", "read"))
     committed = int(counts.get("commit", {}).get("rows", 0))
     result = {
@@ -287,6 +285,8 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         "personas": int(counts.get("personas", {}).get("rows", 0)),
         "rejects": int(read.get("rejects", 0)),
         "unreadable": int(read.get("unreadable", 0)),
+        "without_timestamp": reading.timeless(counts),
+        **inputs.histories.facts(),
         "tokens": int(encode.get("tokens", 0)),
         "seconds": round(seconds, 1),
         "behaviors_per_s": round(committed / seconds, 1),
@@ -303,7 +303,8 @@ def _summary(config: Config, store: "Store", counts: Counts, seconds: float) -> 
         *([("personas updated", f"{result['personas']:,}")] if config.plug else []),
         ("tokens", f"{result['tokens']:,} and {padding:.1%} padding"),
         ("seconds", f"{seconds:,.1f} ({result['behaviors_per_s']:,} behaviors/s)"),
-        ("store", f"{store.uri}, version {result['version']}"),
+        ("store", f"{store.label}, version {result['version']}"),
+        *inputs.histories.rows(),
         *reading.reject_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))

@@ -25,13 +25,13 @@ from jobs.runtime import (
     session,
 )
 from jobs.runtime.cli import Summary
-from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, flat_settings
+from jobs.runtime.inputs import Histories, Requests, find_requests
+from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, RequestFormat, flat_settings
 from jobs.runtime.losses import Losses
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
-from jobs.runtime.texts import Histories
 from persona.errors import InputError, UsageError
 from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions, check_at_least
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from persona.evaluation.one_run import Answers
-    from persona.inputs.splits import Split
     from persona.store.store import Store
 
 # Parts of `metrics.json` that are about single users.
@@ -79,6 +78,7 @@ class Config:
     """Seed of the bootstrap behind the intervals."""
     pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     dry_run: bool = False
     """Show what would be done and change nothing."""
@@ -104,7 +104,7 @@ class Config:
 class _Inputs:
     """What the job reads and where it writes, found and checked before Ray starts."""
 
-    splits: "list[Split]"
+    requests: Requests
     store: "Store"
     plug: PlugRef
     histories: Histories | None
@@ -133,29 +133,32 @@ def main(config: Config) -> Summary:
     metrics = _metrics(config, inputs, store, measured, answers, tally)
     counts = tally.totals()
     metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
+    metrics |= {"without_as_of": reading.timeless(counts), **inputs.requests.facts()}
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     _write(inputs.out, _files(config, metrics, measured, answers))
-    summary = _summary(config, inputs.out, metrics, counts)
+    summary = _summary(config, inputs, metrics, counts)
     return cost.spent(summary, config.cost, machines, n_models=pool.max_size, seconds=metrics["seconds"])
 
 
 def _inputs(config: Config) -> _Inputs:
     from persona import storage
-    from persona.inputs import requests
-    from persona.inputs.splits import plan_splits
     from persona.store.store import Store
 
-    source = storage.check_uri(config.requests, flag="--requests")
     target = storage.check_uri(config.store, flag="--store")
     out = storage.check_uri(config.out, flag="--out")
-    storage.check_reachable(source, flag="--requests")
     storage.check_reachable(target, flag="--store")
     storage.check_reachable(out, flag="--out", write=True)
-    splits = plan_splits(source, flag="--requests")
-    requests.check_columns(splits, needs_target=True, rejected=config.rejected)
+    requests = find_requests(
+        config.requests,
+        config.form,
+        flag="--requests",
+        needs_target=True,
+        rejected=config.rejected,
+    )
     store = Store.open(target)
-    plug = plugs.find_plug(store, config.plug, config.models)
-    return _Inputs(splits=splits, store=store, plug=plug, histories=retrieval.plan(config.past_texts), out=out)
+    plug = plugs.find_plug(store, config.plug, config.models, retrieved_tokens=config.retrieval.front_tokens)
+    histories = retrieval.plan(config.past_texts, config.form)
+    return _Inputs(requests=requests, store=store, plug=plug, histories=histories, out=out)
 
 
 def _plan(config: Config, inputs: _Inputs) -> Summary:
@@ -164,7 +167,7 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     would = f"{scored}measure the loss for {', '.join(config.personas)}"
     if_all = "with inputs of full length"
     return cost.planned_requests(
-        would, config.cost, inputs.splits, inputs.plug, passes=len(config.personas), if_all=if_all
+        would, config.cost, inputs.requests, inputs.plug, passes=len(config.personas), if_all=if_all
     )
 
 
@@ -181,7 +184,7 @@ def _requests(config: Config, inputs: _Inputs, store: "Store", variants: Sequenc
         texts=retrieval.best_of(spec, tally),
         rejected=config.rejected,
     )
-    return joining.requests_with_histories(inputs.splits, store, tally, plan)
+    return joining.requests_with_histories(inputs.requests, store, tally, plan)
 
 
 def _loss_settings(config: Config, plug: PlugRef) -> losses.LossSettings:
@@ -204,7 +207,7 @@ def _metrics(
 
     metric = _metric(config, measured["target"])
     inspected = inspection.InspectionInputs(
-        splits=inputs.splits, store=store, plug=inputs.plug, histories=inputs.histories
+        requests=inputs.requests, store=store, plug=inputs.plug, histories=inputs.histories
     )
     return {
         **summarize(measured, config.personas, answers, metric, seed=config.seed),
@@ -230,6 +233,7 @@ def _metric(config: Config, targets: Sequence[str]) -> Metric:
 def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
     """The plug, models and table versions behind the numbers."""
     return {
+        "store": store.uri,
         "plug_fingerprint": plug.fingerprint,
         "plug_options": asdict(plug.record.options),
         "llm": plug.record.llm,
@@ -243,7 +247,8 @@ def _files(config: Config, metrics: Mapping[str, Any], measured: Losses, answers
     import json
     from urllib.parse import quote
 
-    from persona.inputs.lamp import TASKS, outputs_json
+    from persona.inputs.lamp import TASKS
+    from persona.inputs.lamp_files import outputs_json
     from persona.report.pages import chart_files, evaluation_page
 
     files = {
@@ -267,7 +272,7 @@ def _write(out: str, files: Mapping[str, bytes]) -> None:
         storage.write_bytes(storage.join(out, name), data)
 
 
-def _summary(config: Config, out: str, metrics: Mapping[str, Any], counts: Counts) -> Summary:
+def _summary(config: Config, inputs: _Inputs, metrics: Mapping[str, Any], counts: Counts) -> Summary:
     from persona import storage
 
     # The summary goes to logs, which should contain neither ids nor texts of users.
@@ -276,11 +281,11 @@ def _summary(config: Config, out: str, metrics: Mapping[str, Any], counts: Count
         table=[
             *_table(metrics),
             *retrieval.summary_rows(counts),
-            ("metrics", storage.join(out, "metrics.json")),
-            ("report", storage.join(out, "report.html")),
-            *reading.reject_rows(counts),
+            ("metrics", storage.join(inputs.out, "metrics.json")),
+            ("report", storage.join(inputs.out, "report.html")),
+            *reading.request_rows(inputs.requests, counts),
         ],
-        result={"job": "evaluate", "out": out, **printed},
+        result={"job": "evaluate", "out": inputs.out, **printed},
         exit_code=reading.exit_code(counts, config.rows.max_reject_fraction),
     )
 
@@ -288,7 +293,10 @@ def _summary(config: Config, out: str, metrics: Mapping[str, Any], counts: Count
 def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     from persona.report.wording import RANKINGS
 
-    rows = [("requests", f"{metrics['requests']:,} of {metrics['users']:,} users")]
+    rows = [
+        ("requests", f"{metrics['requests']:,} of {metrics['users']:,} users"),
+        ("store", metrics["settings"]["store"]),
+    ]
     if metrics["limited"]:
         rows.append(("warning", "--limit was given: these numbers are not of all requests"))
     for persona, loss in metrics["loss"].items():

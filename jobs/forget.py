@@ -1,13 +1,15 @@
 """Delete users: their rows leave every table, their bytes and all old versions are deleted, and a search checks it.
 
-Reads and writes `<store>/behaviors`, `personas` and `generations`. Data files that hold rows of these users are
-rewritten without them. Then everything that the newest version does not need is deleted, so older versions can no
-longer be read. Plugs and checkpoints hold weights, no rows of users. The inputs of other jobs are not touched: delete
-the users there yourself, or the next `jobs.embed` adds them again.
+Reads and writes `<store>/behaviors`, `personas` and `generations`; if `--store` is a pointer, those of the store in use
+and of all earlier ones that still exist. Data files that hold rows of these users are rewritten without them. Then
+everything that the newest version does not need is deleted, so older versions can no longer be read. Plugs and
+checkpoints hold weights, no rows of users. The inputs of other jobs are not touched: delete the users there yourself,
+or the next `jobs.embed` adds them again.
 """
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class Config:
     """Configuration of jobs.forget."""
 
     store: str
-    """Folder of the tables, local or s3://."""
+    """Folder of the tables, local or s3://; of a pointer, all stores that it names or has named."""
     user: tuple[str, ...] = ()
     """Ids of users to forget; for many, use --users."""
     users: str | None = None
@@ -54,26 +56,31 @@ def main(config: Config) -> Summary:
     started = time.perf_counter()
     target = storage.check_uri(config.store, flag="--store")
     storage.check_reachable(target, flag="--store", write=True)
-    store = Store.open(target)
+    stores = Store.open_all(target)
     users = _users(config)
     if config.dry_run:
-        return _plan(store, users)
-    rewritten, deleted = {}, {}
+        return _plan(stores, users)
+    rewritten: Counter[str] = Counter()
+    deleted: Counter[str] = Counter()
     with ExitStack() as leases:
-        writers = {name: leases.enter_context(store.writer(name, job="jobs.forget")) for name in _TABLES}
+        writers = [
+            (store, name, leases.enter_context(store.writer(name, job="jobs.forget")))
+            for store in stores
+            for name in _TABLES
+        ]
         session.connect()
-        before = _count(store, users)
-        for name, writer in writers.items():
+        before = _count(stores, users)
+        for store, name, writer in writers:
             files = _files(store, name, users)
             work = exchange.results(files, _rewrite, store=store, table=name, users=users)
-            rewritten[name] = writer.exchange(list(work))
-            deleted[name] = writer.erase_history()
-        after = _count(store, users)
+            rewritten[name] += writer.exchange(list(work))
+            deleted[name] += writer.erase_history()
+        after = _count(stores, users)
     if any(after.values()):
         raise PersonaError(f"rows of these users are still there: {_listed(after)}; run the same command again")
     result = {
         "job": "forget",
-        "store": store.uri,
+        "stores": [store.uri for store in stores],
         "users": len(users),
         "rows_before": before,
         "rows_after": after,
@@ -82,6 +89,7 @@ def main(config: Config) -> Summary:
         "seconds": round(time.perf_counter() - started, 1),
     }
     table = [
+        ("stores", ", ".join(store.label for store in stores)),
         ("users", f"{len(users):,}"),
         ("rows deleted", _listed(before)),
         ("rows left", _listed(after)),
@@ -92,12 +100,13 @@ def main(config: Config) -> Summary:
     return Summary(table=table, result=result)
 
 
-def _plan(store: "Store", users: list[str]) -> Summary:
+def _plan(stores: "Sequence[Store]", users: list[str]) -> Summary:
     session.connect()
-    rows = _count(store, users)
+    rows = _count(stores, users)
     would = f"delete the rows of {len(users):,} users: {_listed(rows)}"
-    result = {"dry_run": True, "would": would, "users": len(users), "rows": rows}
-    return Summary(table=[("would", would)], result=result)
+    uris = [store.uri for store in stores]
+    result = {"dry_run": True, "would": would, "stores": uris, "users": len(users), "rows": rows}
+    return Summary(table=[("would", would), ("stores", ", ".join(uris))], result=result)
 
 
 def _users(config: Config) -> list[str]:
@@ -135,10 +144,13 @@ def _read_users(given: str) -> set[str]:
     return found
 
 
-def _count(store: "Store", users: list[str]) -> dict[str, int]:
-    """How many rows of these users each table holds, by a search of all data files that may hold any."""
+def _count(stores: "Sequence[Store]", users: list[str]) -> dict[str, int]:
+    """How many rows of these users the tables of all stores hold, by a search of all files that may hold any."""
     return {
-        name: sum(exchange.results(_files(store, name, users), _n_rows, store=store, table=name, users=users))
+        name: sum(
+            sum(exchange.results(_files(store, name, users), _n_rows, store=store, table=name, users=users))
+            for store in stores
+        )
         for name in _TABLES
     }
 

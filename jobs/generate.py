@@ -15,19 +15,18 @@ from jobs.runtime import cli, cost, joining, plugs, pools, profile, reading, ret
 from jobs.runtime.answers import AnswerSpec, Unanswered
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
-from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels
+from jobs.runtime.inputs import Histories, Requests, find_requests
+from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, RequestFormat
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
-from jobs.runtime.texts import Histories
 from persona.errors import UsageError
 from persona.options import CostOptions, Decoding, Engine, PersonaKind, RetrievalOptions, check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.splits import Split
     from persona.store.store import Store
 
 
@@ -59,6 +58,7 @@ class Config:
     """Answers committed together; a killed run loses at most two such blocks per actor."""
     pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     profile: bool = False
     """Show at the end where the time went, what the bottleneck was, and which flag would help."""
@@ -81,7 +81,7 @@ class Config:
 class _Inputs:
     """What the job reads and where it writes, found and checked before Ray starts."""
 
-    splits: "list[Split]"
+    requests: Requests
     store: "Store"
     plug: PlugRef
     histories: Histories | None
@@ -111,28 +111,29 @@ def main(config: Config) -> Summary:
 
 def _inputs(config: Config) -> _Inputs:
     from persona import storage
-    from persona.inputs import requests
-    from persona.inputs.splits import plan_splits
     from persona.store.store import Store
 
-    source = storage.check_uri(config.requests, flag="--requests")
     target = storage.check_uri(config.store, flag="--store")
-    storage.check_reachable(source, flag="--requests")
     storage.check_reachable(target, flag="--store", write=True)
-    splits = plan_splits(source, flag="--requests")
-    requests.check_columns(splits, needs_target=False)
+    requests = find_requests(config.requests, config.form, flag="--requests", needs_target=False)
     store = Store.open(target)
-    plug = plugs.find_plug(store, config.plug, config.models)
-    return _Inputs(splits=splits, store=store, plug=plug, histories=retrieval.plan(config.past_texts))
+    plug = plugs.find_plug(
+        store,
+        config.plug,
+        config.models,
+        retrieved_tokens=config.retrieval.front_tokens,
+        max_new_tokens=config.decoding.max_new_tokens,
+    )
+    return _Inputs(requests=requests, store=store, plug=plug, histories=retrieval.plan(config.past_texts, config.form))
 
 
 def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
-    n_files = len({split.uri for split in inputs.splits})
+    n_files = len({split.uri for split in inputs.requests.splits})
     return cost.planned_requests(
         f"answer the requests of {n_files} files for {', '.join(config.persona)}",
         config.cost,
-        inputs.splits,
+        inputs.requests,
         inputs.plug,
         passes=len(config.persona),
         outputs=config.decoding.max_new_tokens,
@@ -154,7 +155,7 @@ def _staged(config: Config, inputs: _Inputs, pool: ModelPool, tally: Tally) -> "
         selection=Unanswered(_answer_spec(config, inputs.plug), keep_stale=config.keep_stale),
         texts=retrieval.best_of(spec, tally),
     )
-    unanswered = joining.requests_with_histories(inputs.splits, store, tally, plan)
+    unanswered = joining.requests_with_histories(inputs.requests, store, tally, plan)
     answered = pools.by_models(
         unanswered, Generate, block_rows=config.block_rows, pool=pool, config=config, plug=inputs.plug, tally=tally
     )
@@ -227,7 +228,9 @@ def _summary(config: Config, inputs: _Inputs, counts: Counts, seconds: float) ->
         "stale": int(joined.get("stale", 0)),
         "repeated_ids": int(joined.get("repeated", 0)),
         "without_history": int(joined.get("empty", 0)),
+        "without_as_of": reading.timeless(counts),
         "untimed_behaviors": int(joined.get("untimed", 0)),
+        **inputs.requests.facts(),
         "rejects": int(counts.get("read", {}).get("rejects", 0)),
         "tokens": int(generated.get("tokens", 0)),
         "seconds": round(seconds, 1),
@@ -242,8 +245,8 @@ def _summary(config: Config, inputs: _Inputs, counts: Counts, seconds: float) ->
         ("already answered", f"{result['already_answered']:,}{stale}"),
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
         ("seconds", f"{seconds:,.1f}"),
-        ("store", f"{store.uri}, generations version {result['version']}"),
-        *reading.reject_rows(counts),
+        ("store", f"{store.label}, generations version {result['version']}"),
+        *reading.request_rows(inputs.requests, counts),
     ]
     return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))
 

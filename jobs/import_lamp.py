@@ -1,8 +1,8 @@
 """Convert the questions and outputs of a LaMP task to histories and requests.
 
-Reads a questions file and, if given, its outputs file, plain or .gz. Writes into a folder: histories.parquet (the
-profiles, for embed), requests.parquet (for train, generate and evaluate) and rejects.parquet (what was left out, and
-why).
+Reads a questions file and, if given, its outputs file, plain or with .gz, .bz2 or .zst. Writes into a folder:
+histories.parquet (the profiles, for embed), requests.parquet (for train, generate and evaluate) and rejects.parquet
+(what was left out, and why).
 
 The public LaMP files do not identify users, so each question becomes a user with the question's id. Import each split
 into its own folder, and embed it into its own store, so that equal ids of different questions do not mix.
@@ -40,7 +40,7 @@ class Config:
     task: Literal["LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"]
     """The LaMP task. LaMP_6 is missing because it needs a licensed corpus."""
     questions: str
-    """The questions file (JSON, plain or .gz), local or s3://."""
+    """The questions file (JSON, also .gz, .bz2 or .zst), local or s3://."""
     outputs: str | None = None
     """The outputs file of the same questions; without it the requests have no target."""
     out: str
@@ -56,7 +56,8 @@ def main(config: Config) -> Summary:
     """Runs the job. If the questions file cannot be used as a whole, nothing is written."""
     from tqdm import tqdm
 
-    from persona.inputs.lamp import TASKS, read_questions
+    from persona.inputs.lamp import TASKS
+    from persona.inputs.lamp_files import read_questions
     from persona.storage import check_reachable, check_uri
 
     started = time.monotonic()
@@ -80,7 +81,7 @@ def main(config: Config) -> Summary:
 
 
 def _golds(outputs: str, task: "Task") -> dict[str, str]:
-    from persona.inputs.lamp import read_golds
+    from persona.inputs.lamp_files import read_golds
     from persona.storage import check_reachable, check_uri
 
     uri = check_uri(outputs, flag="--outputs")
@@ -144,6 +145,7 @@ class Counts:
     with_as_of: int = 0
     behaviors: int = 0
     rejects: int = 0
+    unreadable_dates: int = 0
     first_reason: str = ""
 
     def add(self, converted: Converted) -> None:
@@ -156,6 +158,7 @@ class Counts:
             self.requests += 1
             self.with_as_of += converted.rows.request["as_of"] is not None
             self.behaviors += len(converted.rows.behaviors)
+            self.unreadable_dates += converted.rows.n_unreadable_dates
 
     def check(self, task: "Task", uri: str) -> None:
         """Raise `InputError` if all questions were rejected: then the file or the task is wrong, not a row."""
@@ -277,7 +280,7 @@ def _part(schema: "pa.Schema", names: Iterable[str]) -> "pa.Schema":
 
 
 def _open(uri: str) -> BinaryIO:
-    """The bytes of a file, decompressed if its name ends in .gz."""
+    """The bytes of a file, decompressed if its name ends in .gz, .bz2 or .zst."""
     from persona.storage import open_filesystem
 
     filesystem, path = open_filesystem(uri)
@@ -298,6 +301,7 @@ def _summary(config: Config, task: "Task", counts: Counts, out_uri: str, seconds
             ("questions", f"{counts.questions:,}"),
             ("requests", f"{counts.requests:,}, {counts.with_as_of:,} of them with as_of"),
             ("behaviors", f"{counts.behaviors:,}"),
+            ("unreadable dates", f"{counts.unreadable_dates:,}, which count as absent"),
             ("rejects", f"{counts.rejects:,} ({100 * fraction:.2f} %{verdict})"),
             ("out", f"{out_uri}{' (dry run: nothing written)' if config.dry_run else ''}"),
         ],
@@ -311,6 +315,7 @@ def _summary(config: Config, task: "Task", counts: Counts, out_uri: str, seconds
             "requests_with_as_of": counts.with_as_of,
             "behaviors": counts.behaviors,
             "rejects": counts.rejects,
+            "unreadable_dates": counts.unreadable_dates,
             "reject_fraction": fraction,
             "seconds": round(seconds, 3),
         },

@@ -6,11 +6,13 @@ Reads `--histories`, which need timestamps. Writes `<out>/part-….parquet`, one
 
 import sys
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
-from jobs.runtime import cli, exchange, reading, session, texts
+from jobs.runtime import cli, exchange, reading, session
 from jobs.runtime.cli import Summary
+from jobs.runtime.inputs import find_histories
+from jobs.runtime.job_options import FLAT, InputFormat
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
@@ -32,6 +34,7 @@ class Config:
     """Folder for the requests, local or s3://."""
     columns: str = ""
     """Your column names where they differ from the standard ones: text=body,user_id=author."""
+    form: Annotated[InputFormat, FLAT] = field(default_factory=InputFormat)
     ask: str = "Write the next text of this person."
     """The instruction to the LLM; name the kind of text, like 'Write a movie review.'"""
     opening_words: int = 0
@@ -71,13 +74,15 @@ def main(config: Config) -> Summary:
     started = time.perf_counter()
     out = storage.check_uri(config.out, flag="--out")
     storage.check_reachable(out, flag="--out", write=True)
-    splits, columns = texts.plan(config.histories, config.columns, flag="--histories")
+    histories = find_histories(config.histories, config.columns, config.form, flag="--histories")
+    splits = histories.splits
     _check_empty(out, config.buckets)
     if config.dry_run:
         would = f"make requests from the texts of {len({split.uri for split in splits})} files"
-        return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+        plan = {"dry_run": True, "would": would, **histories.facts()}
+        return Summary(table=[("would", would), *histories.rows()], result=plan)
     session.connect()
-    rows = reading.read(splits, reading.read_histories, limit=None, columns=columns, n_buckets=config.buckets)
+    rows = reading.read(splits, reading.read_histories, limit=None, columns=histories.columns, n_buckets=config.buckets)
     tally = Tally.start()
     written = exchange.by_bucket(
         rows, splits, config.buckets, _write_bucket, out=out, rule=config.rule(), n_files=config.buckets, tally=tally
@@ -86,10 +91,12 @@ def main(config: Config) -> Summary:
         for _ in written.iter_batches(batch_size=None):
             pass
     counts = {name: int(n) for name, n in tally.totals().get("make", {}).items()}
-    result = {"job": "make_requests", "out": out, **counts, "seconds": round(time.perf_counter() - started, 1)}
+    result: dict[str, Any] = {"job": "make_requests", "out": out, **counts, **histories.facts()}
+    result["seconds"] = round(time.perf_counter() - started, 1)
     table = [
         ("requests", f"{counts.get('requests', 0):,} in {out}"),
         ("left out", _left_out(config, counts)),
+        *histories.rows(),
         ("seconds", f"{result['seconds']:,}"),
     ]
     return Summary(table=table, result=result)

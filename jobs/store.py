@@ -7,15 +7,19 @@ verify: check every data file (keys, buckets, vectors); exit code 1 if anything 
 compact: merge the small files that refreshes leave behind into large ones.
 
 vacuum: delete files that no version of the last `--keep-hours` needs, and files that were never committed.
+
+switch: point the folder `--store` to the store `--to`, in one write; every job that is given the folder then uses that
+store. Exit code 2 unless both have the same behaviors.
 """
 
+import posixpath
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jobs.runtime import cli, exchange, session
+from jobs.runtime import cli, exchange, session, switching
 from jobs.runtime.cli import Summary
 from persona.errors import UsageError
 from persona.options import check_at_least
@@ -28,6 +32,14 @@ if TYPE_CHECKING:
 _GROUPS_PER_COMMIT = 256
 _RUNS_SHOWN = 10
 _PROBLEMS_SHOWN, _PROBLEMS_RETURNED = 20, 1000
+_ONLY_WITH = {
+    "encoder": "verify",
+    "target_mb": "compact",
+    "keep_hours": "vacuum",
+    "to": "switch",
+    "allow_differences": "switch",
+    "differences": "switch",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +48,16 @@ class Config:
 
     FIRST_ARGUMENT: ClassVar[str] = "action"
 
-    action: Literal["show", "verify", "compact", "vacuum"]
+    action: Literal["show", "verify", "compact", "vacuum", "switch"]
     """What to do; may also be given first, without the flag."""
     store: str
-    """Folder of the tables, local or s3://."""
+    """Folder of the tables, local or s3://; with switch: folder of the pointer, created if it does not exist."""
+    to: str | None = None
+    """With switch: the store that --store is to point to."""
+    allow_differences: bool = False
+    """With switch: also switch to a store that does not have the same behaviors as the one in use."""
+    differences: str | None = None
+    """With switch: write some of the behaviors that are not the same in both stores to this file, as JSON lines."""
     encoder: str | None = None
     """With verify: also check that this encoder (hub id or folder) made the store's vectors."""
     target_mb: int = 128
@@ -53,9 +71,11 @@ class Config:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "target_mb")
         check_at_least(self, 0, "keep_hours")
-        for name, action in (("encoder", "verify"), ("target_mb", "compact"), ("keep_hours", "vacuum")):
+        for name, action in _ONLY_WITH.items():
             if getattr(self, name) != getattr(Config, name) and self.action != action:
                 raise UsageError(f"--{name.replace('_', '-')} goes with {action}, not with {self.action}")
+        if self.action == "switch" and self.to is None:
+            raise UsageError("switch needs --to, the store that --store is to point to")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,26 +92,25 @@ def main(config: Config) -> Summary:
     from persona import storage
     from persona.store.store import Store
 
-    writes = config.action in ("compact", "vacuum")
+    writes = config.action in ("compact", "vacuum", "switch")
     target = storage.check_uri(config.store, flag="--store")
     storage.check_reachable(target, flag="--store", write=writes)
+    started = time.perf_counter()
+    if config.action == "switch":
+        return _summary(config, target, target, _switch(config, target), started)
     store = Store.open(target)
     if config.dry_run:
         would = f"{config.action} the store of {store.identity.encoder}"
         return Summary(table=[("would", would)], result={"dry_run": True, "would": would})
-    started = time.perf_counter()
     action = {"show": _show, "verify": _verify, "compact": _compact, "vacuum": _vacuum}[config.action]
-    outcome = action(config, store)
+    return _summary(config, store.uri, store.label, action(config, store), started)
+
+
+def _summary(config: Config, uri: str, label: str, outcome: Outcome, started: float) -> Summary:
     seconds = round(time.perf_counter() - started, 1)
     return Summary(
-        table=[("store", store.uri), *outcome.table, ("seconds", f"{seconds:,}")],
-        result={
-            "job": "store",
-            "action": config.action,
-            "store": store.uri,
-            **outcome.result,
-            "seconds": seconds,
-        },
+        table=[("store", label), *outcome.table, ("seconds", f"{seconds:,}")],
+        result={"job": "store", "action": config.action, "store": uri, **outcome.result, "seconds": seconds},
         exit_code=0 if outcome.is_ok else 1,
     )
 
@@ -211,6 +230,33 @@ def _vacuum(config: Config, store: "Store") -> Outcome:
             n_deleted = writer.vacuum(keep_hours=config.keep_hours)
         table.append((name, f"{n_deleted:,} files deleted"))
         result[name] = {"files_deleted": n_deleted}
+    return Outcome(table=table, result=result)
+
+
+def _switch(config: Config, pointer: str) -> Outcome:
+    from persona import storage
+
+    assert config.to is not None
+    to = storage.check_uri(config.to, flag="--to")
+    storage.check_reachable(to, flag="--to")
+    listed = None
+    if config.differences is not None:
+        listed = storage.check_uri(config.differences, flag="--differences")
+        storage.check_reachable(posixpath.dirname(listed), flag="--differences", write=True)
+    switch = switching.plan(pointer, to)
+    if not switch.is_needed:
+        return Outcome(table=[("points to", f"{to}, as before")], result={"to": to, "before": to})
+    found = switching.compare(switch, allow_differences=config.allow_differences)
+    if found is not None:
+        if listed is not None:
+            switching.write_differences(found, listed)
+        if not config.allow_differences:
+            switching.require_equal(found, switch)
+    table, result = switching.facts(switch, found)
+    if config.dry_run:
+        would = f"point {pointer} to {to}"
+        return Outcome(table=[("would", would), *table[1:]], result={"dry_run": True, "would": would, **result})
+    switching.write(switch)
     return Outcome(table=table, result=result)
 
 

@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, profile, retrieval, session
+from jobs.runtime import cli, cost, plugs, profile, retrieval, session
 from jobs.runtime.cli import Summary
-from jobs.runtime.job_options import FLAT, InputRows, PastTexts
+from jobs.runtime.inputs import Requests, find_requests
+from jobs.runtime.job_options import FLAT, InputRows, PastTexts, RequestFormat
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.training.inputs import TrainingInputs, join_and_split
@@ -21,10 +22,17 @@ from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
 from persona.errors import PlugMismatch, UsageError
-from persona.options import CostOptions, PlugOptions, Precision, RetrievalOptions, TrainingOptions, check_at_least
+from persona.options import (
+    CostOptions,
+    PlugOptions,
+    Precision,
+    RetrievalOptions,
+    Select,
+    TrainingOptions,
+    check_at_least,
+)
 
 if TYPE_CHECKING:
-    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
 
@@ -50,7 +58,9 @@ class Config:
     validation_rows: int = 512
     """Use at most this many held-out requests."""
     validate_every: int = 100
-    """Validate and save a checkpoint after this many steps; the best checkpoint becomes the plug."""
+    """Validate and save a checkpoint after this many steps."""
+    select: Select = "best"
+    """Whose weights become the plug: the checkpoint with the lowest held-out loss, or the last step (as in PPlug)."""
     llm: str = "google/flan-t5-xxl"
     """Hub id or folder (local, s3://) of an encoder-decoder or decoder-only LLM with safetensors weights."""
     llm_revision: str = "main"
@@ -62,7 +72,9 @@ class Config:
     max_query_tokens: int = 276
     """Cut each query after this many tokens."""
     max_input_tokens: int = 256
-    """Cut each input, and each target, after this many tokens."""
+    """Cut each input after this many tokens."""
+    max_target_tokens: int = 256
+    """Cut each target after this many tokens, end of sequence included."""
     max_behaviors: int = 512
     """Use only this many of a user's latest behaviors."""
     precision: Precision = "auto"
@@ -78,6 +90,7 @@ class Config:
     max_failures: int = 3
     """Give up after this many worker crashes; after each one the run resumes at the last checkpoint."""
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
+    form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
     profile: bool = False
     """Show at the end where the time went, what the bottleneck was, and which flag would help."""
@@ -90,9 +103,8 @@ class Config:
         self.past_texts.check_used_by(self.retrieval)
         check_at_least(self, 1, "workers")
         self.training.check_workers(self.workers or 1)
-        check_at_least(
-            self, 1, "validation_rows", "validate_every", "max_query_tokens", "max_input_tokens", "max_behaviors"
-        )
+        check_at_least(self, 1, "validation_rows", "validate_every")
+        check_at_least(self, 1, "max_query_tokens", "max_input_tokens", "max_target_tokens", "max_behaviors")
         check_at_least(self, 0, "max_failures")
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction {self.validation_fraction}: must be above 0 and below 1")
@@ -121,6 +133,7 @@ def main(config: Config) -> Summary:
     found = summary(
         published,
         counts,
+        inputs.requests,
         global_batch=config.training.global_batch,
         seconds=seconds,
         max_reject_fraction=config.rows.max_reject_fraction,
@@ -138,14 +151,17 @@ def _spec(config: Config) -> RunSpec:
         retrieval=config.retrieval,
         past_texts=config.past_texts,
         requests=config.requests,
+        form=config.form,
         limit=config.rows.limit,
         validation=config.validation,
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         validate_every=config.validate_every,
+        select=config.select,
         query_prefix=config.query_prefix,
         max_query_tokens=config.max_query_tokens,
         max_input_tokens=config.max_input_tokens,
+        max_target_tokens=config.max_target_tokens,
         max_behaviors=config.max_behaviors,
         precision=config.precision,
         activation_checkpointing=config.activation_checkpointing,
@@ -158,43 +174,39 @@ def _inputs(config: Config) -> TrainingInputs:
     from persona.models import loading, resolve as models
     from persona.store.store import Store
 
-    requests = storage.check_uri(config.requests, flag="--requests")
     store_uri = storage.check_uri(config.store, flag="--store")
     runs = storage.check_uri(config.runs, flag="--runs")
     plug = storage.check_uri(config.plug, flag="--plug")
-    storage.check_reachable(requests, flag="--requests")
     storage.check_reachable(store_uri, flag="--store")
     storage.check_reachable(runs, flag="--runs", write=True)
     storage.check_reachable(plug, flag="--plug", write=True)
-    splits = _splits(requests, flag="--requests")
-    held_out = None
-    if config.validation is not None:
-        held_out = _splits(storage.check_uri(config.validation, flag="--validation"), flag="--validation")
+    requests = _requests(config, config.requests, flag="--requests")
+    held_out = None if config.validation is None else _requests(config, config.validation, flag="--validation")
     store = Store.open(store_uri)
     encoder = store_encoder(store.identity, config.encoder)
     llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
     loading.check_encoder(encoder)
-    loading.check_llm(llm)
+    plugs.check_llm(
+        llm,
+        max_input_tokens=config.max_input_tokens,
+        n_soft=config.plug_options.n_soft,
+        retrieved_tokens=config.retrieval.front_tokens,
+    )
     return TrainingInputs(
         store=store,
         encoder=encoder,
         llm=llm,
-        requests=splits,
+        requests=requests,
         validation=held_out,
-        histories=retrieval.plan(config.past_texts),
+        histories=retrieval.plan(config.past_texts, config.form),
         runs=runs,
         plug=plug,
     )
 
 
-def _splits(uri: str, *, flag: str) -> "list[Split]":
-    """The splits of requests with targets. Raises InputError when a column is missing."""
-    from persona.inputs import requests
-    from persona.inputs.splits import plan_splits
-
-    splits = plan_splits(uri, flag=flag)
-    requests.check_columns(splits, needs_target=True)
-    return splits
+def _requests(config: Config, uri: str, *, flag: str) -> Requests:
+    """Requests with targets."""
+    return find_requests(uri, config.form, flag=flag, needs_target=True)
 
 
 def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
@@ -219,7 +231,7 @@ def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
     verb = "resume" if resumes else "start"
     plug = config.plug_options
     would = f"{verb} run {config.run!r}: a {plug.weights} plug of {plug.persona_tokens} tokens for {config.llm}"
-    n_bytes = sum(split.end - split.start for split in inputs.requests)
+    n_bytes = sum(split.end - split.start for split in inputs.requests.splits)
     # An upper bound: counts all bytes of a row as input, cut to --max-input-tokens; targets are short in comparison.
     flops = cost.known(
         lambda: training_flops(
@@ -233,7 +245,8 @@ def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
             epochs=config.training.epochs,
         )
     )
-    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+    table = [("would", would), *inputs.requests.rows()]
+    plan = Summary(table=table, result={"dry_run": True, "would": would, **inputs.requests.facts()})
     return cost.planned(plan, config.cost, flops=flops, if_all="for the whole run, with inputs of full length")
 
 

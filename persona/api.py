@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from persona import storage
+from persona.engines import probe
 from persona.engines.base import Answer
 from persona.engines.local import LocalEngine
 from persona.errors import PlugMismatch, UsageError
@@ -119,8 +120,13 @@ def load_plug(
         llm_folder = models.resolve(llm or record.llm["name"], revision=record.llm["revision"], flag="llm")
         plug_record.check_models(record, encoder=encoder_folder, llm=llm_folder)
         frozen = FrozenLLM.load(
-            llm_folder, max_input_tokens=record.max_input_tokens, precision=precision, device=device
+            llm_folder,
+            max_input_tokens=record.max_input_tokens,
+            max_target_tokens=record.max_target_tokens,
+            precision=precision,
+            device=device,
         )
+        probe.check_llm(frozen)
         model = plug_folder.load(folder, encoder=encoder_folder, llm=frozen)
     return LoadedPlug(model, record, store, encoder_folder)
 

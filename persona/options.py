@@ -16,6 +16,8 @@ Engine = Literal["local"]
 Pooling = Literal["cls", "mean"]
 Precision = Literal["auto", "bf16", "fp32"]
 Retriever = Literal["recency", "bm25", "dense"]
+Select = Literal["best", "last"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
 
 
 class PersonaKind(StrEnum):
@@ -95,7 +97,7 @@ class TrainingOptions:
     warmup: float = 0.05
     """Share of the steps over which the rates rise; after that they fall linearly to 0."""
     max_gradient_norm: float = 1.0
-    """Clip the gradients of a step to this norm."""
+    """Clip the gradients of a step to this norm; 0 clips nothing."""
     history_dropout: float = 0.5
     """Drop up to this share of each history, drawn anew each epoch."""
     empty_history: float = 0.05
@@ -121,7 +123,9 @@ class TrainingOptions:
                 raise UsageError(f"{_given(self, name)}: must be at least 0 and below 1")
         if not 0 <= self.empty_history <= 1:
             raise UsageError(f"--empty-history {self.empty_history}: must be from 0 to 1")
-        _check_above_zero(self, "learning_rate", "query_learning_rate", "max_gradient_norm")
+        _check_above_zero(self, "learning_rate", "query_learning_rate")
+        if not 0 <= self.max_gradient_norm < math.inf:
+            raise UsageError(f"--max-gradient-norm {self.max_gradient_norm}: must be 0 (clips nothing) or more")
         if not 0 <= self.weight_decay < math.inf:
             raise UsageError(f"--weight-decay {self.weight_decay}: must be 0 or more")
         if not 0 <= self.contrast < math.inf:

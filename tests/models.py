@@ -1,10 +1,15 @@
 """Tiny random models in real model folders: an encoder, a Llama-like and a T5-like LLM, deterministic given a seed."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -136,6 +141,23 @@ def tiny_t5(folder: Path, seed: int = 0) -> Path:
         model.shared.weight.mul_(_SPREAD)
         model.lm_head.weight.mul_(_SPREAD)
     return _save(folder, model, tokenizer, names)
+
+
+def tiny_llm(folder: Path, model_type: str, seed: int = 0, **settings: Any) -> Path:
+    """A causal or encoder-decoder LLM of any type of transformers, with the tokenizer of `tiny_llama` or `tiny_t5`."""
+    config = AutoConfig.for_model(model_type, **settings)
+    (tiny_t5 if config.is_encoder_decoder else tiny_llama)(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(seed)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and 0 < parameter.std() < _SPREAD:
+                parameter.mul_(_SPREAD / parameter.std())
+    model.save_pretrained(folder)
+    return folder
 
 
 def _save(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer, settings: dict[str, object]) -> Path:

@@ -82,7 +82,9 @@ def new_model(
 def new_answerer(model: PersonalizedLLM, *, batch_size: int = 32) -> Answerer:
     """The same plug and LLM, answering with the local engine."""
     engine = LocalEngine(model.llm, batch_size=batch_size)
-    return Answerer(model.plug, engine, model.query_text, batch_size=batch_size, prefix_tokens=model.prefix_tokens)
+    return Answerer(
+        model.plug, engine, model.query_text, batch_size=batch_size, retrieved_tokens=model.retrieved_tokens
+    )
 
 
 def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> PlugRecord:
@@ -100,10 +102,13 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
         query_prefix="Represent: ",
         max_query_tokens=64,
         max_input_tokens=256,
+        max_target_tokens=256,
         max_behaviors=512,
         training={
             "run": "a run",
             "seed": 3,
+            "select": "best",
+            "selected_step": 1200,
             "validation_curve": [[10, 4.25], [1200, 3.5]],
             "training_curve": [[1, 5.0]],
         },

@@ -47,20 +47,21 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     """One training run.
 
     Args:
-        case: `llm` and `encoder` (folders), `stage`, and optionally `plug` (options), `contrast`, `front_tokens` (of
-            retrieved texts), `precision`, `recompute` (activations), `save` (folder for a checkpoint after half of the
-            steps), `start` (such a folder to resume from), `forget_moments` (of that folder), `shard_small` (ZeRO-3
-            shards parameters of any size, as it does with those of a large LLM).
+        case: `llm` and `encoder` (folders), `stage`, and optionally `plug` (options), `contrast`, `clip` (gradient
+            norm), `front_tokens` (of retrieved texts), `precision`, `recompute` (activations), `save` (folder for a
+            checkpoint after half of the steps), `start` (such a folder to resume from), `forget_moments` (of that
+            folder), `shard_small` (ZeRO-3 shards parameters of any size, as it does with those of a large LLM).
         rank: of this process.
         n_workers: number of processes.
     """
     import deepspeed
 
+    from persona.engines import probe
     from persona.training import checkpoint
     from persona.training.deepspeed import deepspeed_settings, gathered, load_llm, new_engine
     from persona.training.step import train_step, validation_loss
 
-    options = new_options(case["stage"], case.get("contrast", 0.0))
+    options = new_options(case, case["stage"])
     settings = deepspeed_settings(options, n_workers)
     if case.get("shard_small"):
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -72,6 +73,7 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     resumed = checkpoint.load_weights(model, Path(case["start"])) if "start" in case else None
     begun = resumed.step if resumed else 0
     engine = new_engine(model, options, settings)
+    probe.check_llm(llm)
     if "start" in case and not case.get("forget_moments"):
         checkpoint.load_moments(engine, Path(case["start"]), step=begun)
     losses, share = [], GLOBAL_BATCH // n_workers
@@ -104,7 +106,7 @@ def plain_run(case: dict[str, Any]) -> list[float]:
     from persona.training.deepspeed import new_optimizer, trainable
     from persona.training.schedule import learning_rate_factor
 
-    options, model, losses = new_options(1, case.get("contrast", 0.0)), new_case_model(case), []
+    options, model, losses = new_options(case, 1), new_case_model(case), []
     optimizer = new_optimizer(model, options)
     for step in range(N_STEPS):
         rows = ROWS[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
@@ -113,7 +115,8 @@ def plain_run(case: dict[str, Any]) -> list[float]:
         loss = sum(model(batch).sum() for batch in batches) / n_tokens
         optimizer.zero_grad()
         (loss + options.contrast * plain_contrast(model, rows) / n_tokens).backward()
-        torch.nn.utils.clip_grad_norm_(trainable(model).values(), options.max_gradient_norm)
+        if options.max_gradient_norm:
+            torch.nn.utils.clip_grad_norm_(trainable(model).values(), options.max_gradient_norm)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, N_STEPS, options.warmup)
         optimizer.step()
@@ -134,8 +137,8 @@ def plain_contrast(model: PersonalizedLLM, rows: Sequence[dict[str, Any]]) -> to
     return total
 
 
-def new_options(stage: int, contrast: float) -> TrainingOptions:
-    """Learning rates that change the loss visibly in six steps, and gradients that are clipped."""
+def new_options(case: dict[str, Any], stage: int) -> TrainingOptions:
+    """Learning rates that change the loss visibly in six steps, and gradients that are clipped by default."""
     return TrainingOptions(
         global_batch=GLOBAL_BATCH,
         micro_batch=MICRO_BATCH,
@@ -143,7 +146,8 @@ def new_options(stage: int, contrast: float) -> TrainingOptions:
         query_learning_rate=1e-3,
         warmup=0.3,
         zero_stage=stage,
-        contrast=contrast,
+        contrast=case.get("contrast", 0.0),
+        max_gradient_norm=case.get("clip", 1.0),
     )
 
 

@@ -1,17 +1,14 @@
 """The rows of a summary, and of a dry run, that show what a run costs (computed by `persona.cost`)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from jobs.runtime.cli import Summary
+from jobs.runtime.inputs import Requests
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.session import Machines
 from persona import cost
 from persona.options import CostOptions
-
-if TYPE_CHECKING:
-    from persona.inputs.splits import Split
 
 
 def known(count: Callable[[], float]) -> float:
@@ -25,7 +22,7 @@ def known(count: Callable[[], float]) -> float:
 def planned_requests(
     would: str,
     options: CostOptions,
-    splits: "Sequence[Split]",
+    requests: Requests,
     plug: PlugRef,
     *,
     passes: int,
@@ -43,11 +40,12 @@ def planned_requests(
     record = plug.record
     llm = models.resolve(plug.llm, revision=record.llm["revision"], flag="--llm")
     n_read = record.max_input_tokens
-    n_requests = passes * cost.tokens_of_text(sum(split.end - split.start for split in splits)) / n_read
+    n_requests = passes * cost.tokens_of_text(sum(split.end - split.start for split in requests.splits)) / n_read
     flops = known(
         lambda: cost.llm_flops(llm.config, n_requests=n_requests, inputs=n_read, outputs=outputs, beams=beams)
     )
-    plan = Summary(table=[("would", would)], result={"dry_run": True, "would": would})
+    table = [("would", would), *requests.rows()]
+    plan = Summary(table=table, result={"dry_run": True, "would": would, **requests.facts()})
     return planned(plan, options, flops=flops, if_all=if_all)
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import exchange, joining, plugs, reading, session
+from jobs.runtime.inputs import Histories, Requests
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.tally import Tally
-from jobs.runtime.texts import Histories, Texts
+from jobs.runtime.texts import Texts
 from persona.options import PersonaKind
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from jobs.runtime.losses import Losses
     from persona.evaluation.one_run import Answers
+    from persona.inputs.requests import Columns
     from persona.inputs.splits import Split
     from persona.store.store import Store
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 class InspectionInputs:
     """Where requests, behaviors, plug and texts are; without `histories` no texts are read."""
 
-    splits: "Sequence[Split]"
+    requests: Requests
     store: "Store"
     plug: PlugRef
     histories: Histories | None
@@ -72,7 +74,15 @@ def _inspect(
     where the histories no longer have them.
     """
     store, max_behaviors = inputs.store, inputs.plug.record.max_behaviors
-    rows = reading.read(inputs.splits, _read_chosen, limit=None, ids=frozenset(ids), n_buckets=store.n_buckets)
+    rows = reading.read(
+        inputs.requests.splits,
+        _read_chosen,
+        limit=None,
+        columns=inputs.requests.columns,
+        needs_as_of=inputs.requests.needs_as_of,
+        ids=frozenset(ids),
+        n_buckets=store.n_buckets,
+    )
     texts = None
     if inputs.histories is not None:
         texts = Texts(histories=inputs.histories, use=_AddTexts(max_behaviors), users=users)
@@ -87,7 +97,7 @@ def _inspect(
         texts=texts,
     )
     joined = exchange.by_bucket(
-        rows, inputs.splits, store.n_buckets, joining.join_bucket, store=store, tally=tally, plan=plan
+        rows, inputs.requests.splits, store.n_buckets, joining.join_bucket, store=store, tally=tally, plan=plan
     )
     # A single process suffices for a few hundred requests without an LLM.
     inspected = joined.repartition(1).map_batches(
@@ -100,7 +110,9 @@ def _inspect(
     return {row["request_id"]: row for table in tables for row in cast("pa.Table", table).to_pylist()}
 
 
-def _read_chosen(split: "Split", *, ids: frozenset[str], n_buckets: int) -> Iterator["pa.Table"]:
+def _read_chosen(
+    split: "Split", *, columns: "Columns", needs_as_of: bool, ids: frozenset[str], n_buckets: int
+) -> Iterator["pa.Table"]:
     """The chosen requests of a split."""
     import pyarrow as pa
 
@@ -108,7 +120,7 @@ def _read_chosen(split: "Split", *, ids: frozenset[str], n_buckets: int) -> Iter
     from persona.inputs.reader import read_split
 
     for records in read_split(split, job="evaluate"):
-        good, _ = requests.validate(records, n_buckets, needs_target=True)
+        good, _ = requests.validate(records, n_buckets, needs_target=True, columns=columns, needs_as_of=needs_as_of)
         yield good.filter(pa.compute.is_in(good["request_id"], pa.array(sorted(ids), pa.string())))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from cyclopts import Parameter
 
 from persona.errors import UsageError
-from persona.options import Precision, RetrievalOptions, check_at_least
+from persona.options import Precision, RetrievalOptions, TimeUnit, check_at_least
 
 FLAT = Parameter(name="*")
 """Annotates a field that holds a group: `--beams` instead of `--decoding.beams`."""
@@ -36,6 +36,24 @@ def check_limit(limit: int | None) -> None:
     """Raises UsageError for a limit below 1."""
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: must be 1 or more; leave it out for everything")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFormat:
+    """Which files of the inputs are read, and how."""
+
+    exclude: tuple[str, ...] = ()
+    """Leave out input files and folders whose name or path matches one of these patterns, like '*.csv'."""
+    timestamp_unit: TimeUnit = "s"
+    """Unit of timestamps that are numbers, counted since 1970: s, ms, us or ns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFormat(InputFormat):
+    """The same for jobs that read requests, and the names of their columns."""
+
+    request_columns: str = ""
+    """Names of the columns of --requests where they differ: input=prompt,as_of=asked_at."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.runtime.exchange import by_bucket
+from jobs.runtime.inputs import Requests
 from jobs.runtime.reading import read, read_requests
 from jobs.runtime.tally import Tally
 from persona.options import PersonaKind
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from jobs.runtime.texts import Texts
-    from persona.inputs.splits import Split
     from persona.store.store import Store
 
 _JOINED_ROWS = 512  # requests per table that goes on
@@ -57,21 +57,24 @@ class JoinPlan:
     """Under which name the tally counts."""
 
 
-def requests_with_histories(splits: Sequence["Split"], store: "Store", tally: Tally, plan: JoinPlan) -> "Dataset":
-    """The requests of the splits with the columns of `persona.store.join.join_histories` and `persona`, the kind.
+def requests_with_histories(requests: Requests, store: "Store", tally: Tally, plan: JoinPlan) -> "Dataset":
+    """The requests with the columns of `persona.store.join.join_histories` and `persona`, the kind.
 
     `store` must be a snapshot of the tables that are read, so that a retried task joins the same rows.
     """
     rows = read(
-        splits,
+        requests.splits,
         read_requests,
         limit=plan.limit,
+        columns=requests.columns,
+        needs_as_of=requests.needs_as_of,
         store=store,
         tally=tally,
         job=plan.job,
         needs_target=plan.needs_target,
         rejected=plan.rejected,
     )
+    splits = requests.splits
     if plan.texts is not None:
         rows = plan.texts.union_with(rows, store.n_buckets)
         splits = [*splits, *plan.texts.histories.splits]

@@ -65,10 +65,21 @@ def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
     )
 
 
-def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
+def find_plug(
+    store: "Store", given: str, models: PlugModels, *, retrieved_tokens: int = 0, max_new_tokens: int | None = None
+) -> PlugRef:
     """The plug of `--plug`, which fits the store, and whose models are whole and those of its training.
 
-    Raises PlugMismatch or InputError otherwise.
+    Args:
+        store: with the vectors.
+        given: the value of `--plug`.
+        models: where the plug's models are, if not where it says.
+        retrieved_tokens: tokens of a request's retrieved texts.
+        max_new_tokens: of an answer; None if targets are read instead.
+
+    Raises:
+        PlugMismatch, InputError: it does not.
+        UsageError: requests and answers would be longer than the LLM allows.
     """
     from persona.models import loading
 
@@ -80,8 +91,47 @@ def find_plug(store: "Store", given: str, models: PlugModels) -> PlugRef:
         )
     encoder, llm = _models(plug)
     loading.check_encoder(encoder)
-    loading.check_llm(llm)
+    check_llm(
+        llm,
+        max_input_tokens=plug.record.max_input_tokens,
+        n_soft=plug.record.options.n_soft,
+        retrieved_tokens=retrieved_tokens,
+        max_new_tokens=max_new_tokens,
+    )
     return plug
+
+
+def check_llm(
+    llm: "ModelFolder",
+    *,
+    max_input_tokens: int,
+    n_soft: int,
+    retrieved_tokens: int,
+    max_new_tokens: int | None = None,
+) -> None:
+    """Raises InputError for an LLM that would not give what plain transformers gives, as far as its folder shows.
+
+    Raises UsageError when requests would be longer than it allows; the arguments are as in `find_plug`.
+    """
+    from persona.engines import rules
+    from persona.models import limits, llm_kinds, loading
+    from persona.models.prompts import PromptTokenizer
+
+    config = loading.load_config(llm)
+    llm_kinds.check_kind(llm.name, config)
+    loading.check_llm(llm)
+    rules.check_folder(llm)
+    tokenizer = PromptTokenizer.load(llm, max_input_tokens=max_input_tokens)
+    limits.check_vocabulary(llm.name, config, tokenizer)
+    limits.check_positions(
+        llm.name,
+        config,
+        tokenizer,
+        n_soft=n_soft,
+        retrieved_tokens=retrieved_tokens,
+        answer_tokens=max_new_tokens or max_input_tokens,
+        answer_flag="--max-new-tokens" if max_new_tokens else "--max-input-tokens",
+    )
 
 
 def load_answerer(
@@ -106,11 +156,18 @@ def load_answerer(
 
 def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens: int) -> "PersonalizedLLM":
     """The plug in front of its LLM, to measure losses. Raises as `load_answerer` does."""
+    from persona.engines import probe
     from persona.models.frozen_llm import FrozenLLM
     from persona.plug import folder as plug_folder
 
     encoder, llm_folder = _models(plug)
-    llm = FrozenLLM.load(llm_folder, max_input_tokens=plug.record.max_input_tokens, precision=precision)
+    llm = FrozenLLM.load(
+        llm_folder,
+        max_input_tokens=plug.record.max_input_tokens,
+        max_target_tokens=plug.record.max_target_tokens,
+        precision=precision,
+    )
+    probe.check_llm(llm)
     with plug.folder() as folder:
         return plug_folder.load(folder, encoder=encoder, llm=llm, retrieved_tokens=retrieved_tokens)
 

@@ -3,15 +3,17 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from jobs.runtime.inputs import Requests
 from jobs.runtime.tally import Counts, Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from persona.inputs.histories import Columns
+    from persona.inputs import histories, requests
     from persona.inputs.records import Records
     from persona.inputs.splits import Split
     from persona.store.store import Store
@@ -57,19 +59,35 @@ def _read_batch(
 
 
 def read_requests(
-    split: "Split", *, store: "Store", tally: Tally, job: str, needs_target: bool, rejected: str | None
+    split: "Split",
+    *,
+    columns: "requests.Columns",
+    needs_as_of: bool,
+    store: "Store",
+    tally: Tally,
+    job: str,
+    needs_target: bool,
+    rejected: str | None,
 ) -> "Iterator[pa.Table]":
     """The valid requests of a split; the others go to the `rejects` table."""
     from persona.inputs import requests
     from persona.inputs.reader import read_split
 
-    def validate(records: "Records") -> "tuple[pa.Table, pa.Table]":
-        return requests.validate(records, store.n_buckets, needs_target, job=job, rejected=rejected)
+    validate = partial(
+        requests.validate,
+        n_buckets=store.n_buckets,
+        needs_target=needs_target,
+        columns=columns,
+        needs_as_of=needs_as_of,
+        job=job,
+        rejected=rejected,
+    )
+    yield from keep_good(
+        read_split(split, job=job), validate, time_column="as_of", split=split, store=store, tally=tally
+    )
 
-    yield from keep_good(read_split(split, job=job), validate, split=split, store=store, tally=tally)
 
-
-def read_histories(split: "Split", *, columns: "Columns", n_buckets: int) -> "Iterator[pa.Table]":
+def read_histories(split: "Split", *, columns: "histories.Columns", n_buckets: int) -> "Iterator[pa.Table]":
     """The valid behaviors of a split. The others are dropped without a trace: `embed` is the job that reports them."""
     from persona.inputs import histories
     from persona.inputs.reader import read_split
@@ -82,21 +100,24 @@ def keep_good(
     batches: "Iterator[Records]",
     validate: "Callable[[Records], tuple[pa.Table, pa.Table]]",
     *,
+    time_column: str,
     split: "Split",
     store: "Store",
     tally: Tally,
 ) -> "Iterator[pa.Table]":
     """The valid rows of a split, as they are read; its rejects are committed together at the end.
 
-    `validate` returns the valid rows and the rejects of a batch.
+    `validate` returns the valid rows and the rejects of a batch. Nulls in `time_column` are counted. A split with
+    rejects and no valid row counts as unreadable.
     """
     rejects: list[pa.Table] = []
-    n_good = n_unreadable = 0
+    n_good = n_timeless = n_unreadable = 0
     good = None
     seconds, since = 0.0, time.perf_counter()
     for records in batches:
         good, bad = validate(records)
         n_good += good.num_rows
+        n_timeless += good[time_column].null_count
         n_unreadable += records.rejects.num_rows
         if bad.num_rows:
             rejects.append(bad)
@@ -106,7 +127,10 @@ def keep_good(
             since = time.perf_counter()
     if good is not None and not n_good:
         yield good  # no rows, but the columns that later steps expect
-    counts = {"rows": n_good, "rejects": 0, "unreadable": n_unreadable, **_write_rejects(store, rejects)}
+    if rejects and not n_good:
+        n_unreadable = max(n_unreadable, 1)
+    counts: dict[str, float] = {"rows": n_good, "timeless": n_timeless, "unreadable": n_unreadable, "rejects": 0}
+    counts |= _write_rejects(store, rejects)
     counts["seconds"] = seconds + time.perf_counter() - since
     tally.note("read", f"{split.uri}:{split.start}", counts)
 
@@ -132,6 +156,19 @@ def reject_rows(counts: Counts) -> list[tuple[str, str]]:
         ("rejects", f"{int(found.get('rejects', 0)):,}"),
         *((f"  {int(n):,}", reason) for reason, n in most_frequent),
     ]
+
+
+def timeless(counts: Counts) -> int:
+    """The number of requests without `as_of`, or of behaviors without `timestamp`."""
+    return int(counts.get("read", {}).get("timeless", 0))
+
+
+def request_rows(requests: Requests, counts: Counts) -> list[tuple[str, str]]:
+    """Rows of a summary about the input of requests: what they lack, and the rejects."""
+    n_timeless = timeless(counts)
+    see_all = "the requests without a value see the whole history"
+    null = [("null as_of", f"{n_timeless:,}; {see_all}")] if n_timeless and requests.needs_as_of else []
+    return [*null, *requests.rows(), *reject_rows(counts)]
 
 
 def exit_code(counts: Counts, max_reject_fraction: float) -> int:

@@ -5,9 +5,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from jobs.runtime import session, texts
+from jobs.runtime.inputs import Histories, find_histories
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.tally import Counts, Tally
-from jobs.runtime.texts import Histories
 from persona.options import RetrievalOptions
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from jobs.runtime.job_options import PastTexts
+    from jobs.runtime.job_options import InputFormat, PastTexts
     from persona.models.encoder import TextEncoder
     from persona.options import Pooling
     from persona.store.identity import Identity
@@ -54,9 +54,9 @@ class RetrievalSpec:
         )
 
 
-def plan(past: "PastTexts") -> Histories | None:
+def plan(past: "PastTexts", form: "InputFormat") -> Histories | None:
     """The histories of --texts, checked; None if the flag is not given."""
-    return None if past.texts is None else texts.plan(past.texts, past.columns, flag="--texts")
+    return None if past.texts is None else find_histories(past.texts, past.columns, form, flag="--texts")
 
 
 def best_of(spec: RetrievalSpec, tally: Tally, *, stage: str = "texts") -> texts.Texts | None:

@@ -5,9 +5,10 @@ Rows of the histories go to the task that joins the requests of their bucket.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from jobs.runtime import reading
+from jobs.runtime.inputs import Histories
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -16,13 +17,6 @@ if TYPE_CHECKING:
     from persona.inputs.histories import Columns
     from persona.inputs.splits import Split
     from persona.store.store import Store
-
-
-class Histories(NamedTuple):
-    """Splits of history files, and the names of their columns."""
-
-    splits: "list[Split]"
-    columns: "Columns"
 
 
 class TextUse(Protocol):
@@ -62,20 +56,6 @@ class Texts:
         requests = rows.filter(is_request).select([*SCHEMA.names, REJECTED.name])
         texts = rows.filter(pa.compute.invert(is_request)).select(["user_id", "behavior_id", "text", "text_hash"])
         return self.use(requests, texts, store, rows["bucket"][0].as_py()) if requests.num_rows else requests
-
-
-def plan(uri: str, columns: str, *, flag: str) -> Histories:
-    """The histories at a URI, checked; `columns` is the value of --columns."""
-    from persona import storage
-    from persona.inputs import histories
-    from persona.inputs.splits import plan_splits
-
-    source = storage.check_uri(uri, flag=flag)
-    storage.check_reachable(source, flag=flag)
-    named = histories.Columns.parse(columns, "--columns")
-    splits = plan_splits(source, flag=flag)
-    histories.check_columns(splits, named)
-    return Histories(splits, named)
 
 
 def _read(split: "Split", *, columns: "Columns", users: frozenset[str] | None, n_buckets: int) -> Iterator["pa.Table"]:

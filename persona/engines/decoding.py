@@ -2,7 +2,7 @@
 
 `transformers.generate` keeps every row until the last one has ended, runs the prompt once per beam, and draws all rows
 of a batch from one random stream. Here a finished row leaves the batch, the prompt runs once, and a request gets the
-same answer in any batch. Scores, ties and stopping are those of `transformers.generate`.
+same answer in any batch. Scores, ties, rules and stopping are those of `transformers.generate`.
 
 Shapes: B requests, R running rows, k beams of a request, C candidates of a request, T tokens, V vocabulary.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TopPLogitsWarper
 
+from persona.engines.rules import AnswerRules
 from persona.options import Decoding
 
 _NEVER = -1e9
@@ -56,9 +57,7 @@ class SeededSampling:
         return scores_RV - noise_RV.log_()
 
 
-def sample(
-    llm: DecodingSteps, *, max_new_tokens: int, eos_ids: Sequence[int], sampling: SeededSampling | None = None
-) -> list[list[int]]:
+def sample(llm: DecodingSteps, rules: AnswerRules, sampling: SeededSampling | None = None) -> list[list[int]]:
     """Takes the likeliest token at each step (greedy), or with `sampling` a drawn one.
 
     Returns:
@@ -67,54 +66,58 @@ def sample(
     scores_RV = llm.start()
     requests = list(range(len(scores_RV)))
     generated: list[list[int]] = [[] for _ in requests]
-    eos = torch.tensor(sorted(eos_ids), device=scores_RV.device)
-    for length in range(1, max_new_tokens + 1):
+    eos = torch.tensor(sorted(rules.eos_ids), device=scores_RV.device)
+    tokens_RT = rules.first_tokens(len(requests), scores_RV.device)
+    for length in range(1, rules.max_new_tokens + 1):
+        scores_RV = rules(tokens_RT, scores_RV)
         if sampling is not None:
             scores_RV = sampling(scores_RV, requests)
         tokens_R = scores_RV.argmax(dim=-1)
         for request, token in zip(requests, tokens_R.tolist(), strict=True):
             generated[request].append(token)
         running = (~torch.isin(tokens_R, eos)).nonzero()[:, 0]
-        if not len(running) or length == max_new_tokens:
+        if not len(running) or length == rules.max_new_tokens:
             break
+        tokens_RT = torch.cat([tokens_RT, tokens_R.unsqueeze(1)], dim=1)
         if len(running) < len(requests):
             llm.reorder_cache(running)
             requests = [requests[row] for row in running.tolist()]
-            tokens_R = tokens_R[running]
+            tokens_R, tokens_RT = tokens_R[running], tokens_RT[running]
         scores_RV = llm.step(tokens_R)
     return generated
 
 
-def beam_search(llm: DecodingSteps, *, beams: int, max_new_tokens: int, eos_ids: Sequence[int]) -> list[list[int]]:
-    """Searches for the answer with the greatest mean log-likelihood per token.
+def beam_search(llm: DecodingSteps, rules: AnswerRules, *, beams: int) -> list[list[int]]:
+    """Searches for the answer with the greatest log-likelihood per token, or as `rules.length_penalty` weighs length.
 
-    A request ends when its best running beam is no better than the worst of its k finished ones.
+    A request ends when its best running beam is no better than the worst of its k finished ones, or earlier or later
+    as `rules.early_stopping` says.
 
     Returns:
         the tokens of each request's answer, the end-of-sequence token included.
     """
     scores_RV = llm.start()
     n, device = len(scores_RV), scores_RV.device
-    eos = torch.tensor(sorted(eos_ids), device=device)
+    eos = torch.tensor(sorted(rules.eos_ids), device=device)
     # Enough candidates for k running beams, even if every beam could end in every way. Only the best k may end.
-    n_candidates = (len(eos_ids) + 1) * beams
+    n_candidates = (len(rules.eos_ids) + 1) * beams
     may_end_C = torch.arange(n_candidates, device=device) < beams
     requests = list(range(n))
     generated: list[list[int]] = [[] for _ in requests]
-    running, finished = (_Beams.empty(n, beams, max_new_tokens, device) for _ in range(2))
+    running, finished = (_Beams.empty(n, beams, rules.max_new_tokens, device) for _ in range(2))
     running.scores_Rk[:, 0] = 0.0  # the k beams of a request are still equal, so only the first one counts
     llm.reorder_cache(torch.arange(n, device=device).repeat_interleave(beams))
     scores_RV = scores_RV.repeat_interleave(beams, dim=0)
-    for length in range(1, max_new_tokens + 1):
-        candidates, parents_RC = _expand(running, scores_RV, n_candidates, length)
-        ended_RC = torch.isin(candidates.tokens_RkT[:, :, length - 1], eos) | (length == max_new_tokens)
+    for length in range(1, rules.max_new_tokens + 1):
+        candidates, parents_RC = _expand(running, scores_RV, n_candidates, length, rules)
+        ended_RC = torch.isin(candidates.tokens_RkT[:, :, length - 1], eos) | (length == rules.max_new_tokens)
         best_Rk = (candidates.scores_Rk + _NEVER * ended_RC).topk(beams).indices
         running = candidates.take(best_Rk)
-        candidates.scores_Rk = torch.where(ended_RC & may_end_C, candidates.scores_Rk / length, _NEVER)
+        score_RC = candidates.scores_Rk / length**rules.length_penalty
+        candidates.scores_Rk = torch.where(ended_RC & may_end_C, score_RC, _NEVER)
         finished = finished.joined(candidates).best(beams)
 
-        can_improve_R = running.scores_Rk[:, 0] / length > finished.scores_Rk[:, -1]
-        remaining = (can_improve_R & (length < max_new_tokens)).nonzero()[:, 0]
+        remaining = (_may_improve(running, finished, length, rules) & (length < rules.max_new_tokens)).nonzero()[:, 0]
         for row in set(range(len(requests))) - set(remaining.tolist()):
             generated[requests[row]] = finished.tokens_RkT[row, 0].tolist()
         if not len(remaining):
@@ -154,11 +157,25 @@ class _Beams:
         return _Beams(self.tokens_RkT[rows], self.scores_Rk[rows])
 
 
-def _expand(beams: _Beams, scores_RV: Tensor, n_candidates: int, length: int) -> tuple[_Beams, Tensor]:
+def _expand(
+    beams: _Beams, scores_RV: Tensor, n_candidates: int, length: int, rules: AnswerRules
+) -> tuple[_Beams, Tensor]:
     """The likeliest continuations of each request's beams to `length` tokens, and the beam (R, C) each comes from."""
-    log_p_RkV = nn.functional.log_softmax(scores_RV.float(), dim=-1).view(*beams.scores_Rk.shape, -1)
+    tokens_RT = beams.tokens_RkT[:, :, : length - 1].flatten(0, 1)
+    tokens_RT = torch.cat([rules.first_tokens(len(tokens_RT), tokens_RT.device), tokens_RT], dim=1)
+    log_p_RV = rules(tokens_RT, nn.functional.log_softmax(scores_RV.float(), dim=-1))
+    log_p_RkV = log_p_RV.view(*beams.scores_Rk.shape, -1)
     scores_RC, index_RC = (log_p_RkV + beams.scores_Rk.unsqueeze(-1)).flatten(1).topk(n_candidates)
     parents_RC, tokens_RC = index_RC // log_p_RkV.shape[-1], index_RC % log_p_RkV.shape[-1]
     candidates = _Beams(beams.take(parents_RC).tokens_RkT, scores_RC)
     candidates.tokens_RkT[:, :, length - 1] = tokens_RC
     return candidates, parents_RC
+
+
+def _may_improve(running: _Beams, finished: _Beams, length: int, rules: AnswerRules) -> Tensor:
+    """Which requests (R,) a running beam of `length` tokens may still improve."""
+    worst_R = finished.scores_Rk[:, -1]
+    if rules.early_stopping == "never" and rules.length_penalty > 0:
+        length = rules.max_new_tokens
+    may_improve_R: Tensor = running.scores_Rk[:, 0] / length**rules.length_penalty > worst_R
+    return may_improve_R & (worst_R <= _NEVER) if rules.early_stopping is True else may_improve_R

@@ -3,69 +3,84 @@
 Shapes: B requests, R running rows, L prompt tokens, T generated tokens, D LLM width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import LongTensor, Tensor
-from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
-from persona.models.batching import position_ids
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.prompts import PromptIds
+
+
+def start_steps(llm: FrozenLLM, soft_BSD: Tensor, prompts: Sequence[PromptIds]) -> "CausalSteps | Seq2SeqSteps":
+    """An LLM in front of these prompts; they have the same length unless `llm.can_mask_padding`."""
+    embeds_BLD, mask_BL = llm.embed_prompts(soft_BSD, prompts, pad_left=not llm.is_encoder_decoder)
+    if llm.is_encoder_decoder:
+        return Seq2SeqSteps(llm, embeds_BLD, mask_BL)
+    return CausalSteps(llm, embeds_BLD, mask_BL if llm.can_mask_padding else None)
 
 
 class CausalSteps:
-    """A decoder-only LLM: prompt and answer are one row, and prompts are padded on the left."""
+    """A decoder-only LLM: prompt and answer are one row. Prompts are padded on the left; without a mask, not at all."""
 
-    def __init__(self, model: PreTrainedModel, embeds_BLD: Tensor, mask_BL: Tensor) -> None:
-        self.model = model
+    def __init__(self, llm: FrozenLLM, embeds_BLD: Tensor, mask_BL: Tensor | None) -> None:
+        self.llm = llm
         self.prompt_BLD = embeds_BLD
-        self.mask_RL = mask_BL.long()
+        self.mask_RL = mask_BL
         self.kv_cache: Cache | None = None
 
     def start(self) -> Tensor:
         """Scores (B, V) of the first token of each answer."""
-        return self._scores(inputs_embeds=self.prompt_BLD, position_ids=position_ids(self.mask_RL))
+        n, length = self.prompt_BLD.shape[:2]
+        last_B = torch.arange(1, n + 1, device=self.prompt_BLD.device) * length - 1
+        mask = {} if self.mask_RL is None else self.llm.mask_arguments(self.mask_RL)
+        scores_BV, self.kv_cache = self.llm.forward_at(last_B, inputs_embeds=self.prompt_BLD, use_cache=True, **mask)
+        return scores_BV
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Appends a token to each row; returns the scores (R, V) of the next one."""
-        self.mask_RL = torch.cat([self.mask_RL, self.mask_RL.new_ones(len(tokens_R), 1)], dim=1)
-        position_R1 = self.mask_RL.sum(1, keepdim=True) - 1
-        return self._scores(input_ids=tokens_R.unsqueeze(1), position_ids=position_R1)
+        mask = {}
+        if self.mask_RL is not None:
+            self.mask_RL = torch.cat([self.mask_RL, self.mask_RL.new_ones(len(tokens_R), 1)], dim=1)
+            mask = self.llm.mask_arguments(self.mask_RL, n_new=1)
+        output = self.llm.model(input_ids=tokens_R.unsqueeze(1), past_key_values=self.kv_cache, use_cache=True, **mask)
+        self.kv_cache = output.past_key_values
+        scores_RV: Tensor = output.logits[:, -1]
+        return scores_RV
 
     def reorder_cache(self, rows_R: Tensor) -> None:
         """Continues with these rows, in this order; a row may occur several times."""
         if self.kv_cache is None:
             raise ValueError("call start before reorder_cache")
-        self.mask_RL = self.mask_RL[rows_R]
+        if self.mask_RL is not None:
+            self.mask_RL = self.mask_RL[rows_R]
         self.kv_cache.reorder_cache(cast(LongTensor, rows_R))
-
-    def _scores(self, **inputs: Tensor) -> Tensor:
-        output = self.model(
-            attention_mask=self.mask_RL, past_key_values=self.kv_cache, use_cache=True, logits_to_keep=1, **inputs
-        )
-        self.kv_cache = output.past_key_values
-        scores_RV: Tensor = output.logits[:, -1]
-        return scores_RV
 
 
 class Seq2SeqSteps:
     """An encoder-decoder LLM: prompts are padded on the right and encoded once; the decoder generates the answer."""
 
-    def __init__(self, model: PreTrainedModel, embeds_BLD: Tensor, mask_BL: Tensor) -> None:
-        self.model = model
-        encoded = model.get_encoder()(inputs_embeds=embeds_BLD, attention_mask=mask_BL)
+    def __init__(self, llm: FrozenLLM, embeds_BLD: Tensor, mask_BL: Tensor) -> None:
+        self.model = llm.model
+        assert llm.start_id is not None
+        self.start_id = llm.start_id
+        self.mask_RL = mask_BL.long()
+        encoded = self.model.get_encoder()(inputs_embeds=embeds_BLD, attention_mask=self.mask_RL)
         self.encoded_RLD: Tensor = encoded.last_hidden_state
-        self.mask_RL = mask_BL
         self.kv_cache: EncoderDecoderCache | None = None
         self.requests_R = torch.arange(len(mask_BL), device=mask_BL.device)
 
     def start(self) -> Tensor:
         """Scores (B, V) of the first token of each answer."""
-        return self.step(torch.full_like(self.requests_R, self.model.config.decoder_start_token_id))
+        return self.step(torch.full_like(self.requests_R, self.start_id))
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Appends a token to each row; returns the scores (R, V) of the next one."""
         output = self.model(
-            encoder_outputs=(self.encoded_RLD,),
+            encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded_RLD),
             attention_mask=self.mask_RL,
             decoder_input_ids=tokens_R.unsqueeze(1),
             past_key_values=self.kv_cache,

@@ -4,21 +4,23 @@ Shapes: B prompts of a batch, S soft tokens, D LLM width.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
 
 import torch
 
+from persona.engines import probe
 from persona.engines.base import Answer, Engine, Prompt
 from persona.engines.decoding import SeededSampling, beam_search, sample
-from persona.engines.kv_cache import CausalSteps, Seq2SeqSteps
+from persona.engines.kv_cache import start_steps
+from persona.engines.rules import answer_rules, check_rules
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import Decoding, Precision
 
 
 def load(folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> Engine:
-    """Loads the LLM of a folder, on a GPU if there is one."""
+    """Loads the LLM of a folder, on a GPU if there is one. Raises InputError if it would not answer rightly."""
     llm = FrozenLLM.load(folder, max_input_tokens=max_input_tokens, precision=precision)
+    probe.check_llm(llm)
     return LocalEngine(llm, batch_size=batch_size)
 
 
@@ -30,7 +32,10 @@ class LocalEngine:
         self.tokenizer = llm.tokenizer
         self.width = llm.width
         self.batch_size = batch_size
-        self.eos_ids = llm.tokenizer.eos_ids(llm.model.generation_config)
+        config = llm.model.generation_config
+        check_rules(config, is_encoder_decoder=llm.is_encoder_decoder)
+        self.eos_ids = llm.tokenizer.eos_ids(config)
+        self.start_ids = [] if llm.start_id is None else [llm.start_id]
 
     @property
     def device(self) -> torch.device:
@@ -45,34 +50,41 @@ class LocalEngine:
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Answer]:
         """Answers to prompts, in their order; `seeds` are one per prompt."""
-        answers: list[Answer] = []
-        for batch in _batches(prompts, seeds, self.batch_size):
-            answers += [self._answer(generated) for generated in self._generate(batch, decoding)]
-        return answers
+        seeded = list(zip(prompts, seeds, strict=True))
+        answers: dict[int, Answer] = {}
+        for batch in self._batches(prompts):
+            generated = self._generate([seeded[i] for i in batch], decoding)
+            answers |= zip(batch, map(self._answer, generated), strict=True)
+        return [answers[i] for i in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Numbers of at most `batch_size` prompts with as many soft tokens, and of one length if padding counts."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            length = 0 if self.llm.can_mask_padding else len(prompt.ids)
+            groups.setdefault((len(prompt.soft_SD), length), []).append(i)
+        for group in groups.values():
+            yield from (group[start : start + self.batch_size] for start in range(0, len(group), self.batch_size))
 
     def _generate(self, batch: Sequence[tuple[Prompt, int]], decoding: Decoding) -> list[list[int]]:
         """The tokens of each answer, the end-of-sequence token included."""
         prompts = [prompt for prompt, _ in batch]
         soft_BSD = torch.stack([prompt.soft_SD for prompt in prompts]).to(self.device)
-        embeds_BLD, mask_BL = self.llm.embed_prompts(soft_BSD, [prompt.ids for prompt in prompts])
-        steps_of_kind = Seq2SeqSteps if self.llm.is_encoder_decoder else CausalSteps
-        steps = steps_of_kind(self.llm.model, embeds_BLD, mask_BL)
+        steps = start_steps(self.llm, soft_BSD, [prompt.ids for prompt in prompts])
+        rules = answer_rules(
+            self.llm.model.generation_config,
+            eos_ids=self.eos_ids,
+            start_ids=self.start_ids,
+            max_new_tokens=decoding.max_new_tokens,
+            device=self.device,
+        )
         if decoding.beams > 1:
-            return beam_search(
-                steps, beams=decoding.beams, max_new_tokens=decoding.max_new_tokens, eos_ids=self.eos_ids
-            )
+            return beam_search(steps, rules, beams=decoding.beams)
         sampling = SeededSampling(decoding, [seed for _, seed in batch], self.device) if decoding.sample else None
-        return sample(steps, max_new_tokens=decoding.max_new_tokens, eos_ids=self.eos_ids, sampling=sampling)
+        return sample(steps, rules, sampling)
 
     def _answer(self, generated: list[int]) -> Answer:
         end = next((i for i, token in enumerate(generated) if token in self.eos_ids), None)
         tokens = generated[:end]
         text = self.tokenizer.decode(tokens)
         return Answer(text=text, n_tokens=len(tokens), finish_reason="length" if end is None else "stop")
-
-
-def _batches(prompts: Sequence[Prompt], seeds: Sequence[int], batch_size: int) -> Iterator[list[tuple[Prompt, int]]]:
-    """Consecutive prompts with their seeds; all prompts of a batch have the same number of soft tokens."""
-    for _, group in groupby(zip(prompts, seeds, strict=True), key=lambda one: len(one[0].soft_SD)):
-        while batch := list(islice(group, batch_size)):
-            yield batch

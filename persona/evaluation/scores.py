@@ -23,7 +23,8 @@ def score(
 ) -> dict[str, float]:
     """Scores of all answers as LaMP computes them; both mappings go from request id to text.
 
-    `label` gives `accuracy` and `f1`, the mean over *all* labels; a label in neither answers nor golds counts 0.
+    `label` gives `accuracy` and `f1`, the mean over *all* labels; a label in neither answers nor golds counts 0. Any
+    answer that is no label equals a blank gold, and no other.
     `rating` gives `mae` and `rmse`. `text` gives `rouge1` and `rougeL`, the median of a bootstrap over requests (LaMP's
     number, here with a seed), and `rouge1_mean` and `rougeL_mean`, the plain means, which depend on no seed.
 
@@ -52,10 +53,11 @@ def score_requests(metric: Metric, predictions: Mapping[str, str], golds: Mappin
     match metric.kind:
         case "label":
             for request_id, gold in golds.items():
-                if gold.strip() not in metric.labels:
+                if gold.strip() not in ("", *metric.labels):
                     labels = ", ".join(metric.labels)
                     raise InputError(f"the gold {gold!r} of request {request_id!r} is not one of the labels {labels}")
-            return {"accuracy": np.array([float(answer.strip() == gold.strip()) for answer, gold in pairs])}
+            answers_R, golds_R = _label_numbers(metric, predictions, golds)
+            return {"accuracy": (answers_R == golds_R).astype(float)}
         case "rating":
             rated = [(answer, _gold_rating(gold)) for answer, gold in pairs]
             return {"mae": np.array([abs(_rating(answer, gold) - gold) for answer, gold in rated])}
@@ -98,16 +100,14 @@ def _check_same_ids(predictions: Mapping[str, str], golds: Mapping[str, str]) ->
 
 
 def _macro_f1(metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]) -> float:
-    return _mean_f1(*(counts_RC.sum(0) for counts_RC in _label_counts(metric, predictions, golds)))
+    return _mean_f1(*_label_counts(metric, predictions, golds, [0] * len(golds), 1).sum(1))
 
 
 def _macro_f1_interval(
     metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str], users: Sequence[str], seed: int
 ) -> Interval:
     names, user_of_R = np.unique(np.asarray(users), return_inverse=True)
-    both_UC, either_UC = (np.zeros((len(names), len(metric.labels))) for _ in range(2))
-    for counts_UC, counts_RC in zip((both_UC, either_UC), _label_counts(metric, predictions, golds), strict=True):
-        np.add.at(counts_UC, user_of_R, counts_RC)
+    both_UC, either_UC = _label_counts(metric, predictions, golds, user_of_R, len(names))
 
     def f1(drawn_U: NDArray[np.intp]) -> float:
         return _mean_f1(both_UC[drawn_U].sum(0), either_UC[drawn_U].sum(0))
@@ -115,13 +115,36 @@ def _macro_f1_interval(
     return interval_of(f1, len(names), seed=seed)
 
 
-def _label_counts(metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]) -> tuple[Floats, Floats]:
-    """Two arrays (R, C), by sorted id: whether both answer and gold are the label, and how many of them are."""
-    labels_C = np.array(metric.labels)
-    answers_R1 = np.array([[predictions[request_id].strip()] for request_id in sorted(golds)])
-    golds_R1 = np.array([[golds[request_id].strip()] for request_id in sorted(golds)])
-    is_answer_RC, is_gold_RC = (answers_R1 == labels_C).astype(float), (golds_R1 == labels_C).astype(float)
-    return is_answer_RC * is_gold_RC, is_answer_RC + is_gold_RC
+def _label_numbers(
+    metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The positions of answers and golds (R,), by sorted id, among the labels; -1 for a text that is no label."""
+    position = {label: n for n, label in enumerate(metric.labels)}
+    numbers = [
+        np.array([position.get(texts[request_id].strip(), -1) for request_id in sorted(golds)], dtype=np.intp)
+        for texts in (predictions, golds)
+    ]
+    return numbers[0], numbers[1]
+
+
+def _label_counts(
+    metric: Metric,
+    predictions: Mapping[str, str],
+    golds: Mapping[str, str],
+    user_of_R: Sequence[int] | NDArray[np.intp],
+    n_users: int,
+) -> Floats:
+    """Two arrays (2, U, C): how often both answer and gold are the label, and how many of answers and golds are."""
+    counts_2UC = np.zeros((2, n_users, len(metric.labels)))
+    users_R = np.asarray(user_of_R)
+    answers_R, golds_R = _label_numbers(metric, predictions, golds)
+    for array_UC, labels_R, chosen_R in (
+        (counts_2UC[0], golds_R, (answers_R == golds_R) & (golds_R >= 0)),
+        (counts_2UC[1], golds_R, golds_R >= 0),
+        (counts_2UC[1], answers_R, answers_R >= 0),
+    ):
+        np.add.at(array_UC, (users_R[chosen_R], labels_R[chosen_R]), 1)
+    return counts_2UC
 
 
 def _mean_f1(both_C: Floats, either_C: Floats) -> float:

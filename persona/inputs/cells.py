@@ -6,7 +6,6 @@ reason is not null.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ import pyarrow.compute as pc
 from pyarrow import types
 
 from persona.errors import InputError
+from persona.inputs.dates import parse
 from persona.inputs.json_columns import decoded, is_json, kind_of
+from persona.options import TimeUnit
 
 TIME = pa.timestamp("us", "UTC")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # The years 1 to 9999 in seconds, the range of ISO 8601 and of every reader of the tables. Milliseconds mistaken for
 # seconds are out of range.
 _FIRST_S, _LAST_S = -62_135_596_800, 253_402_300_799
@@ -49,11 +49,11 @@ def _is_timestamp(kind: pa.DataType) -> bool:
 
 ID = Kind(description="a string or an integer", fits=lambda kind: types.is_integer(kind) or _is_text(kind))
 TEXT = Kind(description="a string", fits=_is_text)
-TIMESTAMP = Kind(description="a timestamp, an ISO 8601 string or seconds since 1970", fits=_is_timestamp)
+TIMESTAMP = Kind(description="a timestamp, an ISO 8601 string or a number since 1970", fits=_is_timestamp)
 
 
-def check_types(schema: pa.Schema, wanted: Mapping[str, Kind], source: str) -> None:
-    """Raise `InputError` for the first existing column whose type does not fit its kind."""
+def check_types(schema: pa.Schema, wanted: Mapping[str | None, Kind], source: str) -> None:
+    """Raise `InputError` for the first existing column whose type does not fit its kind; None names no column."""
     for name, kind in wanted.items():
         if name in schema.names and not kind.fits(schema.field(name).type):
             raise InputError(f"column {name!r} of {source} is {schema.field(name).type}; it must be {kind.description}")
@@ -73,16 +73,26 @@ def texts(column: pa.Array, name: str, *, required: bool = True) -> Cells:
     return values, _why_blank(values, reasons, name) if required else reasons
 
 
+def why_null(values: Mapping[str, pa.Array], reasons: Mapping[str, str]) -> pa.Array:
+    """For each row the reason of the first column that has a reason and is null there, or null."""
+    none = pa.scalar(None, pa.string())
+    found = [pc.if_else(column.is_null(), reasons.get(name), none) for name, column in values.items()]
+    return pc.coalesce(*(one.cast(pa.string()) for one in found))
+
+
 def is_blank(values: pa.Array) -> pa.Array:
     """Which strings are null, empty or only whitespace."""
     return pc.equal(pc.binary_length(pc.utf8_trim_whitespace(values)), 0).fill_null(True)
 
 
-def timestamps(column: pa.Array, name: str) -> Cells:
-    """Timestamps, dates, ISO 8601 strings and seconds since 1970, as `TIME`; UTC if there is no time zone."""
+def timestamps(column: pa.Array, name: str, unit: TimeUnit = "s") -> Cells:
+    """Timestamps, dates, strings and numbers of `unit` since 1970, as `TIME`; UTC if there is no time zone.
+
+    Strings may be in ISO 8601 or another form that `persona.inputs.dates` reads.
+    """
     kind = column.type
     if is_json(kind):
-        return _json_timestamps(column, name)
+        return _json_timestamps(column, name, unit)
     if types.is_null(kind):
         return column.cast(TIME), _no_reasons(len(column))
     if not TIMESTAMP.fits(kind):
@@ -94,17 +104,17 @@ def timestamps(column: pa.Array, name: str) -> Cells:
     if types.is_date64(kind):
         return _since_1970(column.view(pa.int64()), _PER_SECOND["ms"], name)
     if types.is_integer(kind) or types.is_floating(kind):
-        return _since_1970(column, 1, name)
+        return _since_1970(column, _PER_SECOND[unit], name)
     strings, reasons = _strings(column, name, lambda v: v)
-    times, why = _iso(pc.if_else(is_blank(strings), None, strings), name)
+    times, why = _from_strings(pc.if_else(is_blank(strings), None, strings), name)
     return times, pc.coalesce(reasons, why)
 
 
-def _json_timestamps(column: pa.Array, name: str) -> Cells:
+def _json_timestamps(column: pa.Array, name: str, unit: TimeUnit) -> Cells:
     values = decoded(column)
     numbers = [float(v) if type(v) in (int, float) else None for v in values]
     others = [None if type(v) in (int, float) else v for v in values]
-    from_numbers, why_number = timestamps(pa.array(numbers, pa.float64()), name)
+    from_numbers, why_number = timestamps(pa.array(numbers, pa.float64()), name, unit)
     strings, why_type = _strings_of(others, name)
     from_strings, why_string = timestamps(strings, name)
     return pc.coalesce(from_numbers, from_strings), pc.coalesce(why_type, why_number, why_string)
@@ -121,16 +131,20 @@ def _since_1970(column: pa.Array, per_second: int, name: str) -> Cells:
     counts = np.where(good, counts, 0)
     if counts.dtype.kind == "f":
         whole = np.floor(counts)  # separately: a float has too few digits for all microseconds
-        micros = whole.astype(np.int64) * 10**6 + np.round((counts - whole) * 1e6).astype(np.int64)
+        micros = _micros(whole, per_second) + np.round((counts - whole) * (1e6 / per_second)).astype(np.int64)
     else:
-        micros = counts.astype(np.int64)
-        micros = micros * (10**6 // per_second) if per_second <= 10**6 else micros // (per_second // 10**6)
-    reason = f"{name} is out of range: years 1 to 9999 are allowed, numbers are seconds since 1970"
+        micros = _micros(counts, per_second)
+    reason = f"{name} is out of range: years 1 to 9999 are allowed; --timestamp-unit gives the unit of numbers"
     reasons = pc.if_else(pa.array(good | null), pa.scalar(None, pa.string()), reason)
     return pa.array(micros, pa.int64(), mask=~good).cast(TIME), reasons
 
 
-def _iso(strings: pa.Array, name: str) -> Cells:
+def _micros(counts: np.ndarray, per_second: int) -> np.ndarray:
+    whole = counts.astype(np.int64)
+    return whole * (10**6 // per_second) if per_second <= 10**6 else whole // (per_second // 10**6)
+
+
+def _from_strings(strings: pa.Array, name: str) -> Cells:
     try:
         zoned = pc.match_substring_regex(strings, _ZONE)
         read = pc.coalesce(
@@ -140,19 +154,10 @@ def _iso(strings: pa.Array, name: str) -> Cells:
         return _since_1970(read.view(pa.int64()), _PER_SECOND["us"], name)
     except pa.ArrowInvalid:  # Arrow does not say which string failed: parse each distinct one
         coded = strings.dictionary_encode()
-        read = pa.array([_parsed(text) for text in coded.dictionary.to_pylist()], TIME).take(coded.indices)
-        failed = pc.and_(strings.is_valid(), read.is_null())
-        reason = pa.scalar(f"{name} is not an ISO 8601 date or time")
-        return read, pc.if_else(failed, reason, pa.scalar(None, pa.string()))
-
-
-def _parsed(text: str) -> int | None:
-    """Microseconds since 1970; None if the text is not an ISO 8601 date or time."""
-    try:
-        time = datetime.fromisoformat(text.strip())
-        return (time.replace(tzinfo=time.tzinfo or UTC) - _EPOCH) // timedelta(microseconds=1)
-    except (ValueError, OverflowError):
-        return None
+        parsed = [parse(text) for text in coded.dictionary.to_pylist()]
+        times = pa.array([time if isinstance(time, int) else None for time in parsed], TIME)
+        why = pa.array([None if isinstance(time, int) else f"{name} {time}" for time in parsed], pa.string())
+        return times.take(coded.indices), why.take(coded.indices)
 
 
 def _strings(column: pa.Array, name: str, read: Callable[[Any], Any]) -> Cells:

@@ -6,16 +6,18 @@ Two layouts are detected: one row per behavior, and one row per user with a list
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from persona.errors import InputError, UsageError
+from persona.errors import InputError
 from persona.inputs import cells
+from persona.inputs.columns import ColumnNames, present, why_absent
 from persona.inputs.json_columns import decoded, is_json, json_array, kind_of
 from persona.inputs.reader import first_rows
 from persona.inputs.records import BadRows, Records, bad_rows, column, describe
@@ -35,34 +37,23 @@ KEY = ["user_id", "behavior_id"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
-    """The input's column names; `behaviors` is the list column if there is one row per user."""
+class Columns(ColumnNames):
+    """The columns of histories; `behaviors` is the list column if there is one row per user."""
+
+    OPTIONAL: ClassVar = ("behavior_id", "timestamp")
 
     user_id: str = "user_id"
-    behavior_id: str = "behavior_id"
+    behavior_id: str | None = "behavior_id"
     text: str = "text"
-    timestamp: str = "timestamp"
+    timestamp: str | None = "timestamp"
     behaviors: str = "behaviors"
 
-    @staticmethod
-    def parse(spec: str, flag: str) -> "Columns":
-        """From `text=body,user_id=author`; other fields keep their names. Raises `UsageError`, naming `flag`."""
-        known = [field.name for field in fields(Columns)]
-        named: dict[str, str] = {}
-        for part in filter(None, (part.strip() for part in spec.split(","))):
-            field, _, name = (piece.strip() for piece in part.partition("="))
-            if not name or field not in known or field in named:
-                raise UsageError(
-                    f"{flag}: {part!r} must be FIELD=COLUMN, with each FIELD at most once and one of {', '.join(known)}"
-                )
-            named[field] = name
-        return Columns(**named)
 
-
-def check_columns(splits: Sequence[Split], columns: Columns, *, flag: str = "--columns") -> None:
+def check_columns(splits: Sequence[Split], columns: Columns, *, flag: str = "--columns") -> frozenset[str]:
     """Refuse an input whose first readable file lacks a column or has one of an unusable type.
 
-    Raises `InputError` with the missing column, the existing ones, and how to map them with `flag`.
+    Returns the optional fields whose column exists. Raises `InputError` with the missing column, the existing ones, and
+    how to map them with `flag`; also for a misspelled optional column, see `columns.present`.
     """
     table = first_rows(splits)
     source = table["_source"][0].as_py()
@@ -80,8 +71,9 @@ def check_columns(splits: Sequence[Split], columns: Columns, *, flag: str = "--c
             f"To use one of them: {flag} {field}=COLUMN"
         )
     cells.check_types(table.schema, {columns.user_id: cells.ID}, source)
-    wanted = {columns.behavior_id: cells.ID, columns.text: cells.TEXT, columns.timestamp: cells.TIMESTAMP}
+    wanted = {columns.text: cells.TEXT, columns.behavior_id: cells.ID, columns.timestamp: cells.TIMESTAMP}
     cells.check_types(items or pa.schema([]), wanted, source)
+    return present(splits, columns, flag=flag)
 
 
 def validate(records: Records, columns: Columns, n_buckets: int, *, job: str = "") -> tuple[pa.Table, pa.Table]:
@@ -90,7 +82,8 @@ def validate(records: Records, columns: Columns, n_buckets: int, *, job: str = "
     A missing or blank `behavior_id` becomes the hash of the text. A missing timestamp stays null.
     """
     raw, bad = _behavior_rows(records.table, columns)
-    read = pa.concat_tables(_read(part, columns) for part in raw)
+    absent = why_absent(records.first_schema, columns)
+    read = pa.concat_tables(_read(part, columns, absent) for part in raw)
     if len(raw) > 1:
         read = read.take(pc.sort_indices(column(read, "_row")))
     reasons = column(read, "reason")
@@ -137,14 +130,15 @@ def in_order(rows: pa.Table, order: Mapping[str, str]) -> pa.Table:
 _FIELDS = ("behavior_id", "text", "timestamp")
 
 
-def _read(raw: pa.Table, columns: Columns) -> pa.Table:
+def _read(raw: pa.Table, columns: Columns, absent: Mapping[str, str]) -> pa.Table:
     """Typed cells and `_row`, with the first `reason` why a row is bad (null if it is good)."""
     users, why_user = cells.ids(column(raw, "user_id"), columns.user_id)
-    behavior_ids, why_id = cells.ids(column(raw, "behavior_id"), columns.behavior_id, required=False)
+    behavior_ids, why_id = cells.ids(column(raw, "behavior_id"), str(columns.behavior_id), required=False)
     texts, why_text = cells.texts(column(raw, "text"), columns.text)
-    times, why_time = cells.timestamps(column(raw, "timestamp"), columns.timestamp)
+    times, why_time = cells.timestamps(column(raw, "timestamp"), str(columns.timestamp), columns.timestamp_unit)
     reason = pc.coalesce(why_user, why_id, why_text, why_time)
     read = {"user_id": users, "behavior_id": behavior_ids, "text": texts, "timestamp": times}
+    reason = pc.coalesce(reason, cells.why_null(read, absent))
     return pa.table({**read, "_row": column(raw, "_row").cast(pa.int64()), "reason": reason})
 
 

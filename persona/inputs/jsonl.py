@@ -1,20 +1,32 @@
 """Read the lines of a JSONL split; a line that is not a JSON object becomes a reject."""
 
+import bz2
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
 import pyarrow as pa
 
 from persona.errors import StorageError
+from persona.inputs.files import Format
 from persona.inputs.json_columns import MAX_CELLS, json_array, kind_of
-from persona.inputs.records import MAX_BATCH_BYTES, WHOLE_FILE, BadRows, first_line, selected, with_location
+from persona.inputs.records import (
+    MAX_BATCH_BYTES,
+    WHOLE_FILE,
+    BadRows,
+    first_line,
+    is_store_failure,
+    selected,
+    with_location,
+)
 from persona.inputs.splits import Split
 from persona.storage import open_filesystem
 
 _CHUNK_BYTES = 2**20
+_ZSTD_BYTES = 2**16  # less, because Arrow loses what it has unpacked when the file is cut
+_CUT = "the compressed data ends early"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -82,8 +94,8 @@ def _lines(split: Split, file_rejects: BadRows) -> Iterator[tuple[int, bytes]]:
         file_rejects += split.check_size(raw.size())
         offset = 0
         lines: Iterator[bytes]
-        if split.format == "jsonl.gz":
-            lines = _unzipped_lines(raw)
+        if split.format in _UNPACK:
+            lines = _unpacked_lines(raw, split.format)
         else:
             file = io.BufferedReader(raw, _CHUNK_BYTES)
             if split.start:
@@ -96,20 +108,59 @@ def _lines(split: Split, file_rejects: BadRows) -> Iterator[tuple[int, bytes]]:
             offset += len(line)
 
 
-def _unzipped_lines(raw: pa.NativeFile) -> Iterator[bytes]:
-    """The lines of a gzip file with any number of members; lines before a broken part are yielded before the error.
-
-    `gzip.GzipFile` would lose the content of its buffers if the file is cut.
-    """
-    decoder = zlib.decompressobj(wbits=31)
+def _unpacked_lines(raw: pa.NativeFile, kind: Format) -> Iterator[bytes]:
+    """The lines of a compressed file with any number of members; those before a broken part come before the error."""
     partial = b""
+    for text in _UNPACK[kind](raw):
+        *lines, partial = (partial + text).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    yield partial
+
+
+def _gunzipped(raw: pa.NativeFile) -> Iterator[bytes]:
+    """`gzip.GzipFile` would lose the content of its buffers if the file is cut."""
+    decoder = zlib.decompressobj(wbits=31)
     while chunk := raw.read(_CHUNK_BYTES):
         while chunk:
             if decoder.eof:
                 decoder = zlib.decompressobj(wbits=31)
-            *lines, partial = (partial + decoder.decompress(chunk, _CHUNK_BYTES)).split(b"\n")
-            yield from (line + b"\n" for line in lines)
+            yield decoder.decompress(chunk, _CHUNK_BYTES)
             chunk = decoder.unused_data or decoder.unconsumed_tail
     if not decoder.eof:
-        raise EOFError("the compressed data ends early")
-    yield partial
+        raise EOFError(_CUT)
+
+
+def _bunzipped(raw: pa.NativeFile) -> Iterator[bytes]:
+    decoder = bz2.BZ2Decompressor()
+    while chunk := raw.read(_CHUNK_BYTES):
+        while chunk or not (decoder.eof or decoder.needs_input):
+            if decoder.eof:
+                decoder = bz2.BZ2Decompressor()
+            try:
+                yield decoder.decompress(chunk, _CHUNK_BYTES)
+            except OSError as error:  # what it raises for bytes that are not bzip2
+                raise EOFError(first_line(error)) from error
+            chunk = decoder.unused_data
+    if not decoder.eof:
+        raise EOFError(_CUT)
+
+
+def _unpacked_zstd(raw: pa.NativeFile) -> Iterator[bytes]:
+    stream = pa.CompressedInputStream(raw, "zstd")
+    while True:
+        try:
+            text = stream.read(_ZSTD_BYTES)
+        except OSError as error:
+            if is_store_failure(error):
+                raise
+            raise EOFError(first_line(error)) from error
+        if not text:
+            return
+        yield text
+
+
+_UNPACK: Mapping[Format, Callable[[pa.NativeFile], Iterator[bytes]]] = {
+    "jsonl.gz": _gunzipped,
+    "jsonl.bz2": _bunzipped,
+    "jsonl.zst": _unpacked_zstd,
+}

@@ -6,7 +6,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from persona.errors import StorageError
-from persona.inputs.records import MAX_BATCH_BYTES, WHOLE_FILE, BadRows, first_line, no_rows, selected, with_location
+from persona.inputs.records import (
+    MAX_BATCH_BYTES,
+    WHOLE_FILE,
+    BadRows,
+    first_line,
+    is_store_failure,
+    no_rows,
+    selected,
+    with_location,
+)
 from persona.inputs.splits import Split
 from persona.storage import open_filesystem
 
@@ -15,11 +24,8 @@ _DECODE_ERRORS = (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError, Unicode
 
 def read_parquet(split: Split, max_rows: int, columns: Sequence[str] | None) -> Iterator[tuple[pa.Table, BadRows]]:
     """Rows with their location, and rejects. Raises `StorageError` if the store fails."""
-    filesystem, path = open_filesystem(split.uri)
     try:
-        raw = filesystem.open_input_file(path)
-        file = pq.ParquetFile(raw, pre_buffer=True, page_checksum_verification=True)
-        _check_footer(file)
+        raw, file = _open(split)
     except _DECODE_ERRORS as error:
         _raise_if_store_failed(split, error)
         if split.start == 0:  # one reject per file
@@ -35,6 +41,30 @@ def read_parquet(split: Split, max_rows: int, columns: Sequence[str] | None) -> 
             if split.start <= size_bytes * group // file.num_row_groups < split.until:
                 yield from _read_group(split, file, group, first, max_rows, names)
             first += n_rows
+
+
+def read_schema(split: Split) -> pa.Schema:
+    """The columns of a file; no fields if the file cannot be read. Raises `StorageError` if the store fails."""
+    try:
+        raw, file = _open(split)
+    except _DECODE_ERRORS as error:
+        _raise_if_store_failed(split, error)
+        return pa.schema([])
+    with raw, file:
+        return file.schema_arrow
+
+
+def _open(split: Split) -> tuple[pa.NativeFile, pq.ParquetFile]:
+    filesystem, path = open_filesystem(split.uri)
+    raw = filesystem.open_input_file(path)
+    file = pq.ParquetFile(
+        raw,
+        pre_buffer=True,
+        page_checksum_verification=True,
+        coerce_int96_timestamp_unit="us",  # nanoseconds, the default, wrap outside the years 1678 to 2261
+    )
+    _check_footer(file)
+    return raw, file
 
 
 def _read_group(
@@ -70,6 +100,5 @@ def _group_lengths(file: pq.ParquetFile) -> list[int]:
 
 
 def _raise_if_store_failed(split: Split, error: Exception) -> None:
-    """Distinguish a failing store from a broken file: Arrow raises `OSError` for both."""
-    if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+    if is_store_failure(error):
         raise StorageError(f"cannot read {split.uri}: {first_line(error)}") from error

@@ -30,11 +30,13 @@ class Records:
 
     `table` has the file's own columns and two more: `_source` (the file's URI) and `_row` (the row number in a Parquet
     file, the byte offset of the line in uncompressed text). A column whose JSON values have no common type has the
-    type `arrow.json`: each value is its own JSON text. `rejects` has the schema `REJECTS`.
+    type `arrow.json`: each value is its own JSON text. `rejects` has the schema `REJECTS`. `first_schema` is that of
+    the first rows of the same split; those of JSON may have other columns than later ones.
     """
 
     table: pa.Table
     rejects: pa.Table
+    first_schema: pa.Schema
 
     def all_rejects(self, bad: BadRows, *, job: str) -> pa.Table:
         """`rejects`, followed by rejects for rows of `table` that were found bad later."""
@@ -78,7 +80,7 @@ def selected(names: Iterable[str], columns: Sequence[str] | None) -> list[str]:
     return [name for name in names if (columns is None or name in columns) and name not in _LOCATION]
 
 
-def column(table: pa.Table, name: str) -> pa.Array:
+def column(table: pa.Table, name: str | None) -> pa.Array:
     """A column as one array; all nulls if the table does not have it."""
     return table[name].combine_chunks() if name in table.column_names else pa.nulls(table.num_rows)
 
@@ -91,3 +93,8 @@ def describe(schema: pa.Schema) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its class if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def is_store_failure(error: Exception) -> bool:
+    """Whether the store failed, rather than the content of a file: Arrow raises `OSError` for both."""
+    return isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error))

@@ -1,12 +1,15 @@
 """Turn raw records into requests to the LLM, or into rejects with a reason."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from persona.errors import InputError
 from persona.inputs import cells
+from persona.inputs.columns import ColumnNames, present, why_absent
 from persona.inputs.histories import bucket_of
 from persona.inputs.reader import first_rows
 from persona.inputs.records import Records, bad_rows, column, describe
@@ -35,45 +38,85 @@ _KINDS = {
 }
 
 
-def check_columns(splits: Sequence[Split], *, needs_target: bool, rejected: str | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Columns(ColumnNames):
+    """The columns of requests."""
+
+    OPTIONAL: ClassVar = ("query", "as_of")
+
+    request_id: str = "request_id"
+    user_id: str = "user_id"
+    input: str = "input"
+    query: str | None = "query"
+    target: str = "target"
+    as_of: str | None = "as_of"
+
+
+def check_columns(
+    splits: Sequence[Split],
+    columns: Columns,
+    *,
+    needs_target: bool,
+    rejected: str | None = None,
+    flag: str = "--request-columns",
+) -> frozenset[str]:
     """Refuse an input whose first readable file lacks a column or has one of an unusable type.
 
-    Raises `InputError` with the missing column and the existing ones.
+    Returns the optional fields whose column exists. Raises `InputError` with the missing column and the existing ones;
+    also for a misspelled optional column, see `columns.present`.
     """
     table = first_rows(splits)
     source = table["_source"][0].as_py()
     needed = ["request_id", "user_id", "input", *(["target"] if needs_target else [])]
-    needed += [rejected] if rejected is not None else []
-    whys = {"target": "; training and scoring need it", rejected: "; --rejected names it"}
-    for name in needed:
+    for field in needed:
+        name = columns.name_of(field)
         if name not in table.column_names:
-            why = whys.get(name, "")
+            why = "; training and scoring need it" if field == "target" else ""
             raise InputError(
                 f"the requests in {source} have no column {name!r}{why}. They have: {describe(table.schema)}. "
-                f"Required: {', '.join(needed)}"
+                f"Required: {', '.join(needed)}. To use another column: {flag} {field}=COLUMN"
             )
-    cells.check_types(table.schema, _KINDS | ({} if rejected is None else {rejected: cells.TEXT}), source)
+    if rejected is not None and rejected not in table.column_names:
+        raise InputError(
+            f"the requests in {source} have no column {rejected!r}; --rejected names it. They have: "
+            f"{describe(table.schema)}"
+        )
+    kinds = {columns.name_of(field): kind for field, kind in _KINDS.items()}
+    cells.check_types(table.schema, kinds | ({} if rejected is None else {rejected: cells.TEXT}), source)
+    return present(splits, columns, flag=flag)
 
 
 def validate(
-    records: Records, n_buckets: int, needs_target: bool, *, job: str = "", rejected: str | None = None
+    records: Records,
+    n_buckets: int,
+    needs_target: bool,
+    *,
+    columns: Columns = Columns(),
+    needs_as_of: bool = False,
+    job: str = "",
+    rejected: str | None = None,
 ) -> tuple[pa.Table, pa.Table]:
     """Requests (`SCHEMA`) in input order, and rejects: those of `records` and those found here.
 
     A missing or blank `query` becomes the `input`. A missing `as_of` stays null (the whole history is visible), but an
-    unreadable one is a reject, because it may have been a limit. With `rejected`, the name of a column, there is also
-    the column `REJECTED`, and a row without such a text is a reject.
+    unreadable one is a reject, because it may have been a limit. With `needs_as_of` (other files have the column) so is
+    a missing one where the first rows of the split lack the column. With `rejected`, the name of a column, there is
+    also the column `REJECTED`, and a row without such a text is a reject.
     """
-    table = records.table
-    request_ids, why_id = cells.ids(column(table, "request_id"), "request_id")
-    users, why_user = cells.ids(column(table, "user_id"), "user_id")
-    inputs, why_input = cells.texts(column(table, "input"), "input")
-    queries, why_query = cells.texts(column(table, "query"), "query", required=False)
-    targets, why_target = cells.texts(column(table, "target"), "target", required=needs_target)
-    as_of, why_time = cells.timestamps(column(table, "as_of"), "as_of")
-    reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_time)
+    raw = {field: column(records.table, columns.name_of(field)) for field in _KINDS}
+    request_ids, why_id = cells.ids(raw["request_id"], columns.request_id)
+    users, why_user = cells.ids(raw["user_id"], columns.user_id)
+    inputs, why_input = cells.texts(raw["input"], columns.input)
+    queries, why_query = cells.texts(raw["query"], str(columns.query), required=False)
+    targets, why_target = cells.texts(raw["target"], columns.target, required=needs_target)
+    as_of, why_time = cells.timestamps(raw["as_of"], str(columns.as_of), columns.timestamp_unit)
+    absent = why_absent(records.first_schema, columns)
+    if needs_as_of and columns.as_of not in records.first_schema.names:
+        absent.setdefault("as_of", f"the file has no column {columns.as_of}, but other files do")
+    why_absent_one = cells.why_null({"query": queries, "as_of": as_of}, absent)
+    reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_time, why_absent_one)
     if rejected is not None:
-        wrong, why_wrong = cells.texts(column(table, rejected), rejected)
+        wrong, why_wrong = cells.texts(column(records.table, rejected), rejected)
         reasons = pc.coalesce(reasons, why_wrong)
     good = pa.table(
         {
@@ -88,4 +131,4 @@ def validate(
     good = good.append_column("bucket", pa.array(bucket_of(column(good, "user_id"), n_buckets))).cast(SCHEMA)
     if rejected is not None:
         good = good.append_column(REJECTED, wrong.filter(reasons.is_null()))
-    return good, records.all_rejects(bad_rows(column(table, "_row"), reasons), job=job)
+    return good, records.all_rejects(bad_rows(column(records.table, "_row"), reasons), job=job)

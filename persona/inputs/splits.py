@@ -1,18 +1,12 @@
 """Cut input files into splits that workers read independently."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from persona.errors import InputError
+from persona.inputs.files import Format, InputFiles, find_files
 from persona.inputs.records import WHOLE_FILE, BadRows
-from persona.storage import list_files
-
-Format = Literal["parquet", "jsonl", "jsonl.gz"]
-_JSONL = (".jsonl", ".json", ".jsonlines", ".ndjson")
-_FORMATS: dict[str, Format] = {".parquet": "parquet"}
-_FORMATS.update(dict.fromkeys(_JSONL, "jsonl"))
-_FORMATS.update({f"{name}.gz": "jsonl.gz" for name in _JSONL})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +40,24 @@ class Split:
         return [(WHOLE_FILE, f"file changed during the run: {sizes}; the new content was read")]
 
 
-def plan_splits(uri: str, *, flag: str, split_bytes: int = 64 * 2**20) -> list[Split]:
-    """Cut the files at or below `uri` into splits of about `split_bytes`; a compressed file is one split.
+def plan_splits(
+    uri: str, *, flag: str, exclude: Sequence[str] | None = None, split_bytes: int = 64 * 2**20
+) -> list[Split]:
+    """Cut the files at or below `uri` into splits. Raises `InputError` as `find_files` and `cut` do."""
+    return cut(find_files(uri, flag=flag, exclude=exclude), flag=flag, split_bytes=split_bytes)
 
-    Raises `InputError`, naming `flag`, if there is nothing to read or a file of unknown type.
+
+def cut(files: InputFiles, *, flag: str, split_bytes: int = 64 * 2**20) -> list[Split]:
+    """Splits of about `split_bytes`; a compressed file is one split.
+
+    Raises `InputError`, naming `flag`, if all files are empty.
     """
-    files = list_files(uri, tuple(_FORMATS))
-    known = ", ".join(sorted(_FORMATS))
-    if not files:
-        raise InputError(f"{flag}: {uri} has no file to read; file names must end in one of {known}")
     splits = []
-    for file in files:
-        kind = next((kind for end, kind in _FORMATS.items() if file.uri.endswith(end)), None)
-        if kind is None:
-            raise InputError(f"{flag}: {file.uri} has an unknown type; its name must end in one of {known}")
-        step = max(file.size_bytes, 1) if kind == "jsonl.gz" else split_bytes
+    for file, kind in files.formats.items():
+        step = split_bytes if kind in ("parquet", "jsonl") else max(file.size_bytes, 1)
         for start in range(0, max(file.size_bytes, 1), step):
             end = min(start + step, max(file.size_bytes, 1))
             splits.append(Split(uri=file.uri, start=start, end=end, format=kind, size_bytes=file.size_bytes))
-    if all(file.size_bytes == 0 for file in files):
-        raise InputError(f"{flag}: every file at {uri} is empty")
+    if not any(split.size_bytes for split in splits):
+        raise InputError(f"{flag}: every file of the input is empty, the first is {splits[0].uri}")
     return splits

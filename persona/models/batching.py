@@ -50,10 +50,13 @@ def full_batches(
         yield waiting
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token rows to (ids, mask), both (N, T), padded on the right."""
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token rows to (ids, mask), both (N, T), padded on the right or on the left."""
     lengths_N1 = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 1)
-    mask_NT = np.arange(max(lengths_N1.max(initial=0), 1)) < lengths_N1
+    column_T = np.arange(max(lengths_N1.max(initial=0), 1))
+    mask_NT = (column_T[::-1] if left else column_T) < lengths_N1
     ids_NT = np.full(mask_NT.shape, pad_id, np.int64)
     ids_NT[mask_NT] = np.fromiter(chain.from_iterable(rows), np.int64, lengths_N1.sum())
     return to_device(torch.from_numpy(ids_NT), device), to_device(torch.from_numpy(mask_NT), device)

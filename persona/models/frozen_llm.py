@@ -3,29 +3,31 @@
 It is either encoder-decoder (T5-like) or decoder-only (Llama-like); `persona.models.prompts` says what each reads.
 Texts are token ids and soft tokens are vectors. They meet only as embeddings, so no text can become a soft token.
 
-Shapes: B requests, S soft tokens, F tokens of prefixes, L prompt tokens, T target tokens, D LLM width, V vocabulary.
+Shapes: B requests, S soft tokens, F tokens in front of them, L tokens of a row, T target tokens of a row, N target
+tokens of a batch, D LLM width, V vocabulary.
 """
 
+import inspect
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
-from persona.models.prompts import MAX_INPUT_TOKENS, PromptIds, PromptTokenizer
+from persona.models.llm_kinds import decoder_start, embedding_scale, holds_keys_only
+from persona.models.prompts import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
 from persona.options import Precision
 
-_IGNORED = -100
+# Padding is masked or comes after all that is read, so any id of the vocabulary will do.
+_PADDING = 0
 
 
 class FrozenLLM(nn.Module):
@@ -37,18 +39,24 @@ class FrozenLLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self._checkpointed: list[nn.Module] = []
-        # transformers passes a slice of the hidden states to the head; on a slice, matmul copies the whole vocabulary
-        # matrix once per row of the batch.
-        model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        self._recomputes = False
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.tokenizer = PromptTokenizer(
-            tokenizer, is_encoder_decoder=self.is_encoder_decoder, max_input_tokens=max_input_tokens
+            tokenizer,
+            is_encoder_decoder=self.is_encoder_decoder,
+            max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
         )
         self.width: int = self._embeddings().embedding_dim
+        self.start_id = decoder_start(model)
+        self.can_mask_padding = self.is_encoder_decoder or holds_keys_only(model)
+        self._embedding_scale = embedding_scale(model.config)
+        self._arguments = inspect.signature(model.forward).parameters
 
     @classmethod
     def load(
@@ -56,6 +64,7 @@ class FrozenLLM(nn.Module):
         folder: ModelFolder,
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
         precision: Precision = "auto",
         device: str | None = None,
     ) -> "FrozenLLM":
@@ -68,13 +77,19 @@ class FrozenLLM(nn.Module):
             loading.llm_class(config), folder, dtype=dtype, attn_implementation=kernel
         )
         tokenizer = loading.load_tokenizer(folder)
-        return cls(cast(PreTrainedModel, model.to(chosen)), tokenizer, max_input_tokens=max_input_tokens)
+        return cls(
+            cast(PreTrainedModel, model.to(chosen)),
+            tokenizer,
+            max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
+        )
 
-    def train(self, mode: bool = True) -> "FrozenLLM":  # noqa: ARG002 - the signature is nn.Module's
-        """Stays in eval mode, so that the LLM's own dropout is off while the plug trains."""
+    def train(self, mode: bool = True) -> "FrozenLLM":
+        """Stays in eval mode, so that the LLM's own dropout is off; only recomputation of activations depends on it."""
         super().train(False)
         for layer in self._checkpointed:
-            layer.training = True  # of the layer alone, not of its submodules: their dropout stays off
+            layer.training = mode  # of the layer alone, not of its submodules: their dropout stays off
+        self._recomputes = mode and bool(self._checkpointed)
         return self
 
     def checkpoint_activations(self) -> None:
@@ -84,6 +99,8 @@ class FrozenLLM(nn.Module):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers recomputes only layers in training mode.
         self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in self._checkpointed:
+            _switch_off_dropout(layer)
         self.train()
 
     @property
@@ -106,44 +123,39 @@ class FrozenLLM(nn.Module):
         return float(self.embed(ids).float().norm(dim=-1).mean())
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (…) to embeddings (…, D)."""
+        """Token ids (…) to embeddings (…, D), as the LLM reads them."""
         # Called as a module, so that ZeRO-3 gathers the weights.
         embedded: Tensor = self._embeddings()(ids)
-        return embedded
+        return embedded if self._embedding_scale == 1 else embedded * self._embedding_scale
 
     def embed_prompts(
-        self, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]] = ()
+        self,
+        soft_BSD: Tensor,
+        prompts: Sequence[PromptIds],
+        targets: Sequence[Sequence[int]] = (),
+        *,
+        pad_left: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """[before; soft tokens; after; target] of each request as embeddings (B, L, D), and their mask (B, L).
-
-        Padding is on the right for an encoder-decoder LLM and on the left for a decoder-only one, whose rows must end
-        together.
-        """
+        """[before; soft tokens; after; target] of each request as embeddings (B, L, D), and their mask (B, L)."""
         n_soft = soft_BSD.shape[1]
-        targets = targets or [[]] * len(prompts)
-        placeholders = [self.tokenizer.pad_id] * n_soft
-        whole = [[*p.before, *placeholders, *p.after, *target] for p, target in zip(prompts, targets, strict=True)]
-        ids_BL, mask_BL = pad(whole, self.tokenizer.pad_id, self.device)
-        start_B1 = torch.tensor([len(prompt.before) for prompt in prompts], dtype=torch.long, device=self.device).view(
-            -1, 1
-        )
-        index_BS = start_B1 + torch.arange(n_soft, device=self.device)
+        targets = targets or [()] * len(prompts)
+        gap = [_PADDING] * n_soft
+        rows = [[*p.before, *gap, *p.after, *target] for p, target in zip(prompts, targets, strict=True)]
+        ids_BL, mask_BL = pad(rows, _PADDING, self.device, left=pad_left)
+        width = ids_BL.shape[1]
+        starts = [len(p.before) + (width - len(row) if pad_left else 0) for p, row in zip(prompts, rows, strict=True)]
+        index_BS = torch.tensor(starts, device=self.device).unsqueeze(1) + torch.arange(n_soft, device=self.device)
         embeds_BLD = self.embed(ids_BL)
         index_BSD = index_BS.unsqueeze(-1).expand(-1, -1, embeds_BLD.shape[-1])
-        embeds_BLD = embeds_BLD.scatter(1, index_BSD, soft_BSD.to(embeds_BLD.dtype))
-        if not self.is_encoder_decoder:
-            # Rotating each row by its padding moves the padding from the right to the left.
-            padding_B1 = (~mask_BL).sum(1, keepdim=True)
-            source_BL = (torch.arange(mask_BL.shape[1], device=self.device) - padding_B1) % mask_BL.shape[1]
-            embeds_BLD = embeds_BLD.gather(1, source_BL.unsqueeze(-1).expand_as(embeds_BLD))
-            mask_BL = mask_BL.gather(1, source_BL)
-        return embeds_BLD, mask_BL
+        return embeds_BLD.scatter(1, index_BSD, soft_BSD.to(embeds_BLD.dtype)), mask_BL
 
     def nll(
         self,
         soft_BSD: Tensor,
         prompts: Sequence[PromptIds],
-        targets: Sequence[list[int]],
+        targets: Sequence[Sequence[int]],
+        *,
+        cache_before: bool = False,
     ) -> Tensor:
         """PPlug eq. 6 per request: the summed negative log-likelihood (B,) of the target's tokens, in nats, float32.
 
@@ -151,59 +163,126 @@ class FrozenLLM(nn.Module):
             soft_BSD: soft tokens; S may be 0.
             prompts: token ids of the requests, as `PromptTokenizer.prompts` makes them.
             targets: token ids of the targets, as `PromptTokenizer.targets` makes them.
+            cache_before: read what is in front of the soft tokens in a pass of its own, without gradients, if the LLM
+                allows it: faster if that is long. ZeRO-3 needs the same value on all workers.
         """
-        compute = self._seq2seq_logits if self.is_encoder_decoder else self._causal_logits
-        logits_BTV, labels_BT = compute(soft_BSD, prompts, targets)
-        # Only real target positions are converted to float32: these rows are the largest tensors of a step.
-        is_target_BT = labels_BT != _IGNORED
-        losses_N = nn.functional.cross_entropy(
-            logits_BTV[is_target_BT].float(), labels_BT[is_target_BT], reduction="none"
-        )
-        rows_N = is_target_BT.nonzero()[:, 0]
+        logits_NV = self.target_logits(soft_BSD, prompts, targets, cache_before=cache_before)
+        labels_N = torch.tensor(list(chain.from_iterable(targets)), device=self.device)
+        losses_N = nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+        rows_N = torch.tensor([row for row, target in enumerate(targets) for _ in target], device=self.device)
         return losses_N.new_zeros(len(targets)).index_add(0, rows_N, losses_N)
 
-    def _seq2seq_logits(
+    def target_logits(
         self,
         soft_BSD: Tensor,
         prompts: Sequence[PromptIds],
-        targets: Sequence[list[int]],
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) at the target positions and their labels (B, T), padded on the right."""
-        labels_BT = self._labels(targets)
-        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, prompts)
-        shifted_BT = labels_BT.masked_fill(labels_BT == _IGNORED, self.tokenizer.pad_id).roll(1, dims=1)
-        shifted_BT[:, 0] = self.model.config.decoder_start_token_id
-        output = self.model(
-            inputs_embeds=embeds_BLD, attention_mask=mask_BL, decoder_input_ids=shifted_BT, use_cache=False
-        )
-        return output.logits, labels_BT
+        targets: Sequence[Sequence[int]],
+        *,
+        cache_before: bool = False,
+    ) -> Tensor:
+        """Logits (N, V) that predict the target tokens, row after row; the arguments are those of `nll`."""
+        if self.is_encoder_decoder:
+            return self._seq2seq_logits(soft_BSD, prompts, targets)
+        # transformers accepts no cache while it recomputes activations.
+        if cache_before and self.can_mask_padding and not self._recomputes:
+            return self._logits_after_cache(soft_BSD, prompts, targets)
+        # Rows are padded on the right, where a causal LLM does not see the padding: no mask is needed, and positions
+        # count from 0. Padding on the left would reach recurrent states, convolutions and attention by chunks.
+        embeds_BLD, _ = self.embed_prompts(soft_BSD, prompts, targets)
+        positions_N = self._positions(embeds_BLD, soft_BSD, prompts, targets)
+        logits_NV, _ = self.forward_at(positions_N, inputs_embeds=embeds_BLD, use_cache=False)
+        return logits_NV
 
-    def _causal_logits(
-        self,
-        soft_BSD: Tensor,
-        prompts: Sequence[PromptIds],
-        targets: Sequence[list[int]],
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) at the target positions and their labels (B, T), padded on the left.
+    def forward_at(self, positions_N: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+        """Logits (N, V) at these positions of the flattened batch (B·L,) only, and the cache if `use_cache`.
 
-        Rows end together, so all target positions are among the last T of the batch: the head computes only those.
+        Logits of all positions would be the largest tensor of a step.
         """
-        labels_BT = self._labels(targets)
-        longest = labels_BT.shape[1]
-        labels_BT = torch.stack([row.roll(longest - len(ids)) for row, ids in zip(labels_BT, targets, strict=True)])
-        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, prompts, targets)
-        output = self.model(
+
+        def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden_BLD, *others = args
+            return hidden_BLD.flatten(0, 1)[positions_N].unsqueeze(0), *others
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            output = self.model(**inputs)
+        finally:
+            hook.remove()
+        return output.logits[0], output.past_key_values if inputs["use_cache"] else None
+
+    def _seq2seq_logits(
+        self, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]]
+    ) -> Tensor:
+        assert self.start_id is not None
+        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, prompts)
+        shifted_BT, _ = pad([[self.start_id, *target[:-1]] for target in targets], _PADDING, self.device)
+        length = shifted_BT.shape[1]
+        positions = [row * length + i for row, target in enumerate(targets) for i in range(len(target))]
+        logits_NV, _ = self.forward_at(
+            torch.tensor(positions, device=self.device),
             inputs_embeds=embeds_BLD,
-            attention_mask=mask_BL,
-            position_ids=position_ids(mask_BL),
-            logits_to_keep=longest + 1,
+            attention_mask=mask_BL.long(),
+            decoder_input_ids=shifted_BT,
             use_cache=False,
         )
-        return output.logits[:, :-1], labels_BT
+        return logits_NV
 
-    def _labels(self, targets: Sequence[list[int]]) -> Tensor:
-        ids_BT, mask_BT = pad(targets, self.tokenizer.pad_id, self.device)
-        return ids_BT.masked_fill(~mask_BT, _IGNORED)
+    def _logits_after_cache(
+        self, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """With a separate pass over `before`, which needs no gradients: nothing trained comes before it.
+
+        It is padded on the left and the rest on the right, so that no padding is between them. A batch in which all
+        are empty is read, too: under ZeRO-3 all workers must call the LLM equally often.
+        """
+        befores = [PromptIds(before=prompt.before, after=()) for prompt in prompts]
+        kv_cache, mask_BF = self._read(befores)
+        afters = [PromptIds(before=(), after=prompt.after) for prompt in prompts]
+        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, afters, targets)
+        logits_NV, _ = self.forward_at(
+            self._positions(embeds_BLD, soft_BSD, afters, targets),
+            inputs_embeds=embeds_BLD,
+            **self.mask_arguments(torch.cat([mask_BF, mask_BL], dim=1), n_new=mask_BL.shape[1]),
+            past_key_values=kv_cache,
+            use_cache=True,
+        )
+        return logits_NV
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[PromptIds]) -> tuple[Cache, Tensor]:
+        """The key-value cache of texts without soft tokens, padded on the left, and their mask (B, F)."""
+        no_soft_B0D = torch.empty(len(texts), 0, self.width, device=self.device)
+        embeds_BFD, mask_BF = self.embed_prompts(no_soft_B0D, texts, pad_left=True)
+        # Without the head: nothing is predicted here.
+        output = self.model.base_model(inputs_embeds=embeds_BFD, **self.mask_arguments(mask_BF), use_cache=True)
+        return output.past_key_values, mask_BF
+
+    def mask_arguments(self, mask_BL: Tensor, n_new: int | None = None) -> dict[str, Tensor]:
+        """Arguments by which the LLM neither sees nor counts padding; the last `n_new` tokens are not cached yet."""
+        arguments = {"attention_mask": mask_BL.long()}  # some models calculate with it
+        if "position_ids" in self._arguments:
+            arguments["position_ids"] = position_ids(mask_BL)[:, -(n_new or mask_BL.shape[1]) :]
+        return arguments
+
+    def _positions(
+        self, embeds_BLD: Tensor, soft_BSD: Tensor, prompts: Sequence[PromptIds], targets: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Where a decoder-only LLM predicts the target tokens (N,), in the flattened batch (B·L,).
+
+        The first one is predicted at the last token of the prompt.
+        """
+        length, n_soft = embeds_BLD.shape[1], soft_BSD.shape[1]
+        firsts = [row * length + n_soft + len(prompt) - 1 for row, prompt in enumerate(prompts)]
+        positions = [first + i for first, target in zip(firsts, targets, strict=True) for i in range(len(target))]
+        return torch.tensor(positions, device=self.device)
 
     def _embeddings(self) -> nn.Embedding:
         return cast(nn.Embedding, self.model.get_input_embeddings())
+
+
+def _switch_off_dropout(layer: nn.Module) -> None:
+    """For layers that do not leave dropout to a submodule: BART's keep its rate, Falcon's read it from their config."""
+    for owner in (layer, getattr(layer, "config", None)):
+        for name, value in vars(owner).items() if owner is not None else ():
+            if "dropout" in name and isinstance(value, float):
+                setattr(owner, name, 0.0)

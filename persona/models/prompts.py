@@ -16,6 +16,7 @@ from persona.models import loading
 from persona.models.resolve import ModelFolder
 
 MAX_INPUT_TOKENS = 256
+MAX_TARGET_TOKENS = 256
 # Without it, a decoder-only LLM would read request and answer as one word.
 _SEPARATOR = "\n"
 
@@ -46,7 +47,8 @@ class PromptTokenizer:
     Args:
         pretrained: the LLM's own tokenizer.
         is_encoder_decoder: whether the LLM is T5-like; it then needs no separator.
-        max_input_tokens: inputs and targets are cut to this length.
+        max_input_tokens: inputs are cut to this length.
+        max_target_tokens: targets are cut to this length, the end-of-sequence token included.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class PromptTokenizer:
         *,
         is_encoder_decoder: bool,
         max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
     ) -> None:
         self.pretrained = pretrained
         self.max_input_tokens = max_input_tokens
+        self.max_target_tokens = max_target_tokens
         self.eos_id: int = pretrained.eos_token_id
         self.pad_id: int = self.eos_id if pretrained.pad_token_id is None else pretrained.pad_token_id
         self.separator: list[int] = (
@@ -68,12 +72,19 @@ class PromptTokenizer:
             self.closing = []  # an end-of-sequence token would end the answer before it begins
 
     @classmethod
-    def load(cls, folder: ModelFolder, *, max_input_tokens: int = MAX_INPUT_TOKENS) -> "PromptTokenizer":
+    def load(
+        cls,
+        folder: ModelFolder,
+        *,
+        max_input_tokens: int = MAX_INPUT_TOKENS,
+        max_target_tokens: int = MAX_TARGET_TOKENS,
+    ) -> "PromptTokenizer":
         """The tokenizer of an LLM's folder."""
         return cls(
             loading.load_tokenizer(folder),
             is_encoder_decoder=bool(loading.load_config(folder).is_encoder_decoder),
             max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
         )
 
     def prompts(self, texts: Sequence[PromptText], *, retrieved_tokens: int = 0) -> list[PromptIds]:
@@ -91,11 +102,11 @@ class PromptTokenizer:
         ]
 
     def targets(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each target, cut to `max_input_tokens`, end-of-sequence included, without special tokens in front."""
+        """Ids of each target, cut to `max_target_tokens`, end-of-sequence included, without special tokens in front."""
         if not texts:
             return []
         rows = self.pretrained(list(texts), add_special_tokens=False)["input_ids"]
-        return [[*row[: self.max_input_tokens - 1], self.eos_id] for row in rows]
+        return [[*row[: self.max_target_tokens - 1], self.eos_id] for row in rows]
 
     def _retrieved(self, texts: Sequence[str], max_tokens: int) -> list[int]:
         """Ids of retrieved texts, which share `max_tokens` equally, separators included."""

@@ -144,7 +144,9 @@ class PersonalizedLLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """PPlug eq. 6 per request: the summed negative log-likelihood (B,) of the targets, in nats."""
-        return self.llm.nll(self.soft_tokens(batch), batch.prompts, batch.targets)
+        return self.llm.nll(
+            self.soft_tokens(batch), batch.prompts, batch.targets, cache_before=self.retrieved_tokens > 0
+        )
 
     def soft_tokens(self, batch: Batch) -> Tensor:
         """The soft tokens (B, S, D) of a batch."""

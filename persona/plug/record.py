@@ -14,10 +14,11 @@ from typing import Any
 from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Pooling
+from persona.options import PlugOptions, Pooling, Select
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
-_FORMAT = 2
+_SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class PlugRecord:
         encoder_max_tokens: stored behaviors were cut to this length.
         scale, token_norm: as in `Plug`.
         query_prefix, max_query_tokens: how queries are read by the query encoder.
-        max_input_tokens: inputs of the LLM are cut to this length.
+        max_input_tokens, max_target_tokens: inputs and targets of the LLM are cut to these lengths.
         training: settings, curves and results of the training run, for people and reports.
         weights_digest: hash of the weights file; empty in plugs older than this field.
     """
@@ -47,6 +48,7 @@ class PlugRecord:
     query_prefix: str
     max_query_tokens: int
     max_input_tokens: int
+    max_target_tokens: int
     max_behaviors: int
     training: dict[str, Any]
     weights_digest: str = ""
@@ -153,6 +155,8 @@ Turns a user's history into {record.options.n_soft} soft tokens of width {record
 Options: {record.options}. The plug works with these two models only. Weights: `{WEIGHTS}`; all else: `{RECORD}`.
 
 ## Held-out loss (nats a token)
+
+The weights are those of step {training["selected_step"]:,}, {_SELECTED[training["select"]]}.
 
 | step | loss |
 |---|---|

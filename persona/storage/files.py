@@ -6,7 +6,10 @@ raises `StorageError` within `PERSONA_STORAGE_TIMEOUT_S` per request or file.
 
 import contextlib
 import functools
+import os
+import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +20,14 @@ from typing import TypeVar
 import pyarrow.fs as pafs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from persona.errors import StorageError
+from persona.errors import StorageError, UsageError
 from persona.storage import s3
 from persona.storage.retry import in_one_line, retry_transient
 from persona.storage.uris import is_s3, join
 
 T = TypeVar("T")
+
+_DECODED = re.compile(r"%[0-9A-Fa-f]{2}|\\")  # in a local path; seen in deltalake 1.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +63,31 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 def delta_options(uri: str) -> dict[str, str]:
     """Options for `deltalake`. They contain no secret; commits use S3's conditional put, so no lock table is needed.
 
-    Requests are retried for a while, except a commit whose response is lost: it raises, and may have succeeded.
+    Requests are retried for a while, except a commit whose response is lost: it raises, and may have succeeded. Raises
+    `UsageError` for a local path that `deltalake` would take for another one.
     """
-    return s3.delta_options(uri) if is_s3(uri) else {}
+    if is_s3(uri):
+        return s3.delta_options(uri)
+    if found := _DECODED.search(uri):
+        raise UsageError(
+            f"{uri} cannot hold tables: deltalake would read {found[0]!r} as another character; rename the folder"
+        )
+    return {}
 
 
-def list_files(uri: str, suffixes: Sequence[str] = ("",)) -> list[FileEntry]:
+def list_files(uri: str, suffixes: Sequence[str] = ("",), *, hidden: bool = False) -> list[FileEntry]:
     """The files at or below `uri` whose names end in one of `suffixes`, sorted by URI.
 
-    Files and folders whose names begin with `_` or `.` are skipped. If `uri` itself is a file, it is listed whatever
-    its name. If nothing exists there, the list is empty.
+    Files and folders whose names begin with `_` or `.` are skipped unless `hidden`. If `uri` itself is a file, it is
+    listed whatever its name. If nothing exists there, the list is empty. Raises `StorageError` for a symbolic link that
+    leads nowhere or back to a folder above it.
     """
     entries = []
     for name, size_bytes in _listed(uri):
         if not name:
             return [FileEntry(uri=uri, size_bytes=size_bytes)]
-        hidden = any(part.startswith(("_", ".")) for part in name.split("/"))
-        if not hidden and name.endswith(tuple(suffixes)):
+        is_hidden = any(part.startswith(("_", ".")) for part in name.split("/"))
+        if (hidden or not is_hidden) and name.endswith(tuple(suffixes)):
             entries.append(FileEntry(uri=join(uri, name), size_bytes=size_bytes))
     return sorted(entries, key=lambda entry: entry.uri)
 
@@ -91,27 +104,42 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
         for page in _retried(lambda: list(s3.pages(uri, what=what)), what):
             yield from ((key[start:].lstrip("/"), size_bytes) for key, size_bytes in page)
         return
-    filesystem = pafs.LocalFileSystem()
-    info = filesystem.get_file_info(uri)
-    if info.type == pafs.FileType.File:
-        yield "", info.size
+    if Path(uri).is_file():
+        yield "", Path(uri).stat().st_size
         return
-    for info in _below(filesystem, uri):
-        if info.type == pafs.FileType.File:
-            yield info.path[len(uri) :].lstrip("/"), info.size
+    try:
+        yield from _below(uri, "", ())
+    except OSError as error:
+        raise StorageError(f"cannot list {uri}: {in_one_line(error)}") from error
 
 
-def _below(filesystem: pafs.LocalFileSystem, uri: str) -> list[pafs.FileInfo]:
-    """The entries below a local folder; an empty list where there is no folder."""
-    selector = pafs.FileSelector(uri, allow_not_found=True, recursive=True)
-    # Despite `allow_not_found`, Arrow raises for a folder that appears or disappears during the call.
-    return retry_transient(
-        lambda: list(filesystem.get_file_info(selector)),
-        f"cannot list {uri}",
-        is_transient=lambda error: isinstance(error, FileNotFoundError),
-        give_up_s=5.0,
-        pauses_s=(0.0001, 0.1),
-    )
+def _below(folder: str, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+    """Name and size of each file below a local folder, which has the relative `name`.
+
+    `above` identifies the folders that lead here, to find links that would go round in circles. A folder or file that
+    disappears during the call is left out.
+    """
+    try:
+        own = Path(folder).stat()
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        inner = f"{name}{entry.name}"
+        try:
+            found = entry.stat()
+        except OSError as error:
+            if entry.is_symlink():
+                raise StorageError(f"{entry.path} is a symbolic link that leads to no file or folder") from error
+            if isinstance(error, FileNotFoundError):
+                continue
+            raise
+        if entry.is_symlink() and (found.st_dev, found.st_ino) in (*above, (own.st_dev, own.st_ino)):
+            raise StorageError(f"{entry.path} is a symbolic link to a folder that contains it; remove it")
+        if stat.S_ISDIR(found.st_mode):
+            yield from _below(entry.path, f"{inner}/", (*above, (own.st_dev, own.st_ino)))
+        elif stat.S_ISREG(found.st_mode):
+            yield inner, found.st_size
 
 
 def read_bytes(uri: str) -> bytes:

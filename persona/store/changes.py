@@ -23,12 +23,7 @@ def behavior_changes(
     keys, stored_keys = (key_strings(table.select(KEY)) for table in (wanted, stored))
     # A lookup in an array of strings takes a fraction of the memory of a join.
     positions = pc.index_in(keys, value_set=stored_keys)
-    old = stored.select(["text_hash", "timestamp"]).take(positions)
-    same_time = pc.or_(
-        pc.fill_null(pc.equal(old["timestamp"], wanted["timestamp"]), False),
-        pc.and_(old["timestamp"].is_null(), wanted["timestamp"].is_null()),
-    )
-    same = pc.and_(pc.fill_null(pc.equal(old["text_hash"], wanted["text_hash"]), False), same_time)
+    same = same_content(stored.select(["text_hash", "timestamp"]).take(positions), wanted)
     change = pc.if_else(positions.is_valid(), "edited", "new")
     work = wanted.append_column("change", change).filter(pc.invert(same))
     n_known = wanted.num_rows - work.num_rows
@@ -38,6 +33,15 @@ def behavior_changes(
         work = pa.concat_tables([work, _gone(gone, bucket, work.schema)])
     counts = {name: pc.sum(pc.equal(work["change"], name)).as_py() or 0 for name in CHANGES}
     return work, {"known": n_known, **counts, "duplicates": rows.num_rows - wanted.num_rows}
+
+
+def same_content(one: pa.Table, other: pa.Table) -> pa.ChunkedArray:
+    """For each row, whether both tables have the same text hash, not null, and the same timestamp."""
+    same_time = pc.or_(
+        pc.fill_null(pc.equal(one["timestamp"], other["timestamp"]), False),
+        pc.and_(one["timestamp"].is_null(), other["timestamp"].is_null()),
+    )
+    return pc.and_(pc.fill_null(pc.equal(one["text_hash"], other["text_hash"]), False), same_time)
 
 
 def persona_changes(behaviors: pa.Table, personas: pa.Table, bucket: int) -> pa.Table:

@@ -5,7 +5,8 @@
     <store>/generations  a row per answer, by variant
     <store>/rejects      a row per bad input row, by job
 
-A user's bucket is `histories.bucket_of`. A worker reads one bucket at a time.
+A user's bucket is `histories.bucket_of`. A worker reads one bucket at a time. A folder may also be a pointer to a store
+(`pointer`): whoever opens it gets that store.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from persona.errors import InputError, StoreMismatch
 from persona.inputs.cells import TIME
 from persona.inputs.histories import KEY, in_order
 from persona.storage import join
-from persona.store import identity as identities, vectors
+from persona.store import identity as identities, pointer as pointers, vectors
 from persona.store.changes import behavior_changes, persona_changes
 from persona.store.identity import Identity
 from persona.store.lease import Lease
@@ -37,20 +38,33 @@ class Store:
     It reads the newest version of each table, or the one in `versions`; see `snapshot`.
     """
 
-    def __init__(self, uri: str, identity: Identity, n_buckets: int, versions: Mapping[str, int] | None = None) -> None:
-        """Use `open`, `create`, `open_or_create`, `find` or `at`."""
+    def __init__(
+        self,
+        uri: str,
+        identity: Identity,
+        n_buckets: int,
+        versions: Mapping[str, int] | None = None,
+        pointer: str | None = None,
+    ) -> None:
+        """Use `open`, `create`, `open_or_create`, `find` or `at`. `pointer` is the folder that led to this store."""
         self.uri = uri
+        self.pointer = pointer
         self.identity = identity
         self.n_buckets = n_buckets
         self.versions = dict(versions or {})
         self._tables: dict[str, Table] = {}
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int, dict[str, int]]]:
+    def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int, dict[str, int], str | None]]:
         """Without open tables, which hold connections."""
-        return Store, (self.uri, self.identity, self.n_buckets, self.versions)
+        return Store, (self.uri, self.identity, self.n_buckets, self.versions, self.pointer)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r}, encoder={self.identity.encoder!r}, n_buckets={self.n_buckets})"
+
+    @property
+    def label(self) -> str:
+        """The store's folder for people, and the pointer that led to it, if one did."""
+        return self.uri if self.pointer is None else f"{self.uri} (via {self.pointer})"
 
     @staticmethod
     def create(uri: str, identity: Identity, n_buckets: int) -> "Store":
@@ -68,11 +82,19 @@ class Store:
 
     @staticmethod
     def open(uri: str) -> "Store":
-        """Open an existing store. Raises `InputError` when there is none, and as `find`."""
+        """Open a store, or the one that a pointer names. Raises `InputError` when there is none, and as `find`."""
         store = _find(uri)
         if store is None:
             raise InputError(f"there is no store at {uri}; create one with: python -m jobs.embed --store {uri} ...")
         return store
+
+    @staticmethod
+    def open_all(uri: str) -> list["Store"]:
+        """Open a store, or all that a pointer names and ever named and that still exist. Raises as `open`."""
+        store = Store.open(uri)
+        pointer = None if store.pointer is None else pointers.read(store.pointer)
+        others = [] if pointer is None else [_at(other) for other in pointer.stores if other != store.uri]
+        return [store, *(other for other in others if other is not None)]
 
     @staticmethod
     def open_or_create(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store":
@@ -91,7 +113,7 @@ class Store:
 
         Raises:
             StoreMismatch: The store has another identity or number of buckets, or a newer format.
-            InputError: The table there is not one of ours.
+            InputError: The table there is not one of ours, or a pointer there is broken.
         """
         store = _find(uri)
         return None if store is None else _matching(store, identity, n_buckets)
@@ -102,7 +124,7 @@ class Store:
 
     def at(self, **versions: int) -> "Store":
         """The same store with some tables fixed at these versions."""
-        return Store(self.uri, self.identity, self.n_buckets, {**self.versions, **versions})
+        return Store(self.uri, self.identity, self.n_buckets, {**self.versions, **versions}, self.pointer)
 
     def snapshot(self, *tables: str) -> "Store":
         """The same store with some tables fixed at their current version: any process reads the same rows."""
@@ -242,6 +264,22 @@ class Store:
 
 
 def _find(uri: str) -> Store | None:
+    """The store in a folder, or the one that the pointer there names."""
+    if (store := _at(uri)) is not None:
+        return store
+    if (pointer := pointers.read(uri)) is None:
+        return None
+    target = _at(pointer.store)
+    if target is None:
+        raise InputError(
+            f"{uri} points to {pointer.store}, where there is no store; point it to one with: python -m jobs.store "
+            f"switch --store {uri} --to STORE --allow-differences"
+        )
+    return Store(target.uri, target.identity, target.n_buckets, pointer=uri)
+
+
+def _at(uri: str) -> Store | None:
+    """The store in this very folder."""
     table = Table.find(join(uri, "behaviors"), "behaviors")
     if table is None:
         return None

@@ -93,6 +93,10 @@ class Table:
         """The metadata properties: those given to `create`, and Delta's."""
         return dict(self.log.latest().metadata().configuration)
 
+    def id(self) -> str:
+        """What tells this table from any other; a copy has the same."""
+        return str(self.log.latest().metadata().id)
+
     def version(self) -> int:
         """The newest version, or the fixed one."""
         return self.log.latest().version()

@@ -13,8 +13,8 @@ from persona.plug.personalized import Row
 from persona.store import vectors
 from persona.training.order import hash64
 
-# Share of passes that see the whole history.
-_WHOLE_PASSES = 1 / 11
+# Share of passes that see the whole history, and the size up to which every pass sees it.
+_WHOLE_PASSES, _WHOLE_HISTORY = 1 / 11, 2
 
 
 def step_rows(
@@ -42,19 +42,18 @@ def drop_behaviors(row: Row, *, width: int, epoch: int, options: TrainingOptions
     """The row without a random part of its history; the same part for a row and an epoch on any worker.
 
     The reference implementation writes each request 11 times: once with its whole history, ten times without
-    int(n·U(0, 0.5)) + 1 behaviors. Here one pass in eleven is whole. At least one behavior stays, except in the
-    `empty_history` share of rows, which lose all.
+    int(n·U(0, 0.5)) + 1 behaviors; histories of one or two behaviors stay whole. Here one pass in eleven is whole, and
+    histories of one or two are too. At least one behavior stays, except in the `empty_history` share of rows, which
+    lose all.
     """
     history = vectors.from_bytes(row["history"], width)
     draw = np.random.default_rng(hash64("dropout", options.seed, epoch, row["request_id"]))
     if draw.random() < options.empty_history:
         return {**row, "history": b""}
     n = len(history)
-    if draw.random() < _WHOLE_PASSES:
+    if not options.history_dropout or n <= _WHOLE_HISTORY or draw.random() < _WHOLE_PASSES:
         return row
-    n_dropped = min(int(n * draw.uniform(0, options.history_dropout)) + 1, n - 1) if options.history_dropout else 0
-    if n_dropped < 1:
-        return row
+    n_dropped = min(int(n * draw.uniform(0, options.history_dropout)) + 1, n - 1)
     kept = np.sort(draw.permutation(n)[n_dropped:])
     return {**row, "history": vectors.to_bytes(history[kept])}
 

@@ -15,7 +15,6 @@ from torch import nn
 from persona.errors import InputError, PersonaError
 from persona.models.device import choose_device, choose_precision
 from persona.models.frozen_llm import FrozenLLM
-from persona.models.prompts import MAX_INPUT_TOKENS
 from persona.models.resolve import ModelFolder
 from persona.options import Precision, TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
@@ -58,9 +57,9 @@ def load_llm(
     folder: ModelFolder,
     settings: dict[str, Any],
     *,
-    max_input_tokens: int = MAX_INPUT_TOKENS,
     precision: Precision = "auto",
     device: str | None = None,
+    **limits: int,
 ) -> FrozenLLM:
     """The frozen LLM; under ZeRO-3 this worker's share of it, which all workers load together.
 
@@ -70,14 +69,14 @@ def load_llm(
     Args:
         folder: the LLM.
         settings: `deepspeed_settings`.
-        max_input_tokens: as of `FrozenLLM.load`, like the next two.
         precision: of the LLM.
         device: of the LLM, or of this worker's share.
+        limits: `max_input_tokens` and `max_target_tokens` of `FrozenLLM.load`.
 
     Raises:
         InputError: the LLM cannot be loaded, or not as shares.
     """
-    load = partial(FrozenLLM.load, folder, max_input_tokens=max_input_tokens, precision=precision, device=device)
+    load = partial(FrozenLLM.load, folder, precision=precision, device=device, **limits)
     if settings["zero_optimization"]["stage"] != 3:
         return load()
     advice = "take --zero-stage 1 or 2, or another LLM"

@@ -28,7 +28,7 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder, resolve
 from persona.options import Decoding
 from persona.plug.answerer import Answerer
-from persona.plug.personalized import prepare_for_inference
+from persona.plug.personalized import prepare_for_inference, prompt_texts
 from persona.training.step import train_step
 from tests import models, plugs
 from tests.benchmarks import corpus, gpu_models
@@ -155,8 +155,8 @@ def generate(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: Froze
     plug, engine = prepare_for_inference(model.plug, dtype=llm.dtype, device=llm.device), LocalEngine(llm, batch_size=n)
     answerer = Answerer(plug, engine, model.query_text, batch_size=n)
     requests = gpu_models.requests(n, encoder.config["hidden_size"])
-    inputs = llm.tokenizer.inputs([row["input"] for row in requests])
-    ids = torch.tensor([row[:INPUT_TOKENS] for row in inputs]).to(DEVICE)
+    prompts = llm.tokenizer.prompts(prompt_texts(requests))
+    ids = torch.tensor([[*prompt.before, *prompt.after][:INPUT_TOKENS] for prompt in prompts]).to(DEVICE)
     config = llm.model.config.to_dict()
     prefill_s = cost.llm_flops(config, n_requests=n, inputs=INPUT_TOKENS, outputs=0) / gpu.flops
     for beams in (1, 4):

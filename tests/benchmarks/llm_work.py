@@ -19,7 +19,7 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import Decoding, Precision, RetrievalOptions, TrainingOptions
 from persona.plug.answerer import Answerer
-from persona.plug.personalized import PersonalizedLLM, prepare_for_inference
+from persona.plug.personalized import PersonalizedLLM, prepare_for_inference, prompt_texts
 from persona.store import vectors
 from persona.training.deepspeed import new_optimizer, trainable
 from tests import plugs
@@ -118,7 +118,7 @@ class ReferenceStep(Step):
     def loss(self) -> Tensor:
         """Nats per token, the mean over target tokens as in the loss of transformers."""
         llm = self.model.llm
-        inputs = llm.tokenizer.inputs([row["input"] for row in self.rows])
+        inputs = input_ids(llm, self.rows)
         targets = llm.tokenizer.targets([row["target"] for row in self.rows])
         ids_BT = torch.full((len(inputs), _ROW_TOKENS), llm.tokenizer.pad_id)
         labels_BT = torch.full_like(ids_BT, -100)
@@ -147,7 +147,7 @@ class StepWithTexts(Step):
         super().__init__(n)
         past = iter(corpus.texts("abstracts", _ROWS + _PREFIX_TEXTS * n)[_ROWS:])
         self.rows = [{**row, "retrieved": [next(past) for _ in range(_PREFIX_TEXTS)]} for row in self.rows]
-        self.model.prefix_tokens = _PREFIX_TOKENS
+        self.model.retrieved_tokens = _PREFIX_TOKENS
 
 
 class StepReadAtOnce(StepWithTexts):
@@ -155,10 +155,9 @@ class StepReadAtOnce(StepWithTexts):
 
     def loss(self) -> Tensor:
         """Nats per token."""
-        llm, batch = self.model.llm, self.model.collate(self.rows)
-        texts_BFD = llm.embed(torch.tensor(batch.prefix_ids))
-        prompt_BLD = torch.cat([texts_BFD, self.model.soft_tokens(batch).to(texts_BFD.dtype)], dim=1)
-        return llm.nll(prompt_BLD, batch.inputs, batch.targets).sum() / batch.n_target_tokens
+        batch = self.model.collate(self.rows)
+        nll_B = self.model.llm.nll(self.model.soft_tokens(batch), batch.prompts, batch.targets)
+        return nll_B.sum() / batch.n_target_tokens
 
 
 class FrozenStep(Step):
@@ -167,10 +166,17 @@ class FrozenStep(Step):
     def loss(self) -> Tensor:
         """Nats per token with random soft tokens."""
         llm = self.model.llm
-        inputs = llm.tokenizer.inputs([row["input"] for row in self.rows])
+        prompts = llm.tokenizer.prompts(prompt_texts(self.rows))
         targets = llm.tokenizer.targets([row["target"] for row in self.rows])
-        soft_BSD = torch.randn(len(inputs), self.model.plug.options.n_soft, llm.width, requires_grad=True)
-        return llm.nll(soft_BSD, inputs, targets).sum() / sum(map(len, targets))
+        soft_BSD = torch.randn(len(prompts), self.model.plug.options.n_soft, llm.width, requires_grad=True)
+        return llm.nll(soft_BSD, prompts, targets).sum() / sum(map(len, targets))
+
+
+def input_ids(llm: FrozenLLM, rows: Sequence[Row]) -> list[list[int]]:
+    """The token ids of each request's text. SmolLM2 has no special tokens that would come before the soft tokens."""
+    prompts = llm.tokenizer.prompts(prompt_texts(rows))
+    assert not any(prompt.before for prompt in prompts)
+    return [list(prompt.after) for prompt in prompts]
 
 
 def reference_soft_tokens(model: PersonalizedLLM, rows: Sequence[Row]) -> Tensor:
@@ -255,7 +261,7 @@ class ReferenceAnswers(PlainAttention):
         llm = self.model.llm
         generated = []
         for row in self.rows:
-            [ids] = llm.tokenizer.inputs([row["input"]])
+            [ids] = input_ids(llm, [row])
             n_padded = _ROW_TOKENS - len(ids)
             soft_BSD = reference_soft_tokens(self.model, [row]).to(llm.model.dtype)
             padding_BLD = llm.embed(torch.full((1, n_padded), llm.tokenizer.pad_id))
@@ -278,7 +284,7 @@ class PlainAnswers(PlainAttention):
     def answer(self) -> list[str]:
         """The answers, in the order of the requests."""
         llm = self.model.llm
-        ids = llm.tokenizer.inputs([row["input"] for row in self.rows])
+        ids = input_ids(llm, self.rows)
         length = max(map(len, ids))
         ids_BL = torch.tensor([[llm.tokenizer.pad_id] * (length - len(row)) + row for row in ids])
         mask_BL = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])

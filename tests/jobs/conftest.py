@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,6 +63,7 @@ class Done:
 
 
 Job = Callable[..., Done]
+StoreUri = TypeVar("StoreUri", Path, str)
 
 
 @pytest.fixture(scope="session")
@@ -200,7 +201,7 @@ def store(filled_store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(filled_store, tmp_path / "store"))
 
 
-def fill_store(uri: Path, encoder: str, rows: Sequence[Row]) -> Path:
+def fill_store(uri: StoreUri, encoder: str, rows: Sequence[Row]) -> StoreUri:
     """What `embed` would make of these behaviors, without Ray."""
     folder = resolve(encoder, flag="--encoder")
     identity = Identity(
@@ -223,7 +224,9 @@ def encoded(encoder: str, rows: Sequence[Row], change: str = "new") -> pa.Table:
     places = {"_row": pa.array(range(len(rows))), "_source": pa.repeat("test", len(rows))}
     for name, values in places.items():
         table = table.append_column(name, values)
-    good, bad = histories.validate(Records(table=table, rejects=rejects("", [], [], [])), histories.Columns(), BUCKETS)
+    good, bad = histories.validate(
+        Records(table=table, rejects=rejects("", [], [], []), first_schema=table.schema), histories.Columns(), BUCKETS
+    )
     assert bad.num_rows == 0
     # Each text in a batch of its own: no vector depends, in its last bits, on what the others have written.
     folder = resolve(encoder, flag="--encoder")

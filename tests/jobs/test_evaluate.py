@@ -78,8 +78,9 @@ def loss_by_hand(uri: str, plug: str, rows: list[Row], *, own: bool) -> tuple[li
         history = b"".join(seen(uri, row, record.max_behaviors)) if own else b""
         batch = model.collate([{**row, "query": row["input"], "history": history}])
         soft_SD = model.soft_tokens(batch)[0]
-        text, target = batch.inputs[0], batch.targets[0]
-        embeds_LD = torch.cat([soft_SD, llm.embed(torch.tensor([*text, *target]))])
+        prompt, target = batch.prompts[0], batch.targets[0]
+        before_FD = llm.embed(torch.tensor(prompt.before, dtype=torch.long))
+        embeds_LD = torch.cat([before_FD, soft_SD, llm.embed(torch.tensor([*prompt.after, *target]))])
         logits_LV = llm.model(inputs_embeds=embeds_LD[None]).logits[0]
         start = len(embeds_LD) - len(target)
         logs = [logits_LV[start - 1 + i].double().log_softmax(-1)[token] for i, token in enumerate(target)]

@@ -5,7 +5,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import BertConfig
 
 from jobs import embed, evaluate, generate, import_lamp, train
 from jobs.runtime import catalog
@@ -13,6 +15,9 @@ from jobs.runtime.configuration import read_config
 from jobs.runtime.job_options import flat_settings
 from persona.errors import UsageError
 from persona.inputs.lamp import TASKS
+from persona.models.resolve import ModelFolder
+from persona.plug import folder as plug_folder
+from persona.plug.module import Plug
 
 FOLDER = Path(train.__file__).parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
@@ -74,6 +79,8 @@ def test_paper_has_the_settings_of_the_paper(task: str) -> None:
     assert (training.learning_rate, training.query_learning_rate, training.weight_decay) == (1e-4, 1e-4, 1e-4)
     assert (training.warmup, config.max_behaviors) == (0.05, 512)
     assert (config.max_input_tokens, config.max_query_tokens) == (256, 276)
+    assert config.max_target_tokens == TASKS[task].max_new_tokens
+    assert (config.select, training.max_gradient_norm) == ("last", 0)
     assert config.query_prefix == "Represent this sentence for searching relevant passages: "
     encoder = read(embed, recipe)
     assert (encoder.encoder, encoder.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
@@ -88,6 +95,37 @@ def test_a_recipe_names_one_task_and_scores_what_it_generates(recipe: Path) -> N
     if recipe.parent.name.startswith("lamp"):
         task = f"LaMP_{recipe.parent.name[-1]}"
         assert (read(import_lamp, recipe).task, scores.task) == (task, task)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_the_scored_set_never_chooses_the_step(recipe: Path) -> None:
+    """LaMP is scored on dev, and the paper's recipes are for comparisons: their held-out users are of train."""
+    if recipe.parent.name.startswith("lamp") or recipe.stem == "paper":
+        assert read(train, recipe).validation is None
+        assert "--validation" not in recipe.read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_a_recipe_states_how_many_parameters_it_trains(recipe: Path, tmp_path: Path) -> None:
+    config = read(train, recipe)
+    assert read(embed, recipe).encoder == "BAAI/bge-base-en-v1.5"
+    BertConfig().save_pretrained(tmp_path)  # the size of the recipes' encoder
+    encoder = ModelFolder(name="", revision="", path=tmp_path, fingerprint="")
+    with torch.device("meta"):
+        plug = Plug(
+            config.plug_options,
+            query_encoder=plug_folder.new_query_encoder(encoder, config.plug_options, pretrained=False),
+            pooling="cls",
+            width=768,
+            llm_width={"google/flan-t5-xxl": 4096, "HuggingFaceTB/SmolLM2-135M": 576}[config.llm],
+            token_norm=1.0,
+            scale=1.0,
+        )
+    n_trained = sum(parameter.numel() for parameter in plug.parameters())
+    assert recipe.read_text().splitlines()[1] == f"# Trained parameters: {n_trained:,}."
+    if recipe.parent.name.startswith("lamp") and recipe.stem == "paper":
+        vector = n_trained - sum(p.numel() for p in plug.instruction_projector.parameters()) - 768 + 4096
+        assert f"{(n_trained - vector) / 1e6:.1f} M fewer parameters" in recipe.read_text()
 
 
 def test_a_flag_wins_over_the_recipe() -> None:

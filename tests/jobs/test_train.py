@@ -250,6 +250,14 @@ def test_resuming_is_refused_when_the_data_was_deleted(
     assert "jobs.forget or jobs.store vacuum has deleted since; give the run another name" in done.said
 
 
+def test_resuming_on_another_store_of_the_same_encoder_is_refused(
+    refuse: Job, inputs: dict, undisturbed: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    other = fill_store(tmp_path / "other", models["encoder"], behaviors())
+    done = refuse(train, **{**SETTINGS, **inputs, **folders(undisturbed), "store": other, "dry_run": True})
+    assert (done.code, f"was started with another store than {other}; give --store" in done.said) == (2, True)
+
+
 def test_an_option_newer_than_the_run_was_off_in_it(
     refuse: Job, inputs: dict, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -271,6 +279,29 @@ def test_a_finished_run_is_published_again_without_training(
     assert (done.code, done.result["steps"]) == (0, STEPS)
     for file in (undisturbed / "plug").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_last_step_becomes_the_plug_when_selected_also_of_a_finished_run(
+    do: Job, inputs: dict, tmp_path: Path
+) -> None:
+    # Training on other targets raises this held-out loss.
+    held_out = [{**row, "target": "%#! " * 8} for row in requests(2)]
+    flags = {**SETTINGS, **inputs, "epochs": 1, "weights": "mean", "learning_rate": 3e-2}
+    flags |= {**folders(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
+    best = do(train, **flags).result
+    last = do(train, **{**flags, "plug": str(tmp_path / "last")}, select="last").result
+    assert (best["select"], last["select"], last["steps"], last["selected_step"]) == ("best", "last", 6, 6)
+    losses = dict(record(tmp_path / "plug")["training"]["validation_curve"])
+    assert best["selected_step"] == min(losses, key=lambda step: losses[step]) < 6
+    assert losses[6] == pytest.approx(last["validation_loss"], abs=1e-5)
+    [checkpoint] = [
+        file.parent for file in (tmp_path / "runs").glob("r/*/state.json") if json.loads(file.read_text())["step"] == 6
+    ]
+    expected = load_file(checkpoint / "plug.safetensors")
+    for name, value in weights(tmp_path / "last").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert "The weights are those of step 6, the last." in (tmp_path / "last" / "README.md").read_text()
+    assert "the one with the lowest held-out loss" in (tmp_path / "plug" / "README.md").read_text()
 
 
 def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, models: dict[str, str], s3: str) -> None:

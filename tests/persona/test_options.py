@@ -55,6 +55,7 @@ def test_plug_options_that_cannot_work_are_refused(changes, flag):
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),
         ({"query_learning_rate": float("nan")}, "--query-learning-rate nan"),
         ({"max_gradient_norm": float("inf")}, "--max-gradient-norm inf"),
+        ({"max_gradient_norm": -1.0}, "--max-gradient-norm -1.0: must be 0 "),
         ({"weight_decay": -1.0}, "--weight-decay -1.0"),
     ],
 )

@@ -22,6 +22,7 @@ def start_engine(
     settings: WorkerSettings, encoder: "ModelFolder", last_checkpoint: Path | None
 ) -> "tuple[Any, Progress]":
     """The engine over plug and frozen LLM, and the progress of the run; all workers call it together."""
+    from persona.engines import probe
     from persona.training import checkpoint
     from persona.training.deepspeed import deepspeed_settings, gathered, new_engine
 
@@ -41,6 +42,7 @@ def start_engine(
         progress = checkpoint.load_weights(model, last_checkpoint)
         plug.token_norm, plug.scale = progress.token_norm, progress.scale
     engine = new_engine(model, options, deepspeed)
+    probe.check_llm(llm)
     if last_checkpoint is not None:
         checkpoint.load_moments(engine, last_checkpoint, step=progress.step)
     return engine, progress
@@ -52,7 +54,13 @@ def _load_llm(settings: WorkerSettings, deepspeed: dict[str, Any]) -> "FrozenLLM
 
     spec = settings.spec
     folder = local_model(settings.llm, flag="--llm")
-    llm = load_llm(folder, deepspeed, max_input_tokens=spec.max_input_tokens, precision=spec.precision)
+    llm = load_llm(
+        folder,
+        deepspeed,
+        precision=spec.precision,
+        max_input_tokens=spec.max_input_tokens,
+        max_target_tokens=spec.max_target_tokens,
+    )
     if spec.activation_checkpointing:
         llm.checkpoint_activations()
     return llm

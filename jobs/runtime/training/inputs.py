@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import joining, retrieval
+from jobs.runtime.inputs import Histories, Requests
 from jobs.runtime.tally import Tally
-from jobs.runtime.texts import Histories
 from persona.errors import InputError
 from persona.options import PersonaKind
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from jobs.runtime.training.spec import RunSpec
-    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.store.store import Store
 
@@ -27,7 +26,7 @@ class TrainingInputs:
     """What a run reads and where it writes, found and checked before Ray starts.
 
     Attributes:
-        requests, validation: splits of the files; `validation` is None when it is taken from `requests`.
+        requests, validation: what to train on; `validation` is None when it is taken from `requests`.
         histories: the texts for retrieval, if any.
         runs, plug: URIs of the folders for checkpoints and for the plug.
     """
@@ -35,8 +34,8 @@ class TrainingInputs:
     store: "Store"
     encoder: "ModelFolder"
     llm: "ModelFolder"
-    requests: "list[Split]"
-    validation: "list[Split] | None"
+    requests: Requests
+    validation: Requests | None
     histories: Histories | None
     runs: str
     plug: str
@@ -76,7 +75,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
         max_behaviors=spec.max_behaviors,
     )
 
-    def joined(splits: "list[Split]", held_out: str = "", limit: int | None = None) -> "Dataset":
+    def joined(requests: Requests, held_out: str = "", limit: int | None = None) -> "Dataset":
         plan = joining.JoinPlan(
             job="train",
             personas=[PersonaKind.OWN],
@@ -86,7 +85,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
             texts=retrieval.best_of(retrieval_spec, tally, stage=f"texts{held_out}"),
             stage=f"join{held_out}",
         )
-        return joining.requests_with_histories(splits, store, tally, plan)
+        return joining.requests_with_histories(requests, store, tally, plan)
 
     train = joined(inputs.requests, limit=spec.limit).materialize()
     if inputs.validation is not None:

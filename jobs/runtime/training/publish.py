@@ -1,4 +1,4 @@
-"""The end of a training run: its best checkpoint becomes the plug folder."""
+"""The end of a training run: its best checkpoint, or its last one, becomes the plug folder."""
 
 import tempfile
 from dataclasses import asdict, dataclass
@@ -7,25 +7,29 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import reading, retrieval
 from jobs.runtime.cli import Summary
+from jobs.runtime.inputs import Requests
 from jobs.runtime.tally import Counts
 
 if TYPE_CHECKING:
     from jobs.runtime.training.inputs import TrainingInputs
     from jobs.runtime.training.spec import RunSpec
-    from persona.options import Pooling
+    from persona.options import Pooling, Select
     from persona.plug.record import PlugRecord
+    from persona.store.store import Store
     from persona.training.checkpoint import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """The plug that a run has written, and how it was trained."""
+    """A run's plug, and how it was trained. `step` and `validation_loss` are those of its weights."""
 
     uri: str
+    store: "Store"
     fingerprint: str
     n_requests: int
     n_steps: int
-    best_step: int
+    step: int
+    select: "Select"
     validation_loss: float
     n_parameters: int
     step_seconds: float
@@ -39,30 +43,46 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
     from persona.plug import folder as plug_folder, record as plug_record
     from persona.training import checkpoint
 
-    best, metrics = min(result.best_checkpoints, key=lambda pair: (pair[1]["validation_loss"], pair[1]["step"]))
     with result.checkpoint.as_directory() as latest:
         progress = checkpoint.Progress.read(Path(latest))
-    with best.as_directory() as folder, tempfile.TemporaryDirectory() as staged:
+    with _selected(result, spec.select).as_directory() as folder, tempfile.TemporaryDirectory() as staged:
         weights = load_file(Path(folder) / checkpoint.WEIGHTS)
-        record = _record(spec, inputs, checkpoint.Progress.read(Path(folder)), progress, n_requests)
+        selected = checkpoint.Progress.read(Path(folder))
+        record = _record(spec, inputs, selected, progress, n_requests)
         target = Path(staged) / "plug"
         plug_folder.save(target, weights, record, plug_record.card(record))
         storage.copy_folder(str(target), inputs.plug)
         fingerprint = plug_record.fingerprint(target)
     return Published(
         uri=inputs.plug,
+        store=inputs.store,
         fingerprint=fingerprint,
         n_requests=n_requests,
         n_steps=progress.step,
-        best_step=metrics["step"],
-        validation_loss=metrics["validation_loss"],
+        step=selected.step,
+        select=spec.select,
+        validation_loss=cast("float", selected.validation_loss),
         n_parameters=sum(weight.numel() for weight in weights.values()),
         step_seconds=progress.seconds,
     )
 
 
+def _selected(result: Any, select: "Select") -> Any:
+    """The checkpoint whose weights become the plug."""
+    if select == "last":
+        return result.checkpoint
+    best, _ = min(result.best_checkpoints, key=lambda pair: (pair[1]["validation_loss"], pair[1]["step"]))
+    return best
+
+
 def summary(
-    published: Published, counts: Counts, *, global_batch: int, seconds: float, max_reject_fraction: float
+    published: Published,
+    counts: Counts,
+    requests: Requests,
+    *,
+    global_batch: int,
+    seconds: float,
+    max_reject_fraction: float,
 ) -> Summary:
     """The summary of the job."""
     joined = counts.get("join", {})
@@ -70,14 +90,18 @@ def summary(
     n_without_history = int(joined.get("empty", 0))
     answer = {
         "job": "train",
+        "store": published.store.uri,
         "plug": published.uri,
         "fingerprint": published.fingerprint,
         "requests": published.n_requests,
         "steps": published.n_steps,
-        "best_step": published.best_step,
+        "select": published.select,
+        "selected_step": published.step,
         "validation_loss": round(published.validation_loss, 5),
         "trained_parameters": published.n_parameters,
         "without_history": n_without_history,
+        "without_as_of": reading.timeless(counts),
+        **requests.facts(),
         "untimed_behaviors": int(joined.get("untimed", 0)),
         "repeated_ids": int(joined.get("repeated", 0)),
         "rejects": int(counts.get("read", {}).get("rejects", 0)),
@@ -85,24 +109,25 @@ def summary(
         "step_seconds": round(published.step_seconds, 1),
         "requests_per_s": requests_per_s,
     }
-    loss = f"{published.validation_loss:.4f} nats a token at step {published.best_step:,} (the best)"
+    loss = f"{published.validation_loss:.4f} nats a token at step {published.step:,} (the {published.select})"
     table = [
         ("requests", f"{published.n_requests:,}, {n_without_history:,} without any visible history"),
         ("steps", f"{published.n_steps:,} of {global_batch} requests, {requests_per_s} requests/s"),
         ("trained", f"{published.n_parameters:,} parameters"),
         ("held-out loss", loss),
+        ("store", published.store.label),
         ("plug", f"{published.uri} ({published.fingerprint[:12]})"),
         ("seconds", f"{seconds:,.1f}"),
         *retrieval.summary_rows(counts),
-        *reading.reject_rows(counts),
+        *reading.request_rows(requests, counts),
     ]
     return Summary(table=table, result=answer, exit_code=reading.exit_code(counts, max_reject_fraction))
 
 
 def _record(
-    spec: "RunSpec", inputs: "TrainingInputs", best: "Progress", latest: "Progress", n_requests: int
+    spec: "RunSpec", inputs: "TrainingInputs", selected: "Progress", latest: "Progress", n_requests: int
 ) -> "PlugRecord":
-    """`best` is the progress when the weights were saved, `latest` that at the end, with the whole curves."""
+    """`selected` is the progress when the weights were saved, `latest` that at the end, with the whole curves."""
     from persona.plug.record import PlugRecord
 
     identity = inputs.store.identity
@@ -113,20 +138,22 @@ def _record(
         pooling=cast("Pooling", identity.pooling),
         encoder_max_tokens=identity.max_tokens,
         llm=inputs.llm.card(),
-        llm_width=best.llm_width,
-        token_norm=best.token_norm,
-        scale=best.scale,
+        llm_width=selected.llm_width,
+        token_norm=selected.token_norm,
+        scale=selected.scale,
         query_prefix=spec.query_prefix,
         max_query_tokens=spec.max_query_tokens,
         max_input_tokens=spec.max_input_tokens,
+        max_target_tokens=spec.max_target_tokens,
         max_behaviors=spec.max_behaviors,
         training={
             **asdict(spec.training),
             **asdict(spec.retrieval),
             "run": spec.run,
             "requests": n_requests,
-            "best_step": best.step,
-            "validation_loss": best.validation_loss,
+            "select": spec.select,
+            "selected_step": selected.step,
+            "validation_loss": selected.validation_loss,
             "seconds": round(latest.seconds, 1),
             "training_curve": latest.training_curve,
             "validation_curve": latest.validation_curve,

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The `settings.json` of a run: the version of the behaviors, the number of requests, settings by name."""
+    """The `settings.json` of a run: the table of behaviors, its version, the number of requests, settings by name."""
 
+    behaviors: str
     behaviors_version: int
     requests: int
     settings: Mapping[str, Any]
@@ -40,6 +41,7 @@ class Run:
 
     uri: str
     settings: Mapping[str, Any]
+    behaviors: str
     behaviors_version: int
     record: RunRecord | None
 
@@ -51,23 +53,32 @@ class Run:
         uri = storage.join(inputs.runs, spec.run, "settings.json")
         settings = spec.fixed() | {"llm": inputs.llm.fingerprint, "encoder": inputs.encoder.fingerprint}
         record = RunRecord.read(uri)
+        behaviors = inputs.store.table("behaviors")
         if record is not None:
+            if record.behaviors != behaviors.id():
+                raise UsageError(
+                    f"--run {spec.run}: was started with another store than {inputs.store.label}; give --store the one "
+                    "it was started with, or give the run another name"
+                )
             _check_same_settings(spec.run, record.settings, settings)
-            if not inputs.store.table("behaviors").has(record.behaviors_version):
+            if not behaviors.has(record.behaviors_version):
                 raise UsageError(
                     f"--run {spec.run}: reads version {record.behaviors_version} of the behaviors, whose files "
                     "jobs.forget or jobs.store vacuum has deleted since; give the run another name to train on the "
                     "current version"
                 )
-        version = record.behaviors_version if record else inputs.store.version("behaviors")
-        return cls(uri=uri, settings=settings, behaviors_version=version, record=record)
+        version = record.behaviors_version if record else behaviors.version()
+        return cls(uri=uri, settings=settings, behaviors=behaviors.id(), behaviors_version=version, record=record)
 
     def begin(self, n_requests: int) -> None:
         """Records a new run. Raises UsageError when a resumed run has another number of requests."""
         if self.record is None:
-            RunRecord(behaviors_version=self.behaviors_version, requests=n_requests, settings=self.settings).write(
-                self.uri
-            )
+            RunRecord(
+                behaviors=self.behaviors,
+                behaviors_version=self.behaviors_version,
+                requests=n_requests,
+                settings=self.settings,
+            ).write(self.uri)
         elif self.record.requests != n_requests:
             raise UsageError(
                 f"--requests gives {n_requests:,} requests to train on, but gave {self.record.requests:,} when the run "

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime.job_options import PastTexts
-from persona.options import PlugOptions, Precision, RetrievalOptions, TrainingOptions
+from jobs.runtime.job_options import PastTexts, RequestFormat
+from persona.options import PlugOptions, Precision, RetrievalOptions, Select, TrainingOptions
 
 if TYPE_CHECKING:
     from jobs.runtime.tally import Tally
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from persona.store.identity import Identity
 
 # Options whose defaults mean "off", so that a run from before one of them can be resumed.
-OPTIONS = (PlugOptions, TrainingOptions, RetrievalOptions, PastTexts)
+OPTIONS = (PlugOptions, TrainingOptions, RetrievalOptions, PastTexts, RequestFormat)
 # What else must stay the same when a run is resumed.
 _FIXED = (
     "requests",
@@ -22,6 +22,7 @@ _FIXED = (
     "query_prefix",
     "max_query_tokens",
     "max_input_tokens",
+    "max_target_tokens",
     "max_behaviors",
     "precision",
     "limit",
@@ -38,21 +39,24 @@ class RunSpec:
     retrieval: RetrievalOptions
     past_texts: PastTexts
     requests: str
+    form: RequestFormat
     limit: int | None
     validation: str | None
     validation_fraction: float
     validation_rows: int
     validate_every: int
+    select: Select
     query_prefix: str
     max_query_tokens: int
     max_input_tokens: int
+    max_target_tokens: int
     max_behaviors: int
     precision: Precision
     activation_checkpointing: bool
 
     def fixed(self) -> dict[str, Any]:
         """What must stay the same when the run is resumed, by name."""
-        options = (self.plug_options, self.training, self.retrieval, self.past_texts)
+        options = (self.plug_options, self.training, self.retrieval, self.past_texts, self.form)
         values = {name: value for part in options for name, value in asdict(part).items()}
         return values | {name: getattr(self, name) for name in _FIXED}
 

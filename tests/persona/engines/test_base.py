@@ -10,7 +10,7 @@ import torch
 
 from persona.engines.base import Answer, Engine, Prompt, new_engine
 from persona.errors import PlugMismatch, UsageError
-from persona.models.prompts import PromptTokenizer
+from persona.models.prompts import PromptText, PromptTokenizer
 from persona.models.resolve import ModelFolder
 from persona.options import Decoding, Precision
 from persona.plug import folder as plug_folder
@@ -38,7 +38,7 @@ class EchoEngine:
         return [self._echo(prompt, decoding) for prompt in prompts]
 
     def _echo(self, prompt: Prompt, decoding: Decoding) -> Answer:
-        text = self.tokenizer.decode([*prompt.prefix_ids, *prompt.input_ids])
+        text = self.tokenizer.decode([*prompt.ids.before, *prompt.ids.after])
         return Answer(text=f"{len(prompt.soft_SD)}: {text}", n_tokens=decoding.max_new_tokens, finish_reason="length")
 
 
@@ -79,9 +79,9 @@ def test_an_engine_found_by_name_answers_tables_of_requests_in_order(
     rows = requests.to_pylist()
     n_soft = [0 if row["persona"] == "bare" else 3 for row in rows]
     for row, n, output in zip(rows, n_soft, answers["output"].to_pylist(), strict=True):
-        [prefix] = engine.tokenizer.prefixes([row["retrieved"]], 12)
-        [text] = engine.tokenizer.inputs([row["input"]])
-        assert output == f"{n}: {engine.tokenizer.decode([*prefix, *text])}"
+        text = PromptText(input=row["input"], retrieved=row["retrieved"])
+        [ids] = engine.tokenizer.prompts([text], retrieved_tokens=12)
+        assert output == f"{n}: {engine.tokenizer.decode([*ids.before, *ids.after])}"
     assert answers["n_tokens"].to_pylist() == [5] * len(rows)
     assert answers["finish_reason"].to_pylist() == ["length"] * len(rows)
 

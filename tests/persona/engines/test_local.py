@@ -13,6 +13,7 @@ from persona.engines import local
 from persona.engines.base import Answer, Prompt, new_engine
 from persona.engines.local import LocalEngine
 from persona.models.frozen_llm import FrozenLLM
+from persona.models.prompts import PromptIds, PromptText
 from persona.models.resolve import ModelFolder, resolve
 from persona.options import Decoding
 from tests.plugs import random_soft_tokens
@@ -28,12 +29,21 @@ def numbered(n: int) -> list[str]:
 
 
 def prompts_of(
-    llm: FrozenLLM, texts: Sequence[str], seed: int = 0, prefixes: Sequence[Sequence[int]] | None = None
+    llm: FrozenLLM, inputs: Sequence[str], seed: int = 0, retrieved: Sequence[Sequence[str]] = ()
 ) -> list[Prompt]:
-    """Prompts with random soft tokens."""
-    soft_BSD = random_soft_tokens(llm, len(texts), seed)
-    parts = zip(prefixes or [[]] * len(texts), soft_BSD, llm.tokenizer.inputs(texts), strict=True)
-    return [Prompt(prefix_ids=prefix, soft_SD=soft_SD, input_ids=ids) for prefix, soft_SD, ids in parts]
+    """Prompts with random soft tokens, and at most twelve tokens of retrieved texts."""
+    parts = zip(inputs, retrieved or [[]] * len(inputs), strict=True)
+    texts = [PromptText(input=text, retrieved=past) for text, past in parts]
+    rows = zip(
+        llm.tokenizer.prompts(texts, retrieved_tokens=12), random_soft_tokens(llm, len(inputs), seed), strict=True
+    )
+    return [Prompt(ids=ids, soft_SD=soft_SD) for ids, soft_SD in rows]
+
+
+def embeds_of(llm: FrozenLLM, prompt: Prompt) -> torch.Tensor:
+    """What the LLM reads (1, L, D)."""
+    before, after = (torch.tensor(ids, dtype=torch.long) for ids in (prompt.ids.before, prompt.ids.after))
+    return torch.cat([llm.embed(before), prompt.soft_SD, llm.embed(after)]).unsqueeze(0)
 
 
 def answer(
@@ -104,9 +114,7 @@ def test_no_batch_is_larger_than_the_batch_size(llm):
 
 def test_prompts_with_and_without_soft_tokens_keep_their_order(llm):
     with_soft = prompts_of(llm, numbered(2))
-    bare = [
-        Prompt(prefix_ids=[], soft_SD=torch.empty(0, llm.width), input_ids=prompt.input_ids) for prompt in with_soft
-    ]
+    bare = [Prompt(ids=prompt.ids, soft_SD=torch.empty(0, llm.width)) for prompt in with_soft]
     mixed = [*with_soft[:2], *bare[2:5], with_soft[5]]
     alone = [answer(llm, [prompt], GREEDY)[0] for prompt in mixed]
     assert LocalEngine(llm, batch_size=4).answer(mixed, GREEDY, [0] * 6) == alone
@@ -147,8 +155,8 @@ def test_a_finished_request_leaves_the_batch_and_a_prompt_is_read_once(brief, ge
 @torch.no_grad()
 def next_token(llm: FrozenLLM, prompt: Prompt, generated_NT: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (N, V) of the next token after each of N partial answers, without cache and padding."""
-    n, text = len(generated_NT), torch.tensor([prompt.input_ids])
-    embeds = torch.cat([prompt.soft_SD.unsqueeze(0), llm.embed(text)], dim=1).expand(n, -1, -1)
+    n = len(generated_NT)
+    embeds = embeds_of(llm, prompt).expand(n, -1, -1)
     if llm.is_encoder_decoder:
         decoder_ids = torch.cat([torch.zeros(n, 1, dtype=torch.long), generated_NT], dim=1)
         logits = llm.model(inputs_embeds=embeds, decoder_input_ids=decoder_ids).logits
@@ -196,8 +204,7 @@ def test_answers_equal_those_of_transformers(brief, generated, beams, seed):
     eos = sorted({*eos, brief.tokenizer.eos_id})
     expected = []
     for prompt in prompts:
-        text = torch.tensor([prompt.input_ids], dtype=torch.long)
-        embeds = torch.cat([prompt.soft_SD.unsqueeze(0), brief.embed(text)], dim=1)
+        embeds = embeds_of(brief, prompt)
         [row] = brief.model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
@@ -246,25 +253,6 @@ def test_end_of_sequence_tokens_of_model_and_tokenizer_both_end_an_answer(
     assert (cut.finish_reason, cut.n_tokens) == ("stop", whole.index(whole[4]))
 
 
-def test_the_models_own_generation_settings_have_no_effect(llm, llm_folder, tmp_path):
-    """They are not part of an answer's fingerprint."""
-    folder = folder_with(
-        llm_folder,
-        tmp_path / "penalties",
-        repetition_penalty=5.0,
-        no_repeat_ngram_size=1,
-        length_penalty=-3.0,
-        suppress_tokens=list(range(40, 90)),
-        do_sample=True,
-        temperature=0.1,
-        num_beams=3,
-    )
-    other = FrozenLLM.load(folder, precision="fp32", device="cpu")
-    prompts = prompts_of(llm, INPUTS)
-    for decoding in (GREEDY, BEAMS):
-        assert answer(other, prompts, decoding) == answer(llm, prompts, decoding)
-
-
 # What the LLM reads -----------------------------------------------------------------------------------------
 
 
@@ -273,16 +261,15 @@ def test_soft_tokens_change_the_answer(llm):
     assert len(answers) > 1
 
 
-def test_prefixes_change_the_answer_in_any_batch(llm):
-    prefixes = llm.tokenizer.prefixes([["i like it", "the movie"], [], ["a paper " * 9]], 12)
-    prompts = prompts_of(llm, INPUTS[:3], prefixes=prefixes)
+def test_retrieved_texts_change_the_answer_in_any_batch(llm):
+    retrieved = [["i like it", "the movie"], [], ["a paper " * 9]]
+    prompts = prompts_of(llm, INPUTS[:3], retrieved=retrieved)
     answers = answer(llm, prompts, GREEDY)
     assert answers == [answer(llm, [prompt], GREEDY)[0] for prompt in prompts]
     assert answers != answer(llm, prompts_of(llm, INPUTS[:3]), GREEDY)
-    # The same prompts, with the prefixes given as soft tokens in front of the others.
+    # The same prompts, all given as soft tokens.
     for prompt, expected in zip(prompts, answers, strict=True):
-        prefix_FD = llm.embed(torch.tensor(prompt.prefix_ids, dtype=torch.long))
-        as_soft = Prompt(prefix_ids=[], soft_SD=torch.cat([prefix_FD, prompt.soft_SD]), input_ids=prompt.input_ids)
+        as_soft = Prompt(ids=PromptIds(before=[], after=[]), soft_SD=embeds_of(llm, prompt)[0])
         assert answer(llm, [as_soft], GREEDY) == [expected]
 
 

@@ -1,6 +1,7 @@
 """LaMP's scores, on small cases computed by hand."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -43,6 +44,37 @@ def test_f1_equals_that_of_scikit_learn() -> None:
     # scikit-learn 1.9.1: f1_score(golds, predictions, labels=list("abcd"), average="macro", zero_division=0)
     expected = 0.43452380952380953
     assert score(Metric(kind="label", labels=("a", "b", "c", "d")), predictions, golds)["f1"] == pytest.approx(expected)
+
+
+def official_label_scores(answers: list[str], golds: list[str], labels: list[str]) -> tuple[float, float]:
+    """Accuracy and macro F1 by LaMP's rule: the position of the stripped text among the labels, -1 for others."""
+
+    def numbers(texts: list[str]) -> np.ndarray:
+        stripped = [text.strip() for text in texts]
+        return np.array([labels.index(text) if text in labels else -1 for text in stripped])
+
+    found, right = numbers(answers), numbers(golds)
+    f1 = []
+    for label in range(len(labels)):
+        either = int((found == label).sum() + (right == label).sum())
+        f1.append(2 * int(((found == label) & (right == label)).sum()) / either if either else 0.0)
+    return float((found == right).mean()), float(np.mean(f1))
+
+
+def test_any_answer_and_a_blank_gold_are_scored_by_the_official_rule_in_flat_memory() -> None:
+    labels = ["comedy", "action", "classic"]
+    answers = ["x" * 200_000, "comedy\0", "comedy", "none", " action ", "comedy", ""] + ["action"] * 2_000
+    golds = ["comedy", "comedy", "comedy", "", "action", " ", " \n"] + ["action"] * 2_000
+    metric = Metric(kind="label", labels=tuple(labels))
+    tracemalloc.start()
+    scores = score(metric, by_id(*answers), by_id(*golds))
+    intervals = score_intervals(metric, by_id(*answers), by_id(*golds), [f"u{n % 9}" for n in range(len(golds))])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    expected = official_label_scores(answers, golds, labels)
+    assert (scores["accuracy"], scores["f1"]) == pytest.approx(expected)
+    assert (intervals["accuracy"].mean, intervals["f1"].mean) == pytest.approx(expected)
+    assert peak < 4 * 200_000  # a NumPy array of strings would take 200,000 characters for each answer
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from persona.inputs.json_columns import json_array
 from persona.inputs.reader import read_split
 from persona.inputs.records import Records, rejects
 from persona.inputs.splits import plan_splits
+from persona.options import TimeUnit
 
 PLAIN = Columns()
 
@@ -28,7 +30,7 @@ def records(**columns: Any) -> Records:
     table = pa.table(columns)
     n = table.num_rows
     table = table.append_column("_row", pa.array(range(n), pa.int64())).append_column("_source", pa.array(["file"] * n))
-    return Records(table=table, rejects=rejects("", [], [], []))
+    return Records(table=table, rejects=rejects("", [], [], []), first_schema=table.schema)
 
 
 def check(raw: Records, columns: Columns = PLAIN) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
@@ -172,6 +174,45 @@ def test_an_unreadable_timestamp_rejects_its_row_only(column: pa.Array) -> None:
     assert [row for row, _ in bad] == [1] and bad[0][1].startswith("timestamp is")
 
 
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.json_()], ids=str)
+def test_numbers_are_counted_in_the_given_unit(unit: TimeUnit, kind: pa.DataType) -> None:
+    time = datetime(2014, 7, 5, 12, 30, tzinfo=UTC)
+    number = int(time.timestamp()) * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+    cells = pa.array([str(number)], pa.json_()) if kind == pa.json_() else pa.array([number]).cast(kind, safe=False)
+    good, bad = check(records(user_id=["a"], text=["x"], timestamp=cells), Columns(timestamp_unit=unit))
+    assert (good[0]["timestamp"], bad) == (time, [])
+    if unit != "s":
+        _, bad = check(records(user_id=["a"], text=["x"], timestamp=cells))
+        assert "out of range" in bad[0][1] and "--timestamp-unit" in bad[0][1]
+
+
+def test_milliseconds_keep_their_fraction() -> None:
+    cells = pa.array([1404563400123.456])
+    (row,), _ = check(records(user_id=["a"], text=["x"], timestamp=cells), Columns(timestamp_unit="ms"))
+    assert row["timestamp"] == datetime(2014, 7, 5, 12, 30, 0, 123456, tzinfo=UTC)
+
+
+INT96 = [datetime(2024, 1, 1), datetime(9999, 12, 31, 23, 59, 59, 999999), datetime(1000, 1, 1), datetime(1, 1, 1)]  # noqa: DTZ001
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("unit", ["us", "ns"])
+def test_int96_timestamps_as_spark_writes_them_do_not_wrap(tmp_path: Path, nested: bool, unit: str) -> None:
+    """As nanoseconds, the last day would be in 1816, before every `as_of`."""
+    times = INT96 if unit == "us" else INT96[:1]
+    column = pa.array(times, pa.timestamp(unit))
+    n = len(column)
+    table = pa.table({"user_id": ["ann"] * n, "text": ["x"] * n, "timestamp": column})
+    if nested:
+        items = pa.StructArray.from_arrays([table["text"].combine_chunks(), column], ["text", "timestamp"])
+        table = pa.table({"user_id": ["ann"] * n, "behaviors": pa.ListArray.from_arrays(range(n + 1), items)})
+    pq.write_table(table, tmp_path / "a.parquet", use_deprecated_int96_timestamps=True)
+    (raw,) = read_split(plan_splits(str(tmp_path), flag="--histories")[0])
+    good, bad = check(raw)
+    assert [row["timestamp"].replace(tzinfo=None) for row in good] == times and bad == []
+
+
 def test_invalid_utf8_rejects_its_row_only() -> None:
     good, bad = check(records(user_id=pa.array([b"a", b"\xff", b"b"]), text=pa.array([b"x", b"y", b"\xc3("])))
     assert [row["user_id"] for row in good] == ["a"]
@@ -180,7 +221,7 @@ def test_invalid_utf8_rejects_its_row_only() -> None:
 
 def test_rejects_from_reading_are_kept() -> None:
     raw = records(user_id=["a"], text=["x"])
-    raw = Records(table=raw.table, rejects=rejects("embed", ["file"], [-1], ["cut"]))
+    raw = replace(raw, rejects=rejects("embed", ["file"], [-1], ["cut"]))
     assert check(raw)[1] == [(-1, "cut")]
 
 

@@ -2,13 +2,16 @@
 
 import io
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from persona.errors import InputError
-from persona.inputs.lamp import TASKS, Rows, outputs_json, parse_date, question_to_rows, read_golds, read_questions
+from persona.inputs import lamp_files
+from persona.inputs.lamp import TASKS, Rows, parse_date, question_to_rows
+from persona.inputs.lamp_files import outputs_json, read_golds, read_questions
 from tests import lamp_form
 
 LAMP_5 = TASKS["LaMP_5"]
@@ -107,7 +110,7 @@ def test_the_tasks_are_the_public_ones() -> None:
 def test_official_texts(name: str, item: dict[str, str], text: str, prompt: str, query: str, gold: str) -> None:
     profile = [{"id": "7", **item}]
     rows = question_to_rows(TASKS[name], {"id": "10", "input": prompt, "profile": profile}, gold)
-    assert rows.behaviors == [{"user_id": "10", "behavior_id": "7", "text": text, "timestamp": None}]
+    assert rows.behaviors == [{"user_id": "10", "behavior_id": "00000:7", "text": text, "timestamp": None}]
     assert rows.request == {
         "request_id": "10",
         "user_id": "10",
@@ -144,6 +147,8 @@ def test_a_citation_title_may_contain_quotation_marks(prompt: str, query: str) -
         ("2014-07-05", datetime(2014, 7, 5, tzinfo=UTC)),
         ("2014-07-05 10:20:30", datetime(2014, 7, 5, 10, 20, 30, tzinfo=UTC)),
         ("2014-07-05T10:20:30+02:00", datetime(2014, 7, 5, 8, 20, 30, tzinfo=UTC)),
+        ("07 5, 2014", datetime(2014, 7, 5, tzinfo=UTC)),
+        ("Sat Jul 05 10:00:00 +0000 2014", datetime(2014, 7, 5, 10, tzinfo=UTC)),
         (None, None),
         ("", None),
     ],
@@ -195,7 +200,7 @@ def test_a_question_without_a_place_in_time_becomes_a_separate_user(dates: list[
     assert rows.request["user_id"] == "q"
     assert rows.request["as_of"] is None
     others = convert(question("2023-06", "2023-07", "2023-07", id="other", user_id="ann", date="2023-07"))
-    assert visible(rows, rows.behaviors + others.behaviors) == ["p0", "p1"]
+    assert visible(rows, rows.behaviors + others.behaviors) == ["00000:p0", "00001:p1"]
 
 
 def test_an_empty_profile_is_allowed() -> None:
@@ -211,11 +216,27 @@ def test_integer_ids_become_strings() -> None:
     assert rows.behaviors[0]["behavior_id"] == "7"
 
 
-def test_a_duplicate_profile_item_is_one_behavior() -> None:
-    item = {"id": "7", "title": "a", "abstract": "b"}
-    rows = convert(question(profile=[item, item]))
-    assert len(rows.behaviors) == 1
+def test_a_profile_without_a_place_in_time_keeps_its_order_and_its_repeated_items() -> None:
+    ids = [str(n) for n in (9, 10, 2, 10, 11, *range(100, 90, -1))]
+    profile = [{"id": one, "title": f"T{n}", "abstract": "A"} for n, one in enumerate(ids)]
+    rows = convert(question(profile=profile))
+    in_store = sorted(rows.behaviors, key=lambda one: one["behavior_id"])  # as a store sorts undated behaviors
+    assert [one["behavior_id"].split(":")[1] for one in in_store] == ids
+    assert [one["text"] for one in in_store] == [f"T{n} A" for n in range(len(ids))]
     assert rows.rejects == []
+
+
+def test_a_profile_that_is_dated_in_part_keeps_its_order() -> None:
+    rows = convert(question("2014", "soon", None, "2012", date="never"))
+    assert [one["timestamp"] for one in rows.behaviors] == [None] * 4
+    assert (rows.n_unreadable_dates, rows.rejects, rows.request["as_of"]) == (2, [], None)
+
+
+def test_a_repeated_item_of_a_placed_question_is_one_behavior() -> None:
+    items = [{"id": "7", "title": title, "abstract": "b", "date": 2014} for title in ("a", "a", "other")]
+    rows = convert(question(user_id="ann", date="2015", profile=items))
+    assert [(one["behavior_id"], one["text"]) for one in rows.behaviors] == [("7", "a b")]
+    assert rows.rejects == ["profile item 2: duplicate id '7', other text"]
 
 
 def test_only_bad_profile_items_are_rejected_each_with_a_reason() -> None:
@@ -226,17 +247,11 @@ def test_only_bad_profile_items_are_rejected_each_with_a_reason() -> None:
         {"id": "2", "title": "T"},
         {"id": "3", "title": "T", "abstract": None},
         {"id": "4", "title": " ", "abstract": ""},
-        {"id": "5", "title": "T", "abstract": "A", "date": "soon"},
-        {"id": "1", "title": "T", "abstract": "another"},
     ]
     rows = convert(question(profile=[good, *bad, {**good, "id": "9"}]))
-    assert [one["behavior_id"] for one in rows.behaviors] == ["1", "9"]
-    assert [reason.split(":")[0] for reason in rows.rejects] == [f"profile item {n}" for n in range(1, 8)]
-    for reason, part in zip(
-        rows.rejects,
-        ["object", "'id'", "'abstract'", "'abstract'", "blank", "date", "another text"],
-        strict=True,
-    ):
+    assert [one["behavior_id"] for one in rows.behaviors] == ["00000:1", "00006:9"]
+    assert [reason.split(":")[0] for reason in rows.rejects] == [f"profile item {n}" for n in range(1, 6)]
+    for reason, part in zip(rows.rejects, ["object", "'id'", "'abstract'", "'abstract'", "blank"], strict=True):
         assert part in reason
 
 
@@ -251,7 +266,6 @@ def test_only_bad_profile_items_are_rejected_each_with_a_reason() -> None:
         ({"input": "abstract of a paper:  \n"}, "does not belong to LaMP_5"),
         ({"profile": None}, "profile must be a list"),
         ({"user_id": ["ann"]}, "'user_id' must be"),
-        ({"date": "soon"}, "date must be like"),
     ],
 )
 def test_a_malformed_question_is_refused_with_a_reason(bad: Any, reason: str) -> None:
@@ -273,6 +287,22 @@ def read(data: bytes) -> list[Any]:
 def test_questions_equal_those_of_the_json_module() -> None:
     questions = [question("2014", 2014, None, extra={"a": [1.5, True, {}]}), "text", 3, [], {"é\n": "😀"}]
     assert read(json.dumps(questions, indent=1).encode()) == questions
+
+
+@pytest.mark.parametrize("length", range(-14, 15))
+def test_half_a_surrogate_becomes_the_replacement_character_wherever_a_read_ends(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lamp_files, "_READ_BYTES", 64)
+    parts = ["\\ud83d", "\\udc00", "\\ud83d\\ud83d", "\\ud83d\\ude00", "\\\\ud83d", "\\\\\\ud83d", "\\n", "\\u00e9"]
+    for part in parts:
+        data = f'["{"x" * (62 - length)}{part}{part}", {{"{part}": "{part}"}}]'
+        expected = json.loads(data, object_pairs_hook=lambda pairs: {_replaced(k): _replaced(v) for k, v in pairs})
+        assert read(data.encode()) == [_replaced(expected[0]), expected[1]]
+
+
+def _replaced(text: str) -> str:
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def test_questions_come_one_at_a_time() -> None:

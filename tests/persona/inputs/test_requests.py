@@ -6,11 +6,12 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from persona.errors import InputError
 from persona.inputs.reader import read_split
-from persona.inputs.requests import REJECTED, SCHEMA, check_columns, validate
+from persona.inputs.requests import REJECTED, SCHEMA, Columns, check_columns, validate
 from persona.inputs.splits import plan_splits
 
 GOOD = {"request_id": "r", "user_id": "u", "input": "Write."}
@@ -32,9 +33,8 @@ def test_a_query_defaults_to_the_input(tmp_path: Path) -> None:
 def test_an_unreadable_as_of_is_a_reject(tmp_path: Path) -> None:
     good, bad = good_and_bad(tmp_path, GOOD | {"as_of": "2024-01-01"}, GOOD | {"as_of": "soon"})
     assert good["as_of"].to_pylist() == [datetime(2024, 1, 1, tzinfo=UTC)]
-    assert bad["reason"].to_pylist() == ["as_of is not an ISO 8601 date or time"] and bad["job"].to_pylist() == [
-        "generate"
-    ]
+    assert bad["reason"].to_pylist() == ["as_of is not an ISO 8601 date or time, nor in another form that can be read"]
+    assert bad["job"].to_pylist() == ["generate"]
 
 
 @pytest.mark.parametrize("name", ["request_id", "user_id", "input"])
@@ -58,9 +58,9 @@ def test_a_rejected_text_is_read_only_if_named_and_then_required(tmp_path: Path)
     good, bad = validate(raw, 16, False, rejected="worse")
     assert good.schema == SCHEMA.append(REJECTED) and good["rejected"].to_pylist() == ["w"]
     assert bad["reason"].to_pylist() == ["worse is empty", "worse is missing"]
-    check_columns(plan_splits(str(tmp_path), flag="--requests"), needs_target=False, rejected="worse")
+    check_columns(plan_splits(str(tmp_path), flag="--requests"), Columns(), needs_target=False, rejected="worse")
     with pytest.raises(InputError, match="no column 'wrong'; --rejected names it"):
-        check_columns(plan_splits(str(tmp_path), flag="--requests"), needs_target=False, rejected="wrong")
+        check_columns(plan_splits(str(tmp_path), flag="--requests"), Columns(), needs_target=False, rejected="wrong")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,20 @@ def test_a_rejected_text_is_read_only_if_named_and_then_required(tmp_path: Path)
 def test_unusable_requests_are_refused(tmp_path: Path, row: dict[str, Any], needs_target: bool, expected: str) -> None:
     (tmp_path / "in.jsonl").write_bytes(orjson.dumps(row))
     with pytest.raises(InputError, match=expected):
-        check_columns(plan_splits(str(tmp_path), flag="--requests"), needs_target=needs_target)
+        check_columns(plan_splits(str(tmp_path), flag="--requests"), Columns(), needs_target=needs_target)
+
+
+def test_an_open_end_in_int96_is_not_a_time_before_all_behaviors(tmp_path: Path) -> None:
+    end = datetime(9999, 12, 31)  # noqa: DTZ001
+    pq.write_table(
+        pa.table({**{name: [value] for name, value in GOOD.items()}, "as_of": pa.array([end], pa.timestamp("us"))}),
+        tmp_path / "in.parquet",
+        use_deprecated_int96_timestamps=True,
+    )
+    (raw,) = read_split(plan_splits(str(tmp_path), flag="--requests")[0])
+    assert validate(raw, 16, False)[0]["as_of"].to_pylist() == [end.replace(tzinfo=UTC)]
 
 
 def test_usable_requests_pass(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(orjson.dumps(GOOD | {"target": "t"}))
-    check_columns(plan_splits(str(tmp_path), flag="--requests"), needs_target=True)
+    check_columns(plan_splits(str(tmp_path), flag="--requests"), Columns(), needs_target=True)

@@ -43,12 +43,13 @@ def test_full_batches_of_a_part_come_before_the_next_part_is_read():
     assert [[number for number, _ in batch] for batch in batches] == [[1], [2, 3], [4, 5]]
 
 
-@given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5))
-def test_padding_keeps_every_token_and_masks_the_rest(rows):
-    ids_NT, mask_NT = pad(rows, 0, torch.device("cpu"))
+@given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5), st.booleans())
+def test_padding_keeps_every_token_and_masks_the_rest(rows, left):
+    ids_NT, mask_NT = pad(rows, 0, torch.device("cpu"), left=left)
     assert ids_NT.shape == mask_NT.shape == (len(rows), max([1, *map(len, rows)]))
     assert [ids[mask].tolist() for ids, mask in zip(ids_NT, mask_NT, strict=True)] == rows
     assert not ids_NT[~mask_NT].any()
+    assert all(mask == sorted(mask, reverse=not left) for mask in mask_NT.tolist())
 
 
 def test_positions_do_not_count_padding():

@@ -1,9 +1,12 @@
 """The frozen LLM, T5-like and Llama-like: losses equal those of transformers, and padding changes nothing."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from persona.models.frozen_llm import FrozenLLM
+from persona.models.prompts import PromptIds, PromptText
 from tests.plugs import random_soft_tokens
 
 INPUTS = ["the movie is", "", "a paper with a title " * 12, "i like it", "rating\n{of} one"]
@@ -13,8 +16,27 @@ TARGETS = ["good", "a longer target in two lines\nof text", "", "three", "x"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-4}
 
 
+def prompts_of(llm: FrozenLLM, inputs: Sequence[str], retrieved: Sequence[Sequence[str]] = ()) -> list[PromptIds]:
+    """Prompts with at most twelve tokens of retrieved texts."""
+    texts = zip(inputs, retrieved or [[]] * len(inputs), strict=True)
+    return llm.tokenizer.prompts([PromptText(input=text, retrieved=past) for text, past in texts], retrieved_tokens=12)
+
+
 def nll(llm: FrozenLLM, soft_BSD: torch.Tensor, inputs: list[str], targets: list[str]) -> torch.Tensor:
-    return llm.nll(soft_BSD, llm.tokenizer.inputs(inputs), llm.tokenizer.targets(targets))
+    return llm.nll(soft_BSD, prompts_of(llm, inputs), llm.tokenizer.targets(targets))
+
+
+def reference_nll(
+    llm: FrozenLLM, before: Sequence[int], soft_SD: torch.Tensor, after: Sequence[int], target: list[int]
+) -> torch.Tensor:
+    """The loss of transformers for one row of embeddings."""
+    ids = [torch.tensor(part, dtype=torch.long) for part in (before, after)]
+    prompt = torch.cat([llm.embed(ids[0]), soft_SD, llm.embed(ids[1])])
+    if llm.is_encoder_decoder:
+        return llm.model(inputs_embeds=prompt[None], labels=torch.tensor([target])).loss * len(target)
+    embeds = torch.cat([prompt, llm.embed(torch.tensor(target))])
+    labels = torch.tensor([[-100] * len(prompt) + target])
+    return llm.model(inputs_embeds=embeds[None], labels=labels).loss * len(target)
 
 
 def record_calls(llm: FrozenLLM) -> list[dict[str, torch.Tensor]]:
@@ -30,61 +52,56 @@ def record_calls(llm: FrozenLLM) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("row", range(len(INPUTS)))
 def test_the_loss_of_one_row_equals_that_of_transformers(llm, row):
     soft_1SD = random_soft_tokens(llm, 1, seed=row)
-    text, target = llm.tokenizer.inputs([INPUTS[row]])[0], llm.tokenizer.targets([TARGETS[row]])[0]
-    if llm.is_encoder_decoder:
-        embeds = torch.cat([soft_1SD, llm.embed(torch.tensor([text], dtype=torch.long))], dim=1)
-        labels = torch.tensor([target])
-    else:
-        embeds = torch.cat([soft_1SD, llm.embed(torch.tensor([text + target]))], dim=1)
-        labels = torch.tensor([[-100] * (3 + len(text)) + target])
-    expected = llm.model(inputs_embeds=embeds, labels=labels).loss * len(target)
+    [prompt], [target] = prompts_of(llm, INPUTS[row : row + 1]), llm.tokenizer.targets(TARGETS[row : row + 1])
+    expected = reference_nll(llm, prompt.before, soft_1SD[0], prompt.after, target)
     torch.testing.assert_close(nll(llm, soft_1SD, [INPUTS[row]], [TARGETS[row]])[0], expected, **FLOAT32)
 
 
-def test_prefixes_come_before_the_soft_tokens(llm):
+RETRIEVED = [["i like it", "the movie"], [], ["a paper " * 9]]
+
+
+@pytest.mark.parametrize("cache_before", [False, True])
+def test_retrieved_texts_come_before_the_soft_tokens(llm, cache_before):
     soft_BSD = random_soft_tokens(llm, 3)
-    inputs, targets = llm.tokenizer.inputs(INPUTS[:3]), llm.tokenizer.targets(TARGETS[:3])
-    prefix_ids = llm.tokenizer.prefixes([["i like it", "the movie"], [], ["a paper " * 9]], 12)
-    assert prefix_ids[1] == []
-    together = llm.nll(soft_BSD, inputs, targets, prefix_ids)
-    without = llm.nll(soft_BSD, inputs, targets)
-    for i, prefix in enumerate(prefix_ids):
-        # The same row, with the prefix given as soft tokens in front of the others.
-        as_soft = llm.embed(torch.tensor([prefix], dtype=torch.long))
-        expected = llm.nll(torch.cat([as_soft, soft_BSD[i : i + 1]], dim=1), inputs[i : i + 1], targets[i : i + 1])[0]
+    prompts, targets = prompts_of(llm, INPUTS[:3], RETRIEVED), llm.tokenizer.targets(TARGETS[:3])
+    together = llm.nll(soft_BSD, prompts, targets, cache_before=cache_before)
+    without = llm.nll(soft_BSD, prompts_of(llm, INPUTS[:3]), targets)
+    for i, prompt in enumerate(prompts):
+        expected = reference_nll(llm, prompt.before, soft_BSD[i], prompt.after, targets[i])
         torch.testing.assert_close(together[i], expected, **FLOAT32)
-        assert (together[i] == pytest.approx(without[i].item(), rel=1e-4)) == (not prefix)
+        assert (together[i] == pytest.approx(without[i].item(), rel=1e-4)) == (not RETRIEVED[i])
 
 
-def test_a_cached_prefix_changes_neither_losses_nor_gradients(llm):
-    prefix_ids = llm.tokenizer.prefixes([["i like it", "the movie"], [], ["a paper " * 9]], 12)
-    inputs, targets = llm.tokenizer.inputs(INPUTS[:3]), llm.tokenizer.targets(TARGETS[:3])
+def test_a_cache_of_what_is_in_front_changes_neither_losses_nor_gradients(llm):
+    prompts, targets = prompts_of(llm, INPUTS[:3], RETRIEVED), llm.tokenizer.targets(TARGETS[:3])
+    no_texts = [PromptIds(before=[], after=prompt.after) for prompt in prompts]
     calls = record_calls(llm)
 
-    def run(prefix_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(prompts: list[PromptIds], *, cache_before: bool) -> tuple[torch.Tensor, torch.Tensor]:
         soft_BSD = random_soft_tokens(llm, 3).requires_grad_()
-        losses = llm.nll(soft_BSD, inputs, targets, prefix_ids)
+        losses = llm.nll(soft_BSD, prompts, targets, cache_before=cache_before)
         losses.sum().backward()
         return losses.detach(), soft_BSD.grad
 
-    cached = run(prefix_ids)
-    longest = 3 + max(len(text) + len(target) for text, target in zip(inputs, targets, strict=True))
+    plain = run(prompts, cache_before=False)
+    torch.testing.assert_close(run(prompts, cache_before=True), plain, **FLOAT32)
+    longest = 3 + max(len(prompt.after) + len(target) for prompt, target in zip(prompts, targets, strict=True))
     assert llm.is_encoder_decoder or calls[-1]["inputs_embeds"].shape[1] == longest
-    torch.testing.assert_close(run([[], [], []]), run([]), **FLOAT32)
-    llm.checkpoint_activations()  # prefixes are then part of the row
-    torch.testing.assert_close(run(prefix_ids), cached, **FLOAT32)
+    torch.testing.assert_close(run(no_texts, cache_before=True), run(no_texts, cache_before=False), **FLOAT32)
+    llm.checkpoint_activations()  # the texts are then part of the row
+    torch.testing.assert_close(run(prompts, cache_before=True), plain, **FLOAT32)
     assert llm.is_encoder_decoder or calls[-1]["inputs_embeds"].shape[1] > longest
 
 
 def test_the_bare_llm_reads_only_the_text(llm):
-    inputs, targets = llm.tokenizer.inputs(INPUTS[:1]), llm.tokenizer.targets(TARGETS[:1])
-    ids = torch.tensor(inputs)
+    [prompt], [target] = prompts_of(llm, INPUTS[:1]), llm.tokenizer.targets(TARGETS[:1])
+    text = [*prompt.before, *prompt.after]
     if llm.is_encoder_decoder:
-        expected = llm.model(input_ids=ids, labels=torch.tensor(targets)).loss * len(targets[0])
+        expected = llm.model(input_ids=torch.tensor([text]), labels=torch.tensor([target])).loss * len(target)
     else:
-        labels = torch.tensor([[-100] * ids.shape[1] + targets[0]])
-        expected = llm.model(input_ids=torch.tensor([inputs[0] + targets[0]]), labels=labels).loss * len(targets[0])
-    found = llm.nll(torch.empty(1, 0, llm.width), inputs, targets)[0]
+        labels = torch.tensor([[-100] * len(text) + target])
+        expected = llm.model(input_ids=torch.tensor([text + target]), labels=labels).loss * len(target)
+    found = llm.nll(torch.empty(1, 0, llm.width), [prompt], [target])[0]
     torch.testing.assert_close(found, expected, **FLOAT32)
 
 
@@ -107,11 +124,9 @@ def test_losses_are_float32_even_with_the_llm_in_bf16(llm):
 
 def test_logits_are_computed_at_target_positions_only(llm):
     seen = []
-    llm.model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    llm.model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[:2])))
     nll(llm, random_soft_tokens(llm, len(INPUTS)), INPUTS, TARGETS)
-    longest = max(map(len, llm.tokenizer.targets(TARGETS)))
-    # A decoder-only LLM predicts the first target token at the last token of the text.
-    assert seen == [longest if llm.is_encoder_decoder else longest + 1]
+    assert seen == [(1, sum(map(len, llm.tokenizer.targets(TARGETS))))]
 
 
 @pytest.mark.parametrize("position", range(3))
@@ -156,34 +171,37 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing_else(llm):
 # What reaches the LLM ---------------------------------------------------------------------------------------
 
 
-def test_rows_are_soft_tokens_then_text_padded_on_the_side_that_each_kind_needs(llm):
-    calls, soft_BSD = record_calls(llm), random_soft_tokens(llm, 2)
-    inputs, targets = llm.tokenizer.inputs(["a movie", "a"]), llm.tokenizer.targets(["x", "y"])
-    llm.nll(soft_BSD, inputs, targets)
-    embeds_BLD, mask_BL = calls[0]["inputs_embeds"], calls[0]["attention_mask"]
-    for i in range(2):
-        row = inputs[i] if llm.is_encoder_decoder else inputs[i] + targets[i]
-        expected = torch.cat([soft_BSD[i], llm.embed(torch.tensor(row))])
-        assert torch.equal(embeds_BLD[i][mask_BL[i]], expected)
-        if not llm.is_encoder_decoder:  # positions do not count padding
-            assert calls[0]["position_ids"][i][mask_BL[i]].tolist() == list(range(len(expected)))
-    shorter = mask_BL[1].tolist()
-    assert shorter == sorted(shorter, reverse=llm.is_encoder_decoder)
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_a_row_is_texts_then_soft_tokens_then_input(llm, pad_left):
+    soft_BSD = random_soft_tokens(llm, 2)
+    prompts, targets = (
+        prompts_of(llm, ["a movie", "a"], [["the"], ["it is a movie"]]),
+        llm.tokenizer.targets(["x", "y"]),
+    )
+    embeds_BLD, mask_BL = llm.embed_prompts(soft_BSD, prompts, targets, pad_left=pad_left)
+    for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        texts = llm.embed(torch.tensor(prompt.before))
+        assert torch.equal(
+            embeds_BLD[i][mask_BL[i]],
+            torch.cat([texts, soft_BSD[i], llm.embed(torch.tensor([*prompt.after, *target]))]),
+        )
+    shorter = min(mask_BL.tolist(), key=sum)
+    assert shorter == sorted(shorter, reverse=not pad_left)
     assert False in shorter
 
 
 def test_no_text_can_become_a_soft_token(llm):
     """Special tokens or names of soft tokens in a text affect neither soft tokens nor the neighboring request."""
     hostile = "<s> </s> <pad> <unk> [PERSONA] <persona> <extra_id_0> <|soft_0|> [INST] \x00 " * 2
-    calls, soft_BSD = record_calls(llm), random_soft_tokens(llm, 2)
-    inputs = llm.tokenizer.inputs([hostile, "the movie"])
+    soft_BSD = random_soft_tokens(llm, 2)
+    prompts = prompts_of(llm, [hostile, "the movie"], [[hostile], ["a"]])
     vocabulary = llm.model.get_input_embeddings().weight
-    assert max(map(max, inputs)) < len(vocabulary)
-    losses = llm.nll(soft_BSD, inputs, llm.tokenizer.targets([hostile, "good"]))
-    for embeds_LD, mask_L, own_SD in zip(calls[0]["inputs_embeds"], calls[0]["attention_mask"], soft_BSD, strict=True):
-        read = embeds_LD[mask_L]
-        assert torch.equal(read[:3], own_SD)
-        assert (torch.cdist(read[3:], vocabulary).min(dim=1).values < 1e-2).all()  # all others are vocabulary tokens
+    for embeds_LD, mask_L, prompt, own_SD in zip(*llm.embed_prompts(soft_BSD, prompts), prompts, soft_BSD, strict=True):
+        read, first = embeds_LD[mask_L], len(prompt.before)
+        assert torch.equal(read[first : first + 3], own_SD)
+        others = torch.cat([read[:first], read[first + 3 :]])
+        assert (torch.cdist(others, vocabulary).min(dim=1).values < 1e-2).all()  # all others are vocabulary tokens
+    losses = nll(llm, soft_BSD, [hostile, "the movie"], [hostile, "good"])
     alone = nll(llm, soft_BSD[1:], ["the movie"], ["good"])[0]
     torch.testing.assert_close(losses[1], alone, **FLOAT32)
 

@@ -25,12 +25,13 @@ def test_the_tokenizer_of_a_folder_is_that_of_its_llm(prompts, llm):
 @pytest.mark.parametrize("source", ["tokenizer", "llm"])
 def test_texts_are_cut_to_the_limit(llm_folder, source):
     if source == "tokenizer":
-        prompts = PromptTokenizer.load(llm_folder, max_input_tokens=8)
+        prompts = PromptTokenizer.load(llm_folder, max_input_tokens=8, max_target_tokens=5)
     else:
-        prompts = FrozenLLM.load(llm_folder, max_input_tokens=8, precision="fp32", device="cpu").tokenizer
+        limits = {"max_input_tokens": 8, "max_target_tokens": 5}
+        prompts = FrozenLLM.load(llm_folder, **limits, precision="fp32", device="cpu").tokenizer
     text, target = prompts.inputs(["x" * 100])[0], prompts.targets(["y" * 100])[0]
     assert len(text) == 8 + len(prompts.separator)
-    assert len(target) == 8
+    assert len(target) == 5
     assert target[-1] == prompts.pretrained.eos_token_id
 
 

@@ -139,8 +139,8 @@ def test_a_folder_that_is_overwritten_is_incomplete_until_the_end(saved, encoder
     [
         ("not JSON", "Expecting value"),
         ("[]", "not a valid plug.json"),
-        ('{"format": 1}', "format 1, this version reads format 2; train a new plug"),
-        ('{"format": 2, "options": {}}', "missing"),
+        ('{"format": 1}', "format 1, this version reads format 3; train a new plug"),
+        ('{"format": 3, "options": {}}', "missing"),
     ],
 )
 def test_an_invalid_record_is_refused(saved, text, reason):

@@ -77,7 +77,7 @@ def test_the_prefix_is_added_to_the_query_only(encoder_folder, llm):
     by_hand = [{**ROWS[0], "query": "Represent: query 0"}]
     batch, expected = prefixed.collate(ROWS[:1]), plain.collate(by_hand)
     assert torch.equal(batch.query[0], expected.query[0])
-    assert batch.inputs == expected.inputs
+    assert batch.prompts == expected.prompts
 
 
 def test_a_query_is_cut_to_the_limit(encoder_folder, llm):

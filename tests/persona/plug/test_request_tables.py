@@ -85,5 +85,5 @@ def test_retrieved_texts_and_bare_personas_work_in_any_batch(model, requests, mo
     assert (unseen[0], unseen[5]) == pytest.approx((without[0], without[5]), rel=1e-5)
     bare = model.collate([table.to_pylist()[0]], persona=PersonaKind.BARE)
     assert without[0] == pytest.approx(
-        model.llm.nll(model.soft_tokens(bare)[:, :0], bare.inputs, bare.targets).item(), rel=1e-5
+        model.llm.nll(model.soft_tokens(bare)[:, :0], bare.prompts, bare.targets).item(), rel=1e-5
     )

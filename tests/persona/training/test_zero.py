@@ -50,6 +50,7 @@ def _cases(n_workers: int, out: Path) -> dict[str, Case]:
             "2 workers to 1, stage 3 to 1": {"stage": 1, "start": str(out / "two-3")},
             "moments forgotten": {"stage": 1, "start": str(out / "two-1"), "forget_moments": True},
             "1 worker, contrast": {"stage": 1, "contrast": CONTRAST},
+            "1 worker, unclipped": {"stage": 1, "clip": 0},
             "1 worker, retrieval": {"stage": 1, "front_tokens": FRONT_TOKENS},
             "1 worker, mean, bf16, stage 1": {"stage": 1, "plug": {"weights": "mean"}, "precision": "bf16"},
         }
@@ -60,6 +61,7 @@ def _cases(n_workers: int, out: Path) -> dict[str, Case]:
         "2 workers, stage 1 to 1": {"stage": 1, "start": str(out / "two-1")},
         "2 workers, stage 1 to 3": {"stage": 3, "start": str(out / "two-1"), "shard_small": True},
         "2 workers, stage 3 to 2": {"stage": 2, "start": str(out / "two-3")},
+        "2 workers, unclipped, stage 3": {"stage": 3, "clip": 0, "shard_small": True},
         "2 workers, contrast, stage 3": {"stage": 3, "contrast": CONTRAST, "shard_small": True},
         "2 workers, retrieval, stage 3": {"stage": 3, "front_tokens": FRONT_TOKENS, "shard_small": True},
         "2 workers, recomputed activations, stage 3": {"stage": 3, "recompute": True, "shard_small": True},
@@ -124,6 +126,13 @@ def test_with_contrast_one_worker_and_two_take_the_steps_of_plain_adamw(found):
     # The curve is eq. 6 alone, so it starts equal; the contrast changes it from the second step on.
     assert curve[0] == pytest.approx(plain[0], rel=SAME)
     assert max(abs(a / b - 1) for a, b in zip(curve, plain, strict=True)) > 10 * SAME
+
+
+def test_a_gradient_norm_of_zero_clips_nothing(found):
+    curve, clipped = found["runs"]["1 worker, unclipped"]["losses"], found["runs"]["1 worker, stage 1"]["losses"]
+    assert curve == pytest.approx(plain_run(found["base"] | {"clip": 0}), rel=SAME)
+    assert found["runs"]["2 workers, unclipped, stage 3"]["losses"] == pytest.approx(curve, rel=SAME)
+    assert max(abs(a / b - 1) for a, b in zip(curve, clipped, strict=True)) > 10 * SAME
 
 
 def test_with_retrieved_texts_one_worker_and_two_take_the_steps_of_plain_adamw(found):
