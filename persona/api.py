@@ -124,6 +124,7 @@ def load_plug(
             max_input_tokens=record.max_input_tokens,
             max_target_tokens=record.max_target_tokens,
             precision=precision,
+            quantization=record.llm_quantization,
             device=device,
         )
         probe.check_llm(frozen)

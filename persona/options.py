@@ -15,6 +15,7 @@ from persona.errors import UsageError
 Engine = Literal["local"]
 Pooling = Literal["cls", "mean"]
 Precision = Literal["auto", "bf16", "fp32"]
+Quantization = Literal["none", "int8", "fp8", "nf4"]
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
 TimeUnit = Literal["s", "ms", "us", "ns"]

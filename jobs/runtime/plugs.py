@@ -146,7 +146,12 @@ def load_answerer(
 
     encoder, llm = _models(plug)
     loaded = new_engine(
-        engine, llm, max_input_tokens=plug.record.max_input_tokens, precision=precision, batch_size=batch_size
+        engine,
+        llm,
+        max_input_tokens=plug.record.max_input_tokens,
+        precision=precision,
+        quantization=plug.record.llm_quantization,
+        batch_size=batch_size,
     )
     with plug.folder() as folder:
         return plug_folder.load_answerer(
@@ -166,6 +171,7 @@ def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens
         max_input_tokens=plug.record.max_input_tokens,
         max_target_tokens=plug.record.max_target_tokens,
         precision=precision,
+        quantization=plug.record.llm_quantization,
     )
     probe.check_llm(llm)
     with plug.folder() as folder:

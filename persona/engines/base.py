@@ -16,7 +16,7 @@ from torch import Tensor
 from persona.extensions import find
 from persona.models.prompts import PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision
+from persona.options import Decoding, Precision, Quantization
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,12 +68,26 @@ class Engine(Protocol):
 class EngineModule(Protocol):
     """What `persona/engines/NAME.py` defines."""
 
-    def load(self, folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> Engine:
+    def load(
+        self,
+        folder: ModelFolder,
+        *,
+        max_input_tokens: int,
+        precision: Precision,
+        quantization: Quantization,
+        batch_size: int,
+    ) -> Engine:
         """See `new_engine`."""
 
 
 def new_engine(
-    name: str, folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int
+    name: str,
+    folder: ModelFolder,
+    *,
+    max_input_tokens: int,
+    precision: Precision,
+    quantization: Quantization = "none",
+    batch_size: int,
 ) -> Engine:
     """Loads an LLM into the engine of that name (`persona.options.Engine`).
 
@@ -82,10 +96,17 @@ def new_engine(
         folder: the LLM.
         max_input_tokens: requests are cut to this length.
         precision: of the LLM; see `persona.models.device.choose_precision`.
+        quantization: of the LLM's weights, as the plug was trained; see `persona.models.quantized`.
         batch_size: prompts per forward pass; engines that schedule requests themselves may ignore it.
 
     Raises:
         UsageError: there is no such engine, or it cannot run this LLM.
     """
     module = cast(EngineModule, find("persona.engines", name, required="load"))
-    return module.load(folder, max_input_tokens=max_input_tokens, precision=precision, batch_size=batch_size)
+    return module.load(
+        folder,
+        max_input_tokens=max_input_tokens,
+        precision=precision,
+        quantization=quantization,
+        batch_size=batch_size,
+    )

@@ -23,8 +23,9 @@ from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
 from persona.models.llm_kinds import decoder_start, embedding_scale, holds_keys_only
 from persona.models.prompts import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
+from persona.models.quantized import quantize
 from persona.models.resolve import ModelFolder
-from persona.options import Precision
+from persona.options import Precision, Quantization
 
 # Padding is masked or comes after all that is read, so any id of the vocabulary will do.
 _PADDING = 0
@@ -66,19 +67,25 @@ class FrozenLLM(nn.Module):
         max_input_tokens: int = MAX_INPUT_TOKENS,
         max_target_tokens: int = MAX_TARGET_TOKENS,
         precision: Precision = "auto",
+        quantization: Quantization = "none",
         device: str | None = None,
     ) -> "FrozenLLM":
-        """Loads the LLM of a folder; see `choose_precision` and `choose_device` for the defaults."""
+        """Loads the LLM of a folder; see `choose_precision` and `choose_device` for the defaults.
+
+        Raises InputError when it cannot be loaded whole, or most of it cannot be quantized.
+        """
         chosen = choose_device(device)
         config = loading.load_config(folder)
         dtype = choose_precision(precision, chosen)
         kernel = attention.register_attention(config.model_type, dtype=dtype, device=chosen)
-        model: nn.Module = loading.load_model(
+        model: PreTrainedModel = loading.load_model(
             loading.llm_class(config), folder, dtype=dtype, attn_implementation=kernel
         )
+        if quantization != "none":
+            quantize(model, quantization, chosen)
         tokenizer = loading.load_tokenizer(folder)
         return cls(
-            cast(PreTrainedModel, model.to(chosen)),
+            cast(Any, model).to(chosen),
             tokenizer,
             max_input_tokens=max_input_tokens,
             max_target_tokens=max_target_tokens,

@@ -14,7 +14,7 @@ from typing import Any
 from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Pooling, Select
+from persona.options import PlugOptions, Pooling, Quantization, Select
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
 _SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
@@ -30,6 +30,7 @@ class PlugRecord:
         encoder_width: d; llm_width: D.
         encoder_max_tokens: stored behaviors were cut to this length.
         scale, token_norm: as in `Plug`.
+        llm_quantization: of the LLM's weights, in training and for answers.
         query_prefix, max_query_tokens: how queries are read by the query encoder.
         max_input_tokens, max_target_tokens: inputs and targets of the LLM are cut to these lengths.
         training: settings, curves and results of the training run, for people and reports.
@@ -45,6 +46,7 @@ class PlugRecord:
     llm_width: int
     token_norm: float
     scale: float
+    llm_quantization: Quantization
     query_prefix: str
     max_query_tokens: int
     max_input_tokens: int
@@ -143,9 +145,12 @@ def card(record: PlugRecord) -> str:
     settings = "\n".join(
         f"| {name} | {value} |" for name, value in sorted(training.items()) if not name.endswith("_curve")
     )
+    kind = record.llm_quantization
+    quantized = "" if kind == "none" else f", whose weights are quantized to {kind}"
     return f"""# A persona plug for {record.llm["name"]}
 
-Turns a user's history into {record.options.n_soft} soft tokens of width {record.llm_width} in front of the frozen LLM.
+Turns a user's history into {record.options.n_soft} soft tokens of width {record.llm_width} in front of the frozen LLM\
+{quantized}.
 
 | | model | revision | fingerprint |
 |---|---|---|---|

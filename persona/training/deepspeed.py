@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from persona.errors import InputError, PersonaError
+from persona.models import loading
 from persona.models.device import choose_device, choose_precision
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
@@ -59,7 +60,7 @@ def load_llm(
     *,
     precision: Precision = "auto",
     device: str | None = None,
-    **limits: int,
+    **others: Any,
 ) -> FrozenLLM:
     """The frozen LLM; under ZeRO-3 this worker's share of it, which all workers load together.
 
@@ -71,15 +72,17 @@ def load_llm(
         settings: `deepspeed_settings`.
         precision: of the LLM.
         device: of the LLM, or of this worker's share.
-        limits: `max_input_tokens` and `max_target_tokens` of `FrozenLLM.load`.
+        others: arguments of `FrozenLLM.load`.
 
     Raises:
         InputError: the LLM cannot be loaded, or not as shares.
     """
-    load = partial(FrozenLLM.load, folder, precision=precision, device=device, **limits)
+    load = partial(FrozenLLM.load, folder, precision=precision, device=device, **others)
     if settings["zero_optimization"]["stage"] != 3:
         return load()
     advice = "take --zero-stage 1 or 2, or another LLM"
+    if getattr(loading.load_config(folder), "quantization_config", None) is not None:
+        raise InputError(f"--zero-stage 3: the weights of {folder.name!r} are quantized, so they stay whole; {advice}")
     try:
         with _sharded_creation(settings, choose_precision(precision, choose_device(device))):
             llm = load()
@@ -105,8 +108,7 @@ def load_llm(
 def _sharded_creation(settings: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
     """Whatever transformers loads inside is created as shares of this worker, in `dtype`."""
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     _skip_shared_memory_op()
     deepspeed.init_distributed(verbose=False)  # takes over torch's process group

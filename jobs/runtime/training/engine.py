@@ -58,6 +58,7 @@ def _load_llm(settings: WorkerSettings, deepspeed: dict[str, Any]) -> "FrozenLLM
         folder,
         deepspeed,
         precision=spec.precision,
+        quantization=spec.llm_quantization,
         max_input_tokens=spec.max_input_tokens,
         max_target_tokens=spec.max_target_tokens,
     )

@@ -12,7 +12,7 @@ from persona.engines.base import Answer, Engine, Prompt, new_engine
 from persona.errors import PlugMismatch, UsageError
 from persona.models.prompts import PromptText, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision
+from persona.options import Decoding, Precision, Quantization
 from persona.plug import folder as plug_folder
 from persona.plug.request_tables import answer_all
 from tests.plugs import ROWS, new_model, save
@@ -42,7 +42,9 @@ class EchoEngine:
         return Answer(text=f"{len(prompt.soft_SD)}: {text}", n_tokens=decoding.max_new_tokens, finish_reason="length")
 
 
-def load(folder: ModelFolder, *, max_input_tokens: int, precision: Precision, batch_size: int) -> EchoEngine:
+def load(
+    folder: ModelFolder, *, max_input_tokens: int, precision: Precision, quantization: Quantization, batch_size: int
+) -> EchoEngine:
     assert (precision, batch_size) == ("fp32", 2)
     return EchoEngine(folder, max_input_tokens)
 
