@@ -252,14 +252,15 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     splits = inputs.histories.splits
     n_bytes = sum(split.end - split.start for split in splits)
     would = "create the store"
-    if Store.find(inputs.store, inputs.identity, config.buckets) is not None:
+    store = Store.find(inputs.store, inputs.identity, config.buckets)
+    if store is not None:
         deleting = " and delete those that are not in --histories" if config.sync else ""
         would = f"add missing behaviors to the store{deleting}"
     n_files = len({split.uri for split in splits})
     identity = inputs.identity
     table = [
         ("would", would),
-        ("store", inputs.store),
+        ("store", inputs.store if store is None else store.label),
         ("input", f"{n_files:,} files, {n_bytes:,} bytes, {len(splits):,} splits"),
         *inputs.histories.rows(),
         ("encoder", f"{identity.encoder} (width {identity.width}, {identity.pooling} pooling)"),

@@ -179,6 +179,7 @@ def _requests(config: Config, inputs: _Inputs, store: "Store", variants: Sequenc
         personas=config.personas,
         max_behaviors=inputs.plug.record.max_behaviors,
         needs_target=True,
+        blank_targets=_kind(config) != "rating",
         limit=config.rows.limit,
         selection=stored_answers.AllAnswered(variants, inputs.plug),
         texts=retrieval.best_of(spec, tally),
@@ -226,8 +227,14 @@ def _metric(config: Config, targets: Sequence[str]) -> Metric:
     if config.task is not None:
         return TASKS[config.task].metric
     if config.metric == "label":
-        return Metric(kind="label", labels=tuple(sorted({target.strip() for target in targets})))
+        return Metric(kind="label", labels=tuple(sorted({target.strip() for target in targets} - {""})))
     return Metric(kind=config.metric)
+
+
+def _kind(config: Config) -> str:
+    from persona.inputs.lamp import TASKS
+
+    return config.metric if config.task is None else TASKS[config.task].metric.kind
 
 
 def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Config:
     allow_differences: bool = False
     """With switch: also switch to a store that does not have the same behaviors as the one in use."""
     differences: str | None = None
-    """With switch: write some of the behaviors that are not the same in both stores to this file, as JSON lines."""
+    """With switch: write up to 3,000 behaviors that are not the same in both stores to this file, as JSON lines."""
     encoder: str | None = None
     """With verify: also check that this encoder (hub id or folder) made the store's vectors."""
     target_mb: int = 128

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from persona.inputs import histories, requests
     from persona.inputs.splits import Split
 
+# What follows if an optional field has no column; a field about which nothing need be said is absent.
 _IF_ABSENT = {
     "behavior_id": "the hash of a text identifies it, so an edited text is a new behavior",
     "timestamp": "a request with as_of sees none of these behaviors",
@@ -34,7 +35,7 @@ class _Input:
     def rows(self) -> list[tuple[str, str]]:
         """The rows of a summary, or of a dry run, about what was not found or not read."""
         excluded = [("excluded", f"{self.n_excluded:,} files (--exclude)")] if self.n_excluded else []
-        return [*excluded, *((f"no {field}", _IF_ABSENT[field]) for field in self.absent)]
+        return [*excluded, *((f"no {field}", _IF_ABSENT[field]) for field in self.absent if field in _IF_ABSENT)]
 
     def facts(self) -> dict[str, Any]:
         """The same for programs."""

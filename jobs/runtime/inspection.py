@@ -120,7 +120,9 @@ def _read_chosen(
     from persona.inputs.reader import read_split
 
     for records in read_split(split, job="evaluate"):
-        good, _ = requests.validate(records, n_buckets, needs_target=True, columns=columns, needs_as_of=needs_as_of)
+        good, _ = requests.validate(
+            records, n_buckets, needs_target=True, blank_targets=True, columns=columns, needs_as_of=needs_as_of
+        )
         yield good.filter(pa.compute.is_in(good["request_id"], pa.array(sorted(ids), pa.string())))
 
 

@@ -45,6 +45,8 @@ class JoinPlan:
     """A request sees at most this many behaviors, the latest ones."""
     needs_target: bool
     """Whether a request without a target is rejected."""
+    blank_targets: bool = False
+    """Whether a blank target is a target: LaMP's own evaluation scores it."""
     rejected: str | None = None
     """Column with a text that was not the right answer; it becomes `requests.REJECTED`."""
     limit: int | None = None
@@ -72,6 +74,7 @@ def requests_with_histories(requests: Requests, store: "Store", tally: Tally, pl
         tally=tally,
         job=plan.job,
         needs_target=plan.needs_target,
+        blank_targets=plan.blank_targets,
         rejected=plan.rejected,
     )
     splits = requests.splits

@@ -67,6 +67,7 @@ def read_requests(
     tally: Tally,
     job: str,
     needs_target: bool,
+    blank_targets: bool,
     rejected: str | None,
 ) -> "Iterator[pa.Table]":
     """The valid requests of a split; the others go to the `rejects` table."""
@@ -77,6 +78,7 @@ def read_requests(
         requests.validate,
         n_buckets=store.n_buckets,
         needs_target=needs_target,
+        blank_targets=blank_targets,
         columns=columns,
         needs_as_of=needs_as_of,
         job=job,
@@ -166,8 +168,8 @@ def timeless(counts: Counts) -> int:
 def request_rows(requests: Requests, counts: Counts) -> list[tuple[str, str]]:
     """Rows of a summary about the input of requests: what they lack, and the rejects."""
     n_timeless = timeless(counts)
-    see_all = "the requests without a value see the whole history"
-    null = [("null as_of", f"{n_timeless:,}; {see_all}")] if n_timeless and requests.needs_as_of else []
+    see_all = f"{n_timeless:,} requests see the whole history"
+    null = [("null as_of", see_all)] if n_timeless and requests.needs_as_of else []
     return [*null, *requests.rows(), *reject_rows(counts)]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import exchange, session
-from persona.errors import LeaseLost, StoreMismatch, UsageError
+from persona.errors import InputError, LeaseLost, StoreMismatch, UsageError
 
 if TYPE_CHECKING:
     from persona.store.comparison import Comparison
@@ -50,7 +50,6 @@ def compare(switch: Switch, *, allow_differences: bool) -> "Comparison | None":
 
     With `allow_differences` the store in use may be gone. Raises InputError otherwise.
     """
-    from persona.errors import InputError
     from persona.store import comparison
     from persona.store.store import Store
 
@@ -64,8 +63,7 @@ def compare(switch: Switch, *, allow_differences: bool) -> "Comparison | None":
         raise
     session.connect()
     stores = {"old": old.snapshot("behaviors"), "new": switch.new.snapshot("behaviors")}
-    found = exchange.results(comparison.groups(**stores), comparison.compare, **stores)
-    return comparison.added(list(found))
+    return comparison.added(exchange.results(comparison.groups(**stores), comparison.compare, **stores))
 
 
 def require_equal(found: "Comparison", switch: Switch) -> None:
@@ -86,7 +84,7 @@ def require_equal(found: "Comparison", switch: Switch) -> None:
 
 
 def write_differences(found: "Comparison", uri: str) -> None:
-    """Write the examples as JSON lines."""
+    """Write examples of behaviors that are not the same in both stores, as JSON lines."""
     from persona import storage
 
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.examples.to_pylist()]

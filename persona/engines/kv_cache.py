@@ -20,13 +20,13 @@ def start_steps(llm: FrozenLLM, soft_BSD: Tensor, prompts: Sequence[PromptIds]) 
     embeds_BLD, mask_BL = llm.embed_prompts(soft_BSD, prompts, pad_left=not llm.is_encoder_decoder)
     if llm.is_encoder_decoder:
         return Seq2SeqSteps(llm, embeds_BLD, mask_BL)
-    return CausalSteps(llm, embeds_BLD, mask_BL if llm.can_mask_padding else None)
+    return CausalSteps(llm, embeds_BLD, mask_BL)
 
 
 class CausalSteps:
-    """A decoder-only LLM: prompt and answer are one row. Prompts are padded on the left; without a mask, not at all."""
+    """A decoder-only LLM: prompt and answer are one row, and prompts are padded on the left."""
 
-    def __init__(self, llm: FrozenLLM, embeds_BLD: Tensor, mask_BL: Tensor | None) -> None:
+    def __init__(self, llm: FrozenLLM, embeds_BLD: Tensor, mask_BL: Tensor) -> None:
         self.llm = llm
         self.prompt_BLD = embeds_BLD
         self.mask_RL = mask_BL
@@ -34,19 +34,22 @@ class CausalSteps:
 
     def start(self) -> Tensor:
         """Scores (B, V) of the first token of each answer."""
-        n, length = self.prompt_BLD.shape[:2]
-        last_B = torch.arange(1, n + 1, device=self.prompt_BLD.device) * length - 1
-        mask = {} if self.mask_RL is None else self.llm.mask_arguments(self.mask_RL)
-        scores_BV, self.kv_cache = self.llm.forward_at(last_B, inputs_embeds=self.prompt_BLD, use_cache=True, **mask)
+        n, length = self.mask_RL.shape
+        last_B = torch.arange(1, n + 1, device=self.mask_RL.device) * length - 1
+        scores_BV, self.kv_cache = self.llm.forward_at(
+            last_B, inputs_embeds=self.prompt_BLD, use_cache=True, **self.llm.mask_arguments(self.mask_RL)
+        )
         return scores_BV
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Appends a token to each row; returns the scores (R, V) of the next one."""
-        mask = {}
-        if self.mask_RL is not None:
-            self.mask_RL = torch.cat([self.mask_RL, self.mask_RL.new_ones(len(tokens_R), 1)], dim=1)
-            mask = self.llm.mask_arguments(self.mask_RL, n_new=1)
-        output = self.llm.model(input_ids=tokens_R.unsqueeze(1), past_key_values=self.kv_cache, use_cache=True, **mask)
+        self.mask_RL = torch.cat([self.mask_RL, self.mask_RL.new_ones(len(tokens_R), 1)], dim=1)
+        output = self.llm.model(
+            input_ids=tokens_R.unsqueeze(1),
+            past_key_values=self.kv_cache,
+            use_cache=True,
+            **self.llm.mask_arguments(self.mask_RL, n_new=1),
+        )
         self.kv_cache = output.past_key_values
         scores_RV: Tensor = output.logits[:, -1]
         return scores_RV
@@ -55,8 +58,7 @@ class CausalSteps:
         """Continues with these rows, in this order; a row may occur several times."""
         if self.kv_cache is None:
             raise ValueError("call start before reorder_cache")
-        if self.mask_RL is not None:
-            self.mask_RL = self.mask_RL[rows_R]
+        self.mask_RL = self.mask_RL[rows_R]
         self.kv_cache.reorder_cache(cast(LongTensor, rows_R))
 
 

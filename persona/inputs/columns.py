@@ -15,6 +15,7 @@ from pyarrow import types
 from persona.errors import InputError, UsageError
 from persona.inputs.json_columns import is_json
 from persona.inputs.reader import schema_of
+from persona.inputs.records import LOCATION
 from persona.inputs.splits import Split
 from persona.options import TimeUnit
 
@@ -69,21 +70,27 @@ class ColumnNames:
 def present(splits: Sequence[Split], columns: ColumnNames, *, flag: str) -> frozenset[str]:
     """Which optional fields have a column in some of the files, spread over the input.
 
-    Raises `InputError`, with what `flag` can do, for a column that looks like an optional one which its file lacks.
+    Raises `InputError`, with what `flag` can do, for a column that looks like an optional one which its file lacks, and
+    for a column named by `flag` that no file has.
     """
     first_splits = [split for split in splits if split.start == 0]
     step = -(-len(first_splits) // _LOOKED_AT)
     found: set[str] = set()
+    seen: set[str] = set()
     for split in first_splits[::step]:
         names = names_in(schema_of(split), columns)
         if names is None:
             return frozenset(columns.OPTIONAL)
+        seen |= names
         found |= {field for field, name in columns.optional().items() if name in names}
         for field, similar in columns.misspelled(names).items():
             raise InputError(
                 f"{split.uri} has no column {columns.name_of(field)!r}, but {similar!r}. If that is it: "
                 f"{flag} {field}={similar}. If it is something else: {flag} {field}= (without a name)"
             )
+    for field, name in columns.optional().items():
+        if field not in found and name != field:  # a name that was given
+            raise InputError(f"{flag} {field}={name}: there is no such column. There are: {', '.join(sorted(seen))}")
     return frozenset(found)
 
 
@@ -103,7 +110,8 @@ def names_in(schema: pa.Schema, columns: ColumnNames) -> set[str] | None:
     if name in schema.names and is_json(schema.field(name).type):
         return None
     items = [getattr(field.type, "value_type", pa.null()) for field in schema]
-    return {*schema.names, *(field.name for kind in items if types.is_struct(kind) for field in kind)}
+    nested = {field.name for kind in items if types.is_struct(kind) for field in kind}
+    return {*schema.names, *nested} - set(LOCATION)
 
 
 def _look_alike(name: str, other: str) -> bool:

@@ -15,10 +15,12 @@ NAMES = ".parquet, .jsonl, .json, .jsonlines or .ndjson; the text formats also w
 # pandas users name the codec inside a Parquet file after its ending: such a file is plain Parquet.
 _PARQUET = re.compile(r"\.(parquet|parq|pq)(\.(snappy|gzip|gz|brotli|br|zstd|zst|lz4))?$", re.IGNORECASE)
 _JSONL = re.compile(r"\.(jsonl|json|jsonlines|ndjson)(\.(gz|bz2|zst))?$", re.IGNORECASE)
-# What writers leave next to data: files and folders of Spark, Hive, Dask, Databricks and Impala, and of desktops.
+# What writers leave next to data: files and folders of Spark, Hive, Dask, Databricks and Impala, of desktops, and the
+# drafts of `persona.storage`.
 _LEFTOVER = re.compile(
     r"_SUCCESS|_metadata|_common_metadata|_temporary|_(started|committed)_\w+|_spark_metadata|_impala_insert_staging"
     r"|\.spark-staging-.+|\.hive-staging.*|\..+\.crc|\.DS_Store|\._.+|\.ipynb_checkpoints|\.git|\.gitignore"
+    r"|\..+\.[0-9a-f]{32}"
 )
 _PARTITION = re.compile(r"[_.]?\w[^=]*=.*")  # a folder of a Hive partition: key=value
 _TABLES = {"_delta_log": "a Delta table", ".hoodie": "a Hudi table"}

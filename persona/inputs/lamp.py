@@ -168,7 +168,8 @@ def question_to_rows(task: Task, question: Any, gold: str | None) -> Rows:
         raise InputError(f"the input must be a string, got {shown(question.get('input'))}")
     if not isinstance(question.get("profile"), list):
         raise InputError(f"the profile must be a list, got {shown(question.get('profile'))}")
-    if gold is not None and task.metric.labels and gold.strip() not in task.metric.labels:
+    blank = [""] if task.metric.kind == "label" else []
+    if gold is not None and task.metric.labels and gold.strip() not in (*task.metric.labels, *blank):
         raise InputError(f"the gold must be one of {', '.join(task.metric.labels)}, got {gold!r}")
     query = task.query(question["input"])
     user_id = None if question.get("user_id") is None else id_of(question, "user_id")

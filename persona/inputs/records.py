@@ -18,7 +18,7 @@ REJECTS = pa.schema(
 )
 WHOLE_FILE = -1  # the `row` of a reject that concerns a whole file or an unknown part of it
 MAX_BATCH_BYTES = 32 * 2**20  # hand rows on at this size, however few they are
-_LOCATION = ("_source", "_row")
+LOCATION = ("_source", "_row")
 
 BadRows = list[tuple[int, str]]
 """Row (as in `Records`, or `WHOLE_FILE`) and reason."""
@@ -77,7 +77,7 @@ def no_rows() -> pa.Table:
 
 def selected(names: Iterable[str], columns: Sequence[str] | None) -> list[str]:
     """Those of a file's columns to read: all for None; never one named like a location column."""
-    return [name for name in names if (columns is None or name in columns) and name not in _LOCATION]
+    return [name for name in names if (columns is None or name in columns) and name not in LOCATION]
 
 
 def column(table: pa.Table, name: str | None) -> pa.Array:
@@ -87,7 +87,7 @@ def column(table: pa.Table, name: str | None) -> pa.Array:
 
 def describe(schema: pa.Schema) -> str:
     """The columns of an input with their types, for messages."""
-    return ", ".join(f"{field.name} ({field.type})" for field in schema if field.name not in _LOCATION)
+    return ", ".join(f"{field.name} ({field.type})" for field in schema if field.name not in LOCATION)
 
 
 def first_line(error: Exception) -> str:

@@ -91,6 +91,7 @@ def validate(
     n_buckets: int,
     needs_target: bool,
     *,
+    blank_targets: bool = False,
     columns: Columns = Columns(),
     needs_as_of: bool = False,
     job: str = "",
@@ -98,22 +99,25 @@ def validate(
 ) -> tuple[pa.Table, pa.Table]:
     """Requests (`SCHEMA`) in input order, and rejects: those of `records` and those found here.
 
-    A missing or blank `query` becomes the `input`. A missing `as_of` stays null (the whole history is visible), but an
-    unreadable one is a reject, because it may have been a limit. With `needs_as_of` (other files have the column) so is
-    a missing one where the first rows of the split lack the column. With `rejected`, the name of a column, there is
-    also the column `REJECTED`, and a row without such a text is a reject.
+    With `blank_targets`, a needed target may be blank, but not null. A missing or blank `query` becomes the `input`. A
+    missing `as_of` stays null (the whole history is visible), but an unreadable one is a reject, because it may have
+    been a limit. With `needs_as_of` (other files have the column) so is a missing one where the first rows of the split
+    lack the column. With `rejected`, the name of a column, there is also the column `REJECTED`, and a row without such
+    a text is a reject.
     """
     raw = {field: column(records.table, columns.name_of(field)) for field in _KINDS}
     request_ids, why_id = cells.ids(raw["request_id"], columns.request_id)
     users, why_user = cells.ids(raw["user_id"], columns.user_id)
     inputs, why_input = cells.texts(raw["input"], columns.input)
     queries, why_query = cells.texts(raw["query"], str(columns.query), required=False)
-    targets, why_target = cells.texts(raw["target"], columns.target, required=needs_target)
+    targets, why_target = cells.texts(raw["target"], columns.target, required=needs_target and not blank_targets)
     as_of, why_time = cells.timestamps(raw["as_of"], str(columns.as_of), columns.timestamp_unit)
     absent = why_absent(records.first_schema, columns)
     if needs_as_of and columns.as_of not in records.first_schema.names:
         absent.setdefault("as_of", f"the file has no column {columns.as_of}, but other files do")
-    why_absent_one = cells.why_null({"query": queries, "as_of": as_of}, absent)
+    if needs_target:
+        absent["target"] = f"{columns.target} is missing"
+    why_absent_one = cells.why_null({"query": queries, "target": targets, "as_of": as_of}, absent)
     reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_time, why_absent_one)
     if rejected is not None:
         wrong, why_wrong = cells.texts(column(records.table, rejected), rejected)

@@ -20,7 +20,8 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MODULES, _ADAPTER = "modules.json", "adapter_config.json"
 _CONFIGURATION = (
     "config.json", "generation_config.json", _MODULES, "config_sentence_transformers.json",
-    "sentence_*_config.json", "chat_template*.json", "*.jinja", "additional_chat_templates/*.jinja",
+    "sentence_*_config.json", "router_config.json",
+    "chat_template*.json", "*.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 # The files of all tokenizers of transformers.
 _TOKENIZER = (
@@ -28,8 +29,8 @@ _TOKENIZER = (
     "*.model", "*.spm", "*.codes", "*.tiktoken", "*.tokenizer", "dict.txt", "emoji.json", "normalizer.json",
     "word_*.json", "byte_maps.json", "tekken.json",
 )  # fmt: skip
-# Large files that only their own library parses.
-_UNPARSED = ("tokenizer.json", "vocab.json", "tekken.json")
+# Which of them are JSON objects; those of the tokenizer are large and left to it.
+_OBJECTS = ("*config*.json", "special_tokens_map.json", "added_tokens.json")
 
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 64 * 1024
@@ -45,7 +46,7 @@ def check(folder: Path) -> None:
     if read_object(folder, "config.json").get("transformers_weights"):
         raise InputError(f"config.json names its weights by transformers_weights; save them as {_WEIGHTS}")
     for file in _small_files(folder):
-        if file.suffix == ".json" and file.name not in (*_UNPARSED, _MODULES):
+        if any(file.match(pattern) for pattern in _OBJECTS):
             read_object(folder, file.relative_to(folder).as_posix())
 
 
@@ -86,7 +87,7 @@ def fingerprint(folder: Path) -> str:
             if file.suffix != ".safetensors":
                 digest.update(stream.read())
                 continue
-            start = 8 + _header_bytes(file)
+            start = 8 + check_safetensors(file)
             digest.update(stream.read(start))
             step = max((size - start) // _SAMPLES_PER_FILE, _SAMPLE_BYTES)
             for at in range(start, size, step):
@@ -110,8 +111,8 @@ def _parsed(folder: Path, name: str) -> Any:
         raise InputError(f"{name} is not valid JSON ({error}); copy the file again") from error
 
 
-def _header_bytes(file: Path) -> int:
-    """The length of the header of a safetensors file. Raises InputError when the file is truncated or broken."""
+def check_safetensors(file: Path) -> int:
+    """The length of a safetensors file's header in bytes. Raises InputError when the file is truncated or broken."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from persona.errors import UsageError
 from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
@@ -100,12 +101,20 @@ class FrozenLLM(nn.Module):
         return self
 
     def checkpoint_activations(self) -> None:
-        """From now on, keeps only the input of each layer and recomputes the rest in the backward pass."""
+        """From now on, keeps only the input of each layer and recomputes the rest in the backward pass.
+
+        Raises UsageError for kinds of LLMs for which transformers cannot.
+        """
+        # transformers recomputes only these layers, and only in training mode.
+        self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not self._checkpointed or not self.model.supports_gradient_checkpointing:
+            raise UsageError(
+                f"--activation-checkpointing is not possible with LLMs of the kind {self.model.config.model_type!r}; "
+                "leave it out, and lower --micro-batch if memory is short"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer transformers rename the argument
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers recomputes only layers in training mode.
-        self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for layer in self._checkpointed:
             _switch_off_dropout(layer)
         self.train()

@@ -75,6 +75,6 @@ def _positions(config: PreTrainedConfig, part: str) -> int | None:
     """Positions that a configuration declares for its encoder or decoder; None for relative positions."""
     settings: Any = config
     found = getattr(settings, f"max_{part}_position_embeddings", None)
-    found = found or getattr(settings, "max_position_embeddings", None)
-    found = found or getattr(getattr(settings, part, None), "max_position_embeddings", None)
+    for owner in (settings, getattr(settings, part, None), settings.get_text_config()):
+        found = found or getattr(owner, "max_position_embeddings", None)
     return int(found) if found else None

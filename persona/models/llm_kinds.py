@@ -14,11 +14,10 @@ _KEEP_KEYS = {"full_attention", "sliding_attention"}
 
 _STATE = "transformers gives it a state of its own kind instead of a cache, and answers need a cache"
 _CAPACITY = "each of its experts reads a limited number of tokens, so a request would depend on its batch"
-_LANGUAGE = "its decoder starts with the token of a language, which requests do not name"
+_LANGUAGE = "its decoder starts with the token of a language, and its configuration has no decoder_start_token_id"
 _REFUSED = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm"), _STATE),
     **dict.fromkeys(("switch_transformers", "nllb-moe"), _CAPACITY),
-    **dict.fromkeys(("mbart", "plbart"), _LANGUAGE),
     "openai-gpt": "transformers gives it no cache, and answers need one",
     "xlnet": "it predicts tokens in any order, and its answers would need another kind of decoding",
     "xlm": "it marks languages in its input, which requests do not name",
@@ -27,10 +26,14 @@ _REFUSED = {
     "reformer": "its attention needs inputs of fixed lengths",
     "fsmt": "its positions depend on token ids, which soft tokens do not have",
 }
+# Their training loss moves a target's last token, the one of its language, to the front.
+_LANGUAGE_FIRST = ("mbart", "plbart")
 _ENCODERS = (
     *("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta"),
     *("roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+# They read other inputs as well, but texts as a language model alone would.
+_READ_TEXTS = ("gemma3",)
 _OTHER_INPUTS = ("audio", "image", "speech", "text", "video", "vision")
 
 
@@ -47,10 +50,12 @@ def check_kind(name: str, config: PreTrainedConfig, *, flag: str = "--llm") -> N
         reason = _REFUSED[kind]
     elif kind in _ENCODERS:
         reason = "it is an encoder, which does not generate text"
-    elif any(part.startswith(_OTHER_INPUTS) for part in config.sub_configs):
+    elif kind not in _READ_TEXTS and any(part.startswith(_OTHER_INPUTS) for part in config.sub_configs):
         reason = "it also reads images or sound; give the folder of its language model alone, if there is one"
     elif getattr(config, "hidden_size_per_layer_input", 0):
         reason = "its layers look up token ids, which soft tokens do not have"
+    elif kind in _LANGUAGE_FIRST and config.decoder_start_token_id is None:
+        reason = _LANGUAGE
     elif type(config) not in heads:
         reason = "transformers has no language model of this kind"
     if reason:
@@ -72,7 +77,7 @@ def decoder_start(model: PreTrainedModel) -> int | None:
     if not model.config.is_encoder_decoder:
         return None
     shift = cast(Any, getattr(model, "prepare_decoder_input_ids_from_labels", None))
-    if shift is not None:
+    if shift is not None and model.config.model_type not in _LANGUAGE_FIRST:
         return int(shift(labels=torch.tensor([[1]]))[0, 0])
     return int(model.config.decoder_start_token_id)
 

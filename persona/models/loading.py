@@ -131,10 +131,12 @@ def _refuse_differences(folder: ModelFolder, model: PreTrainedModel, info: dict[
     """Raises InputError when the weights in the folder are not those of the model."""
     missing = sorted(name for name in info["missing_keys"] if not _MAY_BE_MISSING.search(name))
     other_shape = [f"{name} ({_shape(found)} instead of {_shape(own)})" for name, found, own in info["mismatched_keys"]]
-    unused = sorted(name for name in info["unexpected_keys"] if missing or _is_inside(model, name))
+    unknown = sorted(name for name in info["unexpected_keys"] if missing or _is_inside(model, name))
+    if getattr(model.config, "quantization_config", None) is not None:
+        unknown = []  # scales that other libraries read, such as those of the key-value cache
     wrong = [
         f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
-        for what, names in (("missing", missing), ("of another shape", sorted(other_shape)), ("unknown", unused))
+        for what, names in (("missing", missing), ("of another shape", sorted(other_shape)), ("unknown", unknown))
         if names
     ]
     if wrong:
@@ -145,9 +147,15 @@ def _refuse_differences(folder: ModelFolder, model: PreTrainedModel, info: dict[
 
 
 def _is_inside(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor would belong to a part that the model has; otherwise it belongs to a head that is not needed."""
+    """Whether a tensor belongs to a part that the model has, and is not computed by it.
+
+    Otherwise it belongs to a head that is not needed, or is a causal mask, which old checkpoints contain.
+    """
+    prefix = f"{model.base_model_prefix}."
+    computed = {name.removeprefix(prefix) for name, _ in model.named_buffers()}
     parts = {name for module in (model, model.base_model) for name, _ in module.named_children()}
-    return name.removeprefix(f"{model.base_model_prefix}.").split(".")[0] in parts
+    own = name.removeprefix(prefix)
+    return own.split(".")[0] in parts and own not in computed and not own.endswith(".masked_bias")
 
 
 def _tensors(folder: ModelFolder) -> Iterator[tuple[str, list[int]]]:

@@ -56,7 +56,7 @@ def resolve(name: str, *, revision: str = "main", flag: str) -> ModelFolder:
     try:
         contents.check(path)
         fingerprint = contents.fingerprint(path)
-    except InputError as error:
+    except (InputError, OSError) as error:
         raise InputError(f"{flag}: {name!r}: {error}") from error
     return ModelFolder(name=name, revision=revision, path=path, fingerprint=fingerprint)
 

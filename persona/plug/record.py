@@ -13,6 +13,8 @@ from typing import Any
 
 from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
+from persona.field_types import check_field_types
+from persona.models import contents
 from persona.models.resolve import ModelFolder
 from persona.options import PlugOptions, Pooling, Quantization, Select
 
@@ -55,12 +57,22 @@ class PlugRecord:
     training: dict[str, Any]
     weights_digest: str = ""
 
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for values that no training run writes."""
+        check_field_types(self)
+        for kind, model in (("encoder", self.encoder), ("llm", self.llm)):
+            if absent := {"name", "revision", "fingerprint"} - model.keys():
+                raise ValueError(f"{kind} lacks {', '.join(sorted(absent))}")
+        for name in [name for name in vars(self) if name.endswith("_width") or name.startswith("max_")]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more")
+
     def to_json(self) -> str:
         """The text of `plug.json`."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, source: str) -> "PlugRecord":
+    def from_json(cls, text: str | bytes, *, source: str) -> "PlugRecord":
         """Parses `plug.json`. Raises InputError when the text is no plug record or has another format."""
         try:
             fields = json.loads(text)
@@ -70,18 +82,23 @@ class PlugRecord:
                     f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train a new plug"
                 )
             record = cls(**{**fields, "options": PlugOptions(**fields["options"])})
-        except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
             raise InputError(f"{source}: not a valid {RECORD} ({error})") from error
         return record
 
 
 def read(folder: Path) -> PlugRecord:
-    """The record of a plug folder. Raises InputError when the folder holds no complete plug."""
+    """The record of a plug folder. Raises InputError when the folder holds no complete plug, or a broken one."""
     if not (folder / RECORD).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(
             f"{folder}: no complete plug here ({RECORD} and {WEIGHTS} are required); train one with jobs.train"
         )
-    return PlugRecord.from_json((folder / RECORD).read_text(), source=str(folder))
+    try:
+        text = (folder / RECORD).read_bytes()
+        contents.check_safetensors(folder / WEIGHTS)
+    except (InputError, OSError) as error:
+        raise InputError(f"{folder}: {error}") from error
+    return PlugRecord.from_json(text, source=str(folder))
 
 
 def fingerprint(folder: Path) -> str:

@@ -80,7 +80,7 @@ def list_files(uri: str, suffixes: Sequence[str] = ("",), *, hidden: bool = Fals
 
     Files and folders whose names begin with `_` or `.` are skipped unless `hidden`. If `uri` itself is a file, it is
     listed whatever its name. If nothing exists there, the list is empty. Raises `StorageError` for a symbolic link that
-    leads nowhere or back to a folder above it.
+    leads nowhere or back to a folder above it, and for a key with `//`.
     """
     entries = []
     for name, size_bytes in _listed(uri):
@@ -102,7 +102,12 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
             return
         start = len(s3.split(uri)[1])
         for page in _retried(lambda: list(s3.pages(uri, what=what)), what):
-            yield from ((key[start:].lstrip("/"), size_bytes) for key, size_bytes in page)
+            for key, size_bytes in page:
+                if "//" in key:
+                    raise StorageError(
+                        f"the key {key!r} below {uri} has an empty part, which Arrow cannot read; rename it"
+                    )
+                yield key[start:].lstrip("/"), size_bytes
         return
     if Path(uri).is_file():
         yield "", Path(uri).stat().st_size

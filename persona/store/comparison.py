@@ -5,6 +5,8 @@ equal modulo the greatest common divisor are compared together.
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,7 +17,9 @@ from persona.store.changes import key_strings, same_content
 from persona.store.store import Store
 from persona.store.table import sql_in
 
-_MAX_EXAMPLES = 100
+_MAX_EXAMPLES = 1000
+_DIFFERENCES = ("missing", "extra", "differing")
+_EXAMPLES = pa.schema([*((name, pa.string()) for name in KEY), ("difference", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,7 @@ class Comparison:
     Attributes:
         missing: only in the old store; extra: only in the new one.
         differing: in both, with another text or timestamp.
-        examples: some of them; user_id, behavior_id and `difference`, which is one of the three names.
+        examples: up to 1,000 of each; user_id, behavior_id and `difference`, which is one of the three names.
     """
 
     old: int
@@ -59,26 +63,27 @@ def compare(group: int, *, old: Store, new: Store) -> Comparison:
         "extra": theirs.filter(pc.invert(pc.is_in(their_keys, value_set=mine_keys))),
         "differing": mine.filter(pc.and_(is_in_both, pc.invert(is_same))),
     }
-    named = [
-        rows.select(KEY).slice(0, _MAX_EXAMPLES).append_column("difference", [[name] * min(len(rows), _MAX_EXAMPLES)])
-        for name, rows in parts.items()
-        if len(rows)
-    ]
-    schema = pa.schema([*(theirs.schema.field(name) for name in KEY), ("difference", pa.string())])
-    return Comparison(
-        old=len(mine),
-        new=len(theirs),
-        **{name: len(rows) for name, rows in parts.items()},
-        examples=pa.concat_tables([table.cast(schema) for table in named]) if named else schema.empty_table(),
-    )
+    examples = pa.concat_tables(_examples(rows, name) for name, rows in parts.items())
+    counts = {name: rows.num_rows for name, rows in parts.items()}
+    return Comparison(old=mine.num_rows, new=theirs.num_rows, **counts, examples=examples)
 
 
-def added(found: list[Comparison]) -> Comparison:
-    """The comparison of all groups together."""
-    counts = {
-        name: sum(getattr(one, name) for one in found) for name in ("old", "new", "missing", "extra", "differing")
-    }
-    return Comparison(**counts, examples=pa.concat_tables(one.examples for one in found))
+def added(found: Iterable[Comparison]) -> Comparison:
+    """The comparison of all groups together; holds the examples of one group at a time and their sum."""
+    counts: Counter[str] = Counter()
+    examples = _EXAMPLES.empty_table()
+    for one in found:
+        counts.update({name: getattr(one, name) for name in ("old", "new", *_DIFFERENCES)})
+        both = pa.concat_tables([examples, one.examples])
+        examples = pa.concat_tables(
+            both.filter(pc.equal(both["difference"], name)).slice(0, _MAX_EXAMPLES) for name in _DIFFERENCES
+        )
+    return Comparison(**{name: counts[name] for name in ("old", "new", *_DIFFERENCES)}, examples=examples)
+
+
+def _examples(rows: pa.Table, difference: str) -> pa.Table:
+    some = rows.select(KEY).slice(0, _MAX_EXAMPLES)
+    return some.append_column("difference", pa.repeat(difference, some.num_rows)).cast(_EXAMPLES)
 
 
 def _keys(store: Store, buckets: range) -> pa.Table:

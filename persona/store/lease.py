@@ -14,13 +14,14 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Self
 
 from persona import storage
 from persona.errors import LeaseHeld, LeaseLost, StorageError
+from persona.field_types import check_field_types
 
 TTL_S = 60.0
 _RENEWALS = 4  # per TTL
@@ -39,10 +40,7 @@ class _Entry:
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for values that no holder writes."""
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if type(value) is not one.type:
-                raise TypeError(f"{one.name} must not be of type {type(value).__name__}")
+        check_field_types(self)
         if not 0 < self.pid < 2**31:
             raise ValueError(f"there is no process {self.pid}")
         if datetime.fromisoformat(self.expires).tzinfo is None:

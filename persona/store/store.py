@@ -9,6 +9,7 @@ A user's bucket is `histories.bucket_of`. A worker reads one bucket at a time. A
 (`pointer`): whoever opens it gets that store.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from functools import reduce
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from persona.errors import InputError, StoreMismatch
+from persona.errors import InputError, StoreMismatch, UsageError
 from persona.inputs.cells import TIME
 from persona.inputs.histories import KEY, in_order
 from persona.storage import join
@@ -30,6 +31,8 @@ from persona.store.table import Table, sql_in
 from persona.store.writer import Writer, staged_files
 
 DEFAULT_BUCKETS = 64
+# What delta-rs takes for something else in a local path: it decodes `%20` twice, and a backslash separates folders.
+_MISREAD = re.compile(r"%[0-9A-Fa-f]{2}|[\\\x00-\x1f\x7f\udc80-\udcff]")
 
 
 class Store:
@@ -74,6 +77,7 @@ class Store:
         """
         if n_buckets < 1:
             raise ValueError(f"n_buckets must be at least 1, got {n_buckets}")
+        _check_path(uri)
         properties = identities.to_properties(identity, n_buckets)
         # `behaviors`, with the identity, comes last: once it exists, the store is complete.
         for name in reversed(LAYOUTS):
@@ -263,6 +267,15 @@ class Store:
         return self.table("generations").scan(columns, " AND ".join(where) or None)
 
 
+def _check_path(uri: str) -> None:
+    """Raises UsageError for a local path that delta-rs takes for another one."""
+    if found := _MISREAD.search(uri):
+        raise UsageError(
+            f"the store {uri!r} cannot have {found[0]!r} in its path, which means another path to the table library; "
+            "rename the folder, or give another --store"
+        )
+
+
 def _find(uri: str) -> Store | None:
     """The store in a folder, or the one that the pointer there names."""
     if (store := _at(uri)) is not None:
@@ -280,6 +293,7 @@ def _find(uri: str) -> Store | None:
 
 def _at(uri: str) -> Store | None:
     """The store in this very folder."""
+    _check_path(uri)
     table = Table.find(join(uri, "behaviors"), "behaviors")
     if table is None:
         return None

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 from jobs import embed
 from jobs.runtime import joining, session
+from jobs.runtime.inputs import find_requests
+from jobs.runtime.job_options import RequestFormat
 from jobs.runtime.tally import Tally
-from persona.inputs.splits import plan_splits
 from persona.models import packaged
 from persona.options import PersonaKind
 from persona.store.store import Store
@@ -92,7 +93,7 @@ def _join(folder: Path) -> int:
     """Join the requests with their vectors as `generate` does, and return how many there were."""
     store = Store.open(str(folder / "store")).snapshot("behaviors")
     joined = joining.requests_with_histories(
-        plan_splits(str(folder / "requests.parquet"), flag="--requests"),
+        find_requests(str(folder / "requests.parquet"), RequestFormat(), flag="--requests", needs_target=False),
         store,
         Tally.start(),
         joining.JoinPlan(job="generate", personas=[PersonaKind.OWN], max_behaviors=512, needs_target=False),

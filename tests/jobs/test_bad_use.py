@@ -1,12 +1,14 @@
 """What cannot work is refused in words, with exit code 2, and before Ray is started."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from jobs import demo, embed, evaluate, generate, import_lamp, train
 from persona.errors import UsageError
@@ -77,6 +79,34 @@ def test_a_column_of_the_wrong_type(refused: Any, embedding: dict[str, str], tra
     assert "is double; it must be" in said
     write(training["requests"], [{**row, "as_of": [START]} for row in requests()])
     assert "column 'as_of'" in refused(train, **training)
+
+
+def test_a_misspelled_optional_column(
+    refused: Any, embedding: dict[str, str], training: dict[str, str], generating: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [{("asof" if name == "as_of" else name): value for name, value in row.items()} for row in requests()]
+    write(training["requests"], rows)
+    for job, flags in ((train, training), (generate, generating), (evaluate, {**generating, "out": str(tmp_path)})):
+        for more in ({}, {"dry_run": True}):
+            said = refused(job, **flags, **more)
+            assert "has no column 'as_of', but 'asof'" in said
+            assert "--request-columns as_of=asof" in said
+    write(embedding["histories"], [{"user_id": "u", "text": "t", "time_stamp": 1}])
+    assert "--columns timestamp=time_stamp" in refused(embed, **embedding)
+
+
+def test_a_file_that_cannot_be_read(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("user_id,text\n")
+    said = refused(embed, **{**embedding, "histories": str(tmp_path)}, sync=True)
+    assert "'more.csv'" in said
+    assert "--exclude '*.csv'" in said
+
+
+def test_a_store_in_a_folder_that_deltalake_would_misread(
+    refused: Any, embedding: dict[str, str], tmp_path: Path
+) -> None:
+    said = refused(embed, **{**embedding, "store": str(tmp_path / "new%20store")})
+    assert "cannot hold tables: deltalake would read '%20' as another character" in said
 
 
 def test_an_unknown_flag_and_an_unknown_key(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
@@ -204,3 +234,30 @@ def test_a_model_that_is_not_there_or_is_pickled(refused: Any, embedding: dict[s
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").write_bytes(b"")
     assert "pickled weights are never loaded" in refused(embed, **{**embedding, "encoder": str(pickled)})
+
+
+def test_models_that_are_not_whole(
+    refused: Any, embedding: dict[str, str], training: dict[str, str], tmp_path: Path
+) -> None:
+    encoder, llm = tiny_encoder(tmp_path / "encoder", seed=1), tiny_llama(tmp_path / "llm", seed=1)
+    for folder, absent in ((encoder, "encoder.layer.1.output.dense.weight"), (llm, "lm_head.weight")):
+        weights = load_file(folder / "model.safetensors")
+        del weights[absent]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "1 missing (encoder.layer.1.output.dense.weight)" in refused(embed, **{**embedding, "encoder": str(encoder)})
+    assert "1 missing (lm_head.weight)" in refused(train, **{**training, "llm": str(llm)})
+
+
+def test_broken_folders(refused: Any, embedding: dict[str, str], generating: dict[str, str], tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(embedding["encoder"], tmp_path / "broken"))
+    for name, content, message in (
+        ("tokenizer.json", b"[" * 100_000, "its tokenizer cannot be loaded (maximum recursion depth"),
+        ("model.safetensors", (2**60).to_bytes(8, "little"), "model.safetensors is not a whole safetensors file"),
+        ("config.json", b"{", "config.json is not valid JSON"),
+    ):
+        (broken / name).write_bytes(content)
+        assert message in refused(embed, **{**embedding, "encoder": str(broken)})
+    plug = Path(shutil.copytree(generating["plug"], tmp_path / "plug"))
+    (plug / "plug.safetensors").write_bytes((plug / "plug.safetensors").read_bytes()[:-1])
+    assert "plug.safetensors is not a whole safetensors file" in refused(generate, **{**generating, "plug": str(plug)})
+    assert "means another path" in refused(embed, **{**embedding, "store": str(tmp_path / "new%20store")})

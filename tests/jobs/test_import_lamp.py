@@ -80,7 +80,7 @@ def test_questions_and_outputs_become_histories_and_requests(root: str, gz: bool
     }
     assert counts.items() <= dict(summary.result).items()
     assert [(one["user_id"], one["behavior_id"], one["text"]) for one in rows(config, "histories.parquet")] == [
-        ("1", f"1-{item}", f"Title {item} Abstract {item} of 1") for item in range(3)
+        ("1", f"0000{item}:1-{item}", f"Title {item} Abstract {item} of 1") for item in range(3)
     ]
     assert [(one["request_id"], one["query"], one["target"]) for one in rows(config, "requests.parquet")] == [
         ("1", "Abstract 1", "One"),
@@ -108,7 +108,7 @@ def test_the_files_are_what_embed_and_train_read(tmp_path: Path) -> None:
     good, bad = histories.validate(next(read_split(splits[0])), histories.Columns(), 4)
     assert (good.num_rows, bad.num_rows) == (6, 0)
     splits = plan_splits(join(config.out, "requests.parquet"), flag="--requests")
-    requests.check_columns(splits, needs_target=True)
+    requests.check_columns(splits, requests.Columns(), needs_target=True)
     good, bad = requests.validate(next(read_split(splits[0])), 4, needs_target=True)
     assert (good.num_rows, bad.num_rows) == (2, 0)
 
@@ -148,6 +148,20 @@ def test_too_many_rejected_questions_give_exit_code_3_and_the_others_are_written
     summary = main(replace(config, rows=InputRows(max_reject_fraction=allowed)))
     assert (summary.exit_code, summary.result["reject_fraction"]) == (exit_code, 0.25)
     assert len(rows(config, "requests.parquet")) == 3
+
+
+def test_half_a_character_and_an_unreadable_date_cost_no_row(tmp_path: Path) -> None:
+    odd = question(1, date="some day", input="an abstract of a paper: half of \udc00 and \ud83d")
+    odd["profile"][1] |= {"date": "the day before", "title": "also \ud83d", "id": "\udc01"}
+    config = files(str(tmp_path), [odd, question(2)], {"1": "a gold \udfff", "2": "Two"})
+    summary = main(config)
+    assert (summary.exit_code, summary.result["rejects"], summary.result["unreadable_dates"]) == (0, 0, 2)
+    assert dict(summary.table)["unreadable dates"] == "2, which count as absent"
+    assert next(one["query"] for one in rows(config, "requests.parquet")) == "half of \ufffd and \ufffd"
+    assert next(one["target"] for one in rows(config, "requests.parquet")) == "a gold \ufffd"
+    behavior = rows(config, "histories.parquet")[1]
+    assert (behavior["behavior_id"], behavior["timestamp"]) == ("00001:\ufffd", None)
+    assert behavior["text"].startswith("also \ufffd ")
 
 
 def test_too_many_rejected_profile_items_give_exit_code_3(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.jobs.conftest import START, Job, behaviors, write
 
 def read(out: str) -> list[dict[str, Any]]:
     splits = plan_splits(out, flag="--requests")
-    requests.check_columns(splits, needs_target=True)
+    requests.check_columns(splits, requests.Columns(), needs_target=True)
     tables = [requests.validate(records, 4, True)[0] for split in splits for records in read_split(split, job="")]
     return [row for table in tables for row in table.to_pylist()]
 

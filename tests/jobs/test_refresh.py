@@ -1,10 +1,12 @@
 """Tests for a scheduled refresh on a real Ray: the store becomes equal to one built from the new histories."""
 
+import bz2
 import gzip
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
@@ -79,6 +81,36 @@ def test_sync_deletes_nothing_if_a_file_or_line_is_unreadable(
     after = stored(store, "behaviors", STAMP)
     assert before.keys() <= after.keys()
     assert {key for key in changed(before, after) if key[1].startswith("b")} == to_encode
+
+
+def test_sync_reads_what_has_been_compressed_since(do: Job, flags: dict[str, Any], source: str, store: Path) -> None:
+    """It would otherwise delete the users of such a file."""
+    before = stored(store, "behaviors", STAMP)
+    rows = behaviors()
+    write(source, rows[:10])
+    for pack, end, part in ((bz2.compress, "BZ2", rows[10:20]), (_zstd, "zst", rows[20:])):
+        plain = Path(write(source.replace("histories", end), part))
+        plain.with_suffix(f".jsonl.{end}").write_bytes(pack(plain.read_bytes()))
+        plain.unlink()
+    done = do(embed, sync=True, **flags)
+    assert (done.code, done.result["read"], done.result["known"], done.result["gone"]) == (0, 30, 30, 0)
+    assert stored(store, "behaviors", STAMP) == before
+
+
+def _zstd(data: bytes) -> bytes:
+    return bytes(pa.Codec("zstd").compress(data, asbytes=True))
+
+
+def test_sync_deletes_nothing_if_a_file_has_no_valid_row(
+    do: Job, flags: dict[str, Any], source: str, store: Path
+) -> None:
+    """Its columns may have been renamed, and its users are those that are absent."""
+    rows = behaviors()
+    write(source, rows[:-1])
+    write(source.replace("histories.jsonl", "last.jsonl"), [{**rows[-1], "user_id": None}])
+    done = do(embed, sync=True, max_reject_fraction=0.5, **flags)
+    assert (done.code, done.result["gone"], done.result["rejects"]) == (0, 0, 1)
+    assert "nothing, because 1 files or lines could not be read" in done.table
 
 
 def test_sync_deletes_nothing_if_too_many_rows_are_rejected(

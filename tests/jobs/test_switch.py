@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from jobs import embed, evaluate, forget, generate, store as job
+from jobs.runtime import switching
 from persona import open_store, storage
+from persona.errors import LeaseLost
 from persona.storage import join
 from persona.store.store import Store
 from tests.jobs.conftest import Job, behaviors, fill_store, requests, write
@@ -100,6 +102,15 @@ def test_a_store_with_forgotten_or_other_behaviors_is_taken_only_when_asked_to(
     assert do(job, action="switch", store=live, to=v1).code == 2
     assert do(job, action="switch", store=live, to=v1, allow_differences=True).code == 0
     assert [store.uri for store in Store.open_all(live)] == [v1]
+
+
+def test_a_switch_that_another_one_has_overtaken_is_refused(store: Path, tmp_path: Path) -> None:
+    live = str(tmp_path / "live")
+    first, second = switching.plan(live, str(store)), switching.plan(live, str(store))
+    switching.write(first)
+    with pytest.raises(LeaseLost, match=f"another run has switched {live} meanwhile; run the same command again"):
+        switching.write(second)
+    assert not switching.plan(live, str(store)).is_needed
 
 
 def test_wrong_usage(refuse: Job, store: Path, tmp_path: Path) -> None:

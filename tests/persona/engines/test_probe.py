@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from persona.engines import probe
 from persona.engines.base import Prompt
 from persona.engines.local import LocalEngine
-from persona.errors import InputError
+from persona.errors import InputError, UsageError
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptText
 from persona.models.resolve import resolve
@@ -171,6 +171,12 @@ def test_recomputed_activations_have_no_dropout(tmp_path, kind):
     expected = llm.nll(no_soft, prompts, targets)
     llm.checkpoint_activations()
     torch.testing.assert_close(llm.nll(no_soft, prompts, targets), expected)
+
+
+def test_activation_checkpointing_is_refused_where_transformers_cannot(tmp_path):
+    llm = load(tiny_llm(tmp_path, "ctrl", n_embd=48, dff=64, n_layer=2, n_head=4))
+    with pytest.raises(UsageError, match="--activation-checkpointing is not possible with LLMs of the kind 'ctrl'"):
+        llm.checkpoint_activations()
 
 
 def test_the_probe_leaves_the_llm_as_it_was(llm):

@@ -1,6 +1,7 @@
 """Optional columns: a misspelled one is found, an absent one is reported, and a flag gives their names."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,8 @@ def test_columns_of_requests_can_have_other_names(tmp_path: Path) -> None:
     found = {name: good[name][0].as_py() for name in ("request_id", "user_id", "input", "query", "target")}
     assert found == {"request_id": "7", "user_id": "u", "input": "p", "query": "q", "target": "g"}
     assert [reason.split(" ")[0] for reason in bad["reason"].to_pylist()] == ["prompt", "at"]
+    with pytest.raises(InputError, match="--request-columns as_of=asked: there is no such column. There are:.* at, "):
+        requests.check_columns(splits, replace(columns, as_of="asked"), needs_target=True)
     with pytest.raises(InputError, match=r"no column 'user_id'.*--request-columns user_id=COLUMN"):
         requests.check_columns(splits, requests.Columns(request_id="id"), needs_target=True)
 

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import random
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ LEFTOVERS = [
     "._a.jsonl",
     ".ipynb_checkpoints/a.jsonl",
     "_spark_metadata/0",
+    f".a.jsonl.{uuid.uuid4().hex}",
 ]
 
 

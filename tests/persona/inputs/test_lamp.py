@@ -280,6 +280,12 @@ def test_a_gold_must_be_a_label_of_the_task(name: str, gold: str) -> None:
         question_to_rows(TASKS[name], {"id": "1", "input": prompt, "profile": []}, gold)
 
 
+def test_a_blank_gold_of_a_label_is_kept_as_the_official_scorer_counts_it() -> None:
+    prompt = next(prompt for task, _, _, prompt, _, _ in OFFICIAL if task == "LaMP_1")
+    question = {"id": "1", "input": prompt, "profile": []}
+    assert question_to_rows(TASKS["LaMP_1"], question, " ").request["target"] == " "
+
+
 def read(data: bytes) -> list[Any]:
     return list(read_questions(io.BytesIO(data), name="questions.json"))
 

@@ -51,6 +51,15 @@ def test_a_target_is_required_only_if_needed(tmp_path: Path) -> None:
     assert good.num_rows == 1 and bad["reason"].to_pylist() == ["target is missing"]
 
 
+def test_a_blank_target_is_one_where_it_is_scored_and_a_null_is_not(tmp_path: Path) -> None:
+    good_and_bad(tmp_path, GOOD | {"target": ""}, GOOD | {"target": " \n"}, GOOD | {"target": None}, GOOD)
+    (raw,) = read_split(plan_splits(str(tmp_path), flag="--requests")[0])
+    good, bad = validate(raw, 16, needs_target=True, blank_targets=True)
+    assert good["target"].to_pylist() == ["", " \n"]
+    assert bad["reason"].to_pylist() == ["target is missing"] * 2
+    assert validate(raw, 16, needs_target=True)[0].num_rows == 0
+
+
 def test_a_rejected_text_is_read_only_if_named_and_then_required(tmp_path: Path) -> None:
     objects = [GOOD | {"worse": "w"}, GOOD | {"worse": " "}, GOOD]
     assert good_and_bad(tmp_path, *objects)[0].schema == SCHEMA

@@ -20,7 +20,7 @@ from persona.models.llm_kinds import check_kind, embedding_scale
         ("mbart", "language"),
         ("bert", "encoder"),
         ("xlm-roberta", "encoder"),
-        ("gemma3", "images or sound"),
+        ("llama4", "images or sound"),
         ("qwen3_5", "images or sound"),
         ("whisper", "no language model"),
         ("gemma3n_text", "look up token ids"),
@@ -34,7 +34,21 @@ def test_kinds_that_cannot_be_right_are_refused_with_the_reason(kind, reason):
 
 @pytest.mark.parametrize(
     "kind",
-    ["llama", "gpt2", "mistral", "qwen3", "gemma3_text", "gpt_oss", "dbrx", "mpt", "lfm2", "t5", "bart", "t5gemma"],
+    [
+        "llama",
+        "gpt2",
+        "mistral",
+        "qwen3",
+        "gemma3_text",
+        "gemma3",
+        "gpt_oss",
+        "dbrx",
+        "mpt",
+        "lfm2",
+        "t5",
+        "bart",
+        "t5gemma",
+    ],
 )
 def test_other_kinds_are_left_to_the_probe(kind):
     check_kind("a folder", AutoConfig.for_model(kind))

@@ -19,6 +19,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    GPTNeoConfig,
     GptOssConfig,
     LlamaConfig,
     MixtralConfig,
@@ -118,6 +119,23 @@ def test_the_head_of_a_masked_language_model_is_not_needed(tmp_path):
     mine = check_and_load(AutoModel, saved(model, tmp_path))
     ids = torch.arange(5, 15)[None]
     assert torch.equal(mine(ids).last_hidden_state, model.bert(ids).last_hidden_state)
+
+
+def test_old_names_and_masks_in_old_checkpoints_are_known(encoder_folder, tmp_path):
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    folder = encoder_folder
+    for new, name in old.items():
+        folder = changed(folder, tmp_path / name, renamed(new, name))
+    assert not {*old.values()}.isdisjoint(
+        {".".join(n.split(".")[-2:]) for n in load_file(folder.path / "model.safetensors")}
+    )
+    mine, plain = (check_and_load(AutoModel, one).state_dict() for one in (folder, encoder_folder))
+    assert all(torch.equal(mine[name], value) for name, value in plain.items())
+    gpt_neo = GPTNeoConfig(vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]])
+    folder = saved(AutoModelForCausalLM.from_config(gpt_neo), tmp_path / "gpt-neo")
+    for name in ("attention.bias", "attention.masked_bias"):
+        folder = changed(folder, tmp_path / f"gpt-neo-{name}", with_extra(f"transformer.h.0.attn.{name}"))
+    check_and_load(AutoModelForCausalLM, folder)
 
 
 def test_an_unused_part_inside_a_masked_language_model_is_refused(tmp_path):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import BertModel
+from transformers import AutoModel, BertModel
 
 from persona import storage
 from persona.errors import InputError, StorageError, UsageError
-from persona.models import contents, resolve as models
+from persona.models import contents, loading, resolve as models
 from persona.models.resolve import ModelFolder
 from tests.models import tiny_encoder
 
@@ -192,6 +192,23 @@ def test_broken_json_is_refused(sentences, name, text):
         fingerprint(sentences)
 
 
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt", "model.safetensors"])
+def test_a_file_that_cannot_be_read_is_refused(copy, name):
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to("/proc/self/mem")  # reading it fails for root, too
+    with pytest.raises(InputError, match="--encoder: '.*/copy': .*(Input/output error|not a whole safetensors file)"):
+        fingerprint(copy)
+
+
+def test_links_in_a_circle_are_refused(copy, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (copy / "config.json").unlink()
+    (copy / "config.json").symlink_to(copy / "config.json")
+    for folder, reason in ((tmp_path / "loop", "there is no folder"), (copy, r"it has no config\.json")):
+        with pytest.raises(InputError, match=reason):
+            fingerprint(folder)
+
+
 @pytest.mark.parametrize("path", ["..", "../other", "/etc", None, 3])
 def test_modules_outside_the_folder_are_refused(copy, path):
     (copy / "modules.json").write_text(json.dumps([{"path": path}]))
@@ -201,7 +218,7 @@ def test_modules_outside_the_folder_are_refused(copy, path):
 
 @pytest.mark.parametrize(
     "index",
-    [[], {}, *({"weight_map": names} for names in ({}, [], {"a": 3}, {"a": "../x.safetensors"}, {"a": "/x.safetensors"}))],
+    [[], {}, *({"weight_map": names} for names in ({}, [], {"a": 3}, {"a": "../x.safetensors"}, {"a": "/x"}))],
     ids=str,
 )  # fmt: skip
 def test_a_broken_index_is_refused(copy, index):
@@ -301,6 +318,28 @@ def test_a_model_on_s3_has_the_same_fingerprint_and_is_downloaded_once(s3, cache
     assert models.resolve(uri, flag="--encoder").path == found.path
     assert (found.path / "config.json").stat().st_mtime_ns == before
     assert [folder.name for folder in cache.iterdir()] == [found.path.name]
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a?b", "a+b", "é", "100%", "-"])
+def test_a_model_in_a_folder_of_any_name(encoder_folder, tmp_path, name):
+    found = models.resolve(str(shutil.copytree(encoder_folder.path, tmp_path / name)), flag="--encoder")
+    assert (found.path, found.fingerprint) == (tmp_path / name, encoder_folder.fingerprint)
+    loading.load_tokenizer(found)
+    loading.load_model(AutoModel, found, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["a+b", "a=b,c", "a@b&c$d", "it's(1)", "~a!b*c;d:e"])
+def test_a_model_under_an_s3_prefix_of_any_allowed_name(each_s3, cache, encoder_folder, name):
+    storage.copy_folder(str(encoder_folder.path), f"{each_s3}/{name}")
+    found = models.resolve(f"{each_s3}/{name}", flag="--encoder")
+    assert found.fingerprint == encoder_folder.fingerprint
+    loading.load_tokenizer(found)
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a?b", "é"])
+def test_an_s3_prefix_that_a_library_would_misread_is_refused(s3, name):
+    with pytest.raises(UsageError, match=r"--encoder: '.*' contains (a space|the character '.'); use ASCII letters"):
+        models.resolve(f"{s3}/{name}", flag="--encoder")
 
 
 def test_a_retrained_model_at_the_same_prefix_is_downloaded_again(s3, cache, encoder_folder, tmp_path):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from persona import storage
 from persona.engines.local import LocalEngine
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import Decoding
 from persona.plug import folder as plug_folder, record as plug_record
+from persona.plug.user_personas import UserPersonas
 from tests.models import tiny_encoder
 from tests.plugs import ROWS, losses, new_answerer, new_model, record_of, save
 
@@ -139,12 +141,40 @@ def test_a_folder_that_is_overwritten_is_incomplete_until_the_end(saved, encoder
     [
         ("not JSON", "Expecting value"),
         ("[]", "not a valid plug.json"),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
+        ('{"a":' * 100_000, "maximum recursion depth exceeded"),
+        ("\udcff", "not a valid plug.json .*can't decode byte"),
+        ("", "Expecting value"),
         ('{"format": 1}', "format 1, this version reads format 3; train a new plug"),
         ('{"format": 3, "options": {}}', "missing"),
     ],
 )
 def test_an_invalid_record_is_refused(saved, text, reason):
-    (saved / "plug.json").write_text(text)
+    (saved / "plug.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=reason):
+        plug_record.read(saved)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"encoder_width": "32"}, "encoder_width must be int, not '32'"),
+        ({"encoder_width": 0}, "encoder_width must be 1 or more"),
+        ({"pooling": "sum"}, "pooling must be .*'cls'.*, not 'sum'"),
+        ({"token_norm": float("nan")}, "token_norm must be float, not 'nan'"),
+        ({"encoder": {"name": "e"}}, "encoder lacks fingerprint, revision"),
+        ({"encoder": {"name": 3}}, "encoder must be dict"),
+        ({"training": []}, "training must be dict"),
+        ({"unheard_of": 1}, "unexpected keyword argument 'unheard_of'"),
+        ({"options": {"persona_tokens": 2.5}}, "persona_tokens must be int, not '2.5'"),
+        ({"options": {"weights": "median"}}, "weights must be 'attention' or 'mean', not 'median'"),
+        ({"options": {"persona_tokens": "2"}}, "not a valid plug.json"),
+        ({"options": None}, "not a valid plug.json"),
+    ],
+)
+def test_a_record_that_no_training_run_writes_is_refused(saved, values, reason):
+    fields = json.loads((saved / "plug.json").read_text())
+    (saved / "plug.json").write_text(json.dumps({**fields, **values}))
     with pytest.raises(InputError, match=reason):
         plug_record.read(saved)
 
@@ -187,8 +217,33 @@ def test_weights_that_do_not_fit_the_record_are_refused(saved, encoder_folder, l
 def test_a_truncated_weights_file_is_refused(saved, encoder_folder, llm):
     weights = (saved / "plug.safetensors").read_bytes()
     (saved / "plug.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(PlugMismatch, match="copy the whole folder again"):
+    with pytest.raises(InputError, match=r"plug\.safetensors is not a whole safetensors file .*copy the file again"):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", (2**60).to_bytes(8, "little") + b"{}", (500_000).to_bytes(8, "little") + b'{"a":' * 100_000]
+)
+def test_broken_weights_are_refused(saved, data):
+    (saved / "plug.safetensors").write_bytes(data)
+    for read in (plug_record.read, plug_record.fingerprint, UserPersonas.load):
+        with pytest.raises(InputError, match=r"/plug: plug\.safetensors is not a whole safetensors file"):
+            read(saved)
+
+
+@pytest.mark.parametrize("name", ["plug.json", "plug.safetensors"])
+def test_a_file_that_cannot_be_read_is_refused(saved, name):
+    (saved / name).unlink()
+    (saved / name).symlink_to("/proc/self/mem")  # reading it fails for root, too
+    with pytest.raises(InputError, match="/plug: .*(Input/output error|not a whole safetensors file)"):
+        plug_record.read(saved)
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a+b", "é"])
+def test_a_plug_in_a_folder_of_any_name(saved, tmp_path, name):
+    storage.copy_folder(str(saved), str(tmp_path / name))
+    with plug_record.local_plug(str(tmp_path / name), plug_record.fingerprint(saved)) as folder:
+        assert folder == tmp_path / name
 
 
 def test_a_pickle_is_never_read(saved, encoder_folder, llm):

@@ -12,6 +12,7 @@ import pytest
 from persona import storage
 from persona.errors import PersonaError, StorageError, UsageError
 from persona.storage import s3
+from persona.storage.s3 import client as s3_client
 
 
 def file_names(folder: Path) -> list[str]:
@@ -114,6 +115,13 @@ def test_listing_follows_all_pages(other_s3: str) -> None:
         for i in range(1003):
             client.put_object(Bucket=other_s3[5:], Key=f"many/{i:04d}", Body=b"")
     assert len(storage.list_files(f"{other_s3}/many")) == 1003
+
+
+def test_a_key_with_an_empty_part_is_named(s3: str) -> None:
+    with s3_client(s3[5:]) as client:
+        client.put_object(Bucket=s3[5:], Key="in//a.jsonl", Body=b"{}")
+    with pytest.raises(StorageError, match="the key 'in//a.jsonl' below .* has an empty part"):
+        storage.list_files(f"{s3}/in")
 
 
 def test_a_folder_is_copied_within_the_store(each_s3: str) -> None:

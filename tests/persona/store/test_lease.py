@@ -328,9 +328,9 @@ def test_an_unreadable_entry_is_named(tmp_path: Path, data: bytes) -> None:
     [
         ({"expires": "2026-01-02T03:04:05"}, "expires, 2026-01-02T03:04:05, has no time zone"),
         ({"expires": "tomorrow"}, "Invalid isoformat string: 'tomorrow'"),
-        ({"expires": 5}, "expires must not be of type int"),
-        ({"released": "no"}, "released must not be of type str"),
-        ({"pid": True}, "pid must not be of type bool"),
+        ({"expires": 5}, "expires must be str, not '5'"),
+        ({"released": "no"}, "released must be bool, not 'no'"),
+        ({"pid": True}, "pid must be int, not 'True'"),
         ({"pid": 2**80, "host": socket.gethostname()}, "there is no process"),
         ({"pid": -1, "host": socket.gethostname()}, "there is no process -1"),
         ({"number": 2}, "its number is 2"),

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from persona.errors import InputError, StorageError, StoreMismatch
+from persona.errors import InputError, StorageError, StoreMismatch, UsageError
 from persona.inputs.histories import bucket_of, text_hash
 from persona.inputs.records import rejects
 from persona.storage import delta_options, join
@@ -246,3 +246,19 @@ def test_an_unreachable_store_is_a_storage_error_without_secrets(s3: str, monkey
     with pytest.raises(StorageError, match="cannot open the table") as caught:
         Store.open(join(s3, "store"))
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "a?b", "100%", "a+b", "a[1]b", "é", "a:b", "'"])
+def test_a_store_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    store = Store.create(str(tmp_path / name), IDENTITY, 4)
+    write_rows(store, "generations", answers("r1"))
+    assert Store.open(store.uri).read_generations().num_rows == 1
+    assert [folder.name for folder in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a%2Fb", "a\\b", "a\tb", "a\udcffb"])
+def test_a_store_in_a_folder_that_would_be_taken_for_another_is_refused(tmp_path: Path, name: str) -> None:
+    for start in (Store.open, lambda uri: Store.create(uri, IDENTITY, 4)):
+        with pytest.raises(UsageError, match="which means another path to the table library; rename the folder"):
+            start(str(tmp_path / name))
+    assert not [*tmp_path.iterdir()]
