@@ -146,7 +146,7 @@ def main(config: Config) -> Summary:
         seconds=seconds,
         max_reject_fraction=config.rows.max_reject_fraction,
     )
-    found = cost.spent(found, config.cost, machines, n_models=n_workers, seconds=seconds)
+    found = cost.spent(found, config.cost, machines, n_gpus=n_workers, seconds=seconds)
     return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 

@@ -16,6 +16,8 @@ Engine = Literal["local"]
 Pooling = Literal["cls", "mean"]
 Precision = Literal["auto", "bf16", "fp32"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
+# The name of a device: all visible GPUs, over which the layers of an LLM are spread.
+SPREAD = "auto"
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
 TimeUnit = Literal["s", "ms", "us", "ns"]

@@ -75,6 +75,7 @@ class EngineModule(Protocol):
         max_input_tokens: int,
         precision: Precision,
         quantization: Quantization,
+        device: str | None,
         batch_size: int,
     ) -> Engine:
         """See `new_engine`."""
@@ -87,6 +88,7 @@ def new_engine(
     max_input_tokens: int,
     precision: Precision,
     quantization: Quantization = "none",
+    device: str | None = None,
     batch_size: int,
 ) -> Engine:
     """Loads an LLM into the engine of that name (`persona.options.Engine`).
@@ -97,6 +99,7 @@ def new_engine(
         max_input_tokens: requests are cut to this length.
         precision: of the LLM; see `persona.models.device.choose_precision`.
         quantization: of the LLM's weights, as the plug was trained; see `persona.models.quantized`.
+        device: of the LLM; by default a GPU if there is one, and `auto` spreads it over all GPUs.
         batch_size: prompts per forward pass; engines that schedule requests themselves may ignore it.
 
     Raises:
@@ -108,5 +111,6 @@ def new_engine(
         max_input_tokens=max_input_tokens,
         precision=precision,
         quantization=quantization,
+        device=device,
         batch_size=batch_size,
     )

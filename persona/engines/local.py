@@ -18,10 +18,22 @@ from persona.options import Decoding, Precision, Quantization
 
 
 def load(
-    folder: ModelFolder, *, max_input_tokens: int, precision: Precision, quantization: Quantization, batch_size: int
+    folder: ModelFolder,
+    *,
+    max_input_tokens: int,
+    precision: Precision,
+    quantization: Quantization,
+    device: str | None,
+    batch_size: int,
 ) -> Engine:
     """Loads the LLM of a folder, on a GPU if there is one. Raises InputError if it would not answer rightly."""
-    llm = FrozenLLM.load(folder, max_input_tokens=max_input_tokens, precision=precision, quantization=quantization)
+    llm = FrozenLLM.load(
+        folder,
+        max_input_tokens=max_input_tokens,
+        precision=precision,
+        quantization=quantization,
+        device=device,
+    )
     probe.check_llm(llm)
     return LocalEngine(llm, batch_size=batch_size)
 

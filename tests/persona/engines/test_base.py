@@ -43,7 +43,13 @@ class EchoEngine:
 
 
 def load(
-    folder: ModelFolder, *, max_input_tokens: int, precision: Precision, quantization: Quantization, batch_size: int
+    folder: ModelFolder,
+    *,
+    max_input_tokens: int,
+    precision: Precision,
+    quantization: Quantization,
+    device: str | None,
+    batch_size: int,
 ) -> EchoEngine:
     assert (precision, batch_size) == ("fp32", 2)
     return EchoEngine(folder, max_input_tokens)
