@@ -6,6 +6,8 @@ the latter: it saves memory, not time. Gradients to its input are exact for the 
 Shapes: O output width, I input width, N blocks of a weight, K weights of a block.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -46,7 +48,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(…, I) to (…, O)."""
-        product: Tensor = _Product.apply(inputs, self)
+        product = cast(Tensor, _Product.apply(inputs, self))  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
 
 
@@ -54,12 +56,12 @@ class _Product(torch.autograd.Function):
     """x Wᵀ; the backward pass expands W again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: "_Product", inputs: Tensor, layer: QuantizedLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, inputs: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         return inputs @ layer.weight.T
 
     @staticmethod
-    def backward(ctx: "_Product", gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.weight, None
 
 
