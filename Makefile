@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED  := 0
 export TOKENIZERS_PARALLELISM   := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak bench check format clean
+.PHONY: help install demo test soak bench models check format clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1 \t\2/p' Makefile | expand -t 16
@@ -46,6 +46,10 @@ soak: $(READY)  ## Run the long tests, which kill processes at many moments
 
 bench: $(READY)  ## Compare speed with other ways to do the same; about twenty minutes on two cores
 	@$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+models: export OMP_NUM_THREADS := 1
+models: $(READY)  ## Compare every kind of model with plain transformers; writes docs/models.md
+	@$(BIN)/python -m tests.matrix.page $(ARGS)
 
 check: $(READY)  ## Check lint, format and types; changes nothing
 	@$(BIN)/ruff check .

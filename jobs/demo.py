@@ -19,7 +19,7 @@ from jobs.runtime import cli
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import InputRows, PastTexts, check_limit
 from persona.errors import UsageError
-from persona.options import Decoding, PersonaKind, PlugOptions, TrainingOptions
+from persona.options import Decoding, PersonaKind, PlugOptions, PromptOptions, TrainingOptions
 
 ConfigT = TypeVar("ConfigT")
 
@@ -166,6 +166,7 @@ def _training(config: Config, setup: _Setup) -> train.Config:
         runs=str(setup.out / "runs"),
         llm=setup.llm,
         validate_every=60,
+        prompt=PromptOptions(prompt_format="plain"),
         plug_options=PlugOptions(persona_tokens=4, temperature=30.0, learn_temperature=True),
         training=TrainingOptions(
             epochs=2,

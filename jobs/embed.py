@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from jobs.runtime import cli, cost, encoding, exchange, personas, pools, profile, reading, session, staging, sync
 from jobs.runtime.cli import Summary
@@ -23,7 +23,8 @@ from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
-from persona.options import CostOptions, Precision, check_at_least
+from persona.option_checks import check_at_least
+from persona.options import CostOptions, Precision, VectorOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,13 +51,12 @@ class Config:
     """Names of your columns where they differ: text=body,user_id=author."""
     form: Annotated[InputFormat, FLAT] = field(default_factory=InputFormat)
     encoder: str = "BAAI/bge-base-en-v1.5"
-    """Hub id or folder (local, s3://) of a BERT-like encoder with safetensors weights."""
+    """Hub id or folder (local, s3://) of a text encoder with safetensors weights."""
     revision: str = "main"
     """Revision of the encoder on the hub."""
-    pooling: Literal["auto", "cls", "mean"] = "auto"
-    """How token vectors become one; auto follows the model's sentence-transformers file, or else takes cls."""
+    vectors: Annotated[VectorOptions, FLAT] = field(default_factory=VectorOptions)
     max_tokens: int = 512
-    """Cut each text after this many tokens."""
+    """Cut each text after this many tokens, or earlier if the encoder's folder says so."""
     precision: Precision = "auto"
     """Precision of the encoder; auto is bf16 where the hardware supports it."""
     token_budget: int | None = None
@@ -130,14 +130,13 @@ def main(config: Config) -> Summary:
 
 def _inputs(config: Config) -> _Inputs:
     from persona import storage
-    from persona.models import loading, resolve as models
+    from persona.models import resolve as models
 
     store = storage.check_uri(config.store, flag="--store")
     storage.check_reachable(store, flag="--store", write=True)
     histories = find_histories(config.histories, config.columns, config.form, flag="--histories")
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
-    loading.check_encoder(encoder)
-    identity = encoding.identity_of(encoder, pooling=config.pooling, max_tokens=config.max_tokens)
+    identity = encoding.identity_of(encoder, config.vectors, max_tokens=config.max_tokens, precision=config.precision)
     plug = personas.find_plug(config.plug, identity) if config.plug else None
     return _Inputs(histories=histories, store=store, encoder=encoder, identity=identity, plug=plug)
 
@@ -263,7 +262,7 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         ("store", inputs.store if store is None else store.label),
         ("input", f"{n_files:,} files, {n_bytes:,} bytes, {len(splits):,} splits"),
         *inputs.histories.rows(),
-        ("encoder", f"{identity.encoder} (width {identity.width}, {identity.pooling} pooling)"),
+        ("encoder", f"{identity.encoder} ({identity.describe()})"),
     ]
     result = {"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes, **inputs.histories.facts()}
     plan = Summary(table=table, result=result)

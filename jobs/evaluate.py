@@ -33,7 +33,8 @@ from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import InputError, UsageError
-from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions, check_at_least
+from persona.option_checks import check_at_least
+from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -156,7 +157,7 @@ def _inputs(config: Config) -> _Inputs:
         rejected=config.rejected,
     )
     store = Store.open(target)
-    plug = plugs.find_plug(store, config.plug, config.models, retrieved_tokens=config.retrieval.front_tokens)
+    plug = plugs.find_plug(store, config.plug, config.models, requests, retrieved_tokens=config.retrieval.front_tokens)
     histories = retrieval.plan(config.past_texts, config.form)
     return _Inputs(requests=requests, store=store, plug=plug, histories=histories, out=out)
 
@@ -166,9 +167,11 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     scored = f"score {', '.join(config.scored)} and " if config.scored else ""
     would = f"{scored}measure the loss for {', '.join(config.personas)}"
     if_all = "with inputs of full length"
-    return cost.planned_requests(
+    plan = cost.planned_requests(
         would, config.cost, inputs.requests, inputs.plug, passes=len(config.personas), if_all=if_all
     )
+    example = plugs.prompt_example(inputs.plug, retrieved=bool(config.retrieval.retrieve))
+    return cli.with_prompt_example(plan, example)
 
 
 def _requests(config: Config, inputs: _Inputs, store: "Store", variants: Sequence[str], tally: Tally) -> "Dataset":
@@ -244,6 +247,7 @@ def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
         "store": store.uri,
         "plug_fingerprint": plug.fingerprint,
         "plug_options": asdict(plug.record.options),
+        "prompt": asdict(plug.record.prompt),
         "llm": plug.record.llm,
         "encoder": plug.record.encoder,
         **{f"{table}_version": version for table, version in store.versions.items()},

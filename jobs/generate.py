@@ -22,7 +22,8 @@ from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
-from persona.options import CostOptions, Decoding, Engine, PersonaKind, RetrievalOptions, check_at_least
+from persona.option_checks import check_at_least
+from persona.options import CostOptions, Decoding, Engine, PersonaKind, RetrievalOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -121,6 +122,7 @@ def _inputs(config: Config) -> _Inputs:
         store,
         config.plug,
         config.models,
+        requests,
         retrieved_tokens=config.retrieval.front_tokens,
         max_new_tokens=config.decoding.max_new_tokens,
     )
@@ -130,7 +132,7 @@ def _inputs(config: Config) -> _Inputs:
 def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
     n_files = len({split.uri for split in inputs.requests.splits})
-    return cost.planned_requests(
+    plan = cost.planned_requests(
         f"answer the requests of {n_files} files for {', '.join(config.persona)}",
         config.cost,
         inputs.requests,
@@ -140,6 +142,8 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         beams=config.decoding.beams,
         if_all="if no request has an answer yet, with inputs and answers of full length",
     )
+    example = plugs.prompt_example(inputs.plug, retrieved=bool(config.retrieval.retrieve))
+    return cli.with_prompt_example(plan, example)
 
 
 def _staged(config: Config, inputs: _Inputs, pool: ModelPool, tally: Tally) -> "Iterator[pa.Table]":

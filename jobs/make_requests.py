@@ -16,7 +16,7 @@ from jobs.runtime.job_options import FLAT, InputFormat
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
-from persona.options import check_at_least
+from persona.option_checks import check_at_least
 
 if TYPE_CHECKING:
     import pyarrow as pa

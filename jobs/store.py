@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from jobs.runtime import cli, exchange, session, switching
 from jobs.runtime.cli import Summary
 from persona.errors import UsageError
-from persona.options import check_at_least
+from persona.option_checks import check_at_least
 
 if TYPE_CHECKING:
     from persona.store.data_files import DataFile
@@ -127,10 +127,7 @@ def _show(_config: Config, store: "Store") -> Outcome:
     runs = sorted(runs, key=lambda run: str(run["at"]), reverse=True)[:_RUNS_SHOWN]
     identity = store.identity
     table = [
-        (
-            "encoder",
-            f"{identity.encoder} (width {identity.width}, {identity.pooling} pooling, {identity.max_tokens} tokens)",
-        ),
+        ("encoder", f"{identity.encoder} ({identity.describe()})"),
         ("users", f"{n_users:,}"),
         ("buckets", f"{len(rows):,} of {store.n_buckets:,} filled, the largest has {skew:.2f} × the mean"),
     ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jobs.runtime import cli, log
 from jobs.runtime.cli import Summary
 from persona.errors import PersonaError, UsageError
-from persona.options import check_at_least
+from persona.option_checks import check_at_least
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -7,7 +7,7 @@ end, the plug folder `--plug`. The same `--run` again resumes at the last checkp
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from jobs.runtime import cli, cost, plugs, profile, retrieval, session
@@ -16,21 +16,22 @@ from jobs.runtime.inputs import Requests, find_requests
 from jobs.runtime.job_options import FLAT, InputRows, PastTexts, RequestFormat
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
-from jobs.runtime.training.inputs import TrainingInputs, join_and_split
+from jobs.runtime.training.inputs import TrainingInputs, join_and_split, prompt_example
 from jobs.runtime.training.publish import publish, summary
 from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
 from jobs.runtime.training.trainer import fit
 from persona.errors import PlugMismatch, UsageError
+from persona.option_checks import check_at_least
 from persona.options import (
     CostOptions,
     PlugOptions,
     Precision,
+    PromptOptions,
     Quantization,
     RetrievalOptions,
     Select,
     TrainingOptions,
-    check_at_least,
 )
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class Config:
     """Revision of the LLM on the hub."""
     encoder: str | None = None
     """Folder or hub id of the store's encoder, if it is not where the store says."""
-    query_prefix: str = ""
-    """Prefix of each query (BGE: 'Represent this sentence for searching relevant passages: ')."""
+    query_prompt: str | None = None
+    """Text in front of each query; default the encoder's own prompt for queries, "" for none."""
     max_query_tokens: int = 276
     """Cut each query after this many tokens."""
     max_input_tokens: int = 256
@@ -85,6 +86,7 @@ class Config:
     activation_checkpointing: bool = False
     """Recompute the LLM's activations in the backward pass: a fraction of the memory for a third more time."""
     plug_options: Annotated[PlugOptions, FLAT] = field(default_factory=PlugOptions)
+    prompt: Annotated[PromptOptions, FLAT] = field(default_factory=PromptOptions)
     training: Annotated[TrainingOptions, FLAT] = field(default_factory=TrainingOptions)
     retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
     past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
@@ -123,10 +125,11 @@ class Config:
 def main(config: Config) -> Summary:
     """Runs the job."""
     started = time.perf_counter()
-    spec, inputs = _spec(config), _inputs(config)
+    inputs = _inputs(config)
+    spec = _spec(config, inputs)
     run = Run.find(spec, inputs)
     if config.dry_run:
-        return _plan(config, inputs, resumes=run.record is not None)
+        return _plan(config, spec, inputs, resumes=run.record is not None)
     machines = session.connect()
     n_workers = config.workers or machines.gpus or 1
     config.training.check_workers(n_workers)
@@ -141,7 +144,7 @@ def main(config: Config) -> Summary:
     found = summary(
         published,
         counts,
-        inputs.requests,
+        inputs,
         global_batch=config.training.global_batch,
         seconds=seconds,
         max_reject_fraction=config.rows.max_reject_fraction,
@@ -150,12 +153,16 @@ def main(config: Config) -> Summary:
     return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 
-def _spec(config: Config) -> RunSpec:
-    """The part of the configuration that defines the plug."""
+def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
+    """What defines the plug: a part of the configuration, and how the encoder reads queries."""
+    from persona.models.encoder_settings import settle_query
+
+    query = settle_query(inputs.encoder, prompt=config.query_prompt, max_tokens=config.max_query_tokens)
     return RunSpec(
         run=config.run,
         plug_options=config.plug_options,
         training=config.training,
+        prompt=inputs.tokenizer.options,
         retrieval=config.retrieval,
         past_texts=config.past_texts,
         requests=config.requests,
@@ -166,8 +173,8 @@ def _spec(config: Config) -> RunSpec:
         validation_rows=config.validation_rows,
         validate_every=config.validate_every,
         select=config.select,
-        query_prefix=config.query_prefix,
-        max_query_tokens=config.max_query_tokens,
+        query_prompt=query.prompt,
+        max_query_tokens=query.max_tokens,
         max_input_tokens=config.max_input_tokens,
         max_target_tokens=config.max_target_tokens,
         max_behaviors=config.max_behaviors,
@@ -180,7 +187,7 @@ def _spec(config: Config) -> RunSpec:
 def _inputs(config: Config) -> TrainingInputs:
     """Finds and checks what the run reads and where it writes."""
     from persona import storage
-    from persona.models import loading, resolve as models
+    from persona.models import resolve as models
     from persona.store.store import Store
 
     store_uri = storage.check_uri(config.store, flag="--store")
@@ -194,17 +201,20 @@ def _inputs(config: Config) -> TrainingInputs:
     store = Store.open(store_uri)
     encoder = store_encoder(store.identity, config.encoder)
     llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
-    loading.check_encoder(encoder)
-    plugs.check_llm(
+    tokenizer = plugs.check_llm(
         llm,
         max_input_tokens=config.max_input_tokens,
+        prompt=config.prompt,
         n_soft=config.plug_options.n_soft,
         retrieved_tokens=config.retrieval.front_tokens,
     )
+    if requests.have_system or (held_out is not None and held_out.have_system):
+        tokenizer.check_system_column()
     return TrainingInputs(
         store=store,
         encoder=encoder,
         llm=llm,
+        tokenizer=tokenizer,
         requests=requests,
         validation=held_out,
         histories=retrieval.plan(config.past_texts, config.form),
@@ -233,7 +243,7 @@ def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
     return folder
 
 
-def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
+def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: bool) -> Summary:
     """The summary of a dry run."""
     from persona.cost import tokens_of_text, training_flops
 
@@ -254,9 +264,15 @@ def _plan(config: Config, inputs: TrainingInputs, *, resumes: bool) -> Summary:
             epochs=config.training.epochs,
         )
     )
-    table = [("would", would), *inputs.requests.rows()]
-    plan = Summary(table=table, result={"dry_run": True, "would": would, **inputs.requests.facts()})
-    return cost.planned(plan, config.cost, flops=flops, if_all="for the whole run, with inputs of full length")
+    example = prompt_example(spec, inputs)
+    table = [("would", would), *inputs.requests.rows(), *inputs.validation_rows()]
+    result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), **inputs.requests.facts()}
+    return cost.planned(
+        cli.with_prompt_example(Summary(table=table, result=result), example),
+        config.cost,
+        flops=flops,
+        if_all="for the whole run, with inputs of full length",
+    )
 
 
 def _with_profile(

@@ -123,6 +123,7 @@ def load_plug(
             llm_folder,
             max_input_tokens=record.max_input_tokens,
             max_target_tokens=record.max_target_tokens,
+            prompt=record.prompt,
             precision=precision,
             quantization=record.llm_quantization,
             device=device,
@@ -191,6 +192,8 @@ class LoadedPlug:
             self._encoder_folder,
             pooling=self.record.pooling,
             max_tokens=self.record.encoder_max_tokens,
+            prompt=self.record.document_prompt,
+            width=self.record.encoder_width,
             device=str(self.model.llm.device),
         )
 
@@ -233,27 +236,31 @@ class Persona:
         soft_SD: NDArray[np.float32] = soft_tokens(model.plug, inputs)[0].float().cpu().numpy()
         return soft_SD
 
-    def answer(self, text: str, *, query: str | None = None, decoding: Decoding | None = None) -> Answer:
+    def answer(
+        self, text: str, *, query: str | None = None, system: str | None = None, decoding: Decoding | None = None
+    ) -> Answer:
         """Answers a request.
 
         Args:
             text: what the LLM reads.
             query: what weights the history; default `text`.
+            system: system text, for a chat model; default that of the plug.
             decoding: default that of jobs.generate.
         """
         model = self._model
         answerer = Answerer(model.plug, LocalEngine(model.llm, batch_size=1), model.query_text, batch_size=1)
-        return answerer.answer([self._row(text, query)], decoding or Decoding(), persona=self.kind)[0]
+        return answerer.answer([self._row(text, query, system)], decoding or Decoding(), persona=self.kind)[0]
 
     @torch.inference_mode()
-    def loss(self, text: str, target: str, *, query: str | None = None) -> Loss:
+    def loss(self, text: str, target: str, *, query: str | None = None, system: str | None = None) -> Loss:
         """How unlikely the LLM finds `target` as the answer; other arguments are as in `answer`."""
-        row = self._row(text, query) | {"target": target}
+        row = self._row(text, query, system) | {"target": target}
         batch = self._model.collate([row], persona=self.kind)
         return Loss(nats=float(self._model(batch)), tokens=batch.n_target_tokens)
 
-    def _row(self, text: str, query: str | None) -> dict[str, Any]:
-        return {"request_id": "", "input": text, "query": text if query is None else query, "history": self._history}
+    def _row(self, text: str, query: str | None, system: str | None = None) -> dict[str, Any]:
+        row = {"request_id": "", "input": text, "query": text if query is None else query, "system": system}
+        return {**row, "history": self._history}
 
 
 def _request_table(user_id: str, as_of: datetime | None) -> pa.Table:

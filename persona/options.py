@@ -5,15 +5,19 @@ imports nothing heavy, so `--help` needs no torch. Each field's docstring is its
 """
 
 import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass
+from datetime import date
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from persona.errors import UsageError
+from persona.option_checks import check_above_zero, check_at_least, check_default, given
 
 Engine = Literal["local"]
-Pooling = Literal["cls", "mean"]
+# The names of sentence-transformers.
+Pooling = Literal["cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 Precision = Literal["auto", "bf16", "fp32"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 # The name of a device: all visible GPUs, over which the layers of an LLM are spread.
@@ -21,6 +25,18 @@ SPREAD = "auto"
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
+
+# What the chat template is given besides its own arguments.
+_TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
+
+
+def pooling_modes(pooling: str) -> tuple[Pooling, ...]:
+    """The modes of a pooling such as `cls+mean`. Raises UsageError for a mode that does not exist."""
+    known: dict[str, Pooling] = {mode: mode for mode in get_args(Pooling)}
+    unknown = [mode for mode in pooling.split("+") if mode not in known]
+    if unknown:
+        raise UsageError(f"pooling {pooling!r}: must be {', '.join(known)}, or several of them joined by +")
+    return tuple(known[mode] for mode in pooling.split("+"))
 
 
 class PersonaKind(StrEnum):
@@ -49,6 +65,22 @@ class PersonaKind(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VectorOptions:
+    """How an encoder makes a behavior's vector; what is left out comes from its folder."""
+
+    pooling: Literal["auto", Pooling] = "auto"
+    """How token vectors become one; auto is what the encoder's folder says, or cls for a plain BERT-like model."""
+    document_prompt: str | None = None
+    """Text in front of each behavior; default the encoder's own prompt for documents, "" for none."""
+    width: int | None = None
+    """Keep only this many components of each vector, for encoders trained for it (Matryoshka)."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "width")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlugOptions:
     """The architecture of a plug; kept in `plug.json`. The defaults are those of PPlug (arXiv 2409.11901)."""
 
@@ -70,8 +102,8 @@ class PlugOptions:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "persona_tokens")
-        _check_above_zero(self, "persona_gain", note=" (1 is the paper's plug)")
-        _check_above_zero(self, "temperature")
+        check_above_zero(self, "persona_gain", note=" (1 is the paper's plug)")
+        check_above_zero(self, "temperature")
         if self.weights == "mean" and self.learn_temperature:
             raise UsageError("--learn-temperature has no effect with --weights mean; remove one of them")
 
@@ -79,6 +111,43 @@ class PlugOptions:
     def n_soft(self) -> int:
         """Soft tokens in front of a request."""
         return self.persona_tokens + (self.instruction != "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How the LLM reads a request; kept in `plug.json`, where `auto` has become `chat` or `plain`."""
+
+    prompt_format: Literal["auto", "chat", "plain"] = "auto"
+    """Write requests by the LLM's chat template, or plainly; auto is chat for a decoder-only LLM with a template."""
+    soft_position: Literal["start", "input"] = "input"
+    """Put the soft tokens in front of all text, or directly in front of the request's input."""
+    system: str = ""
+    """System text of the chat; a request's own, in its column `system`, replaces it."""
+    template_argument: tuple[str, ...] = ()
+    """Argument of the chat template as KEY=VALUE, like enable_thinking=false; give the flag once per argument."""
+    template_date: str = ""
+    """Date (YYYY-MM-DD) for a chat template that writes today's, which would change the answers from day to day."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        if self.prompt_format == "plain":
+            check_default(self, "system", "template_argument", "template_date", needs="--prompt-format chat")
+        if self.template_date:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise UsageError(f"--template-date {self.template_date}: must be a date like 2026-01-31") from error
+        names = [argument.partition("=")[0] for argument in self.template_argument]
+        for argument, name in zip(self.template_argument, names, strict=True):
+            if "=" not in argument or not name.isidentifier() or name in _TEMPLATE_OWN or names.count(name) > 1:
+                raise UsageError(
+                    f"--template-argument {argument}: must be KEY=VALUE, each KEY once, and none of "
+                    f"{', '.join(_TEMPLATE_OWN)}"
+                )
+
+    def template_arguments(self) -> dict[str, Any]:
+        """The arguments of the chat template by name; a value that is JSON, like `false` or `3`, is read as such."""
+        return {name: _json_or_text(value) for name, _, value in (one.partition("=") for one in self.template_argument)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +192,10 @@ class TrainingOptions:
             raise UsageError(f"--zero-stage {self.zero_stage}: must be 1, 2 or 3")
         for name in ("warmup", "history_dropout", "alignment"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{_given(self, name)}: must be at least 0 and below 1")
+                raise UsageError(f"{given(self, name)}: must be at least 0 and below 1")
         if not 0 <= self.empty_history <= 1:
             raise UsageError(f"--empty-history {self.empty_history}: must be from 0 to 1")
-        _check_above_zero(self, "learning_rate", "query_learning_rate")
+        check_above_zero(self, "learning_rate", "query_learning_rate")
         if not 0 <= self.max_gradient_norm < math.inf:
             raise UsageError(f"--max-gradient-norm {self.max_gradient_norm}: must be 0 (clips nothing) or more")
         if not 0 <= self.weight_decay < math.inf:
@@ -168,7 +237,7 @@ class CostOptions:
         for name in ("gpu_hour_price", "tflops"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UsageError(f"{_given(self, name)}: must be above 0")
+                raise UsageError(f"{given(self, name)}: must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +264,11 @@ class Decoding:
             raise UsageError(f"--beams {self.beams}: must be 1 (greedy) or more")
         if self.sample and self.beams > 1:
             raise UsageError(f"--sample draws one answer per request and needs --beams 1, not {self.beams}")
-        _check_above_zero(self, "sampling_temperature")
+        check_above_zero(self, "sampling_temperature")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if not self.sample:
-            _check_default(self, "sampling_temperature", "top_p", "seed", needs="--sample")
+            check_default(self, "sampling_temperature", "top_p", "seed", needs="--sample")
 
     def facts(self) -> dict[str, Any]:
         """The settings that an answer depends on; what only sampling uses is left out without it."""
@@ -213,10 +282,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
-    """Texts of the user's own history in the prompt, in front of the soft tokens; off by default."""
+    """Texts of the user's own history in the prompt, in front of the input; off by default."""
 
     retrieve: int = 0
-    """Put this many of the user's past texts in front of the prompt; needs --texts."""
+    """Put this many of the user's past texts in front of the input; needs --texts."""
     retriever: Retriever = "recency"
     """Choose the latest texts, those that share the query's words (BM25), or those nearest by the store's encoder."""
     retrieve_tokens: int = 256
@@ -232,7 +301,7 @@ class RetrievalOptions:
                 "or more"
             )
         if not self.retrieve:
-            _check_default(self, "retriever", "retrieve_tokens", needs="--retrieve")
+            check_default(self, "retriever", "retrieve_tokens", needs="--retrieve")
 
     @property
     def front_tokens(self) -> int:
@@ -256,27 +325,8 @@ class Metric:
     labels: tuple[str, ...] = ()
 
 
-def check_at_least(options: object, least: int, *names: str) -> None:
-    """Raises UsageError for a field below `least`; None is allowed."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UsageError(f"{_given(options, name)}: must be {least} or more")
-
-
-def _check_above_zero(options: object, *names: str, note: str = "") -> None:
-    for name in names:
-        if not 0 < getattr(options, name) < math.inf:
-            raise UsageError(f"{_given(options, name)}: must be above 0{note}")
-
-
-def _check_default(options: object, *names: str, needs: str) -> None:
-    """Raises UsageError for an option that has no effect without another."""
-    for name in names:
-        if getattr(options, name) != getattr(type(options), name):
-            raise UsageError(f"{_given(options, name)} has no effect without {needs}; give both or neither")
-
-
-def _given(options: object, name: str) -> str:
-    """A field as its flag, with its value."""
-    return f"--{name.replace('_', '-')} {getattr(options, name)}"
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -20,6 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.chats import ZEPHYR
+
 ENCODER_WIDTH, LLM_WIDTH = 32, 48
 # Every configuration has dropout, to catch a model left in train mode. Weights are large, so that outputs depend on all
 # of the input.
@@ -108,6 +110,13 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
         tokenizer,
         {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     )
+
+
+def tiny_chat_llama(folder: Path, seed: int = 0) -> Path:
+    """The tiny Llama with a chat template."""
+    tiny_llama(folder, seed)
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + ZEPHYR)
+    return folder
 
 
 def tiny_t5(folder: Path, seed: int = 0) -> Path:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from persona.engines.local import LocalEngine
+from persona.models.encoder_model import architecture
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
-from persona.options import PersonaKind, PlugOptions, Pooling
+from persona.options import PersonaKind, PlugOptions
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.answerer import Answerer
 from persona.plug.module import Plug
@@ -53,9 +54,10 @@ ROWS = [row(number, n) for number, n in enumerate([3, 0, 1, 40, 0, 7])]
 def new_model(
     encoder: ModelFolder,
     llm: FrozenLLM,
-    prefix: str = "",
+    prompt: str = "",
     *,
-    pooling: Pooling = "cls",
+    pooling: str = "cls",
+    width: int | None = None,
     max_query_tokens: int = 64,
     seed: int = 0,
     **options: Any,
@@ -64,11 +66,15 @@ def new_model(
     # At a temperature of 1 the weights would be too uniform to tell from the mean.
     chosen = PlugOptions(**{"persona_tokens": 2, "temperature": 30.0, **options})
     torch.manual_seed(seed)
+    width = architecture(encoder).width if width is None else width
+    query_encoder, query_head = plug_folder.new_query_encoder(
+        encoder, chosen, pooling=pooling, width=width, pretrained=True
+    )
     plug = Plug(
         chosen,
-        query_encoder=plug_folder.new_query_encoder(encoder, chosen, pretrained=True),
-        pooling=pooling,
-        width=encoder.config["hidden_size"],
+        query_encoder=query_encoder,
+        query_head=query_head,
+        width=width,
         llm_width=llm.width,
         token_norm=llm.token_norm(),
     )
@@ -76,7 +82,7 @@ def new_model(
     plug.set_typical_behavior(torch.nn.functional.normalize(torch.randn(5, plug.width, generator=draw), dim=-1))
     if chosen.recency:
         plug.recency_slope.data.fill_(0.7)  # it starts at 0, which has no effect
-    return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prefix, max_query_tokens))
+    return PersonalizedLLM(plug, llm, plug_folder.new_query_text(encoder, prompt, max_query_tokens))
 
 
 def new_answerer(model: PersonalizedLLM, *, batch_size: int = 32) -> Answerer:
@@ -95,15 +101,17 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
         encoder_width=ENCODER_WIDTH,
         pooling="cls",
         encoder_max_tokens=128,
+        document_prompt="",
         llm=llm.card(),
         llm_width=model.llm.width,
         token_norm=model.plug.token_norm,
         scale=model.plug.scale,
         llm_quantization="none",
-        query_prefix="Represent: ",
+        query_prompt="Represent: ",
         max_query_tokens=64,
         max_input_tokens=256,
         max_target_tokens=256,
+        prompt=model.llm.tokenizer.options,
         max_behaviors=512,
         training={
             "run": "a run",
@@ -119,7 +127,9 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
 def save(folder: Path, model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) -> Path:
     """Writes this model's plug into a folder, and returns the folder."""
     record = record_of(model, encoder, llm)
-    plug_folder.save(folder, model.plug.state_dict(), record, plug_record.card(record))
+    plug_folder.save(
+        folder, model.plug.state_dict(), record, plug_record.card(record, example=model.llm.tokenizer.example(n_soft=3))
+    )
     return folder
 
 

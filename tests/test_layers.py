@@ -25,7 +25,8 @@ ARROWS = {
     "versions": set(),
     "field_types": set(),
     "extensions": {"errors"},
-    "options": {"errors"},
+    "option_checks": {"errors"},
+    "options": {"errors", "option_checks"},
     "storage": {"errors"},
     "report": set(),  # its pages are made from JSON alone
     "evaluation": {"errors", "options"},

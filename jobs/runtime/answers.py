@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from persona.store.store import Store
 
 _BUCKETS_TOGETHER = 16
+# What an answer depends on besides plug, LLM and decoding.
+_OF_REQUEST = ("input", "query", "system", "history_hash", "persona")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class AnswerSpec:
         Precision and engine are left out, so that answers need not be generated again on another kind of machine.
         """
         content = {
-            **{name: row[name] for name in ("input", "query", "history_hash", "persona")},
+            **{name: row[name] for name in _OF_REQUEST},
             "plug": self.plug.fingerprint,
             "llm": self.plug.record.llm["fingerprint"],
             "decoding": self.decoding.facts(),
@@ -60,7 +62,7 @@ class Unanswered:
         """Some rows of one persona with the columns of `adds`; counts the answers that are `stale`."""
         import pyarrow as pa
 
-        columns = ["input", "query", "history_hash", "persona"]
+        columns = [*_OF_REQUEST]
         if self.spec.retrieval.retrieve:
             columns.append("retrieved")
         fingerprints = [self.spec.fingerprint(row) for row in joined.select(columns).to_pylist()]

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from jobs.runtime import log
@@ -69,6 +69,12 @@ def run(
         return known.exit_code if known is not None else 1
     print_summary(summary)
     return summary.exit_code
+
+
+def with_prompt_example(plan: Summary, example: str) -> Summary:
+    """The summary of a dry run, with a line that shows what the LLM reads."""
+    table = [*plan.table, ("the LLM reads", json.dumps(example, ensure_ascii=False))]
+    return replace(plan, table=table, result={**plan.result, "prompt_example": example})
 
 
 def print_summary(summary: Summary) -> None:

@@ -1,6 +1,6 @@
 """The encoder of a store: its identity, how workers load it, and how behaviors become vectors."""
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 from persona.errors import InputError
 
@@ -9,25 +9,29 @@ if TYPE_CHECKING:
 
     from persona.models.encoder import Encoded, TextEncoder
     from persona.models.resolve import ModelFolder
-    from persona.options import Pooling, Precision
+    from persona.options import Precision, VectorOptions
     from persona.store.identity import Identity
 
 _TEXT_RULE = "text as given, cut to max_tokens"
 
 
-def identity_of(encoder: "ModelFolder", *, pooling: "Pooling | Literal['auto']", max_tokens: int) -> "Identity":
-    """What a store records of its encoder."""
-    from persona.models.resolve import sentence_pooling
+def identity_of(
+    encoder: "ModelFolder", options: "VectorOptions", *, max_tokens: int, precision: "Precision"
+) -> "Identity":
+    """What a store records of its encoder. Raises InputError and UsageError as `encoder_settings.settle` does."""
+    from persona.models.encoder_settings import settle
     from persona.store.identity import Identity
 
+    settings = settle(encoder, options, max_tokens=max_tokens, precision=precision)
     return Identity(
         encoder=encoder.name,
         revision=encoder.revision,
         fingerprint=encoder.fingerprint,
-        width=encoder.config["hidden_size"],
-        pooling=sentence_pooling(encoder) if pooling == "auto" else pooling,
-        max_tokens=max_tokens,
+        width=settings.width,
+        pooling=settings.pooling,
+        max_tokens=settings.max_tokens,
         text_rule=_TEXT_RULE,
+        document_prompt=settings.prompt,
     )
 
 
@@ -47,8 +51,10 @@ def load_encoder(
         )
     return TextEncoder(
         folder,
-        pooling=cast("Pooling", identity.pooling),
+        pooling=identity.pooling,
         max_tokens=identity.max_tokens,
+        prompt=identity.document_prompt,
+        width=identity.width,
         token_budget=token_budget,
         precision=precision,
     )

@@ -56,6 +56,11 @@ class Requests(_Input):
     columns: "requests.Columns"
 
     @property
+    def have_system(self) -> bool:
+        """Whether requests have system texts of their own."""
+        return "system" not in self.absent
+
+    @property
     def needs_as_of(self) -> bool:
         """Whether files must have the column `as_of`, because some do."""
         return "as_of" not in self.absent

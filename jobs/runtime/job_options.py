@@ -10,7 +10,8 @@ from typing import Any
 from cyclopts import Parameter
 
 from persona.errors import UsageError
-from persona.options import SPREAD, Precision, RetrievalOptions, TimeUnit, check_at_least
+from persona.option_checks import check_at_least
+from persona.options import SPREAD, Precision, RetrievalOptions, TimeUnit
 
 FLAT = Parameter(name="*")
 """Annotates a field that holds a group: `--beams` instead of `--decoding.beams`."""

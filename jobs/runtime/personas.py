@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jobs.runtime import exchange
 from jobs.runtime.commits import Committer
-from jobs.runtime.plugs import PlugRef, read_plug
+from jobs.runtime.plugs import PlugRef, check_vectors, read_plug
 from jobs.runtime.tally import Tally
 from persona.errors import PlugMismatch
 
@@ -31,6 +31,7 @@ def find_plug(given: str, identity: "Identity") -> PlugRef:
             f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but --encoder is "
             f"{identity.encoder!r}; give a plug of this encoder, or train one"
         )
+    check_vectors(plug, identity)
     return plug
 
 

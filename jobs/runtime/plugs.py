@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.runtime.inputs import Requests
 from jobs.runtime.job_options import PlugModels
 from persona.errors import PlugMismatch
 
 if TYPE_CHECKING:
+    from persona.models.prompts import PromptTokenizer
     from persona.models.resolve import ModelFolder
-    from persona.options import Engine, Precision
+    from persona.options import Engine, Precision, PromptOptions
     from persona.plug.answerer import Answerer
     from persona.plug.inspection import PlugAlone
     from persona.plug.personalized import PersonalizedLLM
     from persona.plug.record import PlugRecord
+    from persona.store.identity import Identity
     from persona.store.store import Store
 
 
@@ -66,7 +69,13 @@ def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
 
 
 def find_plug(
-    store: "Store", given: str, models: PlugModels, *, retrieved_tokens: int = 0, max_new_tokens: int | None = None
+    store: "Store",
+    given: str,
+    models: PlugModels,
+    requests: Requests,
+    *,
+    retrieved_tokens: int = 0,
+    max_new_tokens: int | None = None,
 ) -> PlugRef:
     """The plug of `--plug`, which fits the store, and whose models are whole and those of its training.
 
@@ -74,14 +83,16 @@ def find_plug(
         store: with the vectors.
         given: the value of `--plug`.
         models: where the plug's models are, if not where it says.
+        requests: to be answered or measured.
         retrieved_tokens: tokens of a request's retrieved texts.
         max_new_tokens: of an answer; None if targets are read instead.
 
     Raises:
         PlugMismatch, InputError: it does not.
-        UsageError: requests and answers would be longer than the LLM allows.
+        UsageError: requests and answers would be longer than the LLM allows, or requests have system texts that the
+            plug's prompts have no place for.
     """
-    from persona.models import loading
+    from persona.models.encoder_model import check_encoder
 
     plug = read_plug(given, models)
     if plug.record.encoder["fingerprint"] != store.identity.fingerprint:
@@ -89,29 +100,51 @@ def find_plug(
             f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but the store has those of "
             f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
         )
+    check_vectors(plug, store.identity)
     encoder, llm = _models(plug)
-    loading.check_encoder(encoder)
-    check_llm(
+    check_encoder(encoder)
+    tokenizer = check_llm(
         llm,
         max_input_tokens=plug.record.max_input_tokens,
+        prompt=plug.record.prompt,
         n_soft=plug.record.options.n_soft,
         retrieved_tokens=retrieved_tokens,
         max_new_tokens=max_new_tokens,
     )
+    if requests.have_system:
+        tokenizer.check_system_column()
     return plug
+
+
+def check_vectors(plug: PlugRef, identity: "Identity") -> None:
+    """Raises PlugMismatch when the plug was trained on vectors that the same encoder made in another way."""
+    record = plug.record
+    pairs = (
+        ("width", record.encoder_width, identity.width),
+        ("pooling", record.pooling, identity.pooling),
+        ("document prompt", record.document_prompt, identity.document_prompt),
+    )
+    different = [f"{name} {trained!r} instead of {given!r}" for name, trained, given in pairs if trained != given]
+    if different:
+        raise PlugMismatch(
+            f"--plug {plug.uri} was trained on other vectors of the same encoder ({'; '.join(different)}); give the "
+            "store it was trained on, or train a plug on this one"
+        )
 
 
 def check_llm(
     llm: "ModelFolder",
     *,
     max_input_tokens: int,
+    prompt: "PromptOptions",
     n_soft: int,
     retrieved_tokens: int,
     max_new_tokens: int | None = None,
-) -> None:
-    """Raises InputError for an LLM that would not give what plain transformers gives, as far as its folder shows.
+) -> "PromptTokenizer":
+    """The tokenizer of an LLM that gives what plain transformers gives, as far as its folder shows.
 
-    Raises UsageError when requests would be longer than it allows; the arguments are as in `find_plug`.
+    Raises InputError when it does not, and UsageError when requests would be longer than it allows or cannot be written
+    as `prompt` says. The other arguments are as in `find_plug`.
     """
     from persona.engines import rules
     from persona.models import limits, llm_kinds, loading
@@ -121,7 +154,7 @@ def check_llm(
     llm_kinds.check_kind(llm.name, config)
     loading.check_llm(llm)
     rules.check_folder(llm)
-    tokenizer = PromptTokenizer.load(llm, max_input_tokens=max_input_tokens)
+    tokenizer = PromptTokenizer.load(llm, max_input_tokens=max_input_tokens, prompt=prompt)
     limits.check_vocabulary(llm.name, config, tokenizer)
     limits.check_positions(
         llm.name,
@@ -132,6 +165,16 @@ def check_llm(
         answer_tokens=max_new_tokens or max_input_tokens,
         answer_flag="--max-new-tokens" if max_new_tokens else "--max-input-tokens",
     )
+    return tokenizer
+
+
+def prompt_example(plug: PlugRef, *, retrieved: bool) -> str:
+    """What the LLM reads for a request."""
+    from persona.models.prompts import PromptTokenizer
+
+    record = plug.record
+    tokenizer = PromptTokenizer.load(_models(plug)[1], max_input_tokens=record.max_input_tokens, prompt=record.prompt)
+    return tokenizer.example(n_soft=record.options.n_soft, retrieved=retrieved)
 
 
 def load_answerer(
@@ -155,6 +198,7 @@ def load_answerer(
         engine,
         llm,
         max_input_tokens=plug.record.max_input_tokens,
+        prompt=plug.record.prompt,
         precision=precision,
         quantization=plug.record.llm_quantization,
         device=device,
@@ -179,6 +223,7 @@ def load_personalized(
         llm_folder,
         max_input_tokens=plug.record.max_input_tokens,
         max_target_tokens=plug.record.max_target_tokens,
+        prompt=plug.record.prompt,
         precision=precision,
         quantization=plug.record.llm_quantization,
         device=device,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from jobs.runtime import session, texts
 from jobs.runtime.inputs import Histories, find_histories
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from jobs.runtime.job_options import InputFormat, PastTexts
     from persona.models.encoder import TextEncoder
-    from persona.options import Pooling
     from persona.store.identity import Identity
     from persona.store.store import Store
 
@@ -30,14 +29,14 @@ class RetrievalSpec:
         options: how many texts, and how they are chosen.
         histories: the files with the texts; None if nothing is to be retrieved.
         encoder: hub id or folder of the store's encoder, which also encodes queries.
-        query_prefix: in front of each query; max_query_tokens: a query is cut to this length.
+        query_prompt: in front of each query; max_query_tokens: a query is cut to this length.
         max_behaviors: a request sees at most this many behaviors, the latest ones.
     """
 
     options: RetrievalOptions
     histories: Histories | None
     encoder: str
-    query_prefix: str
+    query_prompt: str
     max_query_tokens: int
     max_behaviors: int
 
@@ -48,7 +47,7 @@ class RetrievalSpec:
             options=options,
             histories=histories,
             encoder=plug.encoder,
-            query_prefix=plug.record.query_prefix,
+            query_prompt=plug.record.query_prompt,
             max_query_tokens=plug.record.max_query_tokens,
             max_behaviors=plug.record.max_behaviors,
         )
@@ -120,17 +119,22 @@ class _AddRetrieved:
         import numpy as np
 
         encoder = _load_encoder(
-            self.spec.encoder, identity.revision, cast("Pooling", identity.pooling), self.spec.max_query_tokens
+            self.spec.encoder,
+            identity.revision,
+            pooling=identity.pooling,
+            max_tokens=self.spec.max_query_tokens,
+            prompt=self.spec.query_prompt,
+            width=identity.width,
         )
-        return encoder.encode([self.spec.query_prefix + query for query in queries]).vectors.astype(np.float32)
+        return encoder.encode(queries).vectors.astype(np.float32)
 
 
 @lru_cache(maxsize=1)
-def _load_encoder(name: str, revision: str, pooling: "Pooling", max_tokens: int) -> "TextEncoder":
+def _load_encoder(name: str, revision: str, *, pooling: str, max_tokens: int, prompt: str, width: int) -> "TextEncoder":
     """Loads once per process, on a CPU: the GPU is for the LLM, and queries are few and short."""
     from persona.models import resolve as models
     from persona.models.encoder import TextEncoder
 
     session.quiet_models(1)
     folder = models.resolve(name, revision=revision, flag="--encoder")
-    return TextEncoder(folder, pooling=pooling, max_tokens=max_tokens, device="cpu")
+    return TextEncoder(folder, pooling=pooling, max_tokens=max_tokens, prompt=prompt, width=width, device="cpu")

@@ -21,7 +21,7 @@ Part = Literal["train", "validation", "test"]
 
 # Without the columns that the jobs add when they read the files.
 _HISTORIES = pa.schema([behavior_rows.SCHEMA.field(name) for name in ("user_id", "behavior_id", "text", "timestamp")])
-_REQUESTS = pa.schema([field for field in request_rows.SCHEMA if field.name != "bucket"])
+_REQUESTS = pa.schema([field for field in request_rows.SCHEMA if field.name not in ("bucket", "system")])
 _BEGIN = datetime(2025, 1, 1, tzinfo=UTC)
 
 

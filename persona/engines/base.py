@@ -16,7 +16,7 @@ from torch import Tensor
 from persona.extensions import find
 from persona.models.prompts import PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision, Quantization
+from persona.options import Decoding, Precision, PromptOptions, Quantization
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +73,7 @@ class EngineModule(Protocol):
         folder: ModelFolder,
         *,
         max_input_tokens: int,
+        prompt: PromptOptions,
         precision: Precision,
         quantization: Quantization,
         device: str | None,
@@ -86,6 +87,7 @@ def new_engine(
     folder: ModelFolder,
     *,
     max_input_tokens: int,
+    prompt: PromptOptions,
     precision: Precision,
     quantization: Quantization = "none",
     device: str | None = None,
@@ -97,6 +99,7 @@ def new_engine(
         name: the engine.
         folder: the LLM.
         max_input_tokens: requests are cut to this length.
+        prompt: how requests are written.
         precision: of the LLM; see `persona.models.device.choose_precision`.
         quantization: of the LLM's weights, as the plug was trained; see `persona.models.quantized`.
         device: of the LLM; by default a GPU if there is one, and `auto` spreads it over all GPUs.
@@ -109,6 +112,7 @@ def new_engine(
     return module.load(
         folder,
         max_input_tokens=max_input_tokens,
+        prompt=prompt,
         precision=precision,
         quantization=quantization,
         device=device,

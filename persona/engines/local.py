@@ -14,13 +14,14 @@ from persona.engines.kv_cache import start_steps
 from persona.engines.rules import answer_rules, check_rules
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision, Quantization
+from persona.options import Decoding, Precision, PromptOptions, Quantization
 
 
 def load(
     folder: ModelFolder,
     *,
     max_input_tokens: int,
+    prompt: PromptOptions,
     precision: Precision,
     quantization: Quantization,
     device: str | None,
@@ -30,6 +31,7 @@ def load(
     llm = FrozenLLM.load(
         folder,
         max_input_tokens=max_input_tokens,
+        prompt=prompt,
         precision=precision,
         quantization=quantization,
         device=device,

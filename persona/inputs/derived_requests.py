@@ -17,7 +17,7 @@ from persona.inputs.requests import SCHEMA
 
 Row = dict[str, Any]
 
-REQUESTS = pa.schema([field for field in SCHEMA if field.name != "bucket"])
+REQUESTS = pa.schema([field for field in SCHEMA if field.name not in ("bucket", "system")])
 _READ = ["user_id", "behavior_id", "text", "timestamp"]
 
 

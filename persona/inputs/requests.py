@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         ("input", pa.large_string()),
         ("query", pa.large_string()),
         ("target", pa.large_string()),
+        ("system", pa.large_string()),
         ("as_of", cells.TIME),
         ("bucket", pa.int32()),
     ]
@@ -34,6 +35,7 @@ _KINDS = {
     "input": cells.TEXT,
     "query": cells.TEXT,
     "target": cells.TEXT,
+    "system": cells.TEXT,
     "as_of": cells.TIMESTAMP,
 }
 
@@ -42,7 +44,7 @@ _KINDS = {
 class Columns(ColumnNames):
     """The columns of requests."""
 
-    OPTIONAL: ClassVar = ("query", "as_of")
+    OPTIONAL: ClassVar = ("query", "as_of", "system")
 
     request_id: str = "request_id"
     user_id: str = "user_id"
@@ -50,6 +52,7 @@ class Columns(ColumnNames):
     query: str | None = "query"
     target: str = "target"
     as_of: str | None = "as_of"
+    system: str | None = "system"
 
 
 def check_columns(
@@ -111,6 +114,7 @@ def validate(
     inputs, why_input = cells.texts(raw["input"], columns.input)
     queries, why_query = cells.texts(raw["query"], str(columns.query), required=False)
     targets, why_target = cells.texts(raw["target"], columns.target, required=needs_target and not blank_targets)
+    systems, why_system = cells.texts(raw["system"], str(columns.system), required=False)
     as_of, why_time = cells.timestamps(raw["as_of"], str(columns.as_of), columns.timestamp_unit)
     absent = why_absent(records.first_schema, columns)
     if needs_as_of and columns.as_of not in records.first_schema.names:
@@ -118,7 +122,7 @@ def validate(
     if needs_target:
         absent["target"] = f"{columns.target} is missing"
     why_absent_one = cells.why_null({"query": queries, "target": targets, "as_of": as_of}, absent)
-    reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_time, why_absent_one)
+    reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_system, why_time, why_absent_one)
     if rejected is not None:
         wrong, why_wrong = cells.texts(column(records.table, rejected), rejected)
         reasons = pc.coalesce(reasons, why_wrong)
@@ -129,6 +133,7 @@ def validate(
             "input": inputs,
             "query": pc.if_else(cells.is_blank(queries), inputs, queries),
             "target": targets,
+            "system": systems,
             "as_of": as_of,
         }
     ).filter(reasons.is_null())

@@ -41,6 +41,11 @@ def register_attention(model_type: str, *, dtype: torch.dtype, device: torch.dev
     return name
 
 
+def encoder_attention(model_type: str, *, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The same for encoders: those built like an LLM keep transformers' default, since they may be bidirectional."""
+    return register_attention(model_type, dtype=dtype, device=device) if model_type in ENCODERS else None
+
+
 def attend_by_exp(
     module: nn.Module,  # noqa: ARG001 - the signature is transformers'
     query: Tensor,

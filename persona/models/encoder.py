@@ -1,6 +1,6 @@
 """The frozen text encoder: texts in, unit vectors out.
 
-Shapes: N texts, T tokens, d encoder width.
+Shapes: N texts, T tokens, d width of vectors.
 """
 
 import time
@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import PretrainedConfig
+from torch import Tensor
 
-from persona.errors import UsageError
-from persona.models import attention, loading
+from persona.models import attention, encoder_model, sentence_transformer
 from persona.models.batching import full_batches, pad
 from persona.models.device import choose_device, choose_precision
 from persona.models.resolve import ModelFolder
-from persona.options import Pooling, Precision
+from persona.models.sentence_head import SentenceHead
+from persona.options import Precision
 
 # Padded tokens per forward pass. A CPU gains nothing from large batches, and small ones need less padding.
 _TOKEN_BUDGETS = {"cuda": 16_384, "cpu": 2_048}
@@ -41,72 +40,57 @@ class Encoded:
     """Seconds spent by the tokenizing thread, which runs in parallel to the model."""
 
 
-def pool(hidden_NTd: Tensor, mask_NT: Tensor, pooling: Pooling) -> Tensor:
-    """Hidden states (N, T, d) to unit vectors (N, d) in float32.
-
-    `cls` takes the first token (BGE, as in PPlug eq. 1), `mean` the average over real tokens (MiniLM, Contriever).
-    PPlug eq. 3 is computed on unit vectors, as in the reference implementation.
-    """
-    if pooling == "cls":
-        pooled_Nd = hidden_NTd[:, 0].float()
-    else:
-        weight_NT1 = mask_NT.unsqueeze(-1).to(torch.float32)
-        pooled_Nd = (hidden_NTd.float() * weight_NT1).sum(1) / weight_NT1.sum(1).clamp(min=1.0)
-    return nn.functional.normalize(pooled_Nd, dim=-1)
-
-
-def check_positions(config: PretrainedConfig, max_tokens: int) -> None:
-    """Raises UsageError if texts of `max_tokens` tokens have more positions than the encoder has embeddings for."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max_tokens > positions:
-        raise UsageError(f"the encoder reads at most {positions} tokens of a text, not {max_tokens}; lower the limit")
-
-
 class TextEncoder:
-    """A frozen BERT-like encoder on one device (Enc_his of PPlug eq. 1).
+    """A frozen encoder on one device (Enc_his of PPlug eq. 1), with the dense layers that its folder declares.
 
     Args:
         folder: the pretrained model.
-        pooling: how the hidden states of a text become one vector.
-        max_tokens: texts are cut to this length.
+        pooling: how the token vectors of a text become one, as in `SentenceHead`.
+        max_tokens: texts are cut to this length, prompt included.
+        prompt: in front of each text.
+        width: of the vectors; None for all components.
         token_budget: padded tokens per forward pass; the default depends on the device.
         precision: of the model; see `choose_precision`.
         device: by default a GPU if there is one.
 
     Raises:
-        UsageError: the model has fewer than `max_tokens` positions, or `precision` is unknown.
+        InputError: the architecture is not supported, or weights are missing.
+        UsageError: the model has fewer than `max_tokens` positions, or cannot compute in `precision`.
     """
 
     def __init__(
         self,
         folder: ModelFolder,
         *,
-        pooling: Pooling,
+        pooling: str,
         max_tokens: int,
+        prompt: str = "",
+        width: int | None = None,
         token_budget: int | None = None,
         precision: Precision = "auto",
         device: str | None = None,
     ) -> None:
-        from transformers import AutoModel
-
+        declared = sentence_transformer.read(folder)
+        known = encoder_model.architecture(folder)
+        known.check_length(max_tokens)
+        known.check_precision(precision)
         self.device = choose_device(device)
         self.pooling = pooling
         self.max_tokens = max_tokens
+        self.prompt = prompt
         self.token_budget = token_budget or _TOKEN_BUDGETS.get(self.device.type, _TOKEN_BUDGETS["cpu"])
-        dtype = choose_precision(precision, self.device)
-        self.tokenizer = loading.load_tokenizer(folder)
-        kernel = attention.register_attention(folder.config["model_type"], dtype=dtype, device=self.device)
-        self.model = loading.load_model(AutoModel, folder, dtype=dtype, attn_implementation=kernel)
+        dtype = encoder_model.runs_in(known.kind, choose_precision(precision, self.device))
+        self.tokenizer = encoder_model.load_tokenizer(folder, declared)
+        kernel = attention.encoder_attention(known.kind, dtype=dtype, device=self.device)
+        self.model = encoder_model.load_transformer(folder, dtype=dtype, attn_implementation=kernel)
         self.model.to(self.device).eval().requires_grad_(False)
-        self.width: int = self.model.config.hidden_size
-        check_positions(self.model.config, max_tokens)
+        self.head = SentenceHead(pooling, declared.layers, width).load_weights()
+        self.head.to(self.device).eval().requires_grad_(False)
+        self.width = self._forward(self.tokenize(["a"]))[0].shape[1]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut to `max_tokens`, special tokens included."""
-        if not texts:
-            return []  # the tokenizer rejects an empty list
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, return_attention_mask=False)
-        return list(encoded["input_ids"])
+        """Token ids of each text behind the prompt, cut to `max_tokens`, special tokens included."""
+        return encoder_model.token_rows(self.tokenizer, list(texts), prompt=self.prompt, max_tokens=self.max_tokens)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -139,12 +123,13 @@ class TextEncoder:
         started = time.perf_counter()
         return self.tokenize(texts), time.perf_counter() - started
 
+    @torch.inference_mode()
     def _forward(self, rows: Sequence[list[int]]) -> tuple[Tensor, int]:
         """Unit vectors (N, d) of a batch in float16, still on the device, and its padded size."""
-        ids_NT, mask_NT = pad(rows, self.tokenizer.pad_token_id or 0, self.device)
+        ids_NT, mask_NT = pad(rows, encoder_model.pad_id(self.tokenizer), self.device)
         is_full = sum(map(len, rows)) == ids_NT.numel()
         hidden_NTd = self.model(input_ids=ids_NT, attention_mask=None if is_full else mask_NT).last_hidden_state
-        return pool(hidden_NTd, mask_NT, self.pooling).half(), ids_NT.numel()
+        return self.head(hidden_NTd, mask_NT).half(), ids_NT.numel()
 
 
 def _parts(texts: Sequence[str], n_first: int) -> Iterator[NDArray[np.int64]]:

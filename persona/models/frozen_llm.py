@@ -23,10 +23,10 @@ from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
 from persona.models.llm_kinds import decoder_start, embedding_scale, holds_keys_only
-from persona.models.prompts import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
+from persona.models.prompts import AUTO_PROMPT, MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
 from persona.models.quantized import quantize
 from persona.models.resolve import ModelFolder
-from persona.options import SPREAD, Precision, Quantization
+from persona.options import SPREAD, Precision, PromptOptions, Quantization
 
 # Padding is masked or comes after all that is read, so any id of the vocabulary will do.
 _PADDING = 0
@@ -42,6 +42,7 @@ class FrozenLLM(nn.Module):
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
         max_target_tokens: int = MAX_TARGET_TOKENS,
+        prompt: PromptOptions = AUTO_PROMPT,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -53,6 +54,7 @@ class FrozenLLM(nn.Module):
             is_encoder_decoder=self.is_encoder_decoder,
             max_input_tokens=max_input_tokens,
             max_target_tokens=max_target_tokens,
+            prompt=prompt,
         )
         self.width: int = self._embeddings().embedding_dim
         self.start_id = decoder_start(model)
@@ -67,6 +69,7 @@ class FrozenLLM(nn.Module):
         *,
         max_input_tokens: int = MAX_INPUT_TOKENS,
         max_target_tokens: int = MAX_TARGET_TOKENS,
+        prompt: PromptOptions = AUTO_PROMPT,
         precision: Precision = "auto",
         quantization: Quantization = "none",
         device: str | None = None,
@@ -106,6 +109,7 @@ class FrozenLLM(nn.Module):
             tokenizer,
             max_input_tokens=max_input_tokens,
             max_target_tokens=max_target_tokens,
+            prompt=prompt,
         )
 
     def train(self, mode: bool = True) -> "FrozenLLM":

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -89,12 +88,6 @@ def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **op
     )
     _refuse_differences(folder, model, info)
     return model
-
-
-def check_encoder(folder: ModelFolder) -> None:
-    """Raises InputError when the encoder in the folder cannot be loaded whole; reads no weights."""
-    load_tokenizer(folder)
-    check_weights(folder, AutoModel)
 
 
 def check_llm(folder: ModelFolder) -> None:

@@ -1,13 +1,12 @@
 """Finds a pretrained model: a hub id, a folder or an S3 prefix becomes local files with a fingerprint."""
 
 import hashlib
-import json
 import os
 import shutil
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from persona.errors import InputError
 from persona.models import contents
@@ -108,11 +107,3 @@ def _from_s3(uri: str, flag: str) -> Path:
             if not target.is_dir():
                 raise
     return target
-
-
-def sentence_pooling(folder: ModelFolder) -> Literal["cls", "mean"]:
-    """The pooling in the model's sentence-transformers configuration; `cls` if it has none."""
-    file = folder.path / "1_Pooling" / "config.json"
-    if file.is_file() and json.loads(file.read_text()).get("pooling_mode_mean_tokens"):
-        return "mean"
-    return "cls"

@@ -5,20 +5,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel
 
 from persona.engines.base import Engine
 from persona.errors import PlugMismatch
-from persona.models import loading
-from persona.models.encoder import check_positions
+from persona.models import encoder_model, loading, sentence_transformer
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
+from persona.models.sentence_head import SentenceHead
 from persona.options import PlugOptions
 from persona.plug import aggregation, record as plug_record
 from persona.plug.answerer import Answerer
@@ -29,26 +27,24 @@ from persona.plug.record import RECORD, WEIGHTS, PlugRecord
 CARD = "README.md"
 
 
-def new_query_encoder(folder: ModelFolder, options: PlugOptions, *, pretrained: bool) -> nn.Module | None:
-    """Enc_input of PPlug eq. 2 in float32: a copy of the frozen encoder, or with random weights for loading into.
+def new_query_encoder(
+    folder: ModelFolder, options: PlugOptions, *, pooling: str, width: int, pretrained: bool
+) -> tuple[nn.Module, SentenceHead] | tuple[None, None]:
+    """Enc_input of PPlug eq. 2 in float32 and its head: copies of the frozen encoder's, or random ones to load into.
 
-    None when the weights do not depend on the request. BERT's pooler is removed, since no gradient reaches it.
+    None when the weights do not depend on the request. There is no pooler, since no gradient would reach it.
     """
     if not aggregation.uses_query(options):
-        return None
+        return None, None
     config = loading.load_config(folder)
     # With dropout, the loss of a step would depend on how its batch is split over workers.
-    for name in [name for name, value in vars(config).items() if "dropout" in name and isinstance(value, float)]:
+    for name in [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float)]:
         setattr(config, name, 0.0)
-    encoder: Any
+    head = SentenceHead(pooling, sentence_transformer.read(folder).layers, width)
     if pretrained:
-        encoder = loading.load_model(AutoModel, folder, config=config, dtype=torch.float32)
-    else:
-        encoder = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
-    without_pooler: nn.Module = encoder
-    return without_pooler
+        transformer = encoder_model.load_transformer(folder, config=config, dtype=torch.float32)
+        return transformer, head.load_weights()
+    return encoder_model.new_transformer(config), head
 
 
 def save(folder: Path, weights: Mapping[str, torch.Tensor], record: PlugRecord, card: str) -> None:
@@ -89,16 +85,19 @@ def _load_for(llm: FrozenLLM | Engine, folder: Path, encoder: ModelFolder) -> tu
             f"the plug makes soft tokens of width {record.llm_width}, the LLM's tokens have width {llm.width}"
         )
     plug = prepare_for_inference(load_plug(folder, encoder=encoder), dtype=llm.dtype, device=llm.device)
-    return plug, new_query_text(encoder, record.query_prefix, record.max_query_tokens)
+    return plug, new_query_text(encoder, record.query_prompt, record.max_query_tokens)
 
 
 def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:
     """Loads a plug without its LLM. Raises InputError and PlugMismatch as `load` does."""
     record = plug_record.read(folder)
+    query_encoder, query_head = new_query_encoder(
+        encoder, record.options, pooling=record.pooling, width=record.encoder_width, pretrained=False
+    )
     plug = Plug(
         record.options,
-        query_encoder=new_query_encoder(encoder, record.options, pretrained=False),
-        pooling=record.pooling,
+        query_encoder=query_encoder,
+        query_head=query_head,
         width=record.encoder_width,
         llm_width=record.llm_width,
         token_norm=record.token_norm,
@@ -114,7 +113,8 @@ def load_plug(folder: Path, *, encoder: ModelFolder) -> Plug:
     return plug.eval()
 
 
-def new_query_text(encoder: ModelFolder, prefix: str, max_tokens: int) -> QueryText:
+def new_query_text(encoder: ModelFolder, prompt: str, max_tokens: int) -> QueryText:
     """How queries become tokens for this encoder. Raises UsageError when it has fewer positions than `max_tokens`."""
-    check_positions(loading.load_config(encoder), max_tokens)
-    return QueryText(tokenizer=loading.load_tokenizer(encoder), prefix=prefix, max_tokens=max_tokens)
+    encoder_model.architecture(encoder).check_length(max_tokens)
+    tokenizer = encoder_model.load_tokenizer(encoder, sentence_transformer.read(encoder))
+    return QueryText(tokenizer=tokenizer, prompt=prompt, max_tokens=max_tokens)

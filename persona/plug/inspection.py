@@ -35,7 +35,7 @@ class PlugAlone:
     def load(cls, folder: Path, encoder: ModelFolder) -> "PlugAlone":
         """Raises InputError or PlugMismatch, as `persona.plug.folder.load` does."""
         record = plug_record.read(folder)
-        query_text = plug_folder.new_query_text(encoder, record.query_prefix, record.max_query_tokens)
+        query_text = plug_folder.new_query_text(encoder, record.query_prompt, record.max_query_tokens)
         return cls(plug_folder.load_plug(folder, encoder=encoder), query_text)
 
     @torch.inference_mode()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from persona.errors import UsageError
-from persona.models.encoder import pool
-from persona.options import PlugOptions, Pooling
+from persona.models.sentence_head import SentenceHead
+from persona.options import PlugOptions
 from persona.plug import aggregation
 
 
@@ -36,8 +36,9 @@ class Plug(nn.Module):
     """All trained parts: query encoder, projector, instruction token and what aggregation learns.
 
     Args:
-        query_encoder: the BERT-like model of PPlug eq. 2; None exactly when the weights do not depend on the request.
-        pooling: of the query encoder; width: d; llm_width: D.
+        query_encoder: the transformer of PPlug eq. 2; None exactly when the weights do not depend on the request.
+        query_head: makes unit vectors of what the query encoder gives; None exactly when there is none.
+        width: d; llm_width: D.
         token_norm: mean L2 norm of the LLM's token embeddings. Soft tokens start at that norm, for any LLM.
         scale: factor on all soft tokens; None measures the one with which they start at `token_norm`.
 
@@ -50,7 +51,7 @@ class Plug(nn.Module):
         options: PlugOptions,
         *,
         query_encoder: nn.Module | None,
-        pooling: Pooling,
+        query_head: SentenceHead | None = None,
         width: int,
         llm_width: int,
         token_norm: float,
@@ -61,8 +62,8 @@ class Plug(nn.Module):
             needed = "needs a query encoder" if query_encoder is None else "takes no query encoder"
             raise UsageError(f"a plug with {options.weights} weights {needed}")
         self.options = options
-        self.pooling, self.width, self.llm_width, self.token_norm = pooling, width, llm_width, token_norm
-        self.query_encoder = query_encoder
+        self.width, self.llm_width, self.token_norm = width, llm_width, token_norm
+        self.query_encoder, self.query_head = query_encoder, query_head
         self.projector = Projector(width, llm_width, options.persona_tokens * llm_width)
         # The reference implementation multiplies by 539.97, which fits one LLM; measuring it fits any.
         self.scale = token_norm / _start_norm(self.projector, width, options.persona_tokens) if scale is None else scale
@@ -85,10 +86,11 @@ class Plug(nn.Module):
 
     def encode_query(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """PPlug eq. 2: the requests' unit vectors **x** (B, d)."""
-        if self.query_encoder is None:
+        if self.query_encoder is None or self.query_head is None:
             raise UsageError(f"a plug with {self.options.weights} weights has no query encoder")
         hidden_BTd = self.query_encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        return pool(hidden_BTd, mask_BT, self.pooling)
+        query_Bd: Tensor = self.query_head(hidden_BTd, mask_BT)
+        return query_Bd
 
     def weigh(
         self, history_Md: Tensor, lengths_B: Tensor, query_Bd: Tensor | None, *, uniform_weights: bool = False

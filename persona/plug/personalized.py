@@ -1,7 +1,7 @@
 """The plug in front of the frozen LLM: requests with their histories become soft tokens and losses.
 
-A row is a mapping with the columns of `persona.store.join`: `request_id`, `input`, `query`, `target`, `history` (n·2·d
-bytes of little-endian float16), and `retrieved` (texts) if there is retrieval.
+A row is a mapping with the columns of `persona.store.join`: `request_id`, `input`, `query`, `target`, `system`
+(for chats), `history` (n·2·d bytes of little-endian float16), and `retrieved` (texts) if there is retrieval.
 
 Shapes: B requests, M behaviors of all requests together, S soft tokens, d encoder width, D LLM width.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from persona.models import attention
+from persona.models import attention, encoder_model
 from persona.models.batching import pad
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptIds, PromptText
@@ -28,17 +28,16 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class QueryText:
-    """How queries are tokenized for the query encoder; `prefix` is BGE's instruction for queries."""
+    """How queries are tokenized for the query encoder; `prompt` is in front of each."""
 
     tokenizer: PreTrainedTokenizerBase
-    prefix: str = ""
+    prompt: str = ""
     max_tokens: int = 276
 
     def tokens(self, queries: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Token ids and mask, both (B, T)."""
-        texts = [self.prefix + query for query in queries]
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)
-        return pad(encoded["input_ids"], self.tokenizer.pad_token_id or 0, device)
+        rows = encoder_model.token_rows(self.tokenizer, list(queries), prompt=self.prompt, max_tokens=self.max_tokens)
+        return pad(rows, encoder_model.pad_id(self.tokenizer), device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +85,9 @@ def plug_inputs(
 
 def prompt_texts(rows: Sequence[Row]) -> list[PromptText]:
     """What the LLM reads of each row."""
-    return [PromptText(input=row["input"], retrieved=row.get("retrieved") or ()) for row in rows]
+    return [
+        PromptText(input=row["input"], retrieved=row.get("retrieved") or (), system=row.get("system")) for row in rows
+    ]
 
 
 def soft_tokens(plug: Plug, inputs: PlugInputs) -> Tensor:
@@ -106,8 +107,9 @@ def prepare_for_inference(plug: Plug, *, dtype: torch.dtype, device: torch.devic
     plug.to(device)
     encoder: Any = plug.query_encoder
     if encoder is not None:
-        encoder.to(dtype)
-        if kernel := attention.register_attention(encoder.config.model_type, dtype=dtype, device=device):
+        kind = encoder.config.model_type
+        encoder.to(encoder_model.runs_in(kind, dtype))
+        if kernel := attention.encoder_attention(kind, dtype=dtype, device=device):
             encoder.set_attn_implementation(kernel)
     return plug.eval()
 

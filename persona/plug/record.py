@@ -16,7 +16,7 @@ from persona.errors import InputError, PlugMismatch, UsageError
 from persona.field_types import check_field_types
 from persona.models import contents
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, Pooling, Quantization, Select
+from persona.options import PlugOptions, PromptOptions, Quantization, Select, pooling_modes
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
 _SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
@@ -30,11 +30,14 @@ class PlugRecord:
     Attributes:
         encoder, llm: `ModelFolder.card()` of the two models.
         encoder_width: d; llm_width: D.
+        pooling: of behaviors and queries, modes joined by `+`.
         encoder_max_tokens: stored behaviors were cut to this length.
+        document_prompt: in front of each behavior.
         scale, token_norm: as in `Plug`.
         llm_quantization: of the LLM's weights, in training and for answers.
-        query_prefix, max_query_tokens: how queries are read by the query encoder.
+        query_prompt, max_query_tokens: how queries are read by the query encoder.
         max_input_tokens, max_target_tokens: inputs and targets of the LLM are cut to these lengths.
+        prompt: how requests are written; its format is `chat` or `plain`.
         training: settings, curves and results of the training run, for people and reports.
         weights_digest: hash of the weights file; empty in plugs older than this field.
     """
@@ -42,24 +45,27 @@ class PlugRecord:
     options: PlugOptions
     encoder: dict[str, str]
     encoder_width: int
-    pooling: Pooling
+    pooling: str
     encoder_max_tokens: int
+    document_prompt: str
     llm: dict[str, str]
     llm_width: int
     token_norm: float
     scale: float
     llm_quantization: Quantization
-    query_prefix: str
+    query_prompt: str
     max_query_tokens: int
     max_input_tokens: int
     max_target_tokens: int
+    prompt: PromptOptions
     max_behaviors: int
     training: dict[str, Any]
     weights_digest: str = ""
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for values that no training run writes."""
+        """Raises TypeError, ValueError or UsageError for values that no training run writes."""
         check_field_types(self)
+        pooling_modes(self.pooling)
         for kind, model in (("encoder", self.encoder), ("llm", self.llm)):
             if absent := {"name", "revision", "fingerprint"} - model.keys():
                 raise ValueError(f"{kind} lacks {', '.join(sorted(absent))}")
@@ -81,10 +87,17 @@ class PlugRecord:
                 raise InputError(
                     f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train a new plug"
                 )
-            record = cls(**{**fields, "options": PlugOptions(**fields["options"])})
+            fields["options"] = PlugOptions(**fields["options"])
+            if "prompt" in fields:
+                fields["prompt"] = _prompt(fields["prompt"])
+            record = cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
             raise InputError(f"{source}: not a valid {RECORD} ({error})") from error
         return record
+
+
+def _prompt(fields: dict[str, Any]) -> PromptOptions:
+    return PromptOptions(**{**fields, "template_argument": tuple(fields["template_argument"])})
 
 
 def read(folder: Path) -> PlugRecord:
@@ -155,8 +168,8 @@ def check_models(record: PlugRecord, *, encoder: ModelFolder, llm: ModelFolder) 
             )
 
 
-def card(record: PlugRecord) -> str:
-    """The README of a plug folder: its models, settings and losses."""
+def card(record: PlugRecord, *, example: str) -> str:
+    """The README of a plug folder: its models, an example of its prompts, settings and losses."""
     training = record.training
     curve = "\n".join(f"| {step:,} | {loss:.4f} |" for step, loss in training["validation_curve"])
     settings = "\n".join(
@@ -174,7 +187,14 @@ Turns a user's history into {record.options.n_soft} soft tokens of width {record
 | encoder | {record.encoder["name"]} | {record.encoder["revision"]} | {record.encoder["fingerprint"]} |
 | LLM | {record.llm["name"]} | {record.llm["revision"]} | {record.llm["fingerprint"]} |
 
-Options: {record.options}. The plug works with these two models only. Weights: `{WEIGHTS}`; all else: `{RECORD}`.
+Options: {record.options}. {record.prompt}.
+The plug works with these two models only. Weights: `{WEIGHTS}`; all else: `{RECORD}`.
+
+What the LLM reads:
+
+```text
+{example}
+```
 
 ## Held-out loss (nats a token)
 

@@ -36,13 +36,12 @@ class UserPersonas:
         plug = Plug(
             aggregation.without_query(record.options),
             query_encoder=None,
-            pooling=record.pooling,
             width=record.encoder_width,
             llm_width=record.llm_width,
             token_norm=record.token_norm,
             scale=record.scale,
         )
-        unused = ("query_encoder.", *aggregation.NEEDS_QUERY)
+        unused = ("query_encoder.", "query_head.", *aggregation.NEEDS_QUERY)
         try:
             weights = load_file(folder / plug_record.WEIGHTS)
             plug.load_state_dict({name: value for name, value in weights.items() if not name.startswith(unused)})

@@ -7,7 +7,6 @@ raises `StorageError` within `PERSONA_STORAGE_TIMEOUT_S` per request or file.
 import contextlib
 import functools
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -20,14 +19,12 @@ from typing import TypeVar
 import pyarrow.fs as pafs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from persona.errors import StorageError, UsageError
+from persona.errors import StorageError
 from persona.storage import s3
 from persona.storage.retry import in_one_line, retry_transient
 from persona.storage.uris import is_s3, join
 
 T = TypeVar("T")
-
-_DECODED = re.compile(r"%[0-9A-Fa-f]{2}|\\")  # in a local path; seen in deltalake 1.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +60,9 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 def delta_options(uri: str) -> dict[str, str]:
     """Options for `deltalake`. They contain no secret; commits use S3's conditional put, so no lock table is needed.
 
-    Requests are retried for a while, except a commit whose response is lost: it raises, and may have succeeded. Raises
-    `UsageError` for a local path that `deltalake` would take for another one.
+    Requests are retried for a while, except a commit whose response is lost: it raises, and may have succeeded.
     """
-    if is_s3(uri):
-        return s3.delta_options(uri)
-    if found := _DECODED.search(uri):
-        raise UsageError(
-            f"{uri} cannot hold tables: deltalake would read {found[0]!r} as another character; rename the folder"
-        )
-    return {}
+    return s3.delta_options(uri) if is_s3(uri) else {}
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ("",), *, hidden: bool = False) -> list[FileEntry]:

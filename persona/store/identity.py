@@ -21,6 +21,12 @@ class Identity:
     pooling: str
     max_tokens: int
     text_rule: str
+    document_prompt: str = ""
+
+    def describe(self) -> str:
+        """Width, pooling, length and prompt for people."""
+        prompt = f", prompt {self.document_prompt!r}" if self.document_prompt else ""
+        return f"width {self.width}, {self.pooling} pooling, {self.max_tokens} tokens{prompt}"
 
 
 def to_properties(identity: Identity, n_buckets: int) -> dict[str, str]:
@@ -47,6 +53,7 @@ def from_properties(properties: Mapping[str, str], table_uri: str) -> tuple[Iden
             pooling=ours["pooling"],
             max_tokens=int(ours["max_tokens"]),
             text_rule=ours["text_rule"],
+            document_prompt=ours.get("document_prompt", ""),  # stores before this property have none
         )
         return identity, int(ours[_BUCKETS])
     except KeyError as error:

@@ -24,6 +24,8 @@ from persona.plug.personalized import PersonalizedLLM
 # share of the LLM and this number of parameters (DeepSpeed's default). A single larger tensor is gathered alone.
 _LLM_SHARES, _MAX_LIVE = 16, 10**9
 
+_PRETRAINED = ("plug.query_encoder.", "plug.query_head.")
+
 
 def trainable(model: PersonalizedLLM) -> dict[str, nn.Parameter]:
     """The trained parameters by name: all of the plug's, none of the LLM's."""
@@ -33,8 +35,8 @@ def trainable(model: PersonalizedLLM) -> dict[str, nn.Parameter]:
 def new_optimizer(model: PersonalizedLLM, options: TrainingOptions) -> torch.optim.AdamW:
     """AdamW over the plug, with a separate learning rate for the query encoder, which is pretrained."""
     named = trainable(model)
-    query = [parameter for name, parameter in named.items() if name.startswith("plug.query_encoder.")]
-    rest = [parameter for name, parameter in named.items() if not name.startswith("plug.query_encoder.")]
+    query = [parameter for name, parameter in named.items() if name.startswith(_PRETRAINED)]
+    rest = [parameter for name, parameter in named.items() if not name.startswith(_PRETRAINED)]
     groups = [{"params": rest, "lr": options.learning_rate, "peak_lr": options.learning_rate}]
     if query:
         groups.append({"params": query, "lr": options.query_learning_rate, "peak_lr": options.query_learning_rate})

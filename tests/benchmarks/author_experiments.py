@@ -71,7 +71,7 @@ def _bare(retrieval: RetrievalOptions = _NO_RETRIEVAL) -> Row:
     return Row(personas=("bare",), retrieval=retrieval, one_seed=True)
 
 
-_WHICH = Row(recipe="best", train=("--query-prefix", ""), personas=("own", "none"), one_seed=True)
+_WHICH = Row(recipe="best", train=("--query-prompt", ""), personas=("own", "none"), one_seed=True)
 _REJECTED = ("--rejected", "rejected")
 _LABELS: dict[str, Any] = {
     "generate": ("--beams", "1", "--max-new-tokens", "8"),
@@ -80,7 +80,7 @@ _LABELS: dict[str, Any] = {
 }
 _WITHOUT_HISTORIES = ("--empty-history", "1", "--alignment", "0")
 # The paper's learning rate, 1e-4, is meant for 22 epochs, so this uses the one of `best`. The prefix is BGE's.
-_PAPER = (*_rate("1e-2"), "--query-prefix", "")
+_PAPER = (*_rate("1e-2"), "--query-prompt", "")
 # Some rows were measured with the recipe as it was before it had a gain.
 _NO_GAIN = ("--persona-gain", "1")
 _BEFORE = (*_NO_GAIN, "--alignment", "0.3")

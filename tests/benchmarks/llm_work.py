@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 
 from persona.engines.local import LocalEngine
 from persona.models import packaged
-from persona.models.encoder import pool
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.options import Decoding, Precision, RetrievalOptions, TrainingOptions
@@ -196,9 +195,9 @@ def reference_soft_tokens(model: PersonalizedLLM, rows: Sequence[Row]) -> Tensor
         max_length=_ROW_TOKENS,
         return_tensors="pt",
     )
-    assert plug.query_encoder is not None
+    assert plug.query_encoder is not None and plug.query_head is not None
     hidden_BTd = plug.query_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-    query_Bd = pool(hidden_BTd, tokens["attention_mask"], plug.pooling)
+    query_Bd = plug.query_head(hidden_BTd, tokens["attention_mask"])
     scores_BN = (history_BNd @ query_Bd.unsqueeze(-1)).squeeze(-1) * plug.temperature()
     weights_BN = scores_BN.masked_fill(~mask_BN, -torch.inf).softmax(dim=-1)
     persona_BD = (plug.projector(history_BNd) * weights_BN.unsqueeze(-1)).sum(dim=1)

@@ -29,7 +29,7 @@ from persona.plug import folder as plug_folder
 from persona.storage import delta_options, join, write_bytes
 from persona.store.identity import Identity
 from persona.store.store import Store
-from tests.models import ENCODER_WIDTH, tiny_encoder, tiny_llama, tiny_t5
+from tests.models import ENCODER_WIDTH, tiny_chat_llama, tiny_encoder, tiny_llama, tiny_t5
 from tests.plugs import new_model, record_of
 from tests.stores import write_rows
 from tests.warm_workers import warm_workers
@@ -70,7 +70,7 @@ StoreUri = TypeVar("StoreUri", Path, str)
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of tiny models by name."""
     folder = tmp_path_factory.mktemp("models")
-    makers = {"encoder": tiny_encoder, "llama": tiny_llama, "t5": tiny_t5}
+    makers = {"encoder": tiny_encoder, "llama": tiny_llama, "chat": tiny_chat_llama, "t5": tiny_t5}
     return {name: str(make(folder / name)) for name, make in makers.items()}
 
 
@@ -248,7 +248,7 @@ def new_plug(path: Path, encoder: str, llm: str, seed: int = 0) -> str:
     model = new_model(frozen, FrozenLLM.load(llm_folder, precision="fp32"), seed=seed)
     cut = {"encoder_max_tokens": 32, "max_query_tokens": 32, "max_input_tokens": 32, "max_behaviors": 3}
     training = {"validation_curve": []}
-    record = replace(record_of(model, frozen, llm_folder), query_prefix="", training=training, **cut)
+    record = replace(record_of(model, frozen, llm_folder), query_prompt="", training=training, **cut)
     plug_folder.save(path, model.plug.state_dict(), record, "a plug for tests")
     return str(path)
 

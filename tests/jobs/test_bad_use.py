@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from jobs import demo, embed, evaluate, generate, import_lamp, train
 from persona.errors import UsageError
 from persona.storage import write_bytes
+from tests.encoders import transformer
 from tests.jobs.conftest import START, Job, behaviors, new_plug, requests, write
 from tests.models import tiny_encoder, tiny_llama
 
@@ -102,21 +103,37 @@ def test_a_file_that_cannot_be_read(refused: Any, embedding: dict[str, str], tmp
     assert "--exclude '*.csv'" in said
 
 
-def test_a_store_in_a_folder_that_deltalake_would_misread(
-    refused: Any, embedding: dict[str, str], tmp_path: Path
-) -> None:
-    said = refused(embed, **{**embedding, "store": str(tmp_path / "new%20store")})
-    assert "cannot hold tables: deltalake would read '%20' as another character" in said
-
-
 def test_an_unknown_flag_and_an_unknown_key(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
     assert refused(embed, **embedding, actor=2).strip() == "error: unknown flag --actor; did you mean --actors?"
     config = tmp_path / "config.yaml"
     config.write_text("historys: there\n")
     said = refused(embed, **embedding, config=config)
     assert "unknown key historys; did you mean histories?" in said
-    config.write_text(json.dumps({"pooling": "max"}))
-    assert "pooling 'max': must be auto, cls or mean" in refused(embed, **embedding, config=config)
+    config.write_text(json.dumps({"pooling": "median"}))
+    assert "pooling 'median': must be auto, cls, mean, max, lasttoken, " in refused(embed, **embedding, config=config)
+
+
+def test_an_encoder_that_cannot_be_used_as_asked(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    fnet = transformer(tmp_path / "fnet", "fnet", **size)
+    assert "is of type fnet, which is not supported" in refused(embed, **{**embedding, "encoder": str(fnet)})
+    deberta = transformer(tmp_path / "deberta", "deberta", **size)
+    said = refused(embed, **{**embedding, "encoder": str(deberta)}, precision="bf16")
+    assert "encoders of type deberta cannot compute in bf16; use --precision fp32 or auto" in said
+    assert "--width 33: the vectors of" in refused(embed, **embedding, width=33)
+    roberta = transformer(tmp_path / "roberta", "roberta", max_position_embeddings=32, **size)
+    said = refused(embed, **{**embedding, "encoder": str(roberta), "max_tokens": "32"})
+    assert "at most 31 tokens of a text, not 32" in said
+
+
+def test_a_plug_of_other_vectors_of_the_same_encoder(
+    refused: Any, generating: dict[str, str], filled_store: Path, plug: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(plug, tmp_path / "plug"))
+    record = json.loads((folder / "plug.json").read_text())
+    (folder / "plug.json").write_text(json.dumps({**record, "pooling": "mean", "document_prompt": "passage: "}))
+    said = refused(generate, **{**generating, "plug": str(folder)})
+    assert "pooling 'mean' instead of 'cls'; document prompt 'passage: ' instead of ''" in said
 
 
 def test_an_encoder_that_is_not_the_store_s(
@@ -168,11 +185,11 @@ def test_a_uri_with_a_space(refused: Any, embedding: dict[str, str]) -> None:
 
 def test_an_input_without_any_row(refused: Any, embedding: dict[str, str], tmp_path: Path) -> None:
     write_bytes(embedding["histories"], b"")
-    assert "--histories: every file at" in refused(embed, **embedding)
+    assert "--histories: every file of the input is empty" in refused(embed, **embedding)
     assert "does not exist" in refused(embed, **{**embedding, "histories": str(tmp_path / "nowhere")})
     (tmp_path / "empty").mkdir()
     said = refused(embed, **{**embedding, "histories": str(tmp_path / "empty")})
-    assert "has no file to read; file names must end in one of" in said
+    assert "has no file to read; file names must end in .parquet" in said
 
 
 def test_batch_sizes_that_do_not_multiply_out(refused: Any, training: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from persona.models import resolve as persona_models
 from persona.models.encoder import TextEncoder
 from persona.storage import delta_options, exists, join, read_bytes, write_bytes
 from persona.store.store import Store
+from tests.encoders import reference, sentence_transformer
 from tests.jobs.conftest import BUCKETS, START, Job, behaviors, stored, write
 
 
@@ -69,6 +70,33 @@ def test_a_refresh_encodes_only_new_and_edited_behaviors(do: Job, flags: dict, r
     after = stored(flags["store"], "behaviors")
     changed = {key for key in after if after[key] != before.get(key)}
     assert changed == {("user-9", "b0"), ("user-0", "b0")}
+
+
+@pytest.mark.parametrize("root", ["local"], indirect=True)
+def test_what_the_encoders_folder_declares_is_applied_and_kept_with_the_store(
+    do: Job, flags: dict, root: str, tmp_path: Path
+) -> None:
+    rows = behaviors(2, 2)
+    write(join(root, "in.parquet"), rows)
+    prompts = {"query": "query: ", "document": "passage: "}
+    folder = sentence_transformer(tmp_path / "encoder", dense=[(24, torch.nn.Tanh())], prompts=prompts)
+    changed = {**flags, "encoder": str(folder), "width": 7, "precision": "fp32", "max_tokens": 512}
+    done = do(embed, histories=join(root, "in.parquet"), **changed)
+    assert done.code == 0
+    identity = Store.open(str(flags["store"])).identity
+    assert identity.describe() == "width 7, mean pooling, 512 tokens, prompt 'passage: '"
+
+    # The same folder as sentence-transformers reads it; float16 rounds components below 1 by at most 2^-12.
+    expected = reference(folder).encode_document(
+        [row["text"] for row in rows], truncate_dim=7, normalize_embeddings=True
+    )
+    kept = stored(flags["store"], "behaviors")
+    found = [np.frombuffer(kept[row["user_id"], row["behavior_id"]]["vector"], "<f2") for row in rows]
+    np.testing.assert_allclose(np.stack(found), expected, atol=2**-11, rtol=0)
+
+    other = do(embed, histories=join(root, "in.parquet"), **{**changed, "document_prompt": ""}, dry_run=True)
+    assert other.code == 2
+    assert "document_prompt is 'passage: ' in the store and '' here" in other.said
 
 
 @pytest.mark.parametrize("root", ["local"], indirect=True)

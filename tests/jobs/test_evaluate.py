@@ -242,7 +242,7 @@ def test_weights_of_the_report_are_those_of_the_plug(flags: dict[str, Any], plug
     vectors = seen(flags["store"], row, record.max_behaviors)
     found = PlugAlone.load(folder, encoder).look([{**row, "history": b"".join(vectors)}])[0]
     plug_alone = plug_folder.load_plug(folder, encoder=encoder)
-    text = plug_folder.new_query_text(encoder, record.query_prefix, record.max_query_tokens)
+    text = plug_folder.new_query_text(encoder, record.query_prompt, record.max_query_tokens)
     with torch.inference_mode():
         query_d = plug_alone.encode_query(*text.tokens([row["query"]], torch.device("cpu")))[0].double()
     history_Nd = torch.tensor(np.frombuffer(b"".join(vectors), "<f2").reshape(len(vectors), -1).astype("f8"))

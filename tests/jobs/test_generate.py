@@ -50,7 +50,9 @@ def expected(uri: str, plug: str, rows: list[Row], persona: Any, decoding: Decod
     store, folder = Store.open(uri), Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    engine = new_engine("local", llm, max_input_tokens=record.max_input_tokens, precision="fp32", batch_size=1)
+    engine = new_engine(
+        "local", llm, max_input_tokens=record.max_input_tokens, prompt=record.prompt, precision="fp32", batch_size=1
+    )
     answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1)
     found = {}
     for row in rows:
@@ -118,7 +120,7 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
     ref = plugs.read_plug(plug)
     other = Path(new_plug(tmp_path / "other", models["encoder"], models["llama"], seed=1))
     config = generate.Config(requests="r", store="s", plug="p", decoding=Decoding(beams=1))
-    row = {"input": "a", "query": "b", "history_hash": "c", "persona": "own", "as_of": None}
+    row = {"input": "a", "query": "b", "system": None, "history_hash": "c", "persona": "own", "as_of": None}
 
     def fingerprint(row: Row = row, config: generate.Config = config, **changed: Any) -> str:
         return generate._answer_spec(config, replace(ref, **changed)).fingerprint(row)
@@ -135,7 +137,7 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
         return replace(config, decoding=replace(config.decoding, **changed))
 
     different = [
-        *(fingerprint({**row, name: "else"}) for name in ("input", "query", "history_hash", "persona")),
+        *(fingerprint({**row, name: "else"}) for name in ("input", "query", "system", "history_hash", "persona")),
         fingerprint(config=decoding(max_new_tokens=9)),
         fingerprint(config=decoding(beams=2)),
         fingerprint(config=decoding(sample=True)),
@@ -196,7 +198,9 @@ def test_retrieved_texts_are_the_best_of_the_visible_ones(
     folder = Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    engine = new_engine("local", llm, max_input_tokens=record.max_input_tokens, precision="fp32", batch_size=1)
+    engine = new_engine(
+        "local", llm, max_input_tokens=record.max_input_tokens, prompt=record.prompt, precision="fp32", batch_size=1
+    )
     answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1, retrieved_tokens=24)
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0

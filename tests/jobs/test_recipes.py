@@ -81,9 +81,9 @@ def test_paper_has_the_settings_of_the_paper(task: str) -> None:
     assert (config.max_input_tokens, config.max_query_tokens) == (256, 276)
     assert config.max_target_tokens == TASKS[task].max_new_tokens
     assert (config.select, training.max_gradient_norm) == ("last", 0)
-    assert config.query_prefix == "Represent this sentence for searching relevant passages: "
+    assert config.query_prompt == "Represent this sentence for searching relevant passages: "
     encoder = read(embed, recipe)
-    assert (encoder.encoder, encoder.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
+    assert (encoder.encoder, encoder.vectors.pooling, encoder.max_tokens) == ("BAAI/bge-base-en-v1.5", "cls", 512)
     answers = read(generate, recipe).decoding
     assert (answers.beams, answers.sample, answers.max_new_tokens) == (4, False, TASKS[task].max_new_tokens)
 
@@ -112,10 +112,13 @@ def test_a_recipe_states_how_many_parameters_it_trains(recipe: Path, tmp_path: P
     BertConfig().save_pretrained(tmp_path)  # the size of the recipes' encoder
     encoder = ModelFolder(name="", revision="", path=tmp_path, fingerprint="")
     with torch.device("meta"):
+        query_encoder, query_head = plug_folder.new_query_encoder(
+            encoder, config.plug_options, pooling="cls", width=768, pretrained=False
+        )
         plug = Plug(
             config.plug_options,
-            query_encoder=plug_folder.new_query_encoder(encoder, config.plug_options, pretrained=False),
-            pooling="cls",
+            query_encoder=query_encoder,
+            query_head=query_head,
             width=768,
             llm_width={"google/flan-t5-xxl": 4096, "HuggingFaceTB/SmolLM2-135M": 576}[config.llm],
             token_norm=1.0,

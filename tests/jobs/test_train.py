@@ -17,17 +17,32 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from jobs import train
+from jobs import generate, train
 from jobs.runtime.configuration import read_config
 from jobs.runtime.training import inputs as train_data
 from persona.api import load_plug
+from persona.engines.local import LocalEngine
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.quantized import QuantizedLinear
 from persona.models.resolve import resolve
+from persona.options import Decoding, PromptOptions
 from persona.plug import folder as plug_folder, record as plug_record
+from persona.plug.answerer import Answerer
 from persona.storage import join, list_files, local_folder
 from persona.store.store import Store
-from tests.jobs.conftest import START, TRAINING, Job, arguments, behaviors, fill_store, n_reports, requests, seen, write
+from tests.jobs.conftest import (
+    START,
+    TRAINING,
+    Job,
+    arguments,
+    behaviors,
+    fill_store,
+    n_reports,
+    requests,
+    seen,
+    stored,
+    write,
+)
 
 # 24 requests in batches of 4 are 6 steps an epoch.
 STEPS = 12
@@ -201,35 +216,105 @@ def test_prompt_tuning_trains_and_validates_without_histories(
     assert curve(tmp_path / "plug", "validation")[-1, 1] < curve(tmp_path / "plug", "validation")[0, 1]
 
 
-def test_retrieved_texts_are_in_the_prompts(
-    do: Job, refuse: Job, inputs: dict, models: dict[str, str], tmp_path: Path
+def test_retrieved_texts_and_system_texts_are_in_the_chats(
+    do: Job, refuse: Job, inputs: dict, models: dict[str, str], store: Path, tmp_path: Path
 ) -> None:
-    held_out, written = requests(2), behaviors()
+    written = behaviors()
+    held_out = [{**row, "system": None if number % 3 else f"title {number}"} for number, row in enumerate(requests(2))]
     flags = {**SETTINGS, **inputs, **folders(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
     flags |= {"epochs": 1, "weights": "mean", "texts": write(str(tmp_path / "histories.jsonl"), written)}
-    flags |= {"retrieve": 1, "retriever": "recency", "retrieve_tokens": 12}
+    retrieval = {"retrieve": 1, "retriever": "recency", "retrieve_tokens": 12}
+    flags |= {"llm": models["chat"], "system": "Write.", "soft_position": "start", **retrieval}
     done = do(train, **flags)
     assert done.code == 0
     # Six users with four requests each, which see one to four behaviors.
     assert "60 of 60 visible behaviors found in --texts" in done.table
     training = record(tmp_path / "plug")["training"]
     assert [training[name] for name in ("retrieve", "retriever", "retrieve_tokens")] == [1, "recency", 12]
-    encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "llama"))
-    frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"])
+    card = (tmp_path / "plug" / "README.md").read_text()
+    assert (
+        "<s>[2 soft tokens]<|system|>\nWrite.</s>\n<|user|>\n[past text]\n[input]</s>\n<|assistant|>\n[target]</s>"
+        in card
+    )
+    prompt = PromptOptions(prompt_format="chat", system="Write.", soft_position="start")
+    encoder, llm = (resolve(models[name], flag="") for name in ("encoder", "chat"))
+    frozen = FrozenLLM.load(llm, precision="fp32", max_input_tokens=SETTINGS["max_input_tokens"], prompt=prompt)
     model = plug_folder.load(tmp_path / "plug", encoder=encoder, llm=frozen, retrieved_tokens=12)
     rows = []
     for row in held_out:
         vectors = seen(inputs["store"], row, 512)
         texts = [one["text"] for one in written if one["user_id"] == row["user_id"]]
-        rows.append({**row, "history": b"".join(vectors), "retrieved": texts[len(vectors) - 1 : len(vectors)]})
+        rows.append(
+            {
+                **row,
+                "query": row["input"],
+                "history": b"".join(vectors),
+                "retrieved": texts[len(vectors) - 1 : len(vectors)],
+            }
+        )
     batch = model.collate(rows)
     with torch.inference_mode():
         loss = model(batch).sum().item() / batch.n_target_tokens
     assert done.result["validation_loss"] == pytest.approx(loss, abs=2e-5)
+    decoding = {"beams": 1, "max_new_tokens": 6, "precision": "fp32"}
+    done = do(
+        generate,
+        requests=flags["validation"],
+        store=store,
+        plug=flags["plug"],
+        actors=1,
+        texts=flags["texts"],
+        **retrieval,
+        **decoding,
+    )
+    assert done.code == 0
+    answerer = Answerer(
+        model.plug, LocalEngine(frozen, batch_size=1), model.query_text, batch_size=1, retrieved_tokens=12
+    )
+    answers = answerer.answer(rows, Decoding(beams=1, max_new_tokens=6))
+    found = stored(store, "generations")
+    assert [found[row["request_id"], "own-recency-1"]["output"] for row in rows] == [one.text for one in answers]
+
     other = refuse(train, **{**flags, "retriever": "bm25"})
     assert (other.code, "retriever was 'recency' and is 'bm25'" in other.said) == (2, True)
+    other = refuse(train, **{**flags, "soft_position": "input"})
+    assert (other.code, "soft_position was 'start' and is 'input'" in other.said) == (2, True)
     unused = refuse(train, **{**flags, "retrieve": 0, "retrieve_tokens": None})
     assert "--texts has no effect without --retrieve" in unused.said
+
+
+def test_a_dry_run_shows_what_the_llm_reads(refuse: Job, inputs: dict, models: dict[str, str], tmp_path: Path) -> None:
+    flags = {**SETTINGS, **inputs, **folders(tmp_path), "dry_run": True}
+    plain = refuse(train, **flags)
+    assert plain.result["prompt"]["prompt_format"] == "plain"
+    assert plain.result["prompt_example"] == "<s>[2 soft tokens][input]\n[target]</s>"
+    assert r'"<s>[2 soft tokens][input]\n[target]</s>"' in plain.table
+    chat = refuse(train, **{**flags, "llm": models["chat"]})
+    assert chat.result["prompt"]["prompt_format"] == "chat"
+    assert chat.result["prompt_example"] == "<s><|user|>\n[2 soft tokens][input]</s>\n<|assistant|>\n[target]</s>"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompt_format": "chat"}, "--prompt-format chat needs a chat template"),
+        ({"system": "Write."}, "--system or --template-argument needs a chat template"),
+        ({"prompt_format": "plain", "system": "Write."}, "--system Write. has no effect without --prompt-format chat"),
+        ({"template_argument": "thinking"}, "--template-argument thinking: must be KEY=VALUE"),
+        ({"template_date": "today"}, "--template-date today: must be a date like"),
+    ],
+)
+def test_prompts_that_cannot_be_written_are_refused(
+    refuse: Job, inputs: dict, tmp_path: Path, wrong: dict, message: str
+) -> None:
+    done = refuse(train, **SETTINGS, **inputs, **folders(tmp_path), **wrong, dry_run=True)
+    assert (done.code, message in done.said) == (2, True), done.said
+
+
+def test_system_texts_without_a_chat_are_refused(refuse: Job, inputs: dict, tmp_path: Path) -> None:
+    source = write(str(tmp_path / "requests.jsonl"), [{**row, "system": "Write."} for row in requests()])
+    done = refuse(train, **SETTINGS, **{**inputs, "requests": source}, **folders(tmp_path), dry_run=True)
+    assert (done.code, "the requests have a column 'system'" in done.said) == (2, True)
 
 
 def test_resuming_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from persona.errors import UsageError
-from persona.options import Decoding, PlugOptions, RetrievalOptions, TrainingOptions
+from persona.options import Decoding, PlugOptions, PromptOptions, RetrievalOptions, TrainingOptions
 
 SAMPLING = Decoding(beams=1, sample=True, seed=7)
 
@@ -33,6 +33,29 @@ def test_the_defaults_are_the_papers_and_can_work():
 def test_plug_options_that_cannot_work_are_refused(changes, flag):
     with pytest.raises(UsageError, match=flag):
         replace(PlugOptions(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_format": "plain", "system": "Write."}, "--system Write. has no effect without --prompt-format chat"),
+        ({"prompt_format": "plain", "template_date": "2026-01-31"}, "--template-date 2026-01-31 has no effect"),
+        ({"template_date": "31.1.2026"}, "--template-date 31.1.2026: must be a date like 2026-01-31"),
+        ({"template_argument": ("thinking",)}, "--template-argument thinking: must be KEY=VALUE"),
+        ({"template_argument": ("a-b=1",)}, "--template-argument a-b=1: must be KEY=VALUE"),
+        ({"template_argument": ("a=1", "a=2")}, "--template-argument a=1: must be KEY=VALUE, each KEY once"),
+        ({"template_argument": ("messages=1",)}, "--template-argument messages=1: .* none of messages, tools"),
+    ],
+)
+def test_prompt_options_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        replace(PromptOptions(), **changes)
+
+
+def test_arguments_of_a_chat_template_are_json_or_text():
+    given = ("thinking=false", "n=3", "text=a=b", 'quoted="3"', "empty=")
+    arguments = PromptOptions(template_argument=given).template_arguments()
+    assert arguments == {"thinking": False, "n": 3, "text": "a=b", "quoted": "3", "empty": ""}
 
 
 @pytest.mark.parametrize(

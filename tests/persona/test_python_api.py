@@ -23,8 +23,8 @@ from persona.plug import folder as plug_folder
 from persona.store.identity import Identity
 from persona.store.store import Store
 from persona.store.vectors import to_column
-from tests.models import ENCODER_WIDTH, LLM_WIDTH, tiny_encoder
-from tests.plugs import new_answerer, new_model, save
+from tests.models import ENCODER_WIDTH, LLM_WIDTH, tiny_chat_llama, tiny_encoder
+from tests.plugs import losses, new_answerer, new_model, save
 from tests.stores import behaviors, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def plug_uri(encoder_folder: ModelFolder, llama_folder: ModelFolder, tmp_path_fa
     """A plug with random weights for the tiny Llama."""
     llm = FrozenLLM.load(llama_folder, precision="fp32", device="cpu")
     folder = save(tmp_path_factory.mktemp("api") / "plug", new_model(encoder_folder, llm), encoder_folder, llama_folder)
-    record = json.loads((folder / "plug.json").read_text()) | {"max_behaviors": MAX_BEHAVIORS, "query_prefix": ""}
+    record = json.loads((folder / "plug.json").read_text()) | {"max_behaviors": MAX_BEHAVIORS, "query_prompt": ""}
     (folder / "plug.json").write_text(json.dumps(record))
     return str(folder)
 
@@ -198,3 +198,16 @@ def test_another_store_or_encoder_is_refused(store_uri: str, plug_uri: str, tmp_
     identity = Identity(**{**vars(persona.open_store(store_uri).identity), "fingerprint": other.fingerprint})
     with pytest.raises(PlugMismatch, match="give the store that it was trained on"):
         persona.load_plug(plug_uri, store=Store.create(str(tmp_path / "store"), identity, 4))
+
+
+def test_a_chat_may_have_a_system_text_of_its_own(encoder_folder: ModelFolder, tmp_path: Path) -> None:
+    llm_folder = resolve(str(tiny_chat_llama(tmp_path / "llm")), flag="--llm")
+    model = new_model(encoder_folder, FrozenLLM.load(llm_folder, precision="fp32", device="cpu"))
+    folder = save(tmp_path / "plug", model, encoder_folder, llm_folder)
+    own = persona.load_plug(folder, precision="fp32", device="cpu").persona_from_texts(["a paper"])
+    row = {"input": "title", "query": "title", "target": "good", "history": own.vectors.tobytes()}
+    for system in ("Write.", None):
+        found = own.loss("title", "good", system=system)
+        assert found.nats == pytest.approx(losses(model, [{**row, "system": system}]).item(), rel=1e-5)
+    answers = [own.answer("title", system=system, decoding=SHORT).text for system in ("the movie " * 9, None)]
+    assert answers[0] != answers[1]

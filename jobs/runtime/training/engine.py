@@ -1,7 +1,7 @@
 """A training worker's DeepSpeed engine: models, a new or resumed plug, and AdamW's state."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import session
 from jobs.runtime.training.spec import WorkerSettings
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from persona.models.encoder import TextEncoder
     from persona.models.frozen_llm import FrozenLLM
     from persona.models.resolve import ModelFolder
-    from persona.options import Pooling
     from persona.plug.personalized import PersonalizedLLM
     from persona.training.checkpoint import Progress
 
@@ -61,6 +60,7 @@ def _load_llm(settings: WorkerSettings, deepspeed: dict[str, Any]) -> "FrozenLLM
         quantization=spec.llm_quantization,
         max_input_tokens=spec.max_input_tokens,
         max_target_tokens=spec.max_target_tokens,
+        prompt=spec.prompt,
     )
     if spec.activation_checkpointing:
         llm.checkpoint_activations()
@@ -77,15 +77,18 @@ def _new_model(settings: WorkerSettings, encoder: "ModelFolder", llm: "FrozenLLM
 
     spec, identity = settings.spec, settings.identity
     torch.manual_seed(spec.training.seed)
+    query_encoder, query_head = plug_folder.new_query_encoder(
+        encoder, spec.plug_options, pooling=identity.pooling, width=identity.width, pretrained=True
+    )
     plug = Plug(
         spec.plug_options,
-        query_encoder=plug_folder.new_query_encoder(encoder, spec.plug_options, pretrained=True),
-        pooling=cast("Pooling", identity.pooling),
+        query_encoder=query_encoder,
+        query_head=query_head,
         width=identity.width,
         llm_width=llm.width,
         token_norm=llm.token_norm(),
     )
-    query_text = plug_folder.new_query_text(encoder, spec.query_prefix, spec.max_query_tokens)
+    query_text = plug_folder.new_query_text(encoder, spec.query_prompt, spec.max_query_tokens)
     return PersonalizedLLM(plug.to(llm.device), llm, query_text, retrieved_tokens=spec.retrieval.front_tokens)
 
 
@@ -111,8 +114,10 @@ def store_encoder(folder: "ModelFolder", settings: WorkerSettings, device: "torc
     identity = settings.identity
     return TextEncoder(
         folder,
-        pooling=cast("Pooling", identity.pooling),
+        pooling=identity.pooling,
         max_tokens=identity.max_tokens,
+        prompt=identity.document_prompt,
+        width=identity.width,
         precision="fp32",
         device=str(device),  # explicit, because torch's default device is a thread's own
     )

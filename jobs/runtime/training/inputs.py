@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from jobs.runtime.training.spec import RunSpec
+    from persona.models.prompts import PromptTokenizer
     from persona.models.resolve import ModelFolder
     from persona.store.store import Store
 
@@ -26,6 +27,7 @@ class TrainingInputs:
     """What a run reads and where it writes, found and checked before Ray starts.
 
     Attributes:
+        tokenizer: of the LLM; it writes the prompts.
         requests, validation: what to train on; `validation` is None when it is taken from `requests`.
         histories: the texts for retrieval, if any.
         runs, plug: URIs of the folders for checkpoints and for the plug.
@@ -34,11 +36,22 @@ class TrainingInputs:
     store: "Store"
     encoder: "ModelFolder"
     llm: "ModelFolder"
+    tokenizer: "PromptTokenizer"
     requests: Requests
     validation: Requests | None
     histories: Histories | None
     runs: str
     plug: str
+
+    def validation_rows(self) -> list[tuple[str, str]]:
+        """The rows of a summary about what --validation lacks."""
+        rows = self.validation.rows() if self.validation is not None else []
+        return [(f"{name} in validation", text) for name, text in rows]
+
+
+def prompt_example(spec: "RunSpec", inputs: TrainingInputs) -> str:
+    """What the LLM reads for a request."""
+    return inputs.tokenizer.example(n_soft=spec.plug_options.n_soft, retrieved=bool(spec.retrieval.retrieve))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +83,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
         options=spec.retrieval,
         histories=inputs.histories,
         encoder=inputs.encoder.name,
-        query_prefix=spec.query_prefix,
+        query_prompt=spec.query_prompt,
         max_query_tokens=spec.max_query_tokens,
         max_behaviors=spec.max_behaviors,
     )

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import reading, retrieval
 from jobs.runtime.cli import Summary
-from jobs.runtime.inputs import Requests
 from jobs.runtime.tally import Counts
 
 if TYPE_CHECKING:
     from jobs.runtime.training.inputs import TrainingInputs
     from jobs.runtime.training.spec import RunSpec
-    from persona.options import Pooling, Select
+    from persona.options import Select
     from persona.plug.record import PlugRecord
     from persona.store.store import Store
     from persona.training.checkpoint import Progress
@@ -39,6 +38,7 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
     """Writes the plug folder from Ray Train's result."""
     from safetensors.torch import load_file
 
+    from jobs.runtime.training.inputs import prompt_example
     from persona import storage
     from persona.plug import folder as plug_folder, record as plug_record
     from persona.training import checkpoint
@@ -50,7 +50,7 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
         selected = checkpoint.Progress.read(Path(folder))
         record = _record(spec, inputs, selected, progress, n_requests)
         target = Path(staged) / "plug"
-        plug_folder.save(target, weights, record, plug_record.card(record))
+        plug_folder.save(target, weights, record, plug_record.card(record, example=prompt_example(spec, inputs)))
         storage.copy_folder(str(target), inputs.plug)
         fingerprint = plug_record.fingerprint(target)
     return Published(
@@ -78,7 +78,7 @@ def _selected(result: Any, select: "Select") -> Any:
 def summary(
     published: Published,
     counts: Counts,
-    requests: Requests,
+    inputs: "TrainingInputs",
     *,
     global_batch: int,
     seconds: float,
@@ -101,7 +101,7 @@ def summary(
         "trained_parameters": published.n_parameters,
         "without_history": n_without_history,
         "without_as_of": reading.timeless(counts),
-        **requests.facts(),
+        **inputs.requests.facts(),
         "untimed_behaviors": int(joined.get("untimed", 0)),
         "repeated_ids": int(joined.get("repeated", 0)),
         "rejects": int(counts.get("read", {}).get("rejects", 0)),
@@ -119,7 +119,8 @@ def summary(
         ("plug", f"{published.uri} ({published.fingerprint[:12]})"),
         ("seconds", f"{seconds:,.1f}"),
         *retrieval.summary_rows(counts),
-        *reading.request_rows(requests, counts),
+        *inputs.validation_rows(),
+        *reading.request_rows(inputs.requests, counts),
     ]
     return Summary(table=table, result=answer, exit_code=reading.exit_code(counts, max_reject_fraction))
 
@@ -135,17 +136,19 @@ def _record(
         options=spec.plug_options,
         encoder={"name": identity.encoder, "revision": identity.revision, "fingerprint": identity.fingerprint},
         encoder_width=identity.width,
-        pooling=cast("Pooling", identity.pooling),
+        pooling=identity.pooling,
         encoder_max_tokens=identity.max_tokens,
+        document_prompt=identity.document_prompt,
         llm=inputs.llm.card(),
         llm_width=selected.llm_width,
         token_norm=selected.token_norm,
         scale=selected.scale,
         llm_quantization=spec.llm_quantization,
-        query_prefix=spec.query_prefix,
+        query_prompt=spec.query_prompt,
         max_query_tokens=spec.max_query_tokens,
         max_input_tokens=spec.max_input_tokens,
         max_target_tokens=spec.max_target_tokens,
+        prompt=spec.prompt,
         max_behaviors=spec.max_behaviors,
         training={
             **asdict(spec.training),

@@ -4,7 +4,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job_options import PastTexts, RequestFormat
-from persona.options import PlugOptions, Precision, Quantization, RetrievalOptions, Select, TrainingOptions
+from persona.options import (
+    PlugOptions,
+    Precision,
+    PromptOptions,
+    Quantization,
+    RetrievalOptions,
+    Select,
+    TrainingOptions,
+)
 
 if TYPE_CHECKING:
     from jobs.runtime.tally import Tally
@@ -12,14 +20,14 @@ if TYPE_CHECKING:
     from persona.store.identity import Identity
 
 # Options whose defaults mean "off", so that a run from before one of them can be resumed.
-OPTIONS = (PlugOptions, TrainingOptions, RetrievalOptions, PastTexts, RequestFormat)
+OPTIONS = (PlugOptions, TrainingOptions, PromptOptions, RetrievalOptions, PastTexts, RequestFormat)
 # What else must stay the same when a run is resumed.
 _FIXED = (
     "requests",
     "validation",
     "validation_fraction",
     "validation_rows",
-    "query_prefix",
+    "query_prompt",
     "max_query_tokens",
     "max_input_tokens",
     "max_target_tokens",
@@ -32,11 +40,15 @@ _FIXED = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """The choices behind a plug; fields are named like the flags of jobs.train, which describes them."""
+    """The choices behind a plug; fields are named like the flags of jobs.train, which describes them.
+
+    In `prompt`, `auto` has become `chat` or `plain`.
+    """
 
     run: str
     plug_options: PlugOptions
     training: TrainingOptions
+    prompt: PromptOptions
     retrieval: RetrievalOptions
     past_texts: PastTexts
     requests: str
@@ -47,7 +59,7 @@ class RunSpec:
     validation_rows: int
     validate_every: int
     select: Select
-    query_prefix: str
+    query_prompt: str
     max_query_tokens: int
     max_input_tokens: int
     max_target_tokens: int
@@ -58,8 +70,9 @@ class RunSpec:
 
     def fixed(self) -> dict[str, Any]:
         """What must stay the same when the run is resumed, by name."""
-        options = (self.plug_options, self.training, self.retrieval, self.past_texts, self.form)
+        options = (self.plug_options, self.training, self.prompt, self.retrieval, self.past_texts, self.form)
         values = {name: value for part in options for name, value in asdict(part).items()}
+        values["template_argument"] = list(self.prompt.template_argument)  # as it is read from JSON
         return values | {name: getattr(self, name) for name in _FIXED}
 
 

@@ -12,7 +12,7 @@ from persona.engines.base import Answer, Engine, Prompt, new_engine
 from persona.errors import PlugMismatch, UsageError
 from persona.models.prompts import PromptText, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision, Quantization
+from persona.options import Decoding, Precision, PromptOptions, Quantization
 from persona.plug import folder as plug_folder
 from persona.plug.request_tables import answer_all
 from tests.plugs import ROWS, new_model, save
@@ -27,9 +27,9 @@ class EchoEngine:
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self, folder: ModelFolder, max_input_tokens: int) -> None:
+    def __init__(self, folder: ModelFolder, max_input_tokens: int, prompt: PromptOptions) -> None:
         config = folder.config
-        self.tokenizer = PromptTokenizer.load(folder, max_input_tokens=max_input_tokens)
+        self.tokenizer = PromptTokenizer.load(folder, max_input_tokens=max_input_tokens, prompt=prompt)
         self.width: int = config.get("hidden_size") or config["d_model"]
         self.calls: list[tuple[list[Prompt], list[int]]] = []
 
@@ -46,13 +46,14 @@ def load(
     folder: ModelFolder,
     *,
     max_input_tokens: int,
+    prompt: PromptOptions,
     precision: Precision,
     quantization: Quantization,
     device: str | None,
     batch_size: int,
 ) -> EchoEngine:
     assert (precision, batch_size) == ("fp32", 2)
-    return EchoEngine(folder, max_input_tokens)
+    return EchoEngine(folder, max_input_tokens, prompt)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def engine(llm_folder, monkeypatch) -> Engine:
     module = ModuleType("persona.engines.echo")
     module.load = load
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    return new_engine("echo", llm_folder, max_input_tokens=32, precision="fp32", batch_size=2)
+    return new_engine("echo", llm_folder, max_input_tokens=32, prompt=PromptOptions(), precision="fp32", batch_size=2)
 
 
 @pytest.fixture
@@ -120,4 +121,4 @@ def test_a_plug_of_another_width_is_refused(engine, encoder_folder, llm_folder, 
 @pytest.mark.parametrize("name", ["unheard_of", "base", "decoding", "a.b"])
 def test_a_name_that_is_no_engine_is_refused(llama_folder, name):
     with pytest.raises(UsageError, match=f"unknown name '{name}': persona.engines has no module of this name"):
-        new_engine(name, llama_folder, max_input_tokens=32, precision="fp32", batch_size=2)
+        new_engine(name, llama_folder, max_input_tokens=32, prompt=PromptOptions(), precision="fp32", batch_size=2)

@@ -15,7 +15,7 @@ from persona.engines.local import LocalEngine
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptIds, PromptText
 from persona.models.resolve import ModelFolder, resolve
-from persona.options import Decoding
+from persona.options import Decoding, PromptOptions
 from tests.plugs import random_soft_tokens
 
 INPUTS = ["the movie is", "", "a paper with a title " * 12, "i like it", "rating\n{of} one"]
@@ -274,7 +274,9 @@ def test_retrieved_texts_change_the_answer_in_any_batch(llm):
 
 
 def test_the_engine_is_found_by_its_name_and_answers_like_its_llm(llm, llm_folder):
-    engine = new_engine("local", llm_folder, max_input_tokens=256, precision="fp32", batch_size=2)
+    engine = new_engine(
+        "local", llm_folder, max_input_tokens=256, prompt=PromptOptions(), precision="fp32", batch_size=2
+    )
     prompts = prompts_of(llm, INPUTS)
     assert engine.answer(prompts, GREEDY, [0] * len(prompts)) == answer(llm, prompts, GREEDY)
     assert (engine.width, engine.dtype) == (llm.width, llm.dtype)

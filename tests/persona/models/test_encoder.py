@@ -1,12 +1,16 @@
 """The frozen encoder: pooling equals a plain loop, and vectors do not depend on the batch."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 from persona.errors import UsageError
-from persona.models.encoder import TextEncoder, pool
+from persona.models.encoder import TextEncoder
+from persona.models.sentence_head import SentenceHead
+from persona.options import Pooling
 
 TEXTS = [
     "a paper",
@@ -95,11 +99,12 @@ def test_more_tokens_than_positions_are_refused(encoder_folder):
         TextEncoder(encoder_folder, pooling="cls", max_tokens=513)
 
 
-@given(st.data(), st.sampled_from(["cls", "mean"]))
+@given(st.data(), st.sampled_from(get_args(Pooling)))
 def test_pooling_ignores_padding(data, pooling):
     lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     hidden_NTd = torch.randn(len(lengths), 5, 3, generator=draw)
     mask_NT = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
     noisy_NTd = torch.where(mask_NT.unsqueeze(-1), hidden_NTd, torch.full_like(hidden_NTd, 7.0))
-    assert torch.equal(pool(hidden_NTd * mask_NT.unsqueeze(-1), mask_NT, pooling), pool(noisy_NTd, mask_NT, pooling))
+    head = SentenceHead(pooling)
+    assert torch.equal(head(hidden_NTd * mask_NT.unsqueeze(-1), mask_NT), head(noisy_NTd, mask_NT))

@@ -6,12 +6,14 @@ import pytest
 from persona.errors import UsageError
 from persona.models import packaged
 from persona.models.encoder import TextEncoder
-from persona.models.resolve import resolve, sentence_pooling
+from persona.models.encoder_settings import settle
+from persona.models.resolve import resolve
 
 
 def test_minilm_finds_related_sentences_similar() -> None:
     folder = resolve(str(packaged.minilm()), flag="--encoder")
-    assert sentence_pooling(folder) == "mean"
+    settings = settle(folder)
+    assert (settings.pooling, settings.width, settings.max_tokens, settings.prompt) == ("mean", 384, 256, "")
     encoder = TextEncoder(folder, pooling="mean", max_tokens=32, precision="fp32")
     vectors = encoder.encode(["a cat on the sofa", "the kitten sleeps on the couch", "quarterly tax report"]).vectors
     cosines = vectors.astype(np.float32) @ vectors.astype(np.float32).T

@@ -270,15 +270,6 @@ def test_an_unavailable_hub_id_is_refused(monkeypatch, tmp_path, name):
         models.resolve(name, flag="--encoder")
 
 
-def test_the_pooling_is_that_of_the_sentence_transformers_configuration(encoder_folder, copy):
-    assert models.sentence_pooling(encoder_folder) == "cls"
-    (copy / "1_Pooling").mkdir()
-    (copy / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    assert models.sentence_pooling(models.resolve(str(copy), flag="--encoder")) == "mean"
-    (copy / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
-    assert models.sentence_pooling(models.resolve(str(copy), flag="--encoder")) == "cls"
-
-
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from persona import storage
 from persona.engines.local import LocalEngine
 from persona.errors import InputError, PlugMismatch, UsageError
+from persona.models.encoder_settings import settle
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
-from persona.options import Decoding
+from persona.options import Decoding, PromptOptions
 from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.user_personas import UserPersonas
+from tests.encoders import sentence_transformer
 from tests.models import tiny_encoder
 from tests.plugs import ROWS, losses, new_answerer, new_model, record_of, save
 
@@ -35,7 +37,7 @@ GREEDY = Decoding(max_new_tokens=6, beams=1)
 @pytest.fixture
 def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
     """A plug whose weights differ from those of a new one."""
-    model = new_model(encoder_folder, llm, prefix="Represent: ", learn_temperature=True)
+    model = new_model(encoder_folder, llm, prompt="Represent: ", learn_temperature=True)
     with torch.no_grad():
         for parameter in model.plug.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -44,7 +46,7 @@ def saved(encoder_folder, llm_folder, llm, tmp_path) -> Path:
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_saved_plug_answers_as_before(options, encoder_folder, llm_folder, llm, tmp_path):
-    model = new_model(encoder_folder, llm, prefix="Represent: ", **options)
+    model = new_model(encoder_folder, llm, prompt="Represent: ", **options)
     save(tmp_path / "plug", model, encoder_folder, llm_folder)
     torch.manual_seed(99)  # a new plug would have other weights
     again = plug_folder.load(tmp_path / "plug", encoder=encoder_folder, llm=llm)
@@ -72,6 +74,15 @@ def test_the_record_is_read_as_it_was_saved(saved, encoder_folder, llm_folder, l
     model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
     record = plug_record.with_digest(record_of(model, encoder_folder, llm_folder), saved)
     assert plug_record.read(saved) == record
+
+
+def test_how_prompts_are_written_is_part_of_the_record_and_the_fingerprint(saved):
+    record = plug_record.read(saved)
+    before = plug_record.fingerprint(saved)
+    prompt = PromptOptions(prompt_format="chat", system="Write.", template_argument=("thinking=false",))
+    (saved / "plug.json").write_text(replace(record, prompt=prompt).to_json())
+    assert plug_record.read(saved).prompt == prompt
+    assert plug_record.fingerprint(saved) != before
 
 
 def test_the_folder_holds_only_weights_of_the_plug(saved, encoder_folder, llm):
@@ -105,7 +116,7 @@ def test_the_fingerprint_changes_with_whatever_answers_depend_on(saved, tmp_path
     record = plug_record.read(moved)
     (moved / "plug.json").write_text(replace(record, training={"another": "run"}).to_json())
     assert plug_record.fingerprint(moved) == found
-    (moved / "plug.json").write_text(replace(record, query_prefix="").to_json())
+    (moved / "plug.json").write_text(replace(record, query_prompt="").to_json())
     assert plug_record.fingerprint(moved) != found
     shutil.copy(saved / "plug.json", moved)
     weights = bytearray((moved / "plug.safetensors").read_bytes())
@@ -160,7 +171,7 @@ def test_an_invalid_record_is_refused(saved, text, reason):
     [
         ({"encoder_width": "32"}, "encoder_width must be int, not '32'"),
         ({"encoder_width": 0}, "encoder_width must be 1 or more"),
-        ({"pooling": "sum"}, "pooling must be .*'cls'.*, not 'sum'"),
+        ({"pooling": "sum"}, "pooling 'sum': must be cls, mean, "),
         ({"token_norm": float("nan")}, "token_norm must be float, not 'nan'"),
         ({"encoder": {"name": "e"}}, "encoder lacks fingerprint, revision"),
         ({"encoder": {"name": 3}}, "encoder must be dict"),
@@ -251,6 +262,24 @@ def test_a_pickle_is_never_read(saved, encoder_folder, llm):
     (saved / "plug.safetensors").unlink()
     with pytest.raises(InputError, match="no complete plug here"):
         plug_folder.load(saved, encoder=encoder_folder, llm=llm)
+
+
+def test_a_plug_whose_encoder_has_dense_layers_is_saved_with_them_and_loads_anywhere(tmp_path, llm, llm_folder):
+    path = sentence_transformer(tmp_path / "encoder", kind="t5", dense=[(24, torch.nn.Tanh())])
+    encoder = resolve(str(path), flag="--encoder")
+    settings = settle(encoder)
+    model = new_model(encoder, llm, pooling=settings.pooling, width=settings.width)
+    with torch.no_grad():  # as after some training
+        for parameter in (*model.plug.query_encoder.parameters(), *model.plug.query_head.parameters()):
+            parameter.add_(0.01)
+    record = replace(record_of(model, encoder, llm_folder), pooling=settings.pooling, encoder_width=settings.width)
+    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_record.card(record))
+
+    loaded = plug_folder.load_plug(tmp_path / "plug", encoder=encoder)
+    query = model.query_text.tokens(["a walk by the river", "it"], torch.device("cpu"))
+    torch.testing.assert_close(loaded.encode_query(*query), model.plug.encode_query(*query), rtol=1e-6, atol=1e-6)
+    assert "query_head.layers.0.linear.weight" in loaded.state_dict()
+    assert UserPersonas.load(tmp_path / "plug").plug.query_head is None
 
 
 def test_queries_longer_than_the_encoders_positions_are_refused(encoder_folder):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, BertConfig
 
 from persona.errors import UsageError
+from persona.models.sentence_head import SentenceHead
 from persona.options import PlugOptions
 from persona.plug.module import Plug, Projector
 
@@ -24,9 +25,7 @@ def new_plug(seed: int = 0, **options) -> Plug:
     torch.manual_seed(seed)
     options = PlugOptions(**{"persona_tokens": 2, "temperature": 3.0, **options})
     query_encoder = None if options.weights == "mean" else FixedQueries()
-    plug = Plug(
-        options, query_encoder=query_encoder, pooling="cls", width=D_ENCODER, llm_width=D_LLM, token_norm=1.7
-    ).double()
+    plug = Plug(options, query_encoder=query_encoder, width=D_ENCODER, llm_width=D_LLM, token_norm=1.7).double()
     plug.set_typical_behavior(unit(3, seed=9))
     if options.recency:
         plug.recency_slope.data.fill_(0.7)  # its initial value 0 has no effect
@@ -338,7 +337,7 @@ def test_a_huge_temperature_does_not_overflow():
 def test_soft_tokens_start_with_the_norm_of_the_llms_tokens(token_norm):
     torch.manual_seed(0)
     options = PlugOptions(weights="mean", persona_tokens=2)
-    plug = Plug(options, query_encoder=None, pooling="cls", width=32, llm_width=48, token_norm=token_norm)
+    plug = Plug(options, query_encoder=None, width=32, llm_width=48, token_norm=token_norm)
     soft_BSD = plug(unit(400, seed=4, width=32).float(), torch.ones(400, dtype=torch.long), None)
     norms_S = soft_BSD.norm(dim=-1).mean(0)
     # The scale was measured on 256 other vectors, whose norms vary by a few percent.
@@ -346,9 +345,7 @@ def test_soft_tokens_start_with_the_norm_of_the_llms_tokens(token_norm):
 
 
 def test_a_given_scale_is_kept():
-    plug = Plug(
-        PlugOptions(weights="mean"), query_encoder=None, pooling="cls", width=3, llm_width=2, token_norm=1.0, scale=7.5
-    )
+    plug = Plug(PlugOptions(weights="mean"), query_encoder=None, width=3, llm_width=2, token_norm=1.0, scale=7.5)
     assert plug.scale == 7.5
 
 
@@ -361,7 +358,7 @@ def test_a_history_with_another_length_or_width_is_refused():
 
 
 def test_attention_needs_a_query_encoder_and_mean_takes_none():
-    settings = {"pooling": "cls", "width": 3, "llm_width": 2, "token_norm": 1.0}
+    settings = {"width": 3, "llm_width": 2, "token_norm": 1.0}
     with pytest.raises(UsageError, match="a plug with attention weights needs a query encoder"):
         Plug(PlugOptions(), query_encoder=None, **settings)
     with pytest.raises(UsageError, match="a plug with mean weights takes no query encoder"):
@@ -377,7 +374,7 @@ def test_the_number_of_trained_parameters_is_that_of_the_reference_implementatio
         plug = Plug(
             PlugOptions(instruction="projected"),
             query_encoder=query_encoder,
-            pooling="cls",
+            query_head=SentenceHead("cls"),
             width=768,
             llm_width=4096,
             token_norm=1.0,

@@ -72,8 +72,8 @@ def test_the_mean_persona_of_any_plug_has_uniform_weights(encoder_folder, llm, o
     torch.testing.assert_close(model.soft_tokens(batch)[:, 1:], torch.stack(personas), **FLOAT32)
 
 
-def test_the_prefix_is_added_to_the_query_only(encoder_folder, llm):
-    plain, prefixed = new_model(encoder_folder, llm), new_model(encoder_folder, llm, prefix="Represent: ")
+def test_the_prompt_is_added_to_the_query_only(encoder_folder, llm):
+    plain, prefixed = new_model(encoder_folder, llm), new_model(encoder_folder, llm, prompt="Represent: ")
     by_hand = [{**ROWS[0], "query": "Represent: query 0"}]
     batch, expected = prefixed.collate(ROWS[:1]), plain.collate(by_hand)
     assert torch.equal(batch.query[0], expected.query[0])

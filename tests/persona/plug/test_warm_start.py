@@ -62,7 +62,6 @@ def new_plug(llm: FrozenLLM, **options) -> Plug:
     return Plug(
         PlugOptions(**{"weights": "mean", "persona_tokens": 2, **options}),
         query_encoder=None,
-        pooling="mean",
         width=ENCODER_WIDTH,
         llm_width=LLM_WIDTH,
         token_norm=llm.token_norm(),

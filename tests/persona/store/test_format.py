@@ -1,11 +1,13 @@
 """The format version of a store: recorded, 1 if missing, refused if newer."""
 
+from dataclasses import replace
+
 import pytest
 from deltalake import DeltaTable
 
 from persona.errors import InputError, StoreMismatch
 from persona.storage import delta_options, join
-from persona.store.identity import from_properties, to_properties
+from persona.store.identity import describe_difference, from_properties, to_properties
 from persona.store.schema import FORMAT_VERSION
 from persona.store.store import Store
 from tests.stores import IDENTITY, behaviors, everything, refresh
@@ -71,5 +73,21 @@ def test_a_malformed_property_is_an_input_error(name: str) -> None:
         from_properties(properties, "s3://b/t")
 
 
+def test_a_store_from_before_prompts_has_none() -> None:
+    properties = to_properties(IDENTITY, 4)
+    del properties["persona.document_prompt"]
+    assert from_properties(properties, "") == (IDENTITY, 4)
+    assert IDENTITY.document_prompt == ""
+
+
+def test_another_prompt_is_another_identity() -> None:
+    prompted = replace(IDENTITY, document_prompt="passage: ")
+    difference = describe_difference(IDENTITY, 4, prompted, 4)
+    assert difference == "document_prompt is '' in the store and 'passage: ' here"
+    assert "prompt 'passage: '" in prompted.describe()
+
+
 def test_properties_convert_back() -> None:
+    prompted = replace(IDENTITY, document_prompt="title: none | text: ")
+    assert from_properties(to_properties(prompted, 5), "") == (prompted, 5)
     assert from_properties({**to_properties(IDENTITY, 5), "delta.appendOnly": "false"}, "") == (IDENTITY, 5)

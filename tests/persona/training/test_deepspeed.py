@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from persona.models.resolve import resolve
 from persona.options import TrainingOptions
 from persona.training.deepspeed import deepspeed_settings, new_optimizer, trainable
+from tests.encoders import sentence_transformer
 from tests.plugs import new_model
 
 OPTIONS = TrainingOptions()
@@ -62,6 +65,14 @@ def test_the_query_encoder_has_a_separate_learning_rate(encoder_folder, llm):
     rest, query = new_optimizer(model, rates).param_groups
     assert (rest["peak_lr"], query["peak_lr"], rest["weight_decay"], query["weight_decay"]) == (1e-3, 2e-5, 0.1, 0.1)
     assert {id(p) for p in query["params"]} == {id(p) for p in model.plug.query_encoder.parameters()}
+
+
+def test_dense_layers_behind_the_query_encoder_are_trained_at_its_rate(tmp_path, llm):
+    folder = sentence_transformer(tmp_path, dense=[(24, torch.nn.Tanh())])
+    model = new_model(resolve(str(folder), flag="--encoder"), llm, pooling="mean", width=24)
+    _, query = new_optimizer(model, OPTIONS).param_groups
+    assert "plug.query_head.layers.0.linear.weight" in trainable(model)
+    assert {id(p) for p in model.plug.query_head.parameters()} <= {id(p) for p in query["params"]}
 
 
 def test_batch_sizes_in_the_deepspeed_settings_are_consistent():

@@ -1,0 +1,72 @@
+"""The short form of `make models`: an LLM of each family equals plain transformers or is refused, as the page says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.llms import LLMS, Family, build
+from tests.matrix import page
+from tests.matrix.llm_checks import SHORT, Check, answers, check_llm, gradients, losses, new_pair
+from tests.matrix.ours import OurLLM
+
+ON_THE_PAGE = page.read()
+
+
+def named(name: str) -> Family:
+    return next(family for family in LLMS if family.name == name)
+
+
+@pytest.mark.parametrize("family", LLMS, ids=lambda family: family.name)
+def test_an_llm_equals_plain_transformers_or_is_refused(family: Family, tmp_path: Path) -> None:
+    findings = check_llm(family, build(family, tmp_path), SHORT)
+    assert not findings.failures
+    # The long form may add limits that the short one does not look for.
+    assert ON_THE_PAGE[family.name].startswith(findings.verdict)
+
+
+def scaled(ours: OurLLM) -> None:
+    embed = ours.llm.embed
+    ours.llm.embed = lambda ids: 1.02 * embed(ids)
+
+
+def without_bos(ours: OurLLM) -> None:
+    ours.llm.tokenizer.opening = []
+
+
+def with_dropout(ours: OurLLM) -> None:
+    ours.llm.model.train()
+
+
+def without_positions(ours: OurLLM) -> None:
+    mask_arguments = ours.llm.mask_arguments
+    ours.llm.mask_arguments = lambda mask_BL, n_new=None: {"attention_mask": mask_arguments(mask_BL)["attention_mask"]}
+
+
+def with_half_a_gradient(ours: OurLLM) -> None:
+    target_logits = ours.llm.target_logits
+
+    def halved(soft_BSD: Tensor, *args: object, **options: object) -> Tensor:
+        return target_logits(0.5 * soft_BSD + 0.5 * soft_BSD.detach(), *args, **options)
+
+    ours.llm.target_logits = halved
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "name"),
+    [
+        (scaled, losses, "GPT-2"),
+        (without_bos, losses, "Llama 3"),
+        (with_dropout, losses, "Llama 3"),
+        (without_positions, answers, "GPT-2"),
+        (with_half_a_gradient, gradients, "Llama 3"),
+    ],
+)
+def test_the_matrix_finds_a_fault(fault: Callable[[OurLLM], None], check: Check, name: str, tmp_path: Path) -> None:
+    pair = new_pair(named(name), build(named(name), tmp_path))
+    assert not list(check(pair))
+    torch.manual_seed(0)
+    fault(pair.ours)
+    assert list(check(pair))
