@@ -182,7 +182,13 @@ def prompt_example(plug: PlugRef, *, retrieved: bool) -> str:
 
 
 def load_answerer(
-    plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, retrieved_tokens: int
+    plug: PlugRef,
+    *,
+    engine: "Engine",
+    precision: "Precision",
+    device: str | None,
+    batch_size: int,
+    retrieved_tokens: int,
 ) -> "Answerer":
     """The plug in front of an engine with its LLM, to generate answers.
 
@@ -198,6 +204,8 @@ def load_answerer(
         max_input_tokens=plug.record.max_input_tokens,
         prompt=plug.record.prompt,
         precision=precision,
+        quantization=plug.record.llm_quantization,
+        device=device,
         batch_size=batch_size,
     )
     with plug.folder() as folder:
@@ -206,7 +214,9 @@ def load_answerer(
         )
 
 
-def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens: int) -> "PersonalizedLLM":
+def load_personalized(
+    plug: PlugRef, *, precision: "Precision", device: str | None, retrieved_tokens: int
+) -> "PersonalizedLLM":
     """The plug in front of its LLM, to measure losses. Raises as `load_answerer` does."""
     from persona.engines import probe
     from persona.models.frozen_llm import FrozenLLM
@@ -219,6 +229,8 @@ def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens
         max_target_tokens=plug.record.max_target_tokens,
         prompt=plug.record.prompt,
         precision=precision,
+        quantization=plug.record.llm_quantization,
+        device=device,
     )
     probe.check_llm(llm)
     with plug.folder() as folder:
