@@ -58,6 +58,7 @@ def build(family: Family, folder: Path) -> Path:
     if family.seq2seq:
         roles["decoder_start_token_id"] = config.decoder_start_token_id
     model.generation_config = GenerationConfig(**{**roles, **_ids(family.generation, tokenizer)})
+    assert model.config.model_type == family.model_type  # not that of a part
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -323,8 +324,6 @@ MORE_CAUSAL = [
     _causal("Seed-OSS", "seed_oss", "plain", _LLAMA),
     _causal("Hunyuan", "hunyuan_v1_dense", "plain", _LLAMA),
     _causal("Qwen2 MoE", "qwen2_moe", "plain", _LLAMA, _MOE, shared_expert_intermediate_size=32),
-    _causal("Qwen3.5 with images", "qwen3_5", "plain", text_config={**_LLAMA, **_LINEAR}, vision_config={"depth": 1,
-            "hidden_size": 16, "num_heads": 2, "out_hidden_size": WIDTH, "intermediate_size": 16}),
     _causal("DeepSeek-V2", "deepseek_v2", "bos", _LLAMA, num_key_value_heads=4, head_dim=8, q_lora_rank=16,
             kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, n_routed_experts=4,
             num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32, first_k_dense_replace=1),
