@@ -110,7 +110,7 @@ def main(config: Config) -> Summary:
         writer = leases.enter_context(store.writer("behaviors", job="jobs.embed"))
         personas_writer = leases.enter_context(store.writer("personas", job="jobs.embed")) if inputs.plug else None
         machines = session.connect()
-        pool = ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
+        pool = ModelPool.plan(machines, config.pool)
         tally = Tally.start()
         with progress(tally, _progress_line):
             with Committer(writer, tally) as committer:
@@ -122,7 +122,7 @@ def main(config: Config) -> Summary:
                 personas.update(store, personas_writer, inputs.plug, tally)
     counts, seconds = tally.totals(), time.perf_counter() - started
     summary = _summary(config, inputs, store, counts, seconds)
-    summary = _with_cost(summary, config, inputs, counts, machines, n_models=pool.max_size, seconds=seconds)
+    summary = _with_cost(summary, config, inputs, counts, machines, n_gpus=pool.all_gpus, seconds=seconds)
     if config.profile:
         summary = _with_profile(summary, counts, n_actors=pool.max_size, cores=machines.cores, seconds=seconds)
     return summary
@@ -318,7 +318,7 @@ def _with_cost(
     counts: Counts,
     machines: session.Machines,
     *,
-    n_models: int,
+    n_gpus: int,
     seconds: float,
 ) -> Summary:
     from persona.cost import encoder_flops
@@ -328,7 +328,7 @@ def _with_cost(
     mean_tokens = round(encoded["tokens"] / n_texts) if n_texts else 0
     flops = cost.known(lambda: encoder_flops(inputs.encoder.config, n_texts=n_texts, tokens=mean_tokens))
     model_s = encoded.get("seconds", 0.0)
-    return cost.spent(summary, config.cost, machines, n_models=n_models, seconds=seconds, flops=flops, model_s=model_s)
+    return cost.spent(summary, config.cost, machines, n_gpus=n_gpus, seconds=seconds, flops=flops, model_s=model_s)
 
 
 def _with_profile(summary: Summary, counts: Counts, *, n_actors: int, cores: int, seconds: float) -> Summary:

@@ -26,7 +26,7 @@ from jobs.runtime import (
 )
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Histories, Requests, find_requests
-from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, RequestFormat, flat_settings
+from jobs.runtime.job_options import FLAT, InputRows, LLMPool, PastTexts, PlugModels, RequestFormat, flat_settings
 from jobs.runtime.losses import Losses
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
@@ -77,7 +77,7 @@ class Config:
     """Requests per forward pass; lower it when a GPU runs out of memory."""
     seed: int = 0
     """Seed of the bootstrap behind the intervals."""
-    pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
+    pool: Annotated[LLMPool, FLAT] = field(default_factory=LLMPool)
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
@@ -123,7 +123,7 @@ def main(config: Config) -> Summary:
     store = inputs.store.snapshot("behaviors", "generations")
     variants = [variant for variant in config.scored if variant in store.variants()]
     machines = session.connect()
-    pool = ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
+    pool = ModelPool.plan(machines, config.pool)
     tally = Tally.start()
     with progress(tally, _progress_line):
         requests = _requests(config, inputs, store, variants, tally)
@@ -138,7 +138,7 @@ def main(config: Config) -> Summary:
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     _write(inputs.out, _files(config, metrics, measured, answers))
     summary = _summary(config, inputs, metrics, counts)
-    return cost.spent(summary, config.cost, machines, n_models=pool.max_size, seconds=metrics["seconds"])
+    return cost.spent(summary, config.cost, machines, n_gpus=pool.all_gpus, seconds=metrics["seconds"])
 
 
 def _inputs(config: Config) -> _Inputs:
@@ -195,6 +195,7 @@ def _loss_settings(config: Config, plug: PlugRef) -> losses.LossSettings:
     return losses.LossSettings(
         plug=plug,
         precision=config.models.precision,
+        device=config.pool.device,
         batch_size=config.batch_size,
         retrieved_tokens=config.retrieval.front_tokens,
         with_rejected=config.rejected is not None,

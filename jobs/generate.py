@@ -16,7 +16,7 @@ from jobs.runtime.answers import AnswerSpec, Unanswered
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
 from jobs.runtime.inputs import Histories, Requests, find_requests
-from jobs.runtime.job_options import FLAT, ActorPool, InputRows, PastTexts, PlugModels, RequestFormat
+from jobs.runtime.job_options import FLAT, InputRows, LLMPool, PastTexts, PlugModels, RequestFormat
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
@@ -57,7 +57,7 @@ class Config:
     """Write only missing answers; keep those whose history, request, plug, LLM or decoding has changed."""
     block_rows: int = 512
     """Answers committed together; a killed run loses at most two such blocks per actor."""
-    pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
+    pool: Annotated[LLMPool, FLAT] = field(default_factory=LLMPool)
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
@@ -97,14 +97,14 @@ def main(config: Config) -> Summary:
 
     with inputs.store.writer("generations", job="jobs.generate") as writer:
         machines = session.connect()
-        pool = ModelPool.plan(machines, actors=config.pool.actors, cpus_per_actor=config.pool.cpus_per_actor)
+        pool = ModelPool.plan(machines, config.pool)
         tally = Tally.start()
         with progress(tally, _progress_line), Committer(writer, tally) as committer:
             for staged in _staged(config, inputs, pool, tally):
                 committer.take(staged)
     counts, seconds = tally.totals(), time.perf_counter() - started
     summary = _summary(config, inputs, counts, seconds)
-    summary = cost.spent(summary, config.cost, machines, n_models=pool.max_size, seconds=seconds)
+    summary = cost.spent(summary, config.cost, machines, n_gpus=pool.all_gpus, seconds=seconds)
     if config.profile:
         summary = _with_profile(summary, counts, n_actors=pool.max_size, cores=machines.cores, seconds=seconds)
     return summary
@@ -179,6 +179,7 @@ class Generate:
             plug,
             engine=config.engine,
             precision=config.models.precision,
+            device=config.pool.device,
             batch_size=config.batch_size,
             retrieved_tokens=config.retrieval.front_tokens,
         )

@@ -28,6 +28,7 @@ from persona.options import (
     PlugOptions,
     Precision,
     PromptOptions,
+    Quantization,
     RetrievalOptions,
     Select,
     TrainingOptions,
@@ -80,6 +81,8 @@ class Config:
     """Use only this many of a user's latest behaviors."""
     precision: Precision = "auto"
     """Precision of the LLM; auto is bf16 where the hardware supports it."""
+    llm_quantization: Quantization = "none"
+    """Keep the LLM's weights in 8 or 4 bits, in training and for answers, if it does not fit one GPU otherwise."""
     activation_checkpointing: bool = False
     """Recompute the LLM's activations in the backward pass: a fraction of the memory for a third more time."""
     plug_options: Annotated[PlugOptions, FLAT] = field(default_factory=PlugOptions)
@@ -108,6 +111,11 @@ class Config:
         check_at_least(self, 1, "validation_rows", "validate_every")
         check_at_least(self, 1, "max_query_tokens", "max_input_tokens", "max_target_tokens", "max_behaviors")
         check_at_least(self, 0, "max_failures")
+        if self.llm_quantization != "none" and self.training.zero_stage == 3:
+            raise UsageError(
+                f"--llm-quantization {self.llm_quantization} and --zero-stage 3 exclude each other: one makes the LLM "
+                "fit one GPU, the other spreads it over several; remove one of them"
+            )
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UsageError(f"--validation-fraction {self.validation_fraction}: must be above 0 and below 1")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run):
@@ -141,7 +149,7 @@ def main(config: Config) -> Summary:
         seconds=seconds,
         max_reject_fraction=config.rows.max_reject_fraction,
     )
-    found = cost.spent(found, config.cost, machines, n_models=n_workers, seconds=seconds)
+    found = cost.spent(found, config.cost, machines, n_gpus=n_workers, seconds=seconds)
     return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 
@@ -171,6 +179,7 @@ def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
         max_target_tokens=config.max_target_tokens,
         max_behaviors=config.max_behaviors,
         precision=config.precision,
+        llm_quantization=config.llm_quantization,
         activation_checkpointing=config.activation_checkpointing,
     )
 
@@ -195,6 +204,7 @@ def _inputs(config: Config) -> TrainingInputs:
     tokenizer = plugs.check_llm(
         llm,
         max_input_tokens=config.max_input_tokens,
+        max_target_tokens=config.max_target_tokens,
         prompt=config.prompt,
         n_soft=config.plug_options.n_soft,
         retrieved_tokens=config.retrieval.front_tokens,

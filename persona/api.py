@@ -101,7 +101,7 @@ def load_plug(
         llm: hub id or folder of the plug's LLM, when it is not where the plug was trained.
         encoder: the same for the encoder.
         precision: of the LLM; auto is bf16 where the hardware multiplies it natively, else fp32.
-        device: a torch device; default a GPU when there is one.
+        device: a torch device; default a GPU when there is one. `auto` spreads the LLM over all GPUs.
 
     Raises:
         InputError: there is no complete plug, or a model is not found.
@@ -125,6 +125,7 @@ def load_plug(
             max_target_tokens=record.max_target_tokens,
             prompt=record.prompt,
             precision=precision,
+            quantization=record.llm_quantization,
             device=device,
         )
         probe.check_llm(frozen)

@@ -19,6 +19,9 @@ Engine = Literal["local"]
 # The names of sentence-transformers.
 Pooling = Literal["cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 Precision = Literal["auto", "bf16", "fp32"]
+Quantization = Literal["none", "int8", "fp8", "nf4"]
+# The name of a device: all visible GPUs, over which the layers of an LLM are spread.
+SPREAD = "auto"
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
 TimeUnit = Literal["s", "ms", "us", "ns"]

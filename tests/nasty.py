@@ -117,6 +117,7 @@ REQUEST = {
     "input": TEXT,
     "query": OPTIONAL_WORD,
     "target": OPTIONAL_WORD,
+    "system": OPTIONAL_WORD,
     "as_of": TIME,
 }
 

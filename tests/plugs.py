@@ -106,6 +106,7 @@ def record_of(model: PersonalizedLLM, encoder: ModelFolder, llm: ModelFolder) ->
         llm_width=model.llm.width,
         token_norm=model.plug.token_norm,
         scale=model.plug.scale,
+        llm_quantization="none",
         query_prompt="Represent: ",
         max_query_tokens=64,
         max_input_tokens=256,

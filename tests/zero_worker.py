@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
 
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
-from persona.options import TrainingOptions
+from persona.options import Precision, TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
 from persona.training.checkpoint import Progress
 from tests.plugs import new_model, row
@@ -46,55 +43,37 @@ PROGRESS = Progress(
 )
 
 
-def spawn(plan: Sequence[dict[str, Any]], n_workers: int, folder: Path) -> list[dict[str, Any]]:
-    """Runs the cases of `plan` one after another in `n_workers` processes and returns their results."""
-    rendezvous, out = folder / f"rendezvous-{n_workers}-{len(plan)}", folder / "found.json"
-    rendezvous.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_work, (n_workers, list(plan), str(rendezvous), str(out)), nprocs=n_workers)
-    found: list[dict[str, Any]] = json.loads(out.read_text())
-    return found
-
-
-def _work(rank: int, n_workers: int, plan: list[dict[str, Any]], rendezvous: str, out: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_workers), DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1"
-    )
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n_workers)
-    found = [run(case, rank, n_workers) for case in plan]
-    if rank == 0:
-        Path(out).write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
     """One training run.
 
     Args:
         case: `llm` and `encoder` (folders), `stage`, and optionally `plug` (options), `contrast`, `clip` (gradient
-            norm), `front_tokens` (of retrieved texts), `precision`, `save` (folder for a checkpoint after half of the
-            steps), `start` (such a folder to resume from), `forget_moments` (of that folder), `shard_small` (ZeRO-3
-            shards parameters of any size, as it does with those of a large LLM).
+            norm), `front_tokens` (of retrieved texts), `precision`, `recompute` (activations), `save` (folder for a
+            checkpoint after half of the steps), `start` (such a folder to resume from), `forget_moments` (of that
+            folder), `shard_small` (ZeRO-3 shards parameters of any size, as it does with those of a large LLM).
         rank: of this process.
         n_workers: number of processes.
     """
     import deepspeed
 
+    from persona.engines import probe
     from persona.training import checkpoint
-    from persona.training.deepspeed import deepspeed_settings, new_engine
+    from persona.training.deepspeed import deepspeed_settings, gathered, load_llm, new_engine
     from persona.training.step import train_step, validation_loss
 
     options = new_options(case, case["stage"])
-    model = new_case_model(case)
-    resumed = checkpoint.load_weights(model, Path(case["start"])) if "start" in case else None
-    begun = resumed.step if resumed else 0
     settings = deepspeed_settings(options, n_workers)
     if case.get("shard_small"):
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    before = llm_bytes(model)
+    llm = load_llm(resolve(case["llm"], flag="--llm"), settings, precision=precision_of(case), device="cpu")
+    with gathered(llm.model.get_input_embeddings()):
+        model = new_case_model(case, llm)
+    if case.get("recompute"):
+        llm.checkpoint_activations()
+    resumed = checkpoint.load_weights(model, Path(case["start"])) if "start" in case else None
+    begun = resumed.step if resumed else 0
     engine = new_engine(model, options, settings)
+    probe.check_llm(llm)
     if "start" in case and not case.get("forget_moments"):
         checkpoint.load_moments(engine, Path(case["start"]), step=begun)
     losses, share = [], GLOBAL_BATCH // n_workers
@@ -106,14 +85,16 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
         if step + 1 == STOP and "save" in case:
             checkpoint.save(engine, Path(case["save"]), PROGRESS, write=rank == 0)
     held_out = validation_loss(engine, HELD_OUT[rank::n_workers], micro_batch=MICRO_BATCH)
+    engine.empty_partition_cache()  # some weights are still being gathered for a backward pass
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        after = llm_bytes(model)
-        moved = moved_parameters(model, new_case_model(case))
+        plain = new_case_model(case)
+        unchanged = llm_bytes(model) == llm_bytes(plain)
+        moved = moved_parameters(model, plain)
     return {
         "losses": losses,
         "held_out": held_out,
         "n_tokens": n_tokens,
-        "llm_unchanged": before == after,
+        "llm_unchanged": unchanged,
         "llm_dtype": str(model.llm.model.dtype),
         "moved": moved,
         "progress": resumed and json.loads(resumed.to_json()),
@@ -170,14 +151,19 @@ def new_options(case: dict[str, Any], stage: int) -> TrainingOptions:
     )
 
 
-def new_case_model(case: dict[str, Any]) -> PersonalizedLLM:
-    """The model of a case before training."""
-    folder = resolve(case["llm"], flag="--llm")
-    llm = FrozenLLM.load(folder, precision=case.get("precision", "fp32"), device="cpu")
+def new_case_model(case: dict[str, Any], llm: FrozenLLM | None = None) -> PersonalizedLLM:
+    """The model of a case before training, by default with a whole LLM of its own."""
+    if llm is None:
+        llm = FrozenLLM.load(resolve(case["llm"], flag="--llm"), precision=precision_of(case), device="cpu")
     options = {"learn_temperature": case.get("plug", {}).get("weights") != "mean", **case.get("plug", {})}
     model = new_model(resolve(case["encoder"], flag="--encoder"), llm, **options)
     model.retrieved_tokens = case.get("front_tokens", 0)
     return model
+
+
+def precision_of(case: dict[str, Any]) -> Precision:
+    """The LLM's precision, by default float32."""
+    return case.get("precision", "fp32")
 
 
 def llm_bytes(model: PersonalizedLLM) -> str:

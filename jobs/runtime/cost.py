@@ -64,7 +64,7 @@ def spent(
     options: CostOptions,
     machines: Machines,
     *,
-    n_models: int,
+    n_gpus: int,
     seconds: float,
     flops: float = 0.0,
     model_s: float = 0.0,
@@ -75,12 +75,12 @@ def spent(
         summary: of the run.
         options: the price.
         machines: no hours are shown without GPUs.
-        n_models: models that ran in parallel.
+        n_gpus: GPUs that the run reserved.
         seconds: of the whole run.
         flops: operations of all models together, if known; they give the speed for --tflops.
         model_s: seconds that the models worked, summed over all of them.
     """
-    found = _hours_and_price(n_models * seconds / 3600, options) if machines.gpus else {}
+    found = _hours_and_price(n_gpus * seconds / 3600, options) if machines.gpus else {}
     if flops and model_s:
         found["tflops"] = round(flops / model_s / cost.TERA, 6)
     if not found:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
-from persona.options import Precision, RetrievalOptions, TimeUnit
+from persona.options import SPREAD, Precision, RetrievalOptions, TimeUnit
 
 FLAT = Parameter(name="*")
 """Annotates a field that holds a group: `--beams` instead of `--decoding.beams`."""
@@ -69,6 +69,24 @@ class ActorPool:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "actors", "cpus_per_actor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMPool(ActorPool):
+    """The same for actors that hold an LLM."""
+
+    gpus_per_actor: int = 1
+    """GPUs of each actor, all on one node; raise it for an LLM that does not fit one GPU, to spread its layers."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        super().__post_init__()
+        check_at_least(self, 1, "gpus_per_actor")
+
+    @property
+    def device(self) -> str | None:
+        """Where an actor's LLM is loaded, as of `FrozenLLM.load`."""
+        return SPREAD if self.gpus_per_actor > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ class LossSettings:
     Attributes:
         plug: in front of the LLM.
         precision: of the LLM.
+        device: of the LLM, as of `FrozenLLM.load`.
         batch_size: requests per forward pass.
         retrieved_tokens: tokens of retrieved texts in front of a prompt.
         with_rejected: whether to measure the rejected texts as well.
@@ -38,6 +39,7 @@ class LossSettings:
 
     plug: PlugRef
     precision: "Precision"
+    device: str | None
     batch_size: int
     retrieved_tokens: int
     with_rejected: bool
@@ -76,7 +78,10 @@ class MeasureLosses:
     def __init__(self, settings: LossSettings, tally: Tally) -> None:
         session.quiet_models(settings.n_threads)
         self.model = plugs.load_personalized(
-            settings.plug, precision=settings.precision, retrieved_tokens=settings.retrieved_tokens
+            settings.plug,
+            precision=settings.precision,
+            device=settings.device,
+            retrieved_tokens=settings.retrieved_tokens,
         )
         self.batch_size = settings.batch_size
         self.with_rejected = settings.with_rejected

@@ -106,6 +106,7 @@ def find_plug(
     tokenizer = check_llm(
         llm,
         max_input_tokens=plug.record.max_input_tokens,
+        max_target_tokens=plug.record.max_target_tokens,
         prompt=plug.record.prompt,
         n_soft=plug.record.options.n_soft,
         retrieved_tokens=retrieved_tokens,
@@ -136,6 +137,7 @@ def check_llm(
     llm: "ModelFolder",
     *,
     max_input_tokens: int,
+    max_target_tokens: int,
     prompt: "PromptOptions",
     n_soft: int,
     retrieved_tokens: int,
@@ -154,7 +156,9 @@ def check_llm(
     llm_kinds.check_kind(llm.name, config)
     loading.check_llm(llm)
     rules.check_folder(llm)
-    tokenizer = PromptTokenizer.load(llm, max_input_tokens=max_input_tokens, prompt=prompt)
+    tokenizer = PromptTokenizer.load(
+        llm, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens, prompt=prompt
+    )
     limits.check_vocabulary(llm.name, config, tokenizer)
     limits.check_positions(
         llm.name,
@@ -162,8 +166,8 @@ def check_llm(
         tokenizer,
         n_soft=n_soft,
         retrieved_tokens=retrieved_tokens,
-        answer_tokens=max_new_tokens or max_input_tokens,
-        answer_flag="--max-new-tokens" if max_new_tokens else "--max-input-tokens",
+        answer_tokens=max_new_tokens or max_target_tokens,
+        answer_flag="--max-new-tokens" if max_new_tokens else "--max-target-tokens",
     )
     return tokenizer
 
@@ -178,7 +182,13 @@ def prompt_example(plug: PlugRef, *, retrieved: bool) -> str:
 
 
 def load_answerer(
-    plug: PlugRef, *, engine: "Engine", precision: "Precision", batch_size: int, retrieved_tokens: int
+    plug: PlugRef,
+    *,
+    engine: "Engine",
+    precision: "Precision",
+    device: str | None,
+    batch_size: int,
+    retrieved_tokens: int,
 ) -> "Answerer":
     """The plug in front of an engine with its LLM, to generate answers.
 
@@ -194,6 +204,8 @@ def load_answerer(
         max_input_tokens=plug.record.max_input_tokens,
         prompt=plug.record.prompt,
         precision=precision,
+        quantization=plug.record.llm_quantization,
+        device=device,
         batch_size=batch_size,
     )
     with plug.folder() as folder:
@@ -202,7 +214,9 @@ def load_answerer(
         )
 
 
-def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens: int) -> "PersonalizedLLM":
+def load_personalized(
+    plug: PlugRef, *, precision: "Precision", device: str | None, retrieved_tokens: int
+) -> "PersonalizedLLM":
     """The plug in front of its LLM, to measure losses. Raises as `load_answerer` does."""
     from persona.engines import probe
     from persona.models.frozen_llm import FrozenLLM
@@ -215,6 +229,8 @@ def load_personalized(plug: PlugRef, *, precision: "Precision", retrieved_tokens
         max_target_tokens=plug.record.max_target_tokens,
         prompt=plug.record.prompt,
         precision=precision,
+        quantization=plug.record.llm_quantization,
+        device=device,
     )
     probe.check_llm(llm)
     with plug.folder() as folder:

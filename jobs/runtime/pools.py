@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from jobs.runtime.job_options import ActorPool, LLMPool
 from jobs.runtime.session import Machines
+from persona.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,18 +28,32 @@ class ModelPool:
     num_cpus: int
     num_gpus: int
 
+    @property
+    def all_gpus(self) -> int:
+        """GPUs of all actors together."""
+        return self.max_size * self.num_gpus
+
     @classmethod
-    def plan(cls, machines: Machines, *, actors: int | None, cpus_per_actor: int) -> "ModelPool":
+    def plan(cls, machines: Machines, options: ActorPool) -> "ModelPool":
         """One actor per GPU, or on CPUs as many as leave cores for reads and commits; `actors` overrides the number.
 
         On GPUs the size is fixed, because such pools do not grow on an autoscaling cluster (Ray issue 59144). On CPUs,
         loading a model takes a core away from the reads that feed it, so half of the pool starts only when work queues
         up.
+
+        Raises UsageError when an actor needs more GPUs than a node has.
         """
-        size = machines.n_models(actors, cpus_per_actor)
+        actors, cpus_per_actor = options.actors, options.cpus_per_actor
+        gpus_per_actor = options.gpus_per_actor if isinstance(options, LLMPool) else 1
+        if gpus_per_actor > max(machines.node_gpus, 1):
+            raise UsageError(
+                f"--gpus-per-actor {gpus_per_actor}: an actor's GPUs must be on one node, and the largest node has "
+                f"{machines.node_gpus}; take at most {max(machines.node_gpus, 1)}"
+            )
+        size = machines.n_models(actors, cpus_per_actor, gpus_per_actor)
         if machines.gpus:
             # An actor reserves no CPU: a pool that reserves all CPUs starves the reads before it (Ray issue 44687).
-            return cls(min_size=size, max_size=size, num_cpus=0, num_gpus=1)
+            return cls(min_size=size, max_size=size, num_cpus=0, num_gpus=gpus_per_actor)
         return cls(min_size=actors or (size + 1) // 2, max_size=size, num_cpus=cpus_per_actor, num_gpus=0)
 
 

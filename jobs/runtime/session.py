@@ -46,12 +46,14 @@ class Machines:
     cores: int
     """Cores for this run: physical ones where known, else Ray's CPUs."""
     gpus: int
+    node_gpus: int = 0
+    """GPUs of the node that has the most."""
     is_ours: bool = False
     """Whether this Ray was started for this run, so that no other job uses its machine."""
 
-    def n_models(self, actors: int | None, cpus_per_actor: int) -> int:
-        """How many models run in parallel: `actors`, or one per GPU, or as many as there are cores for."""
-        return actors or self.gpus or max(1, self.cores // cpus_per_actor)
+    def n_models(self, actors: int | None, cpus_per_actor: int, gpus_per_actor: int = 1) -> int:
+        """How many models run in parallel: `actors`, or as many as there are GPUs or cores for."""
+        return actors or self.gpus // gpus_per_actor or max(1, self.cores // cpus_per_actor)
 
     def threads(self, cpus_per_actor: int) -> Threads:
         """Threads of each encoder of a pool."""
@@ -83,7 +85,10 @@ def connect() -> Machines:
     # One node with no more CPUs than `_start` gives may be this machine, whose cores are known.
     is_local = len(ray.nodes()) == 1 and n_cpus <= n_local_cpus
     cores = min(n_cpus, usable_cores()) if is_local else max(1, n_cpus - 2)
-    return Machines(cores=cores, gpus=int(resources.get("GPU", 0)), is_ours=is_local and not attach)
+    node_gpus = max(int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])
+    return Machines(
+        cores=cores, gpus=int(resources.get("GPU", 0)), node_gpus=node_gpus, is_ours=is_local and not attach
+    )
 
 
 def _attach() -> None:

@@ -57,10 +57,13 @@ def compare(switch: Switch, *, allow_differences: bool) -> "Comparison | None":
         return None
     try:
         old = Store.open(switch.current.store)
-    except InputError:
+    except InputError as error:
         if allow_differences:
             return None
-        raise
+        raise InputError(
+            f"{switch.pointer} points to {switch.current.store}, which cannot be compared with {switch.new.uri}: "
+            f"{error}. To switch without a comparison, add --allow-differences"
+        ) from error
     session.connect()
     stores = {"old": old.snapshot("behaviors"), "new": switch.new.snapshot("behaviors")}
     return comparison.added(exchange.results(comparison.groups(**stores), comparison.compare, **stores))

@@ -16,7 +16,7 @@ from torch import Tensor
 from persona.extensions import find
 from persona.models.prompts import PromptIds, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision, PromptOptions
+from persona.options import Decoding, Precision, PromptOptions, Quantization
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +75,8 @@ class EngineModule(Protocol):
         max_input_tokens: int,
         prompt: PromptOptions,
         precision: Precision,
+        quantization: Quantization,
+        device: str | None,
         batch_size: int,
     ) -> Engine:
         """See `new_engine`."""
@@ -87,6 +89,8 @@ def new_engine(
     max_input_tokens: int,
     prompt: PromptOptions,
     precision: Precision,
+    quantization: Quantization = "none",
+    device: str | None = None,
     batch_size: int,
 ) -> Engine:
     """Loads an LLM into the engine of that name (`persona.options.Engine`).
@@ -97,6 +101,8 @@ def new_engine(
         max_input_tokens: requests are cut to this length.
         prompt: how requests are written.
         precision: of the LLM; see `persona.models.device.choose_precision`.
+        quantization: of the LLM's weights, as the plug was trained; see `persona.models.quantized`.
+        device: of the LLM; by default a GPU if there is one, and `auto` spreads it over all GPUs.
         batch_size: prompts per forward pass; engines that schedule requests themselves may ignore it.
 
     Raises:
@@ -104,5 +110,11 @@ def new_engine(
     """
     module = cast(EngineModule, find("persona.engines", name, required="load"))
     return module.load(
-        folder, max_input_tokens=max_input_tokens, prompt=prompt, precision=precision, batch_size=batch_size
+        folder,
+        max_input_tokens=max_input_tokens,
+        prompt=prompt,
+        precision=precision,
+        quantization=quantization,
+        device=device,
+        batch_size=batch_size,
     )

@@ -14,14 +14,28 @@ from persona.engines.kv_cache import start_steps
 from persona.engines.rules import answer_rules, check_rules
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision, PromptOptions
+from persona.options import Decoding, Precision, PromptOptions, Quantization
 
 
 def load(
-    folder: ModelFolder, *, max_input_tokens: int, prompt: PromptOptions, precision: Precision, batch_size: int
+    folder: ModelFolder,
+    *,
+    max_input_tokens: int,
+    prompt: PromptOptions,
+    precision: Precision,
+    quantization: Quantization,
+    device: str | None,
+    batch_size: int,
 ) -> Engine:
     """Loads the LLM of a folder, on a GPU if there is one. Raises InputError if it would not answer rightly."""
-    llm = FrozenLLM.load(folder, max_input_tokens=max_input_tokens, prompt=prompt, precision=precision)
+    llm = FrozenLLM.load(
+        folder,
+        max_input_tokens=max_input_tokens,
+        prompt=prompt,
+        precision=precision,
+        quantization=quantization,
+        device=device,
+    )
     probe.check_llm(llm)
     return LocalEngine(llm, batch_size=batch_size)
 

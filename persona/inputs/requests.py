@@ -121,7 +121,8 @@ def validate(
         absent.setdefault("as_of", f"the file has no column {columns.as_of}, but other files do")
     if needs_target:
         absent["target"] = f"{columns.target} is missing"
-    why_absent_one = cells.why_null({"query": queries, "target": targets, "as_of": as_of}, absent)
+    optional = {"query": queries, "target": targets, "system": systems, "as_of": as_of}
+    why_absent_one = cells.why_null(optional, absent)
     reasons = pc.coalesce(why_id, why_user, why_input, why_query, why_target, why_system, why_time, why_absent_one)
     if rejected is not None:
         wrong, why_wrong = cells.texts(column(records.table, rejected), rejected)

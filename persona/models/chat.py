@@ -174,14 +174,14 @@ class ChatTemplate:
         return self._plain_text.first_control_token(rendered.rpartition(_ANSWER)[2])
 
     def _check_texts_are_kept(self) -> None:
-        """Raises UsageError when the template changes a user's text that contains one of the template's own strings."""
+        """Raises UsageError when the template changes white space, or a text that contains one of its own strings."""
         before, after, strips_left, strips_right = self._around([])
         frame = _Frame(before=before, after=after, strips_left=strips_left, strips_right=strips_right)
         strings = {(one or other).replace("\\n", "\n") for one, other in _STRINGS.findall(self._template)}
-        for string in sorted(one for one in strings if one.strip()):
-            for text in (string, f"a {string} b"):
-                if self._render([_message("user", text)]) != f"{before}{frame.stripped(text)}{after}":
-                    raise UsageError(f"the LLM's chat template changes a user's text with {string!r}; {_USE_PLAIN}")
+        texts = [text for one in sorted(strings) if one.strip() for text in (one, f"a {one} b")]
+        for text in ["\n\na", "a\n\n", " \ta \t", "a  b\n\n\nc", *texts]:
+            if self._render([_message("user", text)]) != f"{before}{frame.stripped(text)}{after}":
+                raise UsageError(f"the LLM's chat template changes a user's text like {text!r}; {_USE_PLAIN}")
 
 
 def _message(role: str, content: str) -> dict[str, str]:

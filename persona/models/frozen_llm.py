@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from persona.errors import UsageError
+from persona.errors import InputError, UsageError
 from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
 from persona.models.device import choose_device, choose_precision
 from persona.models.llm_kinds import decoder_start, embedding_scale, holds_keys_only
 from persona.models.prompts import AUTO_PROMPT, MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
+from persona.models.quantized import quantize
 from persona.models.resolve import ModelFolder
-from persona.options import Precision, PromptOptions
+from persona.options import SPREAD, Precision, PromptOptions, Quantization
 
 # Padding is masked or comes after all that is read, so any id of the vocabulary will do.
 _PADDING = 0
@@ -70,19 +71,41 @@ class FrozenLLM(nn.Module):
         max_target_tokens: int = MAX_TARGET_TOKENS,
         prompt: PromptOptions = AUTO_PROMPT,
         precision: Precision = "auto",
+        quantization: Quantization = "none",
         device: str | None = None,
     ) -> "FrozenLLM":
-        """Loads the LLM of a folder; see `choose_precision` and `choose_device` for the defaults."""
-        chosen = choose_device(device)
+        """Loads the LLM of a folder; see `choose_precision` and `choose_device` for the defaults.
+
+        `device` may be `auto`: the layers are spread over all visible GPUs.
+
+        Raises:
+            InputError: it cannot be loaded whole, most of it cannot be quantized, or it does not fit the GPUs.
+            UsageError: an LLM in fewer bits is to be spread.
+        """
+        spread = device == SPREAD
+        if spread and quantization != "none":
+            raise UsageError(f"an LLM in {quantization} cannot be spread over GPUs; take --gpus-per-actor 1")
+        chosen = choose_device(None if spread else device)
         config = loading.load_config(folder)
         dtype = choose_precision(precision, chosen)
         kernel = attention.register_attention(config.model_type, dtype=dtype, device=chosen)
-        model: nn.Module = loading.load_model(
-            loading.llm_class(config), folder, dtype=dtype, attn_implementation=kernel
+        model: PreTrainedModel = loading.load_model(
+            loading.llm_class(config),
+            folder,
+            dtype=dtype,
+            attn_implementation=kernel,
+            device_map=SPREAD if spread else None,
         )
+        if quantization != "none":
+            quantize(model, quantization, chosen)
+        if not spread:
+            cast(Any, model).to(chosen)
+        elif {parameter.device.type for parameter in model.parameters()} != {"cuda"}:
+            count = torch.cuda.device_count()
+            raise InputError(f"--llm: {folder.name!r} does not fit {count} GPUs in {dtype}; raise --gpus-per-actor")
         tokenizer = loading.load_tokenizer(folder)
         return cls(
-            cast(PreTrainedModel, model.to(chosen)),
+            model,
             tokenizer,
             max_input_tokens=max_input_tokens,
             max_target_tokens=max_target_tokens,
@@ -118,9 +141,8 @@ class FrozenLLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the LLM, where soft tokens must be."""
-        device: torch.device = self.model.device
-        return device
+        """The device of the LLM's embeddings, where soft tokens must be."""
+        return self._embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -214,7 +236,7 @@ class FrozenLLM(nn.Module):
 
         def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden_BLD, *others = args
-            return hidden_BLD.flatten(0, 1)[positions_N].unsqueeze(0), *others
+            return hidden_BLD.flatten(0, 1)[positions_N.to(hidden_BLD.device)].unsqueeze(0), *others
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
         try:

@@ -18,7 +18,7 @@ def check_positions(
     n_soft: int,
     retrieved_tokens: int,
     answer_tokens: int,
-    answer_flag: str = "--max-input-tokens",
+    answer_flag: str,
 ) -> None:
     """Raises UsageError when the longest request needs more positions than the LLM has.
 
@@ -33,15 +33,14 @@ def check_positions(
     """
     [longest] = tokenizer.prompts([PromptText(input="a " * 2 * tokenizer.max_input_tokens)])
     prompt = len(longest) + n_soft + retrieved_tokens
-    parts = f"{len(longest)} tokens of a request" + f" + {n_soft} soft tokens"
+    parts = f"{len(longest)} tokens of a request + {n_soft} soft tokens"
     parts += f" + {retrieved_tokens} of retrieved texts" * (retrieved_tokens > 0)
     flags = "--max-input-tokens" + " or --retrieve-tokens" * (retrieved_tokens > 0)
     answer = f"{answer_tokens} of an answer"
     if config.is_encoder_decoder:
         needs = [(prompt, "encoder", parts, flags), (answer_tokens, "decoder", answer, answer_flag)]
     else:
-        flags += f" or {answer_flag}" * (answer_flag not in flags)
-        needs = [(prompt + answer_tokens, "decoder", f"{parts} + {answer}", flags)]
+        needs = [(prompt + answer_tokens, "decoder", f"{parts} + {answer}", f"{flags} or {answer_flag}")]
     for needed, part, what, flag in needs:
         limit = _positions(config, part)
         if limit is not None and needed > limit:

@@ -33,7 +33,7 @@ _ENCODERS = (
     *("roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 # They read other inputs as well, but texts as a language model alone would.
-_READ_TEXTS = ("gemma3",)
+_READ_TEXTS = ("gemma3", "qwen3_5")
 _OTHER_INPUTS = ("audio", "image", "speech", "text", "video", "vision")
 
 

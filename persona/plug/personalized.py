@@ -146,9 +146,9 @@ class PersonalizedLLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """PPlug eq. 6 per request: the summed negative log-likelihood (B,) of the targets, in nats."""
-        return self.llm.nll(
-            self.soft_tokens(batch), batch.prompts, batch.targets, cache_before=self.retrieved_tokens > 0
-        )
+        # A short text in front would cost more in a pass of its own.
+        long_before = self.retrieved_tokens > 0 and self.llm.tokenizer.options.soft_position == "input"
+        return self.llm.nll(self.soft_tokens(batch), batch.prompts, batch.targets, cache_before=long_before)
 
     def soft_tokens(self, batch: Batch) -> Tensor:
         """The soft tokens (B, S, D) of a batch."""

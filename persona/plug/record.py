@@ -16,7 +16,7 @@ from persona.errors import InputError, PlugMismatch, UsageError
 from persona.field_types import check_field_types
 from persona.models import contents
 from persona.models.resolve import ModelFolder
-from persona.options import PlugOptions, PromptOptions, Select, pooling_modes
+from persona.options import PlugOptions, PromptOptions, Quantization, Select, pooling_modes
 
 WEIGHTS, RECORD = "plug.safetensors", "plug.json"
 _SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
@@ -34,6 +34,7 @@ class PlugRecord:
         encoder_max_tokens: stored behaviors were cut to this length.
         document_prompt: in front of each behavior.
         scale, token_norm: as in `Plug`.
+        llm_quantization: of the LLM's weights, in training and for answers.
         query_prompt, max_query_tokens: how queries are read by the query encoder.
         max_input_tokens, max_target_tokens: inputs and targets of the LLM are cut to these lengths.
         prompt: how requests are written; its format is `chat` or `plain`.
@@ -51,6 +52,7 @@ class PlugRecord:
     llm_width: int
     token_norm: float
     scale: float
+    llm_quantization: Quantization
     query_prompt: str
     max_query_tokens: int
     max_input_tokens: int
@@ -173,9 +175,12 @@ def card(record: PlugRecord, *, example: str) -> str:
     settings = "\n".join(
         f"| {name} | {value} |" for name, value in sorted(training.items()) if not name.endswith("_curve")
     )
+    kind = record.llm_quantization
+    quantized = "" if kind == "none" else f", whose weights are quantized to {kind}"
     return f"""# A persona plug for {record.llm["name"]}
 
-Turns a user's history into {record.options.n_soft} soft tokens of width {record.llm_width} in front of the frozen LLM.
+Turns a user's history into {record.options.n_soft} soft tokens of width {record.llm_width} in front of the frozen LLM\
+{quantized}.
 
 | | model | revision | fingerprint |
 |---|---|---|---|

@@ -202,6 +202,7 @@ def test_batch_sizes_that_do_not_multiply_out(refused: Any, training: dict[str, 
     [
         (train, {"run": "a/b"}, "--run 'a/b': must be a name of letters"),
         (train, {"zero_stage": 4}, "--zero-stage 4: must be 1, 2 or 3"),
+        (train, {"zero_stage": 3, "llm_quantization": "nf4"}, "--llm-quantization nf4 and --zero-stage 3 exclude each"),
         (
             train,
             {"weights": "mean", "learn_temperature": True},

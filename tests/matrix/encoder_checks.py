@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona.errors import PersonaError
-from tests.encoders import EncoderCase, reference
+from tests.encoders import reference
 from tests.matrix.findings import Findings, message
-from tests.matrix.ours import OurEncoder
+from tests.matrix.our_encoder import OurEncoder
 
 _TEXTS = ["A walk by the river in Paris", "it", "the title of a paper " * 9, "", "a movie is good and i like it"]
 _MAX_TOKENS = 64
@@ -19,14 +19,13 @@ _LEAST_COSINE = 0.9999
 _LEAST_COSINE_BF16 = 1 - (20 * 2.0**-9) ** 2 / 2
 
 
-def check_encoder(case: EncoderCase, folder: Path) -> Findings:
-    """Compares the encoder that the case builds in the folder."""
-    path = case.build(folder)
+def check_encoder(folder: Path) -> Findings:
+    """Compares the encoder in the folder."""
     try:
-        ours = OurEncoder(path, max_tokens=_MAX_TOKENS)
+        ours = OurEncoder(folder, max_tokens=_MAX_TOKENS)
     except PersonaError as error:
-        return Findings(refused=message(error, path))
-    plain = reference(path)
+        return Findings(refused=message(error, folder))
+    plain = reference(folder)
     plain.max_seq_length = min(plain.max_seq_length, _MAX_TOKENS)
     documents = plain.encode_document(_TEXTS, batch_size=1, normalize_embeddings=True)
     queries = plain.encode_query(_TEXTS, batch_size=1, normalize_embeddings=True)

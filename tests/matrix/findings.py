@@ -23,5 +23,6 @@ class Findings:
 
 
 def message(error: Exception, folder: Path) -> str:
-    """The error's text, the same in any folder."""
-    return " ".join(str(error).replace(str(folder), "MODEL").split())
+    """The error's text, the same in any folder; of a refusal, the reason alone."""
+    text = " ".join(str(error).replace(str(folder), "MODEL").split())
+    return text.partition("which is not supported: ")[2].partition("; choose another")[0] or text

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from persona.errors import PersonaError
-from tests.llms import Family
 from tests.matrix.findings import Findings, message
 from tests.matrix.ours import OurLLM
 from tests.matrix.plain import PlainLLM
@@ -38,16 +37,16 @@ class Pair:
 Check = Callable[[Pair], Iterator[str]]
 
 
-def new_pair(family: Family, folder: Path) -> Pair:
+def new_pair(folder: Path, *, seq2seq: bool) -> Pair:
     """The LLM in the folder. Raises PersonaError when this project refuses it."""
-    ours, plain = OurLLM(folder), PlainLLM(folder, seq2seq=family.seq2seq)
+    ours, plain = OurLLM(folder), PlainLLM(folder, seq2seq=seq2seq)
     return Pair(folder=folder, ours=ours, plain=plain, requests=sample_requests(plain.word_ids()))
 
 
-def check_llm(family: Family, folder: Path, checks: Sequence[Check]) -> Findings:
+def check_llm(folder: Path, checks: Sequence[Check], *, seq2seq: bool) -> Findings:
     """Runs the checks on the LLM in the folder."""
     try:
-        pair = new_pair(family, folder)
+        pair = new_pair(folder, seq2seq=seq2seq)
     except PersonaError as error:
         return Findings(refused=message(error, folder))
     failures: list[str] = []
@@ -57,7 +56,7 @@ def check_llm(family: Family, folder: Path, checks: Sequence[Check]) -> Findings
             failures += [f"{check.__name__}: {finding}" for finding in check(pair)]
         except Exception as error:  # noqa: BLE001 - a crash is a finding like any other
             if isinstance(error, PersonaError) and check in OPTIONS:
-                limits.append(f"no {OPTIONS[check]} ({message(error, folder)})")
+                limits.append(f"no {OPTIONS[check]}")
             else:
                 failures.append(f"{check.__name__}: {type(error).__name__}: {message(error, folder)}")
     return Findings(failures=failures, limits=limits)

@@ -28,7 +28,8 @@ class OurLLM:
     def __init__(self, folder: Path, *, precision: Precision = "fp32", soft_first: bool = False) -> None:
         found = resolve(str(folder), flag="--llm")
         prompt = PromptOptions(soft_position="start" if soft_first else "input")
-        plugs.check_llm(found, max_input_tokens=64, prompt=prompt, n_soft=3, retrieved_tokens=64, max_new_tokens=32)
+        limits = {"max_input_tokens": 64, "max_target_tokens": 64, "retrieved_tokens": 64, "max_new_tokens": 32}
+        plugs.check_llm(found, prompt=prompt, n_soft=3, **limits)
         self.llm = FrozenLLM.load(found, prompt=prompt, precision=precision, device="cpu")
         probe.check_llm(self.llm)
         self.engine = LocalEngine(self.llm, batch_size=8)
@@ -64,15 +65,14 @@ class OurLLM:
         return soft_BSD.grad
 
     def answers(self, requests: Sequence[Request], *, beams: int, max_new_tokens: int) -> list[list[int]]:
-        """The tokens of each answer, without special tokens."""
+        """The tokens of each answer, up to the end."""
         prompts = [
             Prompt(ids=ids, soft_SD=soft_SD)
             for ids, soft_SD in zip(self._prompts(requests), self.soft_tokens(requests), strict=True)
         ]
         decoding = Decoding(beams=beams, max_new_tokens=max_new_tokens)
         answers = self.engine.answer(prompts, decoding, seeds=[0] * len(prompts))
-        special = self.llm.tokenizer.pretrained.all_special_ids
-        return [[token for token in map(int, answer.text.split()) if token not in special] for answer in answers]
+        return [[int(token) for token in answer.text.split()] for answer in answers]
 
     def _prompts(self, requests):
         texts = [PromptText(input=request.input, retrieved=request.texts) for request in requests]

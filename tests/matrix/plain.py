@@ -21,6 +21,8 @@ class PlainLLM:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         words, whole = self.ids("it"), self.tokenizer("it")["input_ids"]
         start = whole.index(words[0])
+        added = self.tokenizer.added_tokens_decoder
+        self.special_ids = {*self.tokenizer.all_special_ids, *(token for token, one in added.items() if one.special)}
         self.is_chat = not seq2seq and self.tokenizer.chat_template is not None
         self.opening, self.closing = whole[:start], whole[start + len(words) :]
 
@@ -30,7 +32,7 @@ class PlainLLM:
 
     def word_ids(self) -> list[int]:
         """All tokens that are not special."""
-        return sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
+        return sorted(set(range(len(self.tokenizer))) - self.special_ids)
 
     def prompt(self, request: Request) -> list[int]:
         """What the LLM reads, with words in the places of the soft tokens."""
@@ -65,7 +67,7 @@ class PlainLLM:
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": request.target}]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False)
         behind = self.ids(text[text.rindex(request.target) + len(request.target) :])
-        return [*self.ids(request.target), next(token for token in behind if token in self.tokenizer.all_special_ids)]
+        return [*self.ids(request.target), next(token for token in behind if token in self.special_ids)]
 
     @torch.no_grad()
     def loss(self, request: Request) -> float:
@@ -105,7 +107,7 @@ class PlainLLM:
         return nn.functional.cross_entropy(logits.float(), torch.tensor(labels), reduction="sum")
 
     def answer(self, request: Request, *, beams: int, max_new_tokens: int) -> list[int]:
-        """The tokens that `generate` adds, up to the end, without special tokens."""
+        """The tokens that `generate` adds, up to the end."""
         prompt = self.prompt(request)
         ids = torch.tensor([prompt])
         given = {"input_ids": ids}
@@ -123,5 +125,4 @@ class PlainLLM:
             generated = generated[1:] if self.seq2seq else generated[len(prompt) :]
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        generated = generated[: next((i for i, token in enumerate(generated) if token in ends), None)]
-        return [token for token in generated if token not in self.tokenizer.all_special_ids]
+        return generated[: next((i for i, token in enumerate(generated) if token in ends), None)]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from persona.models.encoder import TextEncoder
+    from persona.models.frozen_llm import FrozenLLM
     from persona.models.resolve import ModelFolder
     from persona.plug.personalized import PersonalizedLLM
     from persona.training.checkpoint import Progress
@@ -22,46 +23,60 @@ def start_engine(
     """The engine over plug and frozen LLM, and the progress of the run; all workers call it together."""
     from persona.engines import probe
     from persona.training import checkpoint
-    from persona.training.deepspeed import deepspeed_settings, new_engine
+    from persona.training.deepspeed import deepspeed_settings, gathered, new_engine
 
     session.quiet_models(settings.n_threads)
     options = settings.spec.training
-    model = _new_model(settings, encoder)
+    deepspeed = deepspeed_settings(options, settings.n_workers)
+    llm = _load_llm(settings, deepspeed)
+    # A new plug reads the token embeddings, before the engine gathers weights.
+    with gathered(llm.model.get_input_embeddings()):
+        model = _new_model(settings, encoder, llm)
+        if last_checkpoint is None:
+            _initialize(model, encoder, settings)
     plug = model.plug
     if last_checkpoint is None:
-        _initialize(model, encoder, settings)
-        progress = checkpoint.Progress(token_norm=plug.token_norm, scale=plug.scale, llm_width=model.llm.width)
+        progress = checkpoint.Progress(token_norm=plug.token_norm, scale=plug.scale, llm_width=llm.width)
     else:
         progress = checkpoint.load_weights(model, last_checkpoint)
         plug.token_norm, plug.scale = progress.token_norm, progress.scale
-    engine = new_engine(model, options, deepspeed_settings(options, settings.n_workers))
-    probe.check_llm(model.llm)
+    engine = new_engine(model, options, deepspeed)
+    probe.check_llm(llm)
     if last_checkpoint is not None:
         checkpoint.load_moments(engine, last_checkpoint, step=progress.step)
     return engine, progress
 
 
-def _new_model(settings: WorkerSettings, encoder: "ModelFolder") -> "PersonalizedLLM":
-    """An untrained plug in front of the LLM, on this worker's device; the seed makes it the same on every worker."""
+def _load_llm(settings: WorkerSettings, deepspeed: dict[str, Any]) -> "FrozenLLM":
+    """The LLM on this worker's device; under ZeRO-3, this worker's share of it."""
+    from persona.training.deepspeed import load_llm
+
+    spec = settings.spec
+    folder = local_model(settings.llm, flag="--llm")
+    llm = load_llm(
+        folder,
+        deepspeed,
+        precision=spec.precision,
+        quantization=spec.llm_quantization,
+        max_input_tokens=spec.max_input_tokens,
+        max_target_tokens=spec.max_target_tokens,
+        prompt=spec.prompt,
+    )
+    if spec.activation_checkpointing:
+        llm.checkpoint_activations()
+    return llm
+
+
+def _new_model(settings: WorkerSettings, encoder: "ModelFolder", llm: "FrozenLLM") -> "PersonalizedLLM":
+    """An untrained plug in front of the LLM, on its device; the seed makes it the same on every worker."""
     import torch
 
-    from persona.models.frozen_llm import FrozenLLM
     from persona.plug import folder as plug_folder
     from persona.plug.module import Plug
     from persona.plug.personalized import PersonalizedLLM
 
     spec, identity = settings.spec, settings.identity
-    llm_folder = local_model(settings.llm, flag="--llm")
     torch.manual_seed(spec.training.seed)
-    llm = FrozenLLM.load(
-        llm_folder,
-        max_input_tokens=spec.max_input_tokens,
-        max_target_tokens=spec.max_target_tokens,
-        prompt=spec.prompt,
-        precision=spec.precision,
-    )
-    if spec.activation_checkpointing:
-        llm.checkpoint_activations()
     query_encoder, query_head = plug_folder.new_query_encoder(
         encoder, spec.plug_options, pooling=identity.pooling, width=identity.width, pretrained=True
     )

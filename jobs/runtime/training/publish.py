@@ -143,6 +143,7 @@ def _record(
         llm_width=selected.llm_width,
         token_norm=selected.token_norm,
         scale=selected.scale,
+        llm_quantization=spec.llm_quantization,
         query_prompt=spec.query_prompt,
         max_query_tokens=spec.max_query_tokens,
         max_input_tokens=spec.max_input_tokens,

@@ -4,7 +4,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job_options import PastTexts, RequestFormat
-from persona.options import PlugOptions, Precision, PromptOptions, RetrievalOptions, Select, TrainingOptions
+from persona.options import (
+    PlugOptions,
+    Precision,
+    PromptOptions,
+    Quantization,
+    RetrievalOptions,
+    Select,
+    TrainingOptions,
+)
 
 if TYPE_CHECKING:
     from jobs.runtime.tally import Tally
@@ -25,6 +33,7 @@ _FIXED = (
     "max_target_tokens",
     "max_behaviors",
     "precision",
+    "llm_quantization",
     "limit",
 )
 
@@ -56,6 +65,7 @@ class RunSpec:
     max_target_tokens: int
     max_behaviors: int
     precision: Precision
+    llm_quantization: Quantization
     activation_checkpointing: bool
 
     def fixed(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_hours_of_waiting_gpus_count() -> None:
         Summary(table=[], result={}),
         CostOptions(gpu_hour_price=2.5),
         ON_GPUS,
-        n_models=4,
+        n_gpus=4,
         seconds=1800.0,
         flops=90e15,
         model_s=4000.0,
@@ -66,8 +66,8 @@ def test_hours_of_waiting_gpus_count() -> None:
 
 def test_a_run_on_cpus_has_a_speed_but_no_gpu_hours() -> None:
     empty, options = Summary(table=[], result={}), CostOptions(gpu_hour_price=2.5)
-    assert cost.spent(empty, options, ON_CPUS, n_models=4, seconds=9.0) == empty
-    found = cost.spent(empty, options, ON_CPUS, n_models=4, seconds=9.0, flops=9e12, model_s=3.0)
+    assert cost.spent(empty, options, ON_CPUS, n_gpus=4, seconds=9.0) == empty
+    found = cost.spent(empty, options, ON_CPUS, n_gpus=4, seconds=9.0, flops=9e12, model_s=3.0)
     assert found.result["cost"] == {"tflops": 3.0}
 
 

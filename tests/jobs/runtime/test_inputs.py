@@ -21,7 +21,7 @@ def requests_in(folder: Path, form: RequestFormat | None = None) -> Any:
 def test_absent_optional_columns_are_said_with_what_follows(tmp_path: Path) -> None:
     write(str(tmp_path / "r.parquet"), [REQUEST])
     requests = requests_in(tmp_path)
-    assert requests.facts() == {"excluded_files": 0, "absent_columns": ("query", "as_of")}
+    assert requests.facts() == {"excluded_files": 0, "absent_columns": ("query", "as_of", "system")}
     rows = dict(reading.request_rows(requests, {"read": {"timeless": 1.0, "rejects": 0.0}}))
     assert rows["no as_of"] == "every request sees the whole history, later behaviors and its own answer included"
     assert rows["no query"] == "the input weighs the history" and "null as_of" not in rows

@@ -12,7 +12,7 @@ from persona.engines.base import Answer, Engine, Prompt, new_engine
 from persona.errors import PlugMismatch, UsageError
 from persona.models.prompts import PromptText, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision, PromptOptions
+from persona.options import Decoding, Precision, PromptOptions, Quantization
 from persona.plug import folder as plug_folder
 from persona.plug.request_tables import answer_all
 from tests.plugs import ROWS, new_model, save
@@ -43,7 +43,14 @@ class EchoEngine:
 
 
 def load(
-    folder: ModelFolder, *, max_input_tokens: int, prompt: PromptOptions, precision: Precision, batch_size: int
+    folder: ModelFolder,
+    *,
+    max_input_tokens: int,
+    prompt: PromptOptions,
+    precision: Precision,
+    quantization: Quantization,
+    device: str | None,
+    batch_size: int,
 ) -> EchoEngine:
     assert (precision, batch_size) == ("fp32", 2)
     return EchoEngine(folder, max_input_tokens, prompt)

@@ -183,7 +183,7 @@ def test_beam_search_finds_the_likeliest_answer(llm, seed, generated):
     first_V = next_token(llm, prompt, torch.empty(1, 0, dtype=torch.long))[0]
     n_tokens = len(first_V)
     both_VV = first_V.unsqueeze(1) + next_token(llm, prompt, torch.arange(n_tokens).unsqueeze(1))
-    both_VV[llm.tokenizer.eos_id] = -torch.inf  # a finished answer has no second token
+    both_VV[llm.tokenizer.end_id] = -torch.inf  # a finished answer has no second token
     answer(llm, [prompt], Decoding(max_new_tokens=2, beams=n_tokens))
     assert generated == [list(divmod(int(both_VV.argmax()), n_tokens))]
 
@@ -201,7 +201,7 @@ def test_answers_equal_those_of_transformers(brief, generated, beams, seed):
     """`transformers.generate` row by row without padding, compared with one batch that shrinks as rows end."""
     prompts = prompts_of(brief, [*INPUTS, *numbered(5)], seed)
     eos = json.loads((Path(brief.model.name_or_path) / "generation_config.json").read_text())["eos_token_id"]
-    eos = sorted({*eos, brief.tokenizer.eos_id})
+    eos = sorted({*eos, brief.tokenizer.end_id})
     expected = []
     for prompt in prompts:
         embeds = embeds_of(brief, prompt)

@@ -101,3 +101,8 @@ def test_an_open_end_in_int96_is_not_a_time_before_all_behaviors(tmp_path: Path)
 def test_usable_requests_pass(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(orjson.dumps(GOOD | {"target": "t"}))
     check_columns(plan_splits(str(tmp_path), flag="--requests"), Columns(), needs_target=True)
+
+
+def test_system_texts_are_optional(tmp_path: Path) -> None:
+    good, bad = good_and_bad(tmp_path, GOOD, GOOD | {"system": "Be brief."}, GOOD | {"system": None})
+    assert (good["system"].to_pylist(), bad.num_rows) == ([None, "Be brief.", None], 0)

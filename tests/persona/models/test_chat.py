@@ -241,8 +241,10 @@ def test_what_a_template_cannot_do_is_refused(style, options, message):
     [
         ("message['content'] | upper", "does not write the user's text once and as it is"),
         ("message['content'] + message['content']", "does not write the user's text once"),
-        ("message['content'] | replace('helpful', '')", "changes a user's text"),
-        ("(message['content'] if '<x>' not in message['content'] else '')", "changes a user's text with '<x>'"),
+        ("message['content'] | replace('helpful', '')", "changes a user's text like .*helpful"),
+        ("message['content'].lstrip('\n')", r"changes a user's text like '\\n\\na'"),
+        ("message['content'].split() | join(' ')", "does not write the user's text once and as it is|changes"),
+        ("(message['content'] if '<x>' not in message['content'] else '')", "changes a user's text like '<x>'"),
     ],
 )
 def test_a_template_that_changes_texts_is_refused(change, message):

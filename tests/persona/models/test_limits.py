@@ -13,7 +13,13 @@ REQUEST = 20 + 1
 
 def positions(folder, config, *, retrieved_tokens=0, **others):
     tokenizer = PromptTokenizer.load(folder, max_input_tokens=20)
-    sizes = {"n_soft": 3, "retrieved_tokens": retrieved_tokens, "answer_tokens": 20, **others}
+    sizes = {
+        "n_soft": 3,
+        "retrieved_tokens": retrieved_tokens,
+        "answer_tokens": 20,
+        "answer_flag": "--max-target-tokens",
+    }
+    sizes |= others
     check_positions("a folder", config, tokenizer, **sizes)
 
 

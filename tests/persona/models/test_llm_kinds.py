@@ -21,7 +21,6 @@ from persona.models.llm_kinds import check_kind, embedding_scale
         ("bert", "encoder"),
         ("xlm-roberta", "encoder"),
         ("llama4", "images or sound"),
-        ("qwen3_5", "images or sound"),
         ("whisper", "no language model"),
         ("gemma3n_text", "look up token ids"),
         ("vit", "no language model"),

@@ -21,10 +21,17 @@ def named(name: str) -> Family:
 
 @pytest.mark.parametrize("family", LLMS, ids=lambda family: family.name)
 def test_an_llm_equals_plain_transformers_or_is_refused(family: Family, tmp_path: Path) -> None:
-    findings = check_llm(family, build(family, tmp_path), SHORT)
+    findings = check_llm(build(family, tmp_path), SHORT, seq2seq=family.seq2seq)
     assert not findings.failures
     # The long form may add limits that the short one does not look for.
     assert ON_THE_PAGE[family.name].startswith(findings.verdict)
+
+
+def test_the_page_has_a_row_for_each_model() -> None:
+    names = [model.name for models in page.sections().values() for model in models]
+    assert len(names) == len(set(names))
+    assert [*ON_THE_PAGE] == names
+    assert not [verdict for verdict in ON_THE_PAGE.values() if verdict.startswith("fails")]
 
 
 def scaled(ours: OurLLM) -> None:
@@ -65,7 +72,7 @@ def with_half_a_gradient(ours: OurLLM) -> None:
     ],
 )
 def test_the_matrix_finds_a_fault(fault: Callable[[OurLLM], None], check: Check, name: str, tmp_path: Path) -> None:
-    pair = new_pair(named(name), build(named(name), tmp_path))
+    pair = new_pair(build(named(name), tmp_path), seq2seq=False)
     assert not list(check(pair))
     torch.manual_seed(0)
     fault(pair.ours)

@@ -273,7 +273,7 @@ def test_a_plug_whose_encoder_has_dense_layers_is_saved_with_them_and_loads_anyw
         for parameter in (*model.plug.query_encoder.parameters(), *model.plug.query_head.parameters()):
             parameter.add_(0.01)
     record = replace(record_of(model, encoder, llm_folder), pooling=settings.pooling, encoder_width=settings.width)
-    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, "a card")
+    plug_folder.save(tmp_path / "plug", model.plug.state_dict(), record, plug_record.card(record, example="<s>[input]"))
 
     loaded = plug_folder.load_plug(tmp_path / "plug", encoder=encoder)
     query = model.query_text.tokens(["a walk by the river", "it"], torch.device("cpu"))

@@ -67,6 +67,7 @@ def make_requests(*pairs: tuple[str, datetime | None], n_buckets: int = N_BUCKET
         "input": ["in"] * n,
         "query": ["q"] * n,
         "target": [None] * n,
+        "system": [None] * n,
         "as_of": pa.array([as_of for _, as_of in pairs], pa.timestamp("us", "UTC")),
         "bucket": bucket_of(users, n_buckets),
     }

@@ -12,7 +12,8 @@ from persona.errors import InputError
 from persona.models.resolve import ModelFolder
 from persona.training import checkpoint
 from persona.training.deepspeed import trainable
-from tests.zero_worker import N_STEPS, PROGRESS, STOP, new_case_model, plain_run, spawn
+from tests.gloo_workers import run_together
+from tests.zero_worker import N_STEPS, PROGRESS, STOP, new_case_model, plain_run, run as train
 
 Case = dict[str, Any]
 # Two workers sum the same float32 gradients in another order than one, which rounds by about 2^-24 of the largest term.
@@ -35,8 +36,8 @@ def everything(
         found[kind]["base"] = {"llm": str(folder.path), "encoder": str(encoder_folder.path)}
     for n_workers in (2, 1):
         named = [(kind, name, case) for kind in KINDS for name, case in _cases(n_workers, out / kind).items()]
-        results = spawn([found[kind]["base"] | case for kind, _, case in named], n_workers, out)
-        for (kind, name, _), result in zip(named, results, strict=True):
+        results = run_together(train, [found[kind]["base"] | case for kind, _, case in named], n_workers, out)
+        for (kind, name, _), result in zip(named, results[0], strict=True):
             found[kind]["runs"][name] = result
     return found
 
@@ -63,6 +64,7 @@ def _cases(n_workers: int, out: Path) -> dict[str, Case]:
         "2 workers, unclipped, stage 3": {"stage": 3, "clip": 0, "shard_small": True},
         "2 workers, contrast, stage 3": {"stage": 3, "contrast": CONTRAST, "shard_small": True},
         "2 workers, retrieval, stage 3": {"stage": 3, "front_tokens": FRONT_TOKENS, "shard_small": True},
+        "2 workers, recomputed activations, stage 3": {"stage": 3, "recompute": True, "shard_small": True},
         "2 workers, mean, bf16, stage 3": {"stage": 3, "plug": {"weights": "mean"}, "precision": "bf16"},
     }
 
