@@ -89,6 +89,14 @@ def test_answers_of_each_persona_are_those_of_the_plug_itself(do: Job, flags: di
         assert stored(flags["store"], "generations") == answers
 
 
+def test_a_dry_run_shows_what_the_llm_reads(refuse: Job, flags: dict[str, Any]) -> None:
+    done = refuse(generate, **flags, dry_run=True)
+    assert done.result["prompt_example"] == "<s>[3 soft tokens][input]\n[target]</s>"
+    write(flags["requests"], [{**row, "system": "Write."} for row in sample_requests()])
+    done = refuse(generate, **flags, dry_run=True)
+    assert (done.code, "the requests have a column 'system'" in done.said) == (2, True)
+
+
 def test_an_unknown_engine_is_refused(refuse: Job, flags: dict[str, Any], plug: str) -> None:
     done = refuse(generate, engine="remote", **flags)
     assert (done.code, done.result) == (2, None)
