@@ -160,7 +160,7 @@ CAUSAL = [
     _causal("Falcon", "falcon", "plain", _FALCON),
     _causal("Falcon RW (ALiBi)", "falcon", "plain", _FALCON, alibi=True, multi_query=False, parallel_attn=False),
     _causal("Llama 3", "llama", "bos", _LLAMA, rope_parameters=_LLAMA3_ROPE),
-    _causal("Llama, </s> behind every text", "llama", "bos, eos", _LLAMA),
+    _causal("Llama with an end token behind every text", "llama", "bos, eos", _LLAMA),
     _causal("Llama 4", "llama4_text", "bos", _LLAMA, num_hidden_layers=4, attention_chunk_size=8, num_local_experts=2,
             intermediate_size_mlp=64),
     _causal("Mistral", "mistral", "bos", _LLAMA, num_hidden_layers=4, sliding_window=12),
