@@ -58,6 +58,7 @@ def build(family: Family, folder: Path) -> Path:
     if family.seq2seq:
         roles["decoder_start_token_id"] = config.decoder_start_token_id
     model.generation_config = GenerationConfig(**{**roles, **_ids(family.generation, tokenizer)})
+    assert model.config.model_type == family.model_type  # not that of a part
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -159,7 +160,7 @@ CAUSAL = [
     _causal("Falcon", "falcon", "plain", _FALCON),
     _causal("Falcon RW (ALiBi)", "falcon", "plain", _FALCON, alibi=True, multi_query=False, parallel_attn=False),
     _causal("Llama 3", "llama", "bos", _LLAMA, rope_parameters=_LLAMA3_ROPE),
-    _causal("Llama, </s> behind every text", "llama", "bos, eos", _LLAMA),
+    _causal("Llama with an end token behind every text", "llama", "bos, eos", _LLAMA),
     _causal("Llama 4", "llama4_text", "bos", _LLAMA, num_hidden_layers=4, attention_chunk_size=8, num_local_experts=2,
             intermediate_size_mlp=64),
     _causal("Mistral", "mistral", "bos", _LLAMA, num_hidden_layers=4, sliding_window=12),
@@ -323,8 +324,6 @@ MORE_CAUSAL = [
     _causal("Seed-OSS", "seed_oss", "plain", _LLAMA),
     _causal("Hunyuan", "hunyuan_v1_dense", "plain", _LLAMA),
     _causal("Qwen2 MoE", "qwen2_moe", "plain", _LLAMA, _MOE, shared_expert_intermediate_size=32),
-    _causal("Qwen3.5 with images", "qwen3_5", "plain", text_config={**_LLAMA, **_LINEAR}, vision_config={"depth": 1,
-            "hidden_size": 16, "num_heads": 2, "out_hidden_size": WIDTH, "intermediate_size": 16}),
     _causal("DeepSeek-V2", "deepseek_v2", "bos", _LLAMA, num_key_value_heads=4, head_dim=8, q_lora_rank=16,
             kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, n_routed_experts=4,
             num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32, first_k_dense_replace=1),

@@ -24,5 +24,5 @@ class Findings:
 
 def message(error: Exception, folder: Path) -> str:
     """The error's text, the same in any folder; of a refusal, the reason alone."""
-    text = " ".join(str(error).replace(str(folder), "MODEL").split())
+    text = " ".join(str(error).replace(str(folder), "MODEL").split()).partition("; supported are ")[0]
     return text.partition("which is not supported: ")[2].partition("; choose another")[0] or text
