@@ -24,6 +24,7 @@ _REFUSED = {
     "prophetnet": "it predicts several tokens at each position, and its loss is another one",
     "cpmant": "it accepts no embeddings, so it cannot read soft tokens",
     "reformer": "its attention needs inputs of fixed lengths",
+    "minimax": "its cache cannot be reordered, which answers need",
     "fsmt": "its positions depend on token ids, which soft tokens do not have",
 }
 # Their training loss moves a target's last token, the one of its language, to the front.
