@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime.training.spec import OPTIONS, RunSpec
-from persona.errors import UsageError
+from jobs.runtime.training.spec import OPTIONS, RunSpec, read_back
+from persona.errors import InputError, UsageError
+from persona.field_types import check_field_types
 
 if TYPE_CHECKING:
     from jobs.runtime.training.inputs import TrainingInputs
@@ -23,10 +24,17 @@ class RunRecord:
 
     @classmethod
     def read(cls, uri: str) -> "RunRecord | None":
-        """The record at `uri`; None when there is none."""
+        """The record at `uri`; None when there is none. Raises InputError when it is broken."""
         from persona import storage
 
-        return cls(**json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
+        if not storage.exists(uri):
+            return None
+        try:
+            record = cls(**json.loads(storage.read_bytes(uri)))
+            check_field_types(record)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{uri} is broken ({error}); give the run another name with --run") from error
+        return record
 
     def write(self, uri: str) -> None:
         """Writes the record to `uri`."""
@@ -88,7 +96,7 @@ class Run:
 
 def _check_same_settings(run: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     # An option that is newer than the run was off in it.
-    off = {option.name: option.default for kind in OPTIONS for option in fields(kind)}
+    off = {option.name: read_back(option.default) for kind in OPTIONS for option in fields(kind)}
     pairs = {name: (known.get(name, off.get(name)), settings[name]) for name in settings}
     differing = [f"{name} was {was!r} and is {now!r}" for name, (was, now) in pairs.items() if was != now]
     if differing:

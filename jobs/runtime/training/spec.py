@@ -1,5 +1,6 @@
 """What defines a training run, and what each of its workers gets."""
 
+import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +70,11 @@ class RunSpec:
     activation_checkpointing: bool
 
     def fixed(self) -> dict[str, Any]:
-        """What must stay the same when the run is resumed, by name."""
+        """What must stay the same when the run is resumed, by name, as it is read back from JSON."""
         options = (self.plug_options, self.training, self.prompt, self.retrieval, self.past_texts, self.form)
         values = {name: value for part in options for name, value in asdict(part).items()}
-        values["template_argument"] = list(self.prompt.template_argument)  # as it is read from JSON
-        return values | {name: getattr(self, name) for name in _FIXED}
+        values |= {name: getattr(self, name) for name in _FIXED}
+        return {name: read_back(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +104,8 @@ class WorkerSettings:
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.spec.training.epochs
+
+
+def read_back(value: Any) -> Any:
+    """A setting as it is read back from JSON, where tuples become lists."""
+    return json.loads(json.dumps(value))
