@@ -154,7 +154,7 @@ def check_llm(
 
     config = loading.load_config(llm)
     llm_kinds.check_kind(llm.name, config)
-    loading.check_llm(llm)
+    loading.check_weights(llm, loading.llm_class(config), config=config)
     rules.check_folder(llm)
     tokenizer = PromptTokenizer.load(
         llm, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens, prompt=prompt
@@ -194,13 +194,11 @@ def load_answerer(
 
     Raises PlugMismatch if the plug or a model is not the one that the job started with.
     """
-    from persona.engines.base import new_engine
+    from persona.engines.base import EngineSettings, new_engine
     from persona.plug import folder as plug_folder
 
     encoder, llm = _models(plug)
-    loaded = new_engine(
-        engine,
-        llm,
+    settings = EngineSettings(
         max_input_tokens=plug.record.max_input_tokens,
         prompt=plug.record.prompt,
         precision=precision,
@@ -208,6 +206,7 @@ def load_answerer(
         device=device,
         batch_size=batch_size,
     )
+    loaded = new_engine(engine, llm, settings)
     with plug.folder() as folder:
         return plug_folder.load_answerer(
             folder, encoder=encoder, engine=loaded, batch_size=batch_size, retrieved_tokens=retrieved_tokens

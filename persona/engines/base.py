@@ -65,56 +65,38 @@ class Engine(Protocol):
         """
 
 
-class EngineModule(Protocol):
-    """What `persona/engines/NAME.py` defines."""
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How an engine loads its LLM and reads requests.
 
-    def load(
-        self,
-        folder: ModelFolder,
-        *,
-        max_input_tokens: int,
-        prompt: PromptOptions,
-        precision: Precision,
-        quantization: Quantization,
-        device: str | None,
-        batch_size: int,
-    ) -> Engine:
-        """See `new_engine`."""
-
-
-def new_engine(
-    name: str,
-    folder: ModelFolder,
-    *,
-    max_input_tokens: int,
-    prompt: PromptOptions,
-    precision: Precision,
-    quantization: Quantization = "none",
-    device: str | None = None,
-    batch_size: int,
-) -> Engine:
-    """Loads an LLM into the engine of that name (`persona.options.Engine`).
-
-    Args:
-        name: the engine.
-        folder: the LLM.
+    Attributes:
         max_input_tokens: requests are cut to this length.
         prompt: how requests are written.
         precision: of the LLM; see `persona.models.device.choose_precision`.
         quantization: of the LLM's weights, as the plug was trained; see `persona.models.quantized`.
         device: of the LLM; by default a GPU if there is one, and `auto` spreads it over all GPUs.
         batch_size: prompts per forward pass; engines that schedule requests themselves may ignore it.
+    """
+
+    max_input_tokens: int
+    prompt: PromptOptions
+    precision: Precision
+    quantization: Quantization = "none"
+    device: str | None = None
+    batch_size: int
+
+
+class EngineModule(Protocol):
+    """What `persona/engines/NAME.py` defines."""
+
+    def load(self, folder: ModelFolder, settings: EngineSettings) -> Engine:
+        """See `new_engine`."""
+
+
+def new_engine(name: str, folder: ModelFolder, settings: EngineSettings) -> Engine:
+    """Loads the LLM of a folder into the engine of that name (`persona.options.Engine`).
 
     Raises:
         UsageError: there is no such engine, or it cannot run this LLM.
     """
-    module = cast(EngineModule, find("persona.engines", name, required="load"))
-    return module.load(
-        folder,
-        max_input_tokens=max_input_tokens,
-        prompt=prompt,
-        precision=precision,
-        quantization=quantization,
-        device=device,
-        batch_size=batch_size,
-    )
+    return cast(EngineModule, find("persona.engines", name, required="load")).load(folder, settings)

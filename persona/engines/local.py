@@ -8,36 +8,27 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from persona.engines import probe
-from persona.engines.base import Answer, Engine, Prompt
+from persona.engines.base import Answer, Engine, EngineSettings, Prompt
 from persona.engines.decoding import SeededSampling, beam_search, sample
 from persona.engines.kv_cache import start_steps
 from persona.engines.rules import answer_rules, check_rules
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision, PromptOptions, Quantization
+from persona.options import Decoding
 
 
-def load(
-    folder: ModelFolder,
-    *,
-    max_input_tokens: int,
-    prompt: PromptOptions,
-    precision: Precision,
-    quantization: Quantization,
-    device: str | None,
-    batch_size: int,
-) -> Engine:
+def load(folder: ModelFolder, settings: EngineSettings) -> Engine:
     """Loads the LLM of a folder, on a GPU if there is one. Raises InputError if it would not answer rightly."""
     llm = FrozenLLM.load(
         folder,
-        max_input_tokens=max_input_tokens,
-        prompt=prompt,
-        precision=precision,
-        quantization=quantization,
-        device=device,
+        max_input_tokens=settings.max_input_tokens,
+        prompt=settings.prompt,
+        precision=settings.precision,
+        quantization=settings.quantization,
+        device=settings.device,
     )
     probe.check_llm(llm)
-    return LocalEngine(llm, batch_size=batch_size)
+    return LocalEngine(llm, batch_size=settings.batch_size)
 
 
 class LocalEngine:

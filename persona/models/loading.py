@@ -90,12 +90,6 @@ def load_model(auto_class: Any, folder: ModelFolder, *, dtype: torch.dtype, **op
     return model
 
 
-def check_llm(folder: ModelFolder) -> None:
-    """Raises InputError when the LLM in the folder cannot be loaded whole; reads no weights."""
-    load_tokenizer(folder)
-    check_weights(folder, llm_class(load_config(folder)))
-
-
 def check_weights(folder: ModelFolder, auto_class: Any, *, config: PreTrainedConfig | None = None) -> None:
     """Raises InputError as `load_model` does, but reads only the headers of the weights and needs no memory for them.
 

@@ -13,7 +13,7 @@ from jobs import generate
 from jobs.runtime import plugs
 from jobs.runtime.job_options import PlugModels
 from jobs.runtime.tally import Tally
-from persona.engines.base import new_engine
+from persona.engines.base import EngineSettings, new_engine
 from persona.errors import UsageError
 from persona.inputs import histories as persona_histories
 from persona.inputs.requests import SCHEMA
@@ -50,9 +50,10 @@ def expected(uri: str, plug: str, rows: list[Row], persona: Any, decoding: Decod
     store, folder = Store.open(uri), Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    engine = new_engine(
-        "local", llm, max_input_tokens=record.max_input_tokens, prompt=record.prompt, precision="fp32", batch_size=1
+    settings = EngineSettings(
+        max_input_tokens=record.max_input_tokens, prompt=record.prompt, precision="fp32", batch_size=1
     )
+    engine = new_engine("local", llm, settings)
     answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1)
     found = {}
     for row in rows:
@@ -206,9 +207,10 @@ def test_retrieved_texts_are_the_best_of_the_visible_ones(
     folder = Path(plug)
     record = plug_record.read(folder)
     encoder, llm = (persona_models.resolve(card["name"], flag="") for card in (record.encoder, record.llm))
-    engine = new_engine(
-        "local", llm, max_input_tokens=record.max_input_tokens, prompt=record.prompt, precision="fp32", batch_size=1
+    settings = EngineSettings(
+        max_input_tokens=record.max_input_tokens, prompt=record.prompt, precision="fp32", batch_size=1
     )
+    engine = new_engine("local", llm, settings)
     answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1, retrieved_tokens=24)
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0

@@ -8,15 +8,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from persona.engines.base import Answer, Engine, Prompt, new_engine
+from persona.engines.base import Answer, Engine, EngineSettings, Prompt, new_engine
 from persona.errors import PlugMismatch, UsageError
 from persona.models.prompts import PromptText, PromptTokenizer
 from persona.models.resolve import ModelFolder
-from persona.options import Decoding, Precision, PromptOptions, Quantization
+from persona.options import Decoding, PromptOptions
 from persona.plug import folder as plug_folder
 from persona.plug.request_tables import answer_all
 from tests.plugs import ROWS, new_model, save
 
+SETTINGS = EngineSettings(max_input_tokens=32, prompt=PromptOptions(), precision="fp32", batch_size=2)
 SAMPLE = Decoding(max_new_tokens=5, beams=1, sample=True)
 PERSONAS = ["own", "bare", "none", "mean", "bare", "other"]
 
@@ -42,18 +43,9 @@ class EchoEngine:
         return Answer(text=f"{len(prompt.soft_SD)}: {text}", n_tokens=decoding.max_new_tokens, finish_reason="length")
 
 
-def load(
-    folder: ModelFolder,
-    *,
-    max_input_tokens: int,
-    prompt: PromptOptions,
-    precision: Precision,
-    quantization: Quantization,
-    device: str | None,
-    batch_size: int,
-) -> EchoEngine:
-    assert (precision, batch_size) == ("fp32", 2)
-    return EchoEngine(folder, max_input_tokens, prompt)
+def load(folder: ModelFolder, settings: EngineSettings) -> EchoEngine:
+    assert (settings.precision, settings.batch_size) == ("fp32", 2)
+    return EchoEngine(folder, settings.max_input_tokens, settings.prompt)
 
 
 @pytest.fixture
@@ -62,7 +54,7 @@ def engine(llm_folder, monkeypatch) -> Engine:
     module = ModuleType("persona.engines.echo")
     module.load = load
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    return new_engine("echo", llm_folder, max_input_tokens=32, prompt=PromptOptions(), precision="fp32", batch_size=2)
+    return new_engine("echo", llm_folder, SETTINGS)
 
 
 @pytest.fixture
@@ -121,4 +113,4 @@ def test_a_plug_of_another_width_is_refused(engine, encoder_folder, llm_folder, 
 @pytest.mark.parametrize("name", ["unheard_of", "base", "decoding", "a.b"])
 def test_a_name_that_is_no_engine_is_refused(llama_folder, name):
     with pytest.raises(UsageError, match=f"unknown name '{name}': persona.engines has no module of this name"):
-        new_engine(name, llama_folder, max_input_tokens=32, prompt=PromptOptions(), precision="fp32", batch_size=2)
+        new_engine(name, llama_folder, SETTINGS)
