@@ -14,7 +14,7 @@ from persona.errors import UsageError
 from persona.models.plain_text import MARK, PlainText
 from persona.options import PromptOptions
 
-# Stand for texts while the template is explored; nobody can type them.
+# Placeholders for texts while the template is explored, made of characters that people do not type.
 _USER, _SYSTEM, _ANSWER = (f"{MARK}{name}{MARK}" for name in ("user", "system", "answer"))
 _CALLS_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _STRINGS = re.compile(r"""'([^']*)'|"([^"]*)\"""")

@@ -12,7 +12,7 @@ _SCALED_BY_WIDTH = ("pegasus", "marian", "blenderbot-small", "mvp")
 # Layers that keep the keys and values of single tokens, so that a mask can hide padding in front of a row.
 _KEEP_KEYS = {"full_attention", "sliding_attention"}
 
-_STATE = "transformers gives it a state of its own kind instead of a cache, and answers need a cache"
+_STATE = "answers need a key-value cache, and its state is of another kind"
 _CAPACITY = "each of its experts reads a limited number of tokens, so a request would depend on its batch"
 _LANGUAGE = "its decoder starts with the token of a language, and its configuration has no decoder_start_token_id"
 _REFUSED = {
