@@ -86,6 +86,11 @@ _NO_GAIN = ("--persona-gain", "1")
 _BEFORE = (*_NO_GAIN, "--alignment", "0.3")
 _LATEST = _texts(2, "recency", 64)
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
+_RENDERINGS = {
+    "plain": ("--prompt-format", "plain"),
+    "chat": ("--prompt-format", "chat"),
+    "chat-start": ("--prompt-format", "chat", "--soft-position", "start"),
+}
 EXPERIMENTS = {
     "next_title": Experiment(
         tables="next_title",
@@ -133,6 +138,17 @@ EXPERIMENTS = {
             "tuning-rate-5e-3": _tuning(*_rate("5e-3")),
         },
         against="best/own",
+    ),
+    # What the LLM reads: the input as it is, or a chat with the soft tokens in front of the user's text or of all text.
+    # A base LLM has no chat template: `--only plain plain-tuning`.
+    "rendering": Experiment(
+        tables="next_title",
+        rows={
+            name: row
+            for rendering, flags in _RENDERINGS.items()
+            for name, row in ((rendering, _best(*flags)), (f"{rendering}-tuning", _tuning(*flags)))
+        },
+        against="plain-tuning/none",
     ),
     "which": Experiment(
         tables="which",

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.authors --acl FOLDER --out run
     python -m tests.benchmarks.authors --acl FOLDER --out run --question which --split dev
     python -m tests.benchmarks.authors --acl FOLDER --out run --question additions --split dev --seeds 0
+    python -m tests.benchmarks.authors --acl FOLDER --out run --question rendering --split dev --train-rows 2480
 
 Trains one plug per row and seed, generates answers, and evaluates every third request of the split (`--every`). Then
 `jobs.compare` compares all rows with prompt tuning. Each job is a separate process, one after the other. Results that
@@ -47,6 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--train-rows", type=int, default=4_960, help="number of training requests, 16 per step")
     parser.add_argument("--every", type=int, default=3, help="evaluate every N-th request of the split")
+    parser.add_argument("--llm", type=Path, help="folder of the frozen LLM; default the packaged SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="training seeds")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="names of the rows to run; default all")
     arguments = parser.parse_args()
@@ -69,6 +71,7 @@ class Run:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.acl, self.split = arguments.acl, arguments.split
         self.train_rows, self.every = arguments.train_rows, arguments.every
+        self.llm = arguments.llm or packaged.smollm2()
         self.experiment = EXPERIMENTS[arguments.question]
         self.rows = self.experiment.rows
         self.folder = arguments.out / arguments.question
@@ -169,7 +172,7 @@ class Run:
                 *("--requests", self._requests("train"), "--epochs", 1, "--global-batch", 16, "--micro-batch", 16),
                 *("--validation", self._requests("dev"), "--validation-rows", 128, "--validate-every", 155),
                 *("--store", self.store, "--runs", self.folder / "runs", "--run", f"{name}-{seed}", "--plug", plug),
-                *("--llm", packaged.smollm2(), "--seed", seed, *row.train, *self._retrieval_flags(row)),
+                *("--llm", self.llm, "--seed", seed, *row.train, *self._retrieval_flags(row)),
             )
         return plug
 

@@ -32,7 +32,7 @@ def acl(tmp_path: Path) -> Path:
 
 
 def experiment(acl: Path, question: str) -> Run:
-    return Run(Namespace(acl=acl, out=acl / "out", question=question, split="dev", train_rows=4, every=3))
+    return Run(Namespace(acl=acl, out=acl / "out", question=question, split="dev", train_rows=4, every=3, llm=None))
 
 
 def requests(acl: Path, question: str, split: str) -> list[dict[str, object]]:
