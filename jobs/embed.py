@@ -181,11 +181,13 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Tally) -
 
 def _missing(rows: "pa.Table", *, store: "Store", tally: Tally, config: Config) -> "pa.Table":
     """The behaviors of one bucket that are new or edited, and with --sync those that are gone."""
+    from persona.inputs.place import PLACES
+
     bucket = rows["bucket"][0].as_py()
     # All input has been read before the first bucket is compared.
     deletes = config.sync and not sync.blocker(tally.totals(), config.rows.max_reject_fraction)
     started = time.perf_counter()
-    missing, counts = store.missing(bucket, rows, sync=deletes)
+    missing, counts = store.missing(bucket, rows, absent=(bucket * PLACES, (bucket + 1) * PLACES) if deletes else None)
     tally.note("compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
     return missing
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from persona.inputs import histories
 from persona.inputs.histories import bucket_of, text_hash
+from persona.inputs.place import PLACES
 from persona.store.identity import Identity
 from persona.store.store import Store
 from persona.store.writer import Writer, rewrite
@@ -56,14 +57,20 @@ def write_rows(store: Store, table: str, rows: pa.Table) -> None:
 
 
 def refresh(store: Store, rows: pa.Table, *, sync: bool = False) -> dict[str, int]:
-    """What `embed` does, without Ray or an encoder; returns the counts of `Store.missing`."""
+    """What `embed` does, without Ray or an encoder; returns the counts of behaviors of `Store.missing`."""
     total: dict[str, int] = {}
     for bucket in set(rows["bucket"].to_pylist()):
         in_bucket = rows.filter(pa.compute.equal(rows["bucket"], bucket))
-        to_encode, counts = store.missing(bucket, in_bucket, sync=sync)
+        to_encode, counts = store.missing(bucket, in_bucket, absent=places_of_bucket(bucket) if sync else None)
         write_rows(store, "behaviors", encode(to_encode))
+        del counts["store_bytes"]
         total = {name: total.get(name, 0) + n for name, n in counts.items()}
     return total
+
+
+def places_of_bucket(bucket: int) -> tuple[int, int]:
+    """The places of a bucket, for `Store.missing`."""
+    return bucket * PLACES, (bucket + 1) * PLACES
 
 
 def everything(store: Store) -> list[tuple[str, str, float]]:

@@ -57,7 +57,7 @@ class Writer:
         if not replacing:
             return []
         partitions = self.table.layout.partition_values({file.partition for file in replacing})
-        pairs = [(file, [new for new in replacing if file.may_overlap(new)]) for file in self.table.files(partitions)]
+        pairs = [(file, [new for new in replacing if _may_overlap(file, new)]) for file in self.table.files(partitions)]
         return [(file, news) for file, news in pairs if news]
 
     def replace(self, staged: pa.Table, rewritten: Sequence[Rewritten | None]) -> int:
@@ -113,6 +113,13 @@ class Writer:
         number = self.lease.number
         deleted = vacuum.delete_unused_files(self.table, lease=number, keep_hours=0)
         return len(deleted) + len(vacuum.delete_old_versions(self.table, lease=number))
+
+
+def _may_overlap(one: DataFile, other: DataFile) -> bool:
+    """Whether both files may hold the same key, judging by partition and statistics."""
+    both = one.stats.keys() & other.stats.keys()
+    disjoint = any(one.stats[n][1] < other.stats[n][0] or other.stats[n][1] < one.stats[n][0] for n in both)
+    return one.partition == other.partition and not disjoint
 
 
 def rewrite(table: Table, file: DataFile, replacing: Sequence[DataFile]) -> Rewritten | None:

@@ -21,7 +21,7 @@ from persona.store.log import UncertainCommit
 from persona.store.store import Store
 from persona.store.table import Table
 from persona.store.writer import files_of, rewrite, staged_files
-from tests.stores import IDENTITY, NASTY, answers, behaviors, commit_staged, encode, write_rows
+from tests.stores import IDENTITY, NASTY, answers, behaviors, commit_staged, encode, places_of_bucket, write_rows
 from tests.writing import (
     AFTER,
     BEFORE,
@@ -226,7 +226,7 @@ def test_rejects_can_be_appended_and_merged_while_another_run_has_the_lease(loca
         local.write_rejects(rejects("embed", ["file"], [3], ["text is empty"]))
         before, after = compact(writer)
         assert (before, after) == (4, 1)
-    assert sorted(local.table("rejects").scan(["row"])["row"].to_pylist()) == [0, 1, 2, 3]
+    assert sorted(local.table("rejects").read(["row"])["row"].to_pylist()) == [0, 1, 2, 3]
 
 
 def test_vacuum_spares_a_file_that_is_about_to_be_appended_without_a_lease(local: Store) -> None:
@@ -281,7 +281,7 @@ def refresh_all(store: Store, rows: dict[tuple[str, str], int], *, sync: bool) -
         for bucket in range(store.n_buckets):
             empty = behaviors(("a", "1", "x", 1)).slice(0, 0)
             in_bucket = empty if table is None else table.filter(pa.compute.equal(table["bucket"], bucket))
-            work, _ = store.missing(bucket, in_bucket, sync=sync)
+            work, _ = store.missing(bucket, in_bucket, absent=places_of_bucket(bucket) if sync else None)
             if work.num_rows:
                 staged.append(store.stage("behaviors", encode(work)))
         if staged:
