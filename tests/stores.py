@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from persona.inputs import histories
 from persona.inputs.histories import bucket_of, text_hash
-from persona.inputs.place import PLACES
+from persona.inputs.place import places_of_bucket
 from persona.store.identity import Identity
 from persona.store.store import Store
 from persona.store.writer import Writer, rewrite
@@ -46,7 +46,7 @@ def changed(rows: pa.Table, change: str) -> pa.Table:
 
 def commit_staged(writer: Writer, staged: pa.Table) -> None:
     """Commit staged files in one commit, rewriting the files they touch in this process."""
-    writer.replace(staged, [rewrite(writer.table, *touched) for touched in writer.touched(staged)])
+    writer.replace(staged, [pair for touched in writer.touched(staged) for pair in rewrite(writer.table, *touched)])
 
 
 def write_rows(store: Store, table: str, rows: pa.Table) -> None:
@@ -66,11 +66,6 @@ def refresh(store: Store, rows: pa.Table, *, sync: bool = False) -> dict[str, in
         del counts["store_bytes"]
         total = {name: total.get(name, 0) + n for name, n in counts.items()}
     return total
-
-
-def places_of_bucket(bucket: int) -> tuple[int, int]:
-    """The places of a bucket, for `Store.missing`."""
-    return bucket * PLACES, (bucket + 1) * PLACES
 
 
 def everything(store: Store) -> list[tuple[str, str, float]]:

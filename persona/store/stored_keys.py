@@ -64,8 +64,7 @@ KEYS = pa.schema([(name, pa.string()) for name in KEY])
 @lru_cache(maxsize=1)  # a bucket may be compared in many windows, one after the other
 def of_bucket(table_uri: str, bucket: int, n_buckets: int, files: tuple[DataFile, ...]) -> StoredKeys:
     """The stored behaviors of a bucket, which has these files in one version of the table."""
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        read = list(pool.map(partial(_entries, table_uri), files))
+    read = _read(table_uri, files)
     entries = pa.concat_tables([key_index.ENTRIES.empty_table(), *(of_file for of_file, _ in read)])
     files_N = np.repeat(np.arange(len(files), dtype=np.int32), [of_file.num_rows for of_file, _ in read])
     places_N = places_of(entries["hash"].to_numpy(), bucket, n_buckets)
@@ -78,6 +77,17 @@ def of_bucket(table_uri: str, bucket: int, n_buckets: int, files: tuple[DataFile
         entries=entries.drop_columns(["hash"]).take(pa.array(order_N)).combine_chunks(),
         n_bytes=sum(n_bytes for _, n_bytes in read),
     )
+
+
+def digests_of(table_uri: str, files: Sequence[DataFile]) -> pa.Array:
+    """The digests of the keys in these files."""
+    return pa.concat_arrays(chunk for entries, _ in _read(table_uri, files) for chunk in entries["digest"].chunks)
+
+
+def _read(table_uri: str, files: Sequence[DataFile]) -> list[tuple[pa.Table, int]]:
+    """The entries of each file and the bytes read."""
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        return list(pool.map(partial(_entries, table_uri), files))
 
 
 def _entries(table_uri: str, file: DataFile) -> tuple[pa.Table, int]:

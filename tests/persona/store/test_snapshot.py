@@ -7,29 +7,17 @@ import pyarrow as pa
 import pytest
 
 from persona.inputs.histories import bucket_of
+from persona.inputs.place import places_of_bucket
 from persona.store import data_files
 from persona.store.file_list import FileList
 from persona.store.store import Store
-from tests.faulty_s3 import FaultyS3
-from tests.stores import IDENTITY, NASTY, answers, behaviors, places_of_bucket, refresh, write_rows
-
-
-class Recorder(FaultyS3):
-    """Passes all requests on, and records them."""
-
-    def __init__(self, upstream: str) -> None:
-        super().__init__(upstream, seed=0)
-        self.asked: list[str] = []
-
-    def draw(self, method: str, path: str) -> str:
-        """Never a fault."""
-        self.asked.append(f"{method} {path}")
-        return super().draw(method, path)
+from tests.recorded_s3 import RecordedS3
+from tests.stores import IDENTITY, NASTY, answers, behaviors, refresh, write_rows
 
 
 @pytest.fixture
-def recorder(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    with Recorder(s3_server) as proxy:
+def requests(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedS3]:
+    with RecordedS3(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy
 
@@ -39,7 +27,7 @@ def personas(bucket: int) -> pa.Table:
     return pa.table({"bucket": pa.array([bucket], pa.int32()), **columns, "change": ["new"]})
 
 
-def test_a_task_with_a_snapshot_asks_for_data_files_only(s3: str, recorder: Recorder) -> None:
+def test_a_task_with_a_snapshot_asks_for_data_files_only(s3: str, requests: RecordedS3) -> None:
     store = Store.create(f"{s3}/store", IDENTITY, 4)
     bucket = int(bucket_of(["a"], 4)[0])
     rows = behaviors(*((user, "1", "x", 1) for user in ("a", "b", "c", "d", "e")))
@@ -49,7 +37,7 @@ def test_a_task_with_a_snapshot_asks_for_data_files_only(s3: str, recorder: Reco
     packed = pickle.dumps(Store.open(store.uri).snapshot("behaviors", "personas", "generations"))
     refresh(store, behaviors(("a", "1", "later", 2)))
 
-    recorder.asked.clear()
+    requests.asked.clear()
     task = pickle.loads(packed)
     mine = rows.filter(pa.compute.equal(rows["bucket"], bucket))
     assert task.missing(bucket, mine, absent=places_of_bucket(bucket))[1]["known"] == mine.num_rows
@@ -60,7 +48,7 @@ def test_a_task_with_a_snapshot_asks_for_data_files_only(s3: str, recorder: Reco
     assert task.answers("own", bucket).num_rows + task.read_generations(buckets=[0, 1, 2, 3]).num_rows >= 3
     assert task.version("behaviors") == task.versions["behaviors"]
     assert task.stage("generations", answers("c")).num_rows == 1
-    asked = [one for one in recorder.asked if "/store/" in one or "list-type" in one]
+    asked = [one for one in requests.asked if "/store/" in one or "list-type" in one]
     assert len(asked) > 10
     assert [one for one in asked if "_delta_log" in one or "list-type" in one] == []
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from persona import storage
 from persona.errors import LeaseLost, StorageError
 from persona.inputs.histories import bucket_of
+from persona.inputs.place import places_of_bucket
 from persona.inputs.records import rejects
 from persona.storage import join
 from persona.store.changes import key_strings
@@ -21,7 +22,7 @@ from persona.store.log import UncertainCommit
 from persona.store.store import Store
 from persona.store.table import Table
 from persona.store.writer import files_of, rewrite, staged_files
-from tests.stores import IDENTITY, NASTY, answers, behaviors, commit_staged, encode, places_of_bucket, write_rows
+from tests.stores import IDENTITY, NASTY, answers, behaviors, commit_staged, encode, write_rows
 from tests.writing import (
     AFTER,
     BEFORE,
@@ -169,7 +170,7 @@ def test_a_missing_data_file_is_a_storage_error(local: Store) -> None:
     file = table.files()[0]
     storage.delete(join(table.uri, file.path))
     with pytest.raises(StorageError, match=f"cannot read {file.path} of .*behaviors"):
-        rewrite(table, file, [file])
+        rewrite(table, [file], [file])
 
 
 # Compaction
