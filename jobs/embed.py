@@ -181,11 +181,12 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Tally) -
 
 def _missing(rows: "pa.Table", *, store: "Store", tally: Tally, config: Config) -> "pa.Table":
     """The behaviors of one bucket that are new or edited, and with --sync those that are gone."""
-    bucket = rows["bucket"][0].as_py()
+    from persona.inputs.place import places_of_bucket
+
+    started, bucket = time.perf_counter(), rows["bucket"][0].as_py()
     # All input has been read before the first bucket is compared.
     deletes = config.sync and not sync.blocker(tally.totals(), config.rows.max_reject_fraction)
-    started = time.perf_counter()
-    missing, counts = store.missing(bucket, rows, sync=deletes)
+    missing, counts = store.missing(bucket, rows, absent=places_of_bucket(bucket) if deletes else None)
     tally.note("compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
     return missing
 
@@ -323,8 +324,7 @@ def _with_cost(
 ) -> Summary:
     from persona.cost import encoder_flops
 
-    encoded = counts.get("encode", {})
-    n_texts = encoded.get("rows", 0)
+    n_texts = (encoded := counts.get("encode", {})).get("rows", 0)
     mean_tokens = round(encoded["tokens"] / n_texts) if n_texts else 0
     flops = cost.known(lambda: encoder_flops(inputs.encoder.config, n_texts=n_texts, tokens=mean_tokens))
     model_s = encoded.get("seconds", 0.0)

@@ -4,7 +4,7 @@ show: print versions, users, behaviors, bytes, how evenly the buckets are filled
 
 verify: check every data file (keys, buckets, vectors); exit code 1 if anything is wrong.
 
-compact: merge the small files that refreshes leave behind into large ones.
+compact: merge all small files into large ones; jobs that write merge those of crowded partitions themselves.
 
 vacuum: delete files that no version of the last `--keep-hours` needs, and files that were never committed.
 
@@ -19,17 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jobs.runtime import cli, exchange, session, switching
+from jobs.runtime import cli, compaction, exchange, session, switching
 from jobs.runtime.cli import Summary
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
 
 if TYPE_CHECKING:
-    from persona.store.data_files import DataFile
     from persona.store.store import Store
-    from persona.store.writer import Merged
 
-_GROUPS_PER_COMMIT = 256
 _RUNS_SHOWN = 10
 _PROBLEMS_SHOWN, _PROBLEMS_RETURNED = 20, 1000
 _ONLY_WITH = {
@@ -202,20 +199,11 @@ def _compact(config: Config, store: "Store") -> Outcome:
     for name in maintenance.TABLES:
         with store.writer(name, job="jobs.store") as writer:
             n_before = len(writer.table.files())
-            groups = writer.small_files(config.target_mb * 2**20)
-            for start in range(0, len(groups), _GROUPS_PER_COMMIT):
-                some = groups[start : start + _GROUPS_PER_COMMIT]
-                writer.exchange_merged(list(exchange.results(some, _merge, store=store, table=name)))
+            compaction.merge(writer, writer.small_files(config.target_mb * 2**20))
             n_after = len(writer.table.files())
         table.append((name, f"{n_before:,} files became {n_after:,}"))
         result[name] = {"files_before": n_before, "files_after": n_after}
     return Outcome(table=table, result=result)
-
-
-def _merge(files: "list[DataFile]", *, store: "Store", table: str) -> "Merged":
-    from persona.store import writer
-
-    return writer.merge(store.table(table), files)
 
 
 def _vacuum(config: Config, store: "Store") -> Outcome:

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from persona.inputs import histories
 from persona.inputs.histories import bucket_of, text_hash
+from persona.inputs.place import places_of_bucket
 from persona.store.identity import Identity
 from persona.store.store import Store
 from persona.store.writer import Writer, rewrite
@@ -45,7 +46,7 @@ def changed(rows: pa.Table, change: str) -> pa.Table:
 
 def commit_staged(writer: Writer, staged: pa.Table) -> None:
     """Commit staged files in one commit, rewriting the files they touch in this process."""
-    writer.replace(staged, [rewrite(writer.table, *touched) for touched in writer.touched(staged)])
+    writer.replace(staged, [pair for touched in writer.touched(staged) for pair in rewrite(writer.table, *touched)])
 
 
 def write_rows(store: Store, table: str, rows: pa.Table) -> None:
@@ -56,12 +57,13 @@ def write_rows(store: Store, table: str, rows: pa.Table) -> None:
 
 
 def refresh(store: Store, rows: pa.Table, *, sync: bool = False) -> dict[str, int]:
-    """What `embed` does, without Ray or an encoder; returns the counts of `Store.missing`."""
+    """What `embed` does, without Ray or an encoder; returns the counts of behaviors of `Store.missing`."""
     total: dict[str, int] = {}
     for bucket in set(rows["bucket"].to_pylist()):
         in_bucket = rows.filter(pa.compute.equal(rows["bucket"], bucket))
-        to_encode, counts = store.missing(bucket, in_bucket, sync=sync)
+        to_encode, counts = store.missing(bucket, in_bucket, absent=places_of_bucket(bucket) if sync else None)
         write_rows(store, "behaviors", encode(to_encode))
+        del counts["store_bytes"]
         total = {name: total.get(name, 0) + n for name, n in counts.items()}
     return total
 

@@ -43,7 +43,7 @@ def compact(writer: Writer) -> tuple[int, int]:
 def rows_of(store: Store) -> Counter[tuple[str, str, int]]:
     """Every row that a reader sees: user, behavior, and the length of the encoded text."""
     found: Counter[tuple[str, str, int]] = Counter()
-    for row in store.table("behaviors").scan(None).to_pylist():
+    for row in store.table("behaviors").read().to_pylist():
         assert row["bucket"] == bucket_of([row["user_id"]], store.n_buckets)[0]
         found[row["user_id"], row["behavior_id"], int(np.frombuffer(row["vector"], "<f2")[0])] += 1
     return found

@@ -5,7 +5,7 @@ failed attempts are never committed, and `jobs.store vacuum` deletes them.
 
 New rows are committed as they arrive. Rows that replace others wait until there are many of them, or for a minute,
 because every data file that holds a replaced row must be rewritten. Workers rewrite the files, in one wave at a time;
-new rows are committed meanwhile.
+new rows are committed meanwhile. At the end, the small files of crowded partitions are merged.
 """
 
 import math
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from jobs.runtime import compaction
 from jobs.runtime.tally import Tally
 
 if TYPE_CHECKING:
@@ -36,14 +37,14 @@ class _Wave:
     """Staged rows that replace others, and the files that are being rewritten without the replaced rows."""
 
     staged: "pa.Table"
-    files: "list[ObjectRef[Rewritten | None]]"
+    files: "list[ObjectRef[list[Rewritten]]]"
 
 
 class Committer:
-    """A context that commits the staged blocks it is given; when it ends, all of them are committed.
+    """A context that commits the staged blocks it is given; when it ends, all of them are committed, and files merged.
 
     An error of a commit is raised by the next `take`, or when the context ends. If the body fails, the blocks that were
-    taken are committed nevertheless, so that the next run need not redo them.
+    taken are committed nevertheless, so that the next run need not redo them, and nothing is merged.
     """
 
     def __init__(self, writer: "Writer", tally: Tally, *, stage: str = "commit") -> None:
@@ -69,8 +70,11 @@ class Committer:
         self._queue.put(None)
         self._ending.set()
         self._thread.join()
-        if self._error is not None and error is None:
+        if error is not None:
+            return
+        if self._error is not None:
             raise self._error
+        compaction.after_run(self._writer)
 
     def take(self, staged: "pa.Table") -> None:
         """Queue the staged files of a block (`persona.store.writer.staged_files`) for a commit."""
@@ -149,7 +153,7 @@ class Committer:
         name, uri = self._writer.table.name, self._writer.table.uri
         rewriting = ray.remote(num_cpus=1, max_retries=3)(_rewrite)
         # Until the wave ends, only new rows are committed, in files of their own: the touched files do not change.
-        files = [rewriting.remote(uri, name, file, replacing) for file, replacing in self._writer.touched(staged)]
+        files = [rewriting.remote(uri, name, files, replacing) for files, replacing in self._writer.touched(staged)]
         self._wave = _Wave(staged=staged, files=files)
 
     def _end_wave(self, *, wait: bool) -> None:
@@ -161,7 +165,8 @@ class Committer:
             return
         if not wait and wave.files and ray.wait(wave.files, num_returns=len(wave.files), timeout=0)[1]:
             return
-        self._count(wave.staged, rewritten=self._writer.replace(wave.staged, ray.get(wave.files)))
+        rewritten = [pair for pairs in ray.get(wave.files) for pair in pairs]
+        self._count(wave.staged, rewritten=self._writer.replace(wave.staged, rewritten))
         self._wave = None
 
     def _count(self, staged: "pa.Table", **counts: float) -> None:
@@ -174,8 +179,8 @@ class Committer:
         self._tally.note(self._stage, f"commit {self._n_commits}", counts)
 
 
-def _rewrite(uri: str, name: str, file: "DataFile", replacing: "list[DataFile]") -> "Rewritten | None":
+def _rewrite(uri: str, name: str, files: "list[DataFile]", replacing: "list[DataFile]") -> "list[Rewritten]":
     from persona.store.table import Table
     from persona.store.writer import rewrite
 
-    return rewrite(Table(uri, name), file, replacing)
+    return rewrite(Table(uri, name), files, replacing)

@@ -19,22 +19,38 @@ PLACES = 1 << _USER_BITS + _BEHAVIOR_BITS
 """The places of a bucket are `PLACES` consecutive numbers: bucket b has [b · PLACES, (b + 1) · PLACES)."""
 
 
+def places_of_bucket(bucket: int) -> tuple[int, int]:
+    """The range [low, high) of the places of a bucket."""
+    return bucket * PLACES, (bucket + 1) * PLACES
+
+
 def places(rows: pa.Table, n_buckets: int, key: str | None = "behavior_id") -> np.ndarray:
     """The place of each row, uint64 (N,). `rows` has `bucket`, `user_id` and the column `key`; None for user alone."""
+    return places_of(key_hashes(rows, key), rows["bucket"].to_numpy(), n_buckets)
+
+
+def key_hashes(rows: pa.Table, key: str | None = "behavior_id") -> np.ndarray:
+    """The hash of each row's user (32 bits) and then of `key` (22 bits), uint64 (N,), for any number of buckets."""
     users = _bytes(rows["user_id"])
-    checksums_N = np.fromiter((zlib.crc32(user) for user in users), dtype=np.uint64, count=len(users))
+    checksums = list(map(zlib.crc32, users))
+    users_N = np.array(checksums, np.uint64) << np.uint64(_BEHAVIOR_BITS)
+    if key is None:
+        return users_N
+    of_keys = map(zlib.crc32, _bytes(rows[key]), checksums)
+    hashes_N: np.ndarray = users_N + (np.fromiter(of_keys, np.uint64, len(users)) >> np.uint64(32 - _BEHAVIOR_BITS))
+    return hashes_N
+
+
+def places_of(hashes_N: np.ndarray, buckets_N: np.ndarray | int, n_buckets: int) -> np.ndarray:
+    """The places of keys with these `key_hashes` in their buckets, uint64 (N,)."""
+    checksums_N, behaviors_N = np.divmod(hashes_N, np.uint64(BEHAVIORS))
     # `bucket_of` has used the remainder of the checksum, so the quotient says nothing about the bucket. The quotient of
     # many buckets has few values, so it is spread over all 22 bits.
     n_quotients = np.uint64((1 << 32) // n_buckets + 1)
-    buckets_N = rows["bucket"].to_numpy().astype(np.uint64)
     users_N = checksums_N // np.uint64(n_buckets) * np.uint64(1 << _USER_BITS) // n_quotients
-    places_N: np.ndarray = ((buckets_N << np.uint64(_USER_BITS)) + users_N) << np.uint64(_BEHAVIOR_BITS)
-    if key is None:
-        return places_N
-    pairs = zip(users, _bytes(rows[key]), strict=True)
-    hashes_N = np.fromiter((_behavior_hash(*pair) for pair in pairs), dtype=np.uint64, count=len(users))
-    with_behaviors_N: np.ndarray = places_N + hashes_N
-    return with_behaviors_N
+    firsts_N = np.asarray(buckets_N).astype(np.uint64) * np.uint64(PLACES)
+    places_N: np.ndarray = firsts_N + users_N * np.uint64(BEHAVIORS) + behaviors_N
+    return places_N
 
 
 def digests(rows: pa.Table) -> pa.Array:
@@ -45,10 +61,6 @@ def digests(rows: pa.Table) -> pa.Array:
 
 def _digest(user: bytes, behavior: bytes) -> bytes:
     return hashlib.blake2b(len(user).to_bytes(8, "little") + user + behavior, digest_size=16).digest()
-
-
-def _behavior_hash(user: bytes, behavior: bytes) -> int:
-    return zlib.crc32(behavior, zlib.crc32(user)) >> 32 - _BEHAVIOR_BITS
 
 
 def _bytes(column: pa.ChunkedArray) -> list[bytes]:

@@ -1,47 +1,92 @@
 """Compare rows with what a store already has, by key, and find those that need work."""
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from persona.inputs.histories import KEY, in_order, latest
+from persona.inputs.place import places
+from persona.store import key_index
+from persona.store.stored_keys import StoredKeys
 
 CHANGES = ("new", "edited", "gone")
 
 
 def behavior_changes(
-    rows: pa.Table, stored: pa.Table, bucket: int, *, sync: bool = False
+    rows: pa.Table,
+    stored: StoredKeys,
+    bucket: int,
+    n_buckets: int,
+    *,
+    absent: tuple[int, int] | None = None,
+    keeps_later: bool = False,
 ) -> tuple[pa.Table, dict[str, int]]:
-    """The behaviors of one bucket to encode or delete, and counts. See `Store.missing`.
+    """The behaviors of a window to encode or delete, and counts. See `Store.missing`.
 
     Args:
-        rows: Valid input (`histories.SCHEMA`), possibly with duplicate keys.
-        stored: user_id, behavior_id, text_hash and timestamp of the bucket's stored behaviors.
-        bucket: Their bucket.
-        sync: Whether stored behaviors that are not among `rows` are `gone`.
+        rows: Valid input (`histories.SCHEMA`) of one bucket, possibly with duplicate keys.
+        stored: What the store has in the bucket.
+        bucket: The bucket.
+        n_buckets: The number of buckets of the store.
+        absent: The range of places in which stored behaviors that are not among `rows` are `gone`.
+        keeps_later: Whether a stored behavior that is later than the given one stays.
     """
     wanted = latest(rows)
-    keys, stored_keys = (key_strings(table.select(KEY)) for table in (wanted, stored))
-    # A lookup in an array of strings takes a fraction of the memory of a join.
-    positions = pc.index_in(keys, value_set=stored_keys)
-    same = same_content(stored.select(["text_hash", "timestamp"]).take(positions), wanted)
-    change = pc.if_else(positions.is_valid(), "edited", "new")
-    work = wanted.append_column("change", change).filter(pc.invert(same))
-    n_known = wanted.num_rows - work.num_rows
-    if sync:
-        gone = stored.select(KEY).filter(pc.invert(pc.is_in(stored_keys, value_set=keys)))
-        gone = in_order(gone, dict.fromkeys(KEY, "ascending"))
-        work = pa.concat_tables([work, _gone(gone, bucket, work.schema)])
+    work = wanted.append_column("change", pa.repeat("new", wanted.num_rows))
+    n_read = 0
+    if len(stored):
+        given = key_index.entries(wanted)
+        near = _near(stored, places(wanted, n_buckets))
+        positions = pc.index_in(given["digest"], value_set=_digests(near))
+        of_same_key = near.entries.take(positions)
+        is_known = same_content(of_same_key, given)
+        if keeps_later:
+            is_known = pc.or_(is_known, _is_later(of_same_key, given))
+        change = pc.if_else(positions.is_valid(), "edited", "new")
+        work = wanted.append_column("change", change).filter(pc.invert(is_known))
+        if absent is not None:
+            here = stored.between(*absent)
+            is_gone = pc.invert(pc.is_in(_digests(here), value_set=given["digest"].combine_chunks()))
+            keys, n_read = here.keys(is_gone.to_numpy(zero_copy_only=False))
+            gone = in_order(keys, dict.fromkeys(KEY, "ascending"))
+            work = pa.concat_tables([work, _gone(gone, bucket, work.schema)])
     counts = {name: pc.sum(pc.equal(work["change"], name)).as_py() or 0 for name in CHANGES}
-    return work, {"known": n_known, **counts, "duplicates": rows.num_rows - wanted.num_rows}
+    n_known = wanted.num_rows - counts["new"] - counts["edited"]
+    counts = {"known": n_known, **counts, "duplicates": rows.num_rows - wanted.num_rows, "store_bytes": n_read}
+    return work, counts
+
+
+def _near(stored: StoredKeys, places_N: np.ndarray) -> StoredKeys:
+    """The stored behaviors among which those with these places are."""
+    return stored.between(int(places_N.min()), int(places_N.max()) + 1) if len(places_N) else stored.between(0, 0)
+
+
+def _digests(stored: StoredKeys) -> pa.Array:
+    return pa.concat_arrays([pa.array([], pa.binary(16)), *stored.entries["digest"].chunks])
+
+
+def _is_later(one: pa.Table, other: pa.Table) -> pa.ChunkedArray:
+    """For each row, whether the first table's is the later one, as `histories.latest` decides; False without one."""
+    is_later = pc.or_(
+        pc.fill_null(pc.greater(one["timestamp"], other["timestamp"]), False),
+        pc.and_(one["timestamp"].is_valid(), other["timestamp"].is_null()),
+    )
+    hashes = (table["text_hash"].cast(pa.binary()) for table in (one, other))
+    is_greater = pc.fill_null(pc.greater(*hashes), False)
+    return pc.or_(is_later, pc.and_(_is_same_time(one, other), is_greater))
 
 
 def same_content(one: pa.Table, other: pa.Table) -> pa.ChunkedArray:
     """For each row, whether both tables have the same text hash, not null, and the same timestamp."""
-    same_time = pc.or_(
+    is_same_text = pc.fill_null(pc.equal(one["text_hash"], other["text_hash"]), False)
+    return pc.and_(is_same_text, _is_same_time(one, other))
+
+
+def _is_same_time(one: pa.Table, other: pa.Table) -> pa.ChunkedArray:
+    return pc.or_(
         pc.fill_null(pc.equal(one["timestamp"], other["timestamp"]), False),
         pc.and_(one["timestamp"].is_null(), other["timestamp"].is_null()),
     )
-    return pc.and_(pc.fill_null(pc.equal(one["text_hash"], other["text_hash"]), False), same_time)
 
 
 def persona_changes(behaviors: pa.Table, personas: pa.Table, bucket: int) -> pa.Table:

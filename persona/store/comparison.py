@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from persona.inputs.histories import KEY
 from persona.store.changes import key_strings, same_content
 from persona.store.store import Store
-from persona.store.table import sql_in
 
 _MAX_EXAMPLES = 1000
 _DIFFERENCES = ("missing", "extra", "differing")
@@ -88,4 +87,4 @@ def _examples(rows: pa.Table, difference: str) -> pa.Table:
 
 def _keys(store: Store, buckets: range) -> pa.Table:
     columns = [*KEY, "text_hash", "timestamp"]
-    return store.table("behaviors").scan(columns, sql_in("bucket", list(buckets)))
+    return store.table("behaviors").read(columns, partitions=buckets)

@@ -1,22 +1,22 @@
-"""The Parquet files of a table: write one, read one, and its entry in the Delta log."""
+"""The Parquet files of a table: write one with its key index, read one, and its entry in the Delta log."""
 
 import io
 import json
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
 
 from persona import storage
+from persona.store import key_index
 from persona.store.delta_calls import with_retries
 from persona.store.schema import Layout
 
@@ -37,7 +37,7 @@ class DataFile:
     partition: str
     n_rows: int
     size_bytes: int
-    stats: Mapping[str, tuple[Any, Any]]
+    stats: Mapping[str, tuple[Any, Any]] = field(hash=False)
 
     def to_json(self) -> str:
         """As text, to send between processes."""
@@ -49,11 +49,10 @@ class DataFile:
         fields = json.loads(text)
         return cls(**{**fields, "stats": {name: tuple(min_max) for name, min_max in fields["stats"].items()}})
 
-    def may_overlap(self, other: "DataFile") -> bool:
-        """Whether both files may hold the same key, judging by partition and statistics."""
-        both = self.stats.keys() & other.stats.keys()
-        disjoint = any(self.stats[n][1] < other.stats[n][0] or other.stats[n][1] < self.stats[n][0] for n in both)
-        return self.partition == other.partition and not disjoint
+    def may_hold(self, values: Mapping[str, Iterable[Any]]) -> bool:
+        """Whether the file may have a row with one of the values of each column, judging by its statistics."""
+        ranges = {name: self.stats[name] for name in values.keys() & self.stats.keys()}
+        return all(_any_within(sorted(values[name]), *low_high) for name, low_high in ranges.items())
 
 
 def write(table_uri: str, layout: Layout, rows: pa.Table) -> DataFile:
@@ -69,6 +68,8 @@ def write(table_uri: str, layout: Layout, rows: pa.Table) -> DataFile:
     repeating = [name for name in rows.column_names if name not in _UNIQUE_VALUES]
     pq.write_table(rows, sink, use_dictionary=repeating, write_statistics=repeating, **_PARQUET)
     data = sink.getvalue()
+    if layout.has_key_index:
+        key_index.write(table_uri, path, rows)
     storage.write_bytes(storage.join(table_uri, path), data)
     min_max = {name: pc.min_max(rows[name]).as_py() for name in layout.stats_columns}
     return DataFile(
@@ -80,44 +81,70 @@ def write(table_uri: str, layout: Layout, rows: pa.Table) -> DataFile:
     )
 
 
-def read(table_uri: str, layout: Layout, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
-    """Some columns of a file, or all, the partition column included. `vector` is read as `large_binary`."""
-    names = layout.schema.names if columns is None else list(columns)
-    in_file = [name for name in names if name != layout.partition]
+def read(
+    table_uri: str,
+    layout: Layout,
+    file: DataFile,
+    columns: Sequence[str] | None = None,
+    values: Mapping[str, Sequence[Any]] | None = None,
+) -> pa.Table:
+    """Some columns of a file, or all, the partition column included. `vector` is read as `large_binary`.
 
-    def read_columns() -> pa.Table:
+    With `values`, only the rows that have one of the values of each column; row groups without any are not read.
+    """
+    return read_counted(table_uri, layout, file, columns, values)[0]
+
+
+def read_counted(
+    table_uri: str,
+    layout: Layout,
+    file: DataFile,
+    columns: Sequence[str] | None = None,
+    values: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[pa.Table, int]:
+    """What `read` gives, and the number of bytes of the file that were read for it, besides its footer."""
+    names = layout.schema.names if columns is None else list(columns)
+    wanted = {name: sorted(of_column) for name, of_column in (values or {}).items()}
+    in_file = [name for name in dict.fromkeys([*names, *wanted]) if name != layout.partition]
+
+    def read_columns() -> tuple[pa.Table, int]:
         filesystem, path = storage.open_filesystem(storage.join(table_uri, file.path))
         with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as parquet:
-            return parquet.read(in_file, use_threads=False)
+            groups = _row_groups(parquet.metadata, wanted)
+            data = parquet.read_row_groups(groups, in_file, use_threads=False)
+            return data, _n_bytes(parquet.metadata, groups, in_file)
 
-    data = with_retries(read_columns, f"cannot read {file.path} of {table_uri}")
+    data, n_bytes = with_retries(read_columns, f"cannot read {file.path} of {table_uri}")
+    for name, of_column in wanted.items():
+        data = data.filter(pc.is_in(data[name], value_set=pa.array(of_column, data.schema.field(name).type)))
     value = pa.scalar(layout.partition_values([file.partition])[0], layout.partition_type)
     data = data.append_column(layout.partition, pa.repeat(value, data.num_rows)).select(names)
-    types = {"vector": pa.large_binary()}
-    return data.cast(pa.schema([(name, types.get(name, layout.schema.field(name).type)) for name in names]))
+    return data.cast(layout.schema_read(names)), n_bytes
 
 
-def from_log(delta: DeltaTable, layout: Layout, partitions: Sequence[Any] | None = None) -> list[DataFile]:
-    """The files of some partitions, or of all, in one version of a table."""
-    actions = pa.table(delta.get_add_actions(flatten=True))
-    column = f"partition.{layout.partition}"
-    if partitions is not None:
-        wanted = pa.array(partitions, actions.schema.field(column).type)
-        actions = actions.filter(pc.is_in(actions[column], value_set=wanted))
-    return [
-        DataFile(
-            path=unquote(row["path"]),  # percent-encoded in the log
-            partition=str(row[column]),
-            n_rows=row["num_records"],
-            size_bytes=row["size_bytes"],
-            stats={
-                name: (row[f"min.{name}"], row[f"max.{name}"])
-                for name in layout.stats_columns
-                if row.get(f"min.{name}") is not None
-            },
+def _row_groups(metadata: pq.FileMetaData, wanted: Mapping[str, list[Any]]) -> list[int]:
+    """The row groups that may have a row with one of the sorted values of each column."""
+    numbers = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)} if wanted else {}
+
+    def may_hold(group: pq.RowGroupMetaData) -> bool:
+        stats = ((group.column(numbers[name]).statistics, values) for name, values in wanted.items())
+        return all(
+            found is None or not found.has_min_max or _any_within(values, found.min, found.max)
+            for found, values in stats
         )
-        for row in actions.to_pylist()
-    ]
+
+    return [i for i in range(metadata.num_row_groups) if may_hold(metadata.row_group(i))]
+
+
+def _n_bytes(metadata: pq.FileMetaData, groups: Sequence[int], names: Sequence[str]) -> int:
+    columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in names]
+    return sum(metadata.row_group(group).column(i).total_compressed_size for group in groups for i in columns)
+
+
+def _any_within(values: Sequence[Any], low: Any, high: Any) -> bool:
+    """Whether one of the sorted values is in [low, high]."""
+    first = bisect_left(values, low)
+    return first < len(values) and bool(values[first] <= high)
 
 
 def add_action(layout: Layout, file: DataFile, *, same_rows: bool = False) -> AddAction:

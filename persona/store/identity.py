@@ -64,6 +64,12 @@ def from_properties(properties: Mapping[str, str], table_uri: str) -> tuple[Iden
         raise InputError(f"the table {table_uri} has a malformed {_PREFIX}* property: {error}") from error
 
 
+def upgrade(properties: Mapping[str, str]) -> dict[str, str]:
+    """The table properties to set before this version of persona-plug writes to a store; mostly none."""
+    is_current = properties.get(f"{_PREFIX}{_FORMAT}") == str(FORMAT_VERSION)
+    return {} if is_current else {f"{_PREFIX}{_FORMAT}": str(FORMAT_VERSION)}
+
+
 def _check_format(version: int, table_uri: str) -> None:
     if version > FORMAT_VERSION:
         raise StoreMismatch(

@@ -16,8 +16,8 @@ from deltalake.transaction import AddAction, RemoveAction
 from persona.errors import LeaseLost, StorageError
 from persona.storage import delta_options
 from persona.storage.retry import in_one_line, is_transient, retry_transient
-from persona.store import data_files
 from persona.store.delta_calls import storage_errors, with_retries
+from persona.store.file_list import FileList
 from persona.store.schema import Layout
 
 JOB = "persona.job"
@@ -88,7 +88,7 @@ class Log:
             count = latest.transaction_version(_COMMITS) or 0
             if count >= numbers.setdefault(_COMMITS, count + 1):
                 return True  # only this holder advances the count, so it was an attempt whose response was lost
-            present = {file.path for file in data_files.from_log(latest, self.layout)} if removed else set()
+            present = FileList.of(latest, self.layout).paths() if removed else set()
             if gone := next((path for path in removed if path not in present), None):
                 raise StorageError(
                     f"another program has removed {gone} from {self.uri} while this run replaced rows of it; "
@@ -102,7 +102,7 @@ class Log:
         """Add a file without a lease, past any other writer: for a table without a key."""
 
         def is_committed() -> bool:
-            return action.path in {file.path for file in data_files.from_log(self.latest(), self.layout)}
+            return action.path in FileList.of(self.latest(), self.layout).paths()
 
         self._commit_next([action], {}, is_committed)
 

@@ -3,7 +3,6 @@
 Every function works on one file or one partition, so that many can run in parallel.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -11,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from persona import storage
 from persona.errors import StorageError
-from persona.inputs.histories import bucket_of
-from persona.store import vectors
+from persona.inputs.histories import KEY, bucket_of
+from persona.store import key_index, vectors
 from persona.store.changes import key_strings
 from persona.store.data_files import DataFile
 from persona.store.schema import LAYOUTS
@@ -40,17 +40,14 @@ class TableFacts(TypedDict):
 
 def facts(store: Store, name: str) -> TableFacts:
     """Version and size of a table; reads only the log."""
-    table = store.table(name)
-    files = table.files()
-    by_partition: Counter[str] = Counter()
-    for file in files:
-        by_partition[file.partition] += file.n_rows
+    files = store.table(name).file_list()
+    by_partition = files.rows_by_partition()
     return {
-        "version": table.version(),
+        "version": files.version,
         "rows": sum(by_partition.values()),
-        "bytes": sum(file.size_bytes for file in files),
+        "bytes": files.size_bytes(),
         "files": len(files),
-        "rows_by_partition": dict(by_partition),
+        "rows_by_partition": by_partition,
     }
 
 
@@ -71,6 +68,8 @@ def verify(store: Store, name: str, partition: str) -> tuple[int, list[str]]:
             problems.append(f"{where}: has {rows.num_rows:,} rows, but {file.n_rows:,} according to the log")
         n_rows += rows.num_rows
         problems += [f"{where}: {problem}" for problem in _row_problems(store, table, rows)]
+        if table.layout.has_key_index:
+            problems += [f"{where}: {problem}" for problem in _index_problems(table, file, rows)]
         keys_by_file.append(key_strings(rows.select(table.layout.row_key)))
     keys = pa.chunked_array(keys_by_file, pa.large_string())
     if n_duplicates := len(keys) - pc.count_distinct(keys, mode="all").as_py():
@@ -88,6 +87,19 @@ def _row_problems(store: Store, table: Table, rows: pa.Table) -> list[str]:
     if "vector" in rows.column_names:
         found += _vector_problems(rows["vector"], store.identity.width)
     return found
+
+
+def _index_problems(table: Table, file: DataFile, rows: pa.Table) -> list[str]:
+    """Problems with the key index of a file with these rows; that it has none is not one."""
+    indexed = key_index.read(table.uri, file.path, rows.num_rows)
+    if indexed is None:
+        return ["its key index is damaged"] if storage.exists(key_index.uri_of(table.uri, file.path)) else []
+    if any(rows[key].null_count for key in KEY):
+        return ["it has a key index, but not all of its rows have a key"]
+    entries = key_index.entries(rows)
+    by_digest = [(key, "ascending") for key in ("digest", "timestamp", "text_hash")]
+    is_equal = indexed[0].sort_by(by_digest).equals(entries.sort_by(by_digest))
+    return [] if is_equal else ["its key index is of other rows"]
 
 
 def _vector_problems(column: pa.ChunkedArray, width: int) -> list[str]:

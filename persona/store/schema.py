@@ -11,7 +11,10 @@ from persona.inputs.records import REJECTS
 
 # Version of everything below and of the vector codec, recorded in each store. Raise it when older code would misread
 # or damage a store written by newer code. A store without a recorded version has version 1.
-FORMAT_VERSION = 1
+#
+# 2: data files of behaviors have a key index. Older code would leave it behind when it deletes a data file, even to
+#    forget a user. The first writer of the behaviors of a store of version 1 raises it to 2.
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,8 @@ class Layout:
     partition: str
     key: tuple[str, ...]
     order: tuple[str, ...]
+    has_key_index: bool = False
+    """Whether a key index is written with each data file."""
 
     @property
     def row_key(self) -> list[str]:
@@ -32,6 +37,11 @@ class Layout:
     def stats_columns(self) -> tuple[str, ...]:
         """Key columns whose range differs between files, so that their min and max let readers skip files."""
         return tuple(name for name in self.key if name in self.order and name != self.partition)
+
+    def schema_read(self, names: Iterable[str]) -> pa.Schema:
+        """The schema of columns as they are read: a bucket of vectors may exceed the 2 GiB of `binary`."""
+        types = {"vector": pa.large_binary()}
+        return pa.schema([(name, types.get(name, self.schema.field(name).type)) for name in names])
 
     @property
     def partition_type(self) -> pa.DataType:
@@ -59,6 +69,7 @@ LAYOUTS = {
         partition="bucket",
         key=("bucket", "user_id", "behavior_id"),
         order=("bucket", "user_id", "timestamp"),
+        has_key_index=True,
     ),
     "personas": Layout(
         schema=pa.schema(

@@ -22,12 +22,13 @@ from persona.errors import InputError, StoreMismatch, UsageError
 from persona.inputs.cells import TIME
 from persona.inputs.histories import KEY, in_order
 from persona.storage import join
-from persona.store import identity as identities, pointer as pointers, vectors
+from persona.store import identity as identities, pointer as pointers, stored_keys, vectors
 from persona.store.changes import behavior_changes, persona_changes
+from persona.store.file_list import FileList
 from persona.store.identity import Identity
 from persona.store.lease import Lease
 from persona.store.schema import LAYOUTS
-from persona.store.table import Table, sql_in
+from persona.store.table import Table
 from persona.store.writer import Writer, staged_files
 
 DEFAULT_BUCKETS = 64
@@ -38,7 +39,7 @@ _MISREAD = re.compile(r"%[0-9A-Fa-f]{2}|[\\\x00-\x1f\x7f\udc80-\udcff]")
 class Store:
     """An open store. It can be sent to another process, which opens its own tables.
 
-    It reads the newest version of each table, or the one in `versions`; see `snapshot`.
+    It reads the newest version of each table, or the one in `versions`; see `at` and `snapshot`.
     """
 
     def __init__(
@@ -48,18 +49,23 @@ class Store:
         n_buckets: int,
         versions: Mapping[str, int] | None = None,
         pointer: str | None = None,
+        files: Mapping[str, FileList] | None = None,
     ) -> None:
-        """Use `open`, `create`, `open_or_create`, `find` or `at`. `pointer` is the folder that led to this store."""
+        """Use `open`, `create`, `open_or_create`, `find`, `at` or `snapshot`.
+
+        `pointer` is the folder that led to this store; `files` has the data files of tables at their fixed versions.
+        """
         self.uri = uri
         self.pointer = pointer
         self.identity = identity
         self.n_buckets = n_buckets
         self.versions = dict(versions or {})
+        self._files = dict(files or {})
         self._tables: dict[str, Table] = {}
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[str, Identity, int, dict[str, int], str | None]]:
+    def __reduce__(self) -> tuple[type["Store"], tuple[object, ...]]:
         """Without open tables, which hold connections."""
-        return Store, (self.uri, self.identity, self.n_buckets, self.versions, self.pointer)
+        return Store, (self.uri, self.identity, self.n_buckets, self.versions, self.pointer, self._files)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r}, encoder={self.identity.encoder!r}, n_buckets={self.n_buckets})"
@@ -127,34 +133,57 @@ class Store:
         return self.table(table).version()
 
     def at(self, **versions: int) -> "Store":
-        """The same store with some tables fixed at these versions."""
-        return Store(self.uri, self.identity, self.n_buckets, {**self.versions, **versions}, self.pointer)
+        """The same store with some tables fixed at these versions, which each process looks up in the log."""
+        files = {name: of_table for name, of_table in self._files.items() if name not in versions}
+        return Store(self.uri, self.identity, self.n_buckets, {**self.versions, **versions}, self.pointer, files)
 
     def snapshot(self, *tables: str) -> "Store":
-        """The same store with some tables fixed at their current version: any process reads the same rows."""
-        return self.at(**{name: self.version(name) for name in tables})
+        """The same store with some tables fixed at the version that is read now, which it knows the files of.
+
+        So any process reads the same rows, and none has to read the log.
+        """
+        files = {name: self.table(name).file_list() for name in tables}
+        versions = {**self.versions, **{name: of_table.version for name, of_table in files.items()}}
+        return Store(self.uri, self.identity, self.n_buckets, versions, self.pointer, {**self._files, **files})
 
     def table(self, name: str) -> Table:
         """An open table, one of `schema.LAYOUTS`."""
         if name not in self._tables:
-            self._tables[name] = Table(join(self.uri, name), name, self.versions.get(name))
+            uri, files = join(self.uri, name), self._files.get(name)
+            self._tables[name] = Table(uri, name, self.versions.get(name), files)
         return self._tables[name]
 
-    def missing(self, bucket: int, rows: pa.Table, *, sync: bool = False) -> tuple[pa.Table, dict[str, int]]:
-        """Compare valid `rows` (`histories.SCHEMA`) of one bucket with the store; reads no vectors.
+    def missing(
+        self, bucket: int, rows: pa.Table, *, absent: tuple[int, int] | None = None, keeps_later: bool = False
+    ) -> tuple[pa.Table, dict[str, int]]:
+        """Compare valid `rows` (`histories.SCHEMA`) of one bucket with the store; reads key indexes, no vectors.
+
+        Args:
+            bucket: The bucket.
+            rows: All of the input that has the same keys; may have no rows.
+            absent: The range of places [low, high) in which stored behaviors that are not among `rows` are `gone`.
+            keeps_later: Whether a stored behavior that is later than the given one counts as known: it comes from an
+                input that is not read now.
 
         Returns the rows that need work, with a string column `change`, each key once:
         - `new`: not stored;
         - `edited`: stored with another text or timestamp;
-        - `gone`, only with `sync`: stored but not among `rows`; text and hash are null.
+        - `gone`: stored but not among `rows`; text and hash are null.
 
-        Also returns the counts of `known`, `new`, `edited`, `gone`, and `duplicates` within the input. Of duplicates
-        the latest counts (at the same time, the one with the greatest text hash). The result, order included, depends
-        only on the set of rows and the table's version.
+        Also returns the counts of `known`, `new`, `edited`, `gone`, and `duplicates` within the input, and
+        `store_bytes`, the bytes of the store that were read for this call. What is read of a bucket is kept until the
+        next bucket is compared in the process.
+
+        Of duplicates the latest counts (at the same time, the one with the greatest text hash). The result, order
+        included, depends only on the set of rows and the table's version.
         """
-        columns = [*KEY, "text_hash", "timestamp"]
-        stored = self.table("behaviors").scan(columns, sql_in("bucket", [bucket]))
-        return behavior_changes(rows, stored, bucket, sync=sync)
+        table = self.table("behaviors")
+        n_read = stored_keys.of_bucket.cache_info().misses
+        stored = stored_keys.of_bucket(table.uri, bucket, self.n_buckets, tuple(table.files([bucket])))
+        work, counts = behavior_changes(rows, stored, bucket, self.n_buckets, absent=absent, keeps_later=keeps_later)
+        if stored_keys.of_bucket.cache_info().misses > n_read:
+            counts["store_bytes"] += stored.n_bytes
+        return work, counts
 
     def personas_to_make(self, bucket: int, plug: str) -> pa.Table:
         """The users of one bucket whose persona under a plug (its fingerprint) is missing, out of date or `gone`.
@@ -162,10 +191,9 @@ class Store:
         Returns `user_id`, `bucket` and `change`. Reads user ids and times, no vectors: a persona is out of date when
         the user's number of behaviors has changed, or one was encoded later than the persona.
         """
-        where = sql_in("bucket", [bucket])
-        behaviors = self.table("behaviors").scan(["user_id", "embedded_at"], where)
+        behaviors = self.table("behaviors").read(["user_id", "embedded_at"], partitions=[bucket])
         columns = ["user_id", "n_behaviors", "updated_at"]
-        personas = self.table("personas").scan(columns, f"{where} AND {sql_in('plug', [plug])}")
+        personas = self.table("personas").read(columns, partitions=[bucket], values={"plug": [plug]})
         return persona_changes(behaviors, personas, bucket)
 
     def stage(self, table: str, rows: pa.Table) -> pa.Table:
@@ -205,6 +233,8 @@ class Store:
         opened = Table(join(self.uri, table), table)
         with Lease.acquire(self.uri, table, job=job, above=opened.lease()) as lease:
             opened.fence(lease.number, job=job)
+            if table == "behaviors":
+                opened.set_properties(identities.upgrade(opened.properties()))
             yield Writer(opened, lease)
 
     def write_rejects(self, rows: pa.Table) -> None:
@@ -212,8 +242,8 @@ class Store:
         if not rows.num_rows:
             return
         key = ["job", "source", "row", "reason"]
-        where = " AND ".join(sql_in(name, pc.unique(rows[name]).to_pylist()) for name in ("job", "source"))
-        known = self.table("rejects").scan(key, where)
+        jobs, sources = (pc.unique(rows[name]).to_pylist() for name in ("job", "source"))
+        known = self.table("rejects").read(key, partitions=jobs, values={"source": sources})
         fresh = rows.join(known, key, join_type="left anti", use_threads=False).select(rows.column_names)
         if fresh.num_rows:
             self.table("rejects").append(fresh)
@@ -225,33 +255,31 @@ class Store:
 
         Sorted by user_id, timestamp (nulls last) and behavior_id. `vector` is `large_binary`.
         """
-        where = sql_in("bucket", [bucket])
-        if user_ids is not None:
-            where += f" AND {sql_in('user_id', user_ids)}"
         columns = [*KEY, "timestamp", "text_hash", *(["vector"] if with_vectors else [])]
-        table = self.table("behaviors").scan(columns, where)
+        values = None if user_ids is None else {"user_id": user_ids}
+        table = self.table("behaviors").read(columns, partitions=[bucket], values=values)
         return in_order(table, dict.fromkeys(["user_id", "timestamp", "behavior_id"], "ascending"))
 
     def users(self, bucket: int) -> list[str]:
         """The users with behaviors in one bucket, sorted."""
-        found = self.table("behaviors").scan(["user_id"], sql_in("bucket", [bucket]))
+        found = self.table("behaviors").read(["user_id"], partitions=[bucket])
         return sorted(pc.unique(found["user_id"]).to_pylist())
 
     def buckets(self) -> list[int]:
-        """The buckets with behaviors, sorted; reads only the log."""
+        """The buckets with behaviors, sorted; reads no data file."""
         return self.table("behaviors").partitions()
 
     def persona_buckets(self) -> list[int]:
-        """The buckets with personas, sorted; reads only the log."""
+        """The buckets with personas, sorted; reads no data file."""
         return self.table("personas").partitions()
 
     def answers(self, variant: str, bucket: int) -> pa.Table:
         """`request_id`, `fingerprint` and `plug` of the stored answers."""
-        where = f"{sql_in('variant', [variant])} AND {sql_in('bucket', [bucket])}"
-        return self.table("generations").scan(["request_id", "fingerprint", "plug"], where)
+        columns = ["request_id", "fingerprint", "plug"]
+        return self.table("generations").read(columns, partitions=[variant], values={"bucket": [bucket]})
 
     def variants(self) -> list[str]:
-        """The variants with answers, sorted; reads only the log."""
+        """The variants with answers, sorted; reads no data file."""
         return self.table("generations").partitions()
 
     def read_generations(
@@ -262,9 +290,8 @@ class Store:
         buckets: Sequence[int] | None = None,
     ) -> pa.Table:
         """The answers of some variants and buckets; None means all."""
-        wanted = {"variant": variants, "bucket": buckets}
-        where = [sql_in(name, values) for name, values in wanted.items() if values is not None]
-        return self.table("generations").scan(columns, " AND ".join(where) or None)
+        values = None if buckets is None else {"bucket": buckets}
+        return self.table("generations").read(columns, partitions=variants, values=values)
 
 
 def _check_path(uri: str) -> None:

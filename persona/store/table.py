@@ -4,6 +4,7 @@ Any process may write data files, which readers do not see. Only the holder of t
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -18,11 +19,14 @@ from persona import storage
 from persona.errors import StorageError
 from persona.storage import delta_options
 from persona.storage.retry import is_transient
-from persona.store import data_files
+from persona.store import data_files, key_index
 from persona.store.data_files import DataFile
 from persona.store.delta_calls import with_retries
+from persona.store.file_list import FileList
 from persona.store.log import JOB, Log
 from persona.store.schema import LAYOUTS
+
+_PARALLEL_READS, _PARALLEL_DELETES = 8, 16
 
 
 class Run(TypedDict):
@@ -38,14 +42,16 @@ class Table:
     """A table at its newest version, or read-only at a fixed one. Open it in the process that uses it.
 
     Methods that read the log raise `StorageError` when the table or version does not exist. Reading and writing files
-    does not read the log.
+    does not read the log, and with `files`, those of the version, nor does reading rows.
     """
 
-    def __init__(self, uri: str, name: str, version: int | None = None) -> None:
+    def __init__(self, uri: str, name: str, version: int | None = None, files: FileList | None = None) -> None:
         self.uri = uri
         self.name = name
         self.layout = LAYOUTS[name]
         self.log = Log(uri, self.layout, version)
+        self._is_fixed = files is not None
+        self._files = files
 
     @staticmethod
     def create(uri: str, name: str, properties: Mapping[str, str]) -> None:
@@ -93,13 +99,34 @@ class Table:
         """The metadata properties: those given to `create`, and Delta's."""
         return dict(self.log.latest().metadata().configuration)
 
+    def set_properties(self, properties: Mapping[str, str]) -> None:
+        """Set some of the metadata properties, in one commit; without any, nothing is committed."""
+        if not properties:
+            return
+        latest = self.log.latest()
+        set_all = partial(latest.alter.set_table_properties, dict(properties), raise_if_not_exists=False)
+        what = f"cannot set the properties of the table {self.uri}"
+        try:
+            with_retries(set_all, what)
+        except CommitFailedError as error:
+            raise StorageError(f"{what}, which another program is changing; run the same command again") from error
+
     def id(self) -> str:
         """What tells this table from any other; a copy has the same."""
         return str(self.log.latest().metadata().id)
 
     def version(self) -> int:
         """The newest version, or the fixed one."""
-        return self.log.latest().version()
+        return self._files.version if self._is_fixed and self._files is not None else self.log.latest().version()
+
+    def file_list(self) -> FileList:
+        """The data files of the newest version, or of the fixed one."""
+        if self._files is not None and self._is_fixed:
+            return self._files
+        latest = self.log.latest()
+        if self._files is None or self._files.version != latest.version():
+            self._files = FileList.of(latest, self.layout)
+        return self._files
 
     def runs(self) -> list[Run]:
         """The runs that took the table's lease, newest first, as far back as the log reaches."""
@@ -117,7 +144,7 @@ class Table:
     def has(self, version: int) -> bool:
         """Whether a version is still readable: its log entries and all its data files exist."""
         try:
-            needed = {file.path for file in Table(self.uri, self.name, version).files()}
+            needed = Table(self.uri, self.name, version).file_list().paths()
         except StorageError as error:
             if error.__cause__ is None or is_transient(error.__cause__):
                 raise
@@ -126,29 +153,28 @@ class Table:
 
     def partitions(self) -> list[Any]:
         """The partition values that have rows, sorted."""
-        found = {row[self.layout.partition] for row in self.log.latest().partitions()}
-        return sorted(self.layout.partition_values(found))
-
-    def scan(self, columns: Sequence[str] | None, where: str | None = None) -> pa.Table:
-        """The rows that match the SQL predicate `where`, in no particular order.
-
-        Files, row groups and pages that cannot match are not read. `vector` is read as `large_binary`, because a
-        bucket of vectors may exceed the 2 GiB that `binary` can address.
-        """
-        names = self.layout.schema.names if columns is None else list(columns)
-        fields = [self.layout.schema.field(name) for name in names]
-        schema = pa.schema([f.with_type(pa.large_binary()) if f.name == "vector" else f for f in fields])
-        table = self.log.latest()
-
-        def read() -> pa.Table:
-            reader = pa.RecordBatchReader.from_stream(table.scan(columns=names, predicate=where))
-            return pa.Table.from_batches((batch.select(names).cast(schema) for batch in reader), schema)
-
-        return with_retries(read, f"cannot read the table {self.uri}")
+        return sorted(self.layout.partition_values(self.file_list().partitions()))
 
     def files(self, partitions: Sequence[Any] | None = None) -> list[DataFile]:
         """The data files of some partitions, or of all."""
-        return data_files.from_log(self.log.latest(), self.layout, partitions)
+        return self.file_list().of_partitions(partitions)
+
+    def read(
+        self,
+        columns: Sequence[str] | None = None,
+        *,
+        partitions: Sequence[Any] | None = None,
+        values: Mapping[str, Sequence[Any]] | None = None,
+    ) -> pa.Table:
+        """The rows of some partitions, or of all, that have one of the `values` of each column, in no particular order.
+
+        Files and row groups that cannot have such rows are not read. `vector` is read as `large_binary`.
+        """
+        files = [file for file in self.files(partitions) if file.may_hold(values or {})]
+        read = partial(data_files.read, self.uri, self.layout, columns=columns, values=values)
+        names = self.layout.schema.names if columns is None else columns
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            return pa.concat_tables([self.layout.schema_read(names).empty_table(), *pool.map(read, files)])
 
     def stored_paths(self) -> set[str]:
         """The paths of all stored data files, committed or not."""
@@ -165,8 +191,16 @@ class Table:
         return data_files.read(self.uri, self.layout, file, columns)
 
     def discard(self, file: DataFile) -> None:
-        """Delete a file that was never committed."""
-        storage.delete(storage.join(self.uri, file.path))
+        """Delete a file that was never committed, and its key index."""
+        self.delete_paths([file.path])
+
+    def delete_paths(self, paths: Sequence[str]) -> None:
+        """Delete data files and their key indexes."""
+        uris = [storage.join(self.uri, path) for path in paths]
+        if self.layout.has_key_index:
+            uris += [key_index.uri_of(self.uri, path) for path in paths]
+        with ThreadPoolExecutor(_PARALLEL_DELETES) as pool:
+            list(pool.map(storage.delete, uris))
 
     def append(self, rows: pa.Table) -> None:
         """Add rows of one partition in one commit, without a lease: for a table without a key."""
@@ -200,16 +234,3 @@ class Table:
         ]
         if actions:
             self.log.commit(actions, lease=lease, removed={file.path for file in remove})
-
-
-def sql_in(column: str, values: Sequence[str] | Sequence[int]) -> str:
-    """The SQL predicate that a column has one of `values`, with their range, which lets readers skip files."""
-    if not len(values):
-        return "false"
-    listed = ", ".join(map(_literal, values))
-    between = f"{column} BETWEEN {_literal(min(values))} AND {_literal(max(values))}"
-    return f"{between} AND {column} IN ({listed})" if len(values) > 1 else f"{column} = {listed}"
-
-
-def _literal(value: str | int) -> str:
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)

@@ -1,34 +1,34 @@
 """Delete the files of a table that its readable versions do not need."""
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from persona import storage
-from persona.store import data_files
+from persona.store import key_index
 from persona.store.delta_calls import with_retries
+from persona.store.file_list import FileList
 from persona.store.table import Table
-
-_PARALLEL_DELETES = 16
 
 
 def delete_unused_files(table: Table, *, lease: int, keep_hours: int) -> list[str]:
     """Delete data files that no version of the last `keep_hours` uses, and files never committed. Returns their URIs.
 
-    With 0 hours, only the newest version remains readable. Files are listed before the lease is checked: a run that
-    takes over later cannot have staged any of them. Raises `LeaseLost` when another lease rules.
+    A key index goes with its data file. With 0 hours, only the newest version remains readable. Files are listed before
+    the lease is checked: a run that takes over later cannot have staged any of them. Raises `LeaseLost` when another
+    lease rules.
     """
     if not table.layout.key:
         keep_hours = max(keep_hours, 1)  # `Table.append` needs no lease: spare what it is about to commit
-    stored = table.stored_paths() if not keep_hours else set()
+    indexed = key_index.indexed_paths(table.uri) if table.layout.has_key_index else set()
+    stored = table.stored_paths()
     latest = table.log.latest()
     list_unused = partial(latest.vacuum, keep_hours, dry_run=True, enforce_retention_duration=False, full=True)
     unused = set(with_retries(list_unused, f"cannot list the unused files of the table {table.uri}"))
-    used = {file.path for file in data_files.from_log(table.log.require_lease(lease), table.layout)}
+    used = FileList.of(table.log.require_lease(lease), table.layout).paths()
     # delta-rs goes by timestamps of other machines' clocks, so never delete what the newest version uses.
-    uris = sorted(storage.join(table.uri, path) for path in (unused | stored) - used)
-    with ThreadPoolExecutor(_PARALLEL_DELETES) as pool:
-        list(pool.map(storage.delete, uris))
-    return uris
+    paths = sorted((unused if keep_hours else unused | stored) - used)
+    table.delete_paths(paths)
+    key_index.delete(table.uri, indexed - stored - used)  # a killed run may have deleted only the data file
+    return [storage.join(table.uri, path) for path in paths]
 
 
 def delete_old_versions(table: Table, *, lease: int) -> list[str]:

@@ -4,21 +4,24 @@ Files are immutable. To replace or delete rows, the files that hold them are rew
 removes the old files and adds the new ones, so a reader sees either all the old rows or all the new ones.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from persona.store import vacuum
+from persona.store import small_files, stored_keys, vacuum
 from persona.store.changes import key_strings
 from persona.store.data_files import DataFile
 from persona.store.lease import Lease
+from persona.store.overlaps import KeyRanges
 from persona.store.table import Table
 
 _STAGED = pa.schema([("file", pa.string()), ("change", pa.string()), ("rows", pa.int64())])
+_REWRITTEN_TOGETHER = 8  # files that share one look at the keys that replace theirs
 
-Touched = tuple[DataFile, list[DataFile]]
-"""A committed file, and the staged files that may replace rows of it."""
+Touched = tuple[list[DataFile], list[DataFile]]
+"""Committed files of one partition, and the staged files that may replace rows of them."""
 Rewritten = tuple[DataFile, DataFile | None]
 """A committed file, and its replacement; None when no row is left."""
 Merged = tuple[list[DataFile], DataFile]
@@ -45,20 +48,28 @@ class Writer:
     def __init__(self, table: Table, lease: Lease) -> None:
         self.table = table
         self.lease = lease
+        self.added_bytes = 0
+        """The size of all files that were added so far, except by `exchange_merged`."""
 
     def add(self, staged: pa.Table) -> None:
         """Commit files of new rows."""
-        self.lease.check()
-        self.table.commit(files_of(staged, "new"), lease=self.lease.number)
+        self._commit(files_of(staged, "new"))
 
     def touched(self, staged: pa.Table) -> list[Touched]:
         """The files that may hold rows to replace or delete; `rewrite` each, then `replace`."""
-        replacing = files_of(staged, "edited", "gone")
-        if not replacing:
-            return []
-        partitions = self.table.layout.partition_values({file.partition for file in replacing})
-        pairs = [(file, [new for new in replacing if file.may_overlap(new)]) for file in self.table.files(partitions)]
-        return [(file, news) for file, news in pairs if news]
+        by_partition: dict[str, list[DataFile]] = defaultdict(list)
+        for file in files_of(staged, "edited", "gone"):
+            by_partition[file.partition].append(file)
+        found: list[Touched] = []
+        committed = self.table.file_list()
+        for partition, replacing in by_partition.items():
+            ranges = KeyRanges(replacing)
+            touched = [file for file in committed.of_partitions([partition]) if ranges.near(file)]
+            for start in range(0, len(touched), _REWRITTEN_TOGETHER):
+                some = touched[start : start + _REWRITTEN_TOGETHER]
+                near = {new.path: new for file in some for new in ranges.near(file)}
+                found.append((some, list(near.values())))
+        return found
 
     def replace(self, staged: pa.Table, rewritten: Sequence[Rewritten | None]) -> int:
         """Commit staged files and the rewritten touched files together; returns the number of rewritten ones."""
@@ -69,32 +80,32 @@ class Writer:
 
     def exchange(self, rewritten: Sequence[Rewritten | None], added: Sequence[DataFile] = ()) -> int:
         """Replace files by their rewritten ones and add others, in one commit; returns the number of rewritten ones."""
-        self.lease.check()
         pairs = [pair for pair in rewritten if pair is not None]
         added = [*added, *(new for _, new in pairs if new is not None)]
-        self.table.commit(added, [old for old, _ in pairs], lease=self.lease.number)
+        self._commit(added, [old for old, _ in pairs])
         return len(pairs)
 
     def remove_partition(self, value: str) -> int:
         """Delete all rows of a partition without reading them; returns their number."""
-        self.lease.check()
         files = self.table.files(self.table.layout.partition_values([value]))
-        self.table.commit(remove=files, lease=self.lease.number)
+        self._commit(remove=files)
         return sum(file.n_rows for file in files)
+
+    def _commit(self, add: Sequence[DataFile] = (), remove: Sequence[DataFile] = ()) -> None:
+        self.lease.check()
+        self.table.commit(add, remove, lease=self.lease.number)
+        self.added_bytes += sum(file.size_bytes for file in add)
 
     def small_files(self, target_bytes: int) -> list[list[DataFile]]:
         """Groups of two or more small files to `merge`, each from one partition and neighboring in key order."""
-        ordered = sorted(self.table.files(), key=lambda file: (file.partition, sorted(file.stats.items()), file.path))
-        groups: list[list[DataFile]] = [[]]
-        for file in ordered:
-            if 2 * file.size_bytes > target_bytes:
-                continue
-            last = groups[-1]
-            size_bytes = sum(other.size_bytes for other in last) + file.size_bytes
-            if last and (last[0].partition != file.partition or size_bytes > target_bytes):
-                groups.append(last := [])
-            last.append(file)
-        return [group for group in groups if len(group) > 1]
+        return small_files.groups(self.table.files(), target_bytes)
+
+    def crowded_files(self, target_bytes: int, max_bytes: int) -> list[list[DataFile]]:
+        """Such groups of the partitions that have so many small files that merging them pays, most files first.
+
+        Together they have at most `max_bytes`, or are one group.
+        """
+        return small_files.crowded_groups(self.table.files(), target_bytes, max_bytes)
 
     def exchange_merged(self, merged: Sequence[Merged]) -> None:
         """Replace files by the merged ones, in one commit that changes no row."""
@@ -115,18 +126,30 @@ class Writer:
         return len(deleted) + len(vacuum.delete_old_versions(self.table, lease=number))
 
 
-def rewrite(table: Table, file: DataFile, replacing: Sequence[DataFile]) -> Rewritten | None:
-    """Stage a copy of a file without the keys of the `replacing` files; None when it has none of those keys.
+def rewrite(table: Table, files: Sequence[DataFile], replacing: Sequence[DataFile]) -> list[Rewritten]:
+    """Stage copies without the keys of the `replacing` files, of the files that have any of those keys.
 
-    Reads keys first, and the other columns only if rows have to go.
+    All files are of one partition. Reads keys first, and the other columns only if rows have to go.
     """
+    replaced = _keys(table, replacing)
+    touched = [file for file in files if pc.any(pc.is_in(_keys(table, [file]), value_set=replaced)).as_py()]
+    if not touched:
+        return []
     names = table.layout.row_key
-    replaced = pa.concat_arrays([key_strings(table.read_file(new, names)) for new in replacing])
-    is_replaced = pc.is_in(key_strings(table.read_file(file, names)), value_set=replaced)
-    if not pc.any(is_replaced).as_py():
-        return None
-    rest = table.read_file(file).filter(pc.invert(is_replaced))
-    return file, table.write_file(rest) if rest.num_rows else None
+    strings = pa.concat_arrays([key_strings(table.read_file(new, names)) for new in replacing])
+    pairs: list[Rewritten] = []
+    for file in touched:
+        rows = table.read_file(file)
+        rest = rows.filter(pc.invert(pc.is_in(key_strings(rows.select(names)), value_set=strings)))
+        pairs.append((file, table.write_file(rest) if rest.num_rows else None))
+    return pairs
+
+
+def _keys(table: Table, files: Sequence[DataFile]) -> pa.Array:
+    """A value for each row of the files, equal for equal keys."""
+    if table.layout.has_key_index:
+        return stored_keys.digests_of(table.uri, files)
+    return pa.concat_arrays([key_strings(table.read_file(file, table.layout.row_key)) for file in files])
 
 
 def merge(table: Table, files: list[DataFile]) -> Merged:

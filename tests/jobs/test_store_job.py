@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from jobs import store as job
+from jobs import embed, store as job
 from jobs.runtime.cli import run
 from persona.store.store import Store
-from tests.jobs.conftest import Job, behaviors, encoded
+from tests.jobs.conftest import Job, behaviors, encoded, write
 from tests.models import tiny_encoder
 from tests.stores import answers, write_rows
 
@@ -104,6 +104,19 @@ def test_compact_and_vacuum_keep_every_row_and_leave_no_small_file(
     done = do(job, action="vacuum", store=store, keep_hours=0)
     assert done.result["behaviors"]["files_deleted"] == n_files - 4
     assert len(files(store)) == 4 and rows(store) == before
+    assert do(job, action="verify", store=store).code == 0
+
+
+def test_a_refresh_merges_the_files_of_a_crowded_partition(do: Job, store: Path, tmp_path: Path, models: Any) -> None:
+    opened = Store.open(str(store))
+    refreshed(store, models["encoder"], times=8)
+    crowded = {value for value in range(4) if len(opened.table("behaviors").files([value])) >= 8}
+    before = [row["behavior_id"] for row in rows(store)]
+    histories = write(tmp_path / "histories.jsonl", [{**row, "behavior_id": "new"} for row in behaviors(6, 1)])
+    done = do(embed, histories=histories, store=store, encoder=models["encoder"])
+    assert (done.code, done.result["new"]) == (0, 6)
+    assert crowded and [len(opened.table("behaviors").files([value])) for value in crowded] == [1] * len(crowded)
+    assert sorted(row["behavior_id"] for row in rows(store)) == sorted([*before, *["new"] * 6])
     assert do(job, action="verify", store=store).code == 0
 
 

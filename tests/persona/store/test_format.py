@@ -33,12 +33,23 @@ def test_a_store_without_a_format_version_has_version_1(store: Store, monkeypatc
     monkeypatch.setattr("persona.store.identity.to_properties", without_format)
     old = Store.create(store.uri + "-old", IDENTITY, 4)
     assert "persona.format" not in behaviors_table(old).metadata().configuration
+    with monkeypatch.context() as patch:
+        patch.setattr("persona.store.identity.FORMAT_VERSION", 0)
+        with pytest.raises(StoreMismatch, match="has format version 1,"):
+            Store.open(old.uri)
     opened = Store.open_or_create(old.uri, IDENTITY, 4)
     refresh(opened, behaviors(("a", "1", "x", 1)))
     assert everything(Store.open(old.uri)) == [("a", "1", 1)]
-    monkeypatch.setattr("persona.store.identity.FORMAT_VERSION", 0)
-    with pytest.raises(StoreMismatch, match="has format version 1,"):
-        Store.open(old.uri)
+
+
+def test_the_first_writer_of_behaviors_raises_the_format_version(store: Store) -> None:
+    """Older versions would delete data files and leave their key indexes."""
+    set_format(store, "1")
+    refresh(Store.open(store.uri), behaviors(("a", "1", "x", 1)))
+    assert behaviors_table(store).metadata().configuration["persona.format"] == str(FORMAT_VERSION)
+    version = store.version("behaviors")
+    refresh(store, behaviors(("a", "2", "x", 1)))
+    assert store.version("behaviors") == version + 2  # the lease and the rows
 
 
 def test_a_store_of_a_newer_format_is_refused_with_what_to_do(store: Store) -> None:

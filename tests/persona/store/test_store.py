@@ -83,7 +83,7 @@ def test_the_latest_of_duplicates_counts(store: Store) -> None:
     for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]):
         to_encode, counts = store.missing(rows["bucket"][0].as_py(), rows.take(order))
         assert to_encode["text"].to_pylist() == ["xx", wanted]
-        assert counts == {"known": 0, "new": 2, "edited": 0, "gone": 0, "duplicates": 3}
+        assert counts == {"known": 0, "new": 2, "edited": 0, "gone": 0, "duplicates": 3, "store_bytes": 0}
 
 
 def test_each_write_is_one_commit(store: Store) -> None:

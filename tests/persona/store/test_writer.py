@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from persona import storage
 from persona.errors import LeaseLost, StorageError
 from persona.inputs.histories import bucket_of
+from persona.inputs.place import places_of_bucket
 from persona.inputs.records import rejects
 from persona.storage import join
 from persona.store.changes import key_strings
@@ -169,7 +170,7 @@ def test_a_missing_data_file_is_a_storage_error(local: Store) -> None:
     file = table.files()[0]
     storage.delete(join(table.uri, file.path))
     with pytest.raises(StorageError, match=f"cannot read {file.path} of .*behaviors"):
-        rewrite(table, file, [file])
+        rewrite(table, [file], [file])
 
 
 # Compaction
@@ -226,7 +227,7 @@ def test_rejects_can_be_appended_and_merged_while_another_run_has_the_lease(loca
         local.write_rejects(rejects("embed", ["file"], [3], ["text is empty"]))
         before, after = compact(writer)
         assert (before, after) == (4, 1)
-    assert sorted(local.table("rejects").scan(["row"])["row"].to_pylist()) == [0, 1, 2, 3]
+    assert sorted(local.table("rejects").read(["row"])["row"].to_pylist()) == [0, 1, 2, 3]
 
 
 def test_vacuum_spares_a_file_that_is_about_to_be_appended_without_a_lease(local: Store) -> None:
@@ -281,7 +282,7 @@ def refresh_all(store: Store, rows: dict[tuple[str, str], int], *, sync: bool) -
         for bucket in range(store.n_buckets):
             empty = behaviors(("a", "1", "x", 1)).slice(0, 0)
             in_bucket = empty if table is None else table.filter(pa.compute.equal(table["bucket"], bucket))
-            work, _ = store.missing(bucket, in_bucket, sync=sync)
+            work, _ = store.missing(bucket, in_bucket, absent=places_of_bucket(bucket) if sync else None)
             if work.num_rows:
                 staged.append(store.stage("behaviors", encode(work)))
         if staged:
