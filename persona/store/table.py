@@ -97,23 +97,16 @@ class Table:
 
     def properties(self) -> dict[str, str]:
         """The metadata properties: those given to `create`, and Delta's."""
-        return dict(self.log.latest().metadata().configuration)
+        return self.log.latest().properties()
 
     def set_properties(self, properties: Mapping[str, str]) -> None:
         """Set some of the metadata properties, in one commit; without any, nothing is committed."""
-        if not properties:
-            return
-        latest = self.log.latest()
-        set_all = partial(latest.alter.set_table_properties, dict(properties), raise_if_not_exists=False)
-        what = f"cannot set the properties of the table {self.uri}"
-        try:
-            with_retries(set_all, what)
-        except CommitFailedError as error:
-            raise StorageError(f"{what}, which another program is changing; run the same command again") from error
+        if properties:
+            self.log.latest().set_properties(properties)
 
     def id(self) -> str:
         """What tells this table from any other; a copy has the same."""
-        return str(self.log.latest().metadata().id)
+        return self.log.latest().id()
 
     def version(self) -> int:
         """The newest version, or the fixed one."""
