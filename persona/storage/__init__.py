@@ -6,6 +6,7 @@ object. Create a filesystem in the process that uses it: a pickled one contains 
 
 from persona.storage.files import (
     FileEntry,
+    age_s,
     copy_folder,
     create_bytes,
     delete,
@@ -23,6 +24,7 @@ from persona.storage.uris import check_uri, is_s3, join
 
 __all__ = [
     "FileEntry",
+    "age_s",
     "check_reachable",
     "check_uri",
     "copy_folder",

@@ -185,6 +185,25 @@ def create_bytes(uri: str, data: bytes) -> bool:
     return True
 
 
+def age_s(uri: str) -> float | None:
+    """Seconds since a file was written, by the clock of its store. None if it does not exist, or the clock is unknown.
+
+    The clock of this machine has no part in it: on a network disk, times are the server's.
+    """
+    what = f"cannot tell the age of {uri}"
+    if is_s3(uri):
+        return _retried(lambda: s3.age_s(uri), what)
+
+    def against_a_new_file() -> float | None:
+        try:
+            with _draft(Path(uri), b"") as draft:
+                return draft.stat().st_mtime - Path(uri).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    return _retried(against_a_new_file, what)
+
+
 def delete(uri: str) -> None:
     """Delete a small file if it exists."""
     if is_s3(uri):
