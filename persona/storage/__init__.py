@@ -16,6 +16,7 @@ from persona.storage.files import (
     local_folder,
     open_filesystem,
     read_bytes,
+    retried,
     write_bytes,
     write_file,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "local_folder",
     "open_filesystem",
     "read_bytes",
+    "retried",
     "write_bytes",
     "write_file",
 ]

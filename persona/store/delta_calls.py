@@ -5,7 +5,7 @@ so all of them go through `with_retries`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -40,6 +40,33 @@ def with_retries(work: Callable[[], T], what: str) -> T:
     """The result of `work`, retried on transient errors. Any other error becomes a `StorageError` as above."""
     with storage_errors(what):
         return retry_transient(work, what)
+
+
+def create_table(uri: str, schema: pa.Schema, *, name: str, partition: str, properties: Mapping[str, str]) -> None:
+    """Create an empty table. An existing one is left unchanged."""
+    new = partial(
+        DeltaTable.create,
+        uri,
+        schema,
+        mode="ignore",
+        name=name,
+        partition_by=[partition],
+        configuration=dict(properties),
+        raise_if_key_not_exists=False,
+        storage_options=delta_options(uri),
+    )
+
+    def attempt() -> None:
+        try:
+            new()
+        except DeltaError as error:
+            if "Invalid table version: 0" not in str(error):
+                raise
+            # delta-rs took a 409 response for an existing first version, which it then failed to read.
+            raise ConnectionError(str(error)) from error
+
+    with suppress(CommitFailedError):  # another process created it at the same time
+        with_retries(attempt, f"cannot create the table {uri}")
 
 
 class OpenTable:
