@@ -16,7 +16,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from persona.errors import StorageError
 from persona.storage import delta_options
-from persona.storage.retry import in_one_line, is_transient, retry_transient
+from persona.storage.retry import in_one_line, is_transient, plain, retry_transient
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def storage_errors(what: str, error_class: type[StorageError] = StorageError) ->
     except CommitFailedError:
         raise
     except (DeltaError, OSError, pa.ArrowInvalid) as error:
-        raise error_class(f"{what}: {' '.join(str(error).split())[:500]}") from error
+        raise error_class(f"{what}: {plain(error)[:500]}") from error
 
 
 def with_retries(work: Callable[[], T], what: str) -> T:
