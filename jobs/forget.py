@@ -2,9 +2,10 @@
 
 Reads and writes `<store>/behaviors`, `personas` and `generations`; if `--store` is a pointer, those of the store in use
 and of all earlier ones that still exist. Data files that hold rows of these users are rewritten without them. Then
-everything that the newest version does not need is deleted, so older versions can no longer be read. Plugs and
-checkpoints hold weights, no rows of users. The inputs of other jobs are not touched: delete the users there yourself,
-or the next `jobs.embed` adds them again.
+everything that the newest version does not need is deleted, so older versions can no longer be read, and so are the
+files that rows moved through on their way (`<store>/_exchange`). In the evaluations below `--reports`, the users' rows,
+examples and answers are removed, and pages and charts are drawn anew. The summary names what is not searched. Plugs and
+checkpoints hold weights, no rows of users.
 """
 
 import sys
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jobs.runtime import cli, exchange, session
+from jobs.runtime import cli, exchange, reports, session
 from jobs.runtime.cli import Summary
 from persona.errors import InputError, PersonaError, UsageError
 
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from persona.store.writer import Rewritten
 
 _TABLES = ("behaviors", "personas", "generations")
+_RUN_FILES = "_exchange"  # below a store: texts and vectors between the tasks of a running job
+_NOT_SEARCHED = (
+    "histories and requests that jobs read: remove these users there, or the next jobs.embed adds them again",
+    "answers, texts or lists of differences that other programs or jobs.store have copied from the tables",
+    "the table rejects: it names files, rows and reasons, no texts",
+    "backups, and old versions that a bucket keeps of deleted objects",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,8 @@ class Config:
     """Ids of users to forget; for many, use --users."""
     users: str | None = None
     """Parquet or JSONL, local or s3://, with the ids of users to forget in a column user_id."""
+    reports: tuple[str, ...] = ()
+    """Folders of evaluations (--out of jobs.evaluate, or a folder above); removes the users there as well."""
     dry_run: bool = False
     """Count the rows that would be deleted, and change nothing."""
 
@@ -58,8 +68,57 @@ def main(config: Config) -> Summary:
     storage.check_reachable(target, flag="--store", write=True)
     stores = Store.open_all(target)
     users = _users(config)
+    found = reports.find(_report_folders(config))
+    # Reads every evaluation, so that one that cannot be read ends the job before it changes anything.
+    in_reports = _count_in_reports(found, users)
+    unsearched = _unsearched(config, stores, found)
     if config.dry_run:
-        return _plan(stores, users)
+        return _plan(stores, users, in_reports, unsearched)
+    rows = _forget_rows(stores, users)
+    for one in found.evaluations:
+        reports.remove_users(one, set(users))
+    left = {**rows.after, "parts of evaluations": _count_in_reports(reports.find(_report_folders(config)), users)}
+    if any(left.values()):
+        raise PersonaError(f"rows of these users are still there: {_listed(left)}; run the same command again")
+    result = {
+        "job": "forget",
+        "stores": [store.uri for store in stores],
+        "users": len(users),
+        "rows_before": rows.before,
+        "rows_after": rows.after,
+        "files_rewritten": rows.rewritten,
+        "files_deleted": rows.deleted,
+        "reports": [one.folder for one in found.evaluations],
+        "report_parts_deleted": in_reports,
+        "not_searched": unsearched,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    table = [
+        ("stores", ", ".join(store.label for store in stores)),
+        ("users", f"{len(users):,}"),
+        ("rows deleted", _listed(rows.before)),
+        ("rows left", _listed(rows.after)),
+        ("files rewritten", _listed(rows.rewritten)),
+        ("files deleted", _listed(rows.deleted)),
+        ("evaluations", f"{in_reports:,} rows and examples removed from {len(found.evaluations):,}"),
+        *(("not searched", text) for text in unsearched),
+        ("seconds", f"{result['seconds']:,}"),
+    ]
+    return Summary(table=table, result=result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Forgotten:
+    """Rows of the users by table, before and after, and what became of the files."""
+
+    before: dict[str, int]
+    after: dict[str, int]
+    rewritten: Counter[str]
+    deleted: Counter[str]
+
+
+def _forget_rows(stores: "Sequence[Store]", users: list[str]) -> _Forgotten:
+    """Delete the rows of these users from all tables, while no other job can write to them."""
     rewritten: Counter[str] = Counter()
     deleted: Counter[str] = Counter()
     with ExitStack() as leases:
@@ -75,38 +134,49 @@ def main(config: Config) -> Summary:
             work = exchange.results(files, _rewrite, store=store, table=name, users=users)
             rewritten[name] += writer.exchange(list(work))
             deleted[name] += writer.erase_history()
+        for store in stores:
+            deleted["run files"] += _delete_run_files(store)
         after = _count(stores, users)
-    if any(after.values()):
-        raise PersonaError(f"rows of these users are still there: {_listed(after)}; run the same command again")
-    result = {
-        "job": "forget",
-        "stores": [store.uri for store in stores],
-        "users": len(users),
-        "rows_before": before,
-        "rows_after": after,
-        "files_rewritten": rewritten,
-        "files_deleted": deleted,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    table = [
-        ("stores", ", ".join(store.label for store in stores)),
-        ("users", f"{len(users):,}"),
-        ("rows deleted", _listed(before)),
-        ("rows left", _listed(after)),
-        ("files rewritten", _listed(rewritten)),
-        ("files deleted", _listed(deleted)),
-        ("seconds", f"{result['seconds']:,}"),
-    ]
-    return Summary(table=table, result=result)
+    return _Forgotten(before=before, after=after, rewritten=rewritten, deleted=deleted)
 
 
-def _plan(stores: "Sequence[Store]", users: list[str]) -> Summary:
+def _delete_run_files(store: "Store") -> int:
+    """Delete the files that rows moved through in jobs that have ended or were killed; returns their number."""
+    from persona import storage
+
+    files = storage.list_files(storage.join(store.uri, _RUN_FILES), hidden=True)
+    for file in files:
+        storage.delete(file.uri)
+    return len(files)
+
+
+def _plan(stores: "Sequence[Store]", users: list[str], in_reports: int, unsearched: list[str]) -> Summary:
     session.connect()
     rows = _count(stores, users)
-    would = f"delete the rows of {len(users):,} users: {_listed(rows)}"
+    would = f"delete the rows of {len(users):,} users: {_listed(rows)}, {in_reports:,} parts of evaluations"
     uris = [store.uri for store in stores]
     result = {"dry_run": True, "would": would, "stores": uris, "users": len(users), "rows": rows}
-    return Summary(table=[("would", would), ("stores", ", ".join(uris))], result=result)
+    table = [("would", would), ("stores", ", ".join(uris)), *(("not searched", text) for text in unsearched)]
+    return Summary(table=table, result={**result, "report_parts": in_reports, "not_searched": unsearched})
+
+
+def _report_folders(config: Config) -> list[str]:
+    from persona import storage
+
+    return [storage.check_uri(folder, flag="--reports") for folder in config.reports]
+
+
+def _count_in_reports(found: reports.Found, users: Sequence[str]) -> int:
+    return sum(reports.remove_users(one, set(users), dry_run=True) for one in found.evaluations)
+
+
+def _unsearched(config: Config, stores: "Sequence[Store]", found: reports.Found) -> list[str]:
+    """The places that may hold these users and that this run does not search, for people."""
+    places = list(_NOT_SEARCHED)
+    if all(store.pointer is None for store in stores):
+        places.append("other stores: --store is a store, not a pointer to stores")
+    others = "other evaluations than those of --reports" if config.reports else "evaluations: give --reports"
+    return [*places, others, *(f"{uri}: no file of jobs.evaluate" for uri in found.unknown)]
 
 
 def _users(config: Config) -> list[str]:

@@ -8,6 +8,8 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import urlsplit
@@ -28,14 +30,17 @@ class FaultyS3:
     """The proxy, running while its context is open; `done` counts requests by outcome.
 
     These attributes may change at any time: the `share` of requests that fail, the `kinds` of faults, a regular
-    expression `pattern` that "METHOD /path" must match, and `max_faults`, the number of faults left. The same seed
-    gives the same faults if the client sends its requests in the same order.
+    expression `pattern` that "METHOD /path" must match, `max_faults`, the number of faults left, and `clock_s`, by how
+    much the store's clock is ahead. The same seed gives the same faults if the client sends its requests in the same
+    order.
     """
 
     def __init__(self, upstream: str, seed: int, share: float = 0.0, kinds: Sequence[str] = TRANSIENT) -> None:
         self.share, self.kinds = share, kinds
         self.pattern, self.max_faults, self.delay_s = "", float("inf"), 0.3
+        self.clock_s = 0.0
         self.done: Counter[str] = Counter()
+        self.asked: list[str] = []  # "METHOD /path" of every request
         self.read: Counter[str] = Counter()  # bytes sent to clients, by path
         self.upstream = urlsplit(upstream).netloc
         self._random, self._lock = random.Random(seed), threading.Lock()
@@ -68,6 +73,7 @@ class FaultyS3:
                 kind = "passed"
             self.max_faults -= kind != "passed"
             self.done[kind] += 1
+            self.asked.append(f"{method} {path}")
             return kind
 
     def wait(self) -> None:
@@ -148,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self, status: int, headers: list[tuple[str, str]], body: bytes, *, cut: bool = False) -> None:
         bare = self.command == "HEAD" or status in (204, 304)  # no body
         self.send_response_only(status)
-        for name, value in headers:
+        for name, value in self._with_clock(headers):
             if name.lower() not in ("connection", "transfer-encoding") and (bare or name.lower() != "content-length"):
                 self.send_header(name, value)
         if not bare:
@@ -160,6 +166,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not bare:
             self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = self.close_connection or cut
+
+    def _with_clock(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        ahead = timedelta(seconds=self.server.proxy.clock_s)
+        return [
+            (
+                name,
+                format_datetime(parsedate_to_datetime(value) + ahead, usegmt=True) if name.lower() == "date" else value,
+            )
+            for name, value in headers
+        ]
 
     def _reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

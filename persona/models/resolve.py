@@ -91,9 +91,10 @@ def _from_s3(uri: str, flag: str) -> Path:
     filesystem, prefix = storage.open_filesystem(uri)
     # The cache key includes modification times: a later upload to the same prefix gets a new folder, even if all file
     # sizes are the same, as after more training.
-    listed = sorted(
-        (file.path, file.size, file.mtime_ns) for file in filesystem.get_file_info(FileSelector(prefix, recursive=True))
+    found = storage.retried(
+        lambda: filesystem.get_file_info(FileSelector(prefix, recursive=True)), f"cannot list {uri}"
     )
+    listed = sorted((file.path, file.size, file.mtime_ns) for file in found)
     key = hashlib.blake2b(repr((uri, listed)).encode(), digest_size=8).hexdigest()
     target = Path(HF_HOME) / "persona-plug" / f"{uri.rsplit('/', 1)[-1]}-{key}"
     if not target.is_dir():

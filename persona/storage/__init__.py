@@ -6,6 +6,7 @@ object. Create a filesystem in the process that uses it: a pickled one contains 
 
 from persona.storage.files import (
     FileEntry,
+    age_s,
     copy_folder,
     create_bytes,
     delete,
@@ -15,6 +16,7 @@ from persona.storage.files import (
     local_folder,
     open_filesystem,
     read_bytes,
+    retried,
     write_bytes,
     write_file,
 )
@@ -23,6 +25,7 @@ from persona.storage.uris import check_uri, is_s3, join
 
 __all__ = [
     "FileEntry",
+    "age_s",
     "check_reachable",
     "check_uri",
     "copy_folder",
@@ -36,6 +39,7 @@ __all__ = [
     "local_folder",
     "open_filesystem",
     "read_bytes",
+    "retried",
     "write_bytes",
     "write_file",
 ]

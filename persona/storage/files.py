@@ -35,21 +35,32 @@ class FileEntry:
     size_bytes: int
 
 
+def retried(work: Callable[[], T], what: str) -> T:
+    """The door to every store: the result of `work`, which is repeated after transient errors.
+
+    Raises `StorageError`, whose message is one line that begins with `what`, for permanent errors and on giving up.
+    """
+    try:
+        return retry_transient(work, what)
+    except (BotoCoreError, ClientError, OSError) as error:
+        raise StorageError(f"{what}: {in_one_line(error)}") from error
+
+
 def exists(uri: str) -> bool:
     """Whether `uri` is a file, a folder, or a prefix with at least one object."""
     if not is_s3(uri):
         return Path(uri).exists()
     what = f"cannot look for {uri}"
-    if _retried(lambda: s3.size_bytes(uri), what) is not None:
+    if retried(lambda: s3.size_bytes(uri), what) is not None:
         return True
-    return _retried(lambda: any(s3.pages(uri, what=what)), what)
+    return retried(lambda: any(s3.pages(uri, what=what)), what)
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The Arrow filesystem for `uri` and the path in it. Never send it to another process: it holds the secret key.
 
-    It retries a failed request a few times; wrap work that must survive longer outages in `retry_transient`. Closing
-    an output stream writes what it has received: after an error, an incomplete file remains.
+    It retries a failed request a few times; wrap work that must survive longer outages in `retried`. Closing an output
+    stream writes what it has received: after an error, an incomplete file remains.
     """
     if not is_s3(uri):
         return pafs.LocalFileSystem(), uri
@@ -86,12 +97,12 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
     """Name relative to `uri` and size of every file below it; the name is empty if `uri` itself is a file."""
     if is_s3(uri):
         what = f"cannot list {uri}"
-        own_bytes = _retried(lambda: s3.size_bytes(uri), what)
+        own_bytes = retried(lambda: s3.size_bytes(uri), what)
         if own_bytes is not None:
             yield "", own_bytes
             return
         start = len(s3.split(uri)[1])
-        for page in _retried(lambda: list(s3.pages(uri, what=what)), what):
+        for page in retried(lambda: list(s3.pages(uri, what=what)), what):
             for key, size_bytes in page:
                 if "//" in key:
                     raise StorageError(
@@ -139,16 +150,20 @@ def _below(folder: str, name: str, above: tuple[tuple[int, int], ...]) -> Iterat
 
 def read_bytes(uri: str) -> bytes:
     """The content of a small file."""
-    return _retried(lambda: s3.get(uri) if is_s3(uri) else Path(uri).read_bytes(), f"cannot read {uri}")
+    return retried(lambda: s3.get(uri) if is_s3(uri) else Path(uri).read_bytes(), f"cannot read {uri}")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a small file atomically: a reader sees the old content or the new, never a part."""
     if is_s3(uri):
-        _retried(lambda: s3.put(uri, data), f"cannot write {uri}")
+        retried(lambda: s3.put(uri, data), f"cannot write {uri}")
         return
-    with _draft(Path(uri), data) as draft:
-        draft.replace(uri)
+
+    def replace() -> None:
+        with _draft(Path(uri), data) as draft:
+            draft.replace(uri)
+
+    retried(replace, f"cannot write {uri}")
 
 
 @contextlib.contextmanager
@@ -162,11 +177,11 @@ def write_file(uri: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder) / "draft"
             yield draft
-            _retried(lambda: s3.upload(draft, uri), f"cannot write {uri}")
+            retried(lambda: s3.upload(draft, uri), f"cannot write {uri}")
         return
     with _draft(Path(uri), b"") as draft:
         yield draft
-        _retried(lambda: draft.replace(uri), f"cannot write {uri}")
+        retried(lambda: draft.replace(uri), f"cannot write {uri}")
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
@@ -176,21 +191,41 @@ def create_bytes(uri: str, data: bytes) -> bool:
     counts as success, so `data` must be unique to its writer.
     """
     if is_s3(uri):
-        return _retried(lambda: s3.create(uri, data), f"cannot write {uri}")
-    with _draft(Path(uri), data) as draft:
+        return retried(lambda: s3.create(uri, data), f"cannot write {uri}")
+
+    def link() -> bool:
+        with _draft(Path(uri), data) as draft:
+            try:
+                Path(uri).hardlink_to(draft)
+            except FileExistsError:
+                return False
+        return True
+
+    return retried(link, f"cannot write {uri}")
+
+
+def age_s(uri: str) -> float | None:
+    """Seconds since a file was written, by the clock of its store. None if it does not exist, or the clock is unknown.
+
+    The clock of this machine has no part in it: on a network disk, times are the server's.
+    """
+    what = f"cannot tell the age of {uri}"
+    if is_s3(uri):
+        return retried(lambda: s3.age_s(uri), what)
+
+    def against_a_new_file() -> float | None:
         try:
-            Path(uri).hardlink_to(draft)
-        except FileExistsError:
-            return False
-    return True
+            with _draft(Path(uri), b"") as draft:
+                return draft.stat().st_mtime - Path(uri).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    return retried(against_a_new_file, what)
 
 
 def delete(uri: str) -> None:
     """Delete a small file if it exists."""
-    if is_s3(uri):
-        _retried(lambda: s3.delete(uri), f"cannot delete {uri}")
-    else:
-        Path(uri).unlink(missing_ok=True)
+    retried(lambda: s3.delete(uri) if is_s3(uri) else Path(uri).unlink(missing_ok=True), f"cannot delete {uri}")
 
 
 def copy_folder(source_uri: str, target_uri: str) -> None:
@@ -222,7 +257,7 @@ def _copy_files(source_uri: str, target_uri: str) -> None:
         raise StorageError(f"no files to copy at {source_uri}")
     for file in sorted(files, key=lambda file: (file.uri.endswith(".json"), file.uri)):
         target = join(target_uri, file.uri[len(source_uri) :])
-        _retried(functools.partial(_copy_file, file.uri, target), f"cannot copy {file.uri} to {target}")
+        retried(functools.partial(_copy_file, file.uri, target), f"cannot copy {file.uri} to {target}")
 
 
 def _copy_file(source: str, target: str) -> None:
@@ -260,11 +295,3 @@ def _draft(target: Path, data: bytes) -> Iterator[Path]:
         yield draft
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _retried(work: Callable[[], T], what: str) -> T:
-    """`retry_transient`, with permanent errors as `StorageError` too; its message begins with `what`."""
-    try:
-        return retry_transient(work, what)
-    except (BotoCoreError, ClientError, OSError) as error:
-        raise StorageError(f"{what}: {in_one_line(error)}") from error

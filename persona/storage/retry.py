@@ -78,7 +78,7 @@ def is_transient(error: BaseException) -> bool:
         return isinstance(error, HTTPClientError | BotoConnectionError | IncompleteReadError | FlexibleChecksumError)
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    return not isinstance(error, PersonaError) and _TRANSIENT_TEXT.search(_plain(error)) is not None
+    return not isinstance(error, PersonaError) and _TRANSIENT_TEXT.search(plain(error)) is not None
 
 
 def retry_transient(
@@ -137,9 +137,10 @@ def retry_transient(
 
 def in_one_line(error: BaseException) -> str:
     """An error's class and message without line breaks, at most 400 characters."""
-    return f"{type(error).__name__}: {_plain(error)}"[:400]
+    return f"{type(error).__name__}: {plain(error)}"[:400]
 
 
-def _plain(error: BaseException) -> str:
+def plain(error: BaseException) -> str:
+    """An error's message without line breaks and colors."""
     # delta-rs joins the causes of an error with colored arrows where other libraries use a colon.
     return " ".join(re.sub(r"\x1b\[[\d;]*m|↳", " ", str(error)).split())

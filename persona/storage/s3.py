@@ -8,6 +8,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -148,6 +149,23 @@ def size_bytes(uri: str) -> int | None:
         if _is_missing(error):
             return None
         raise
+
+
+def age_s(uri: str) -> float | None:
+    """Seconds since an object was written, by the store's clock. None if it does not exist, or the store tells no time.
+
+    Object stores give both times in whole seconds.
+    """
+    bucket, key = split(uri)
+    try:
+        with client(bucket) as connection:
+            found = connection.head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if _is_missing(error):
+            return None
+        raise
+    now = found["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return None if now is None else float((parsedate_to_datetime(now) - found["LastModified"]).total_seconds())
 
 
 def pages(uri: str, *, what: str) -> Iterator[list[tuple[str, int]]]:

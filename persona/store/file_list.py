@@ -8,9 +8,9 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
 
 from persona.store.data_files import DataFile
+from persona.store.delta_calls import OpenTable
 from persona.store.schema import Layout
 
 
@@ -23,9 +23,9 @@ class FileList:
         self._files = files
 
     @staticmethod
-    def of(delta: DeltaTable, layout: Layout) -> "FileList":
-        """The files of the version that `delta` has read."""
-        actions = pa.table(delta.get_add_actions(flatten=True))
+    def of(table: OpenTable, layout: Layout) -> "FileList":
+        """The files of the version that `table` has read."""
+        actions = table.add_actions()
         paths = actions["path"].cast(pa.string())
         if pc.any(pc.match_substring(paths, "%")).as_py():  # percent-encoded in the log
             paths = pa.array([unquote(path) for path in paths.to_pylist()], pa.string())
@@ -40,7 +40,7 @@ class FileList:
                 if f"{end}.{name}" in actions.column_names:
                     columns[f"{end}.{name}"] = actions[f"{end}.{name}"].cast(layout.schema.field(name).type)
         files = pa.table(columns).sort_by([("partition", "ascending"), ("path", "ascending")])
-        return FileList(delta.version(), files.combine_chunks())
+        return FileList(table.version(), files.combine_chunks())
 
     def __reduce__(self) -> tuple[type["FileList"], tuple[int, pa.Table]]:
         """Without the index of partitions."""

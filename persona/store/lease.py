@@ -1,10 +1,11 @@
 """The lease of a table: a numbered object that makes its creator the only writer, and that it renews.
 
-    <store>/_leases/<table>/00000012.json    holder, start, expiry
+    <store>/_leases/<table>/00000012.json    holder, start, how often it is renewed
 
-A writer creates the next number once the last lease is released or expired. Clocks and expiry only decide how long
-others wait. Safety comes from the number: a commit goes through only while the committer's number is the ruling one in
-the table's log (`log.Log.commit`), so a holder that was paused and replaced cannot write.
+A writer creates the next number once the last lease is released or has not been renewed for its time to live (TTL).
+Only the store's own clock tells how long ago that was, so machines whose clocks differ agree. Safety does not depend on
+any clock: a commit goes through only while the committer's number is the ruling one in the table's log
+(`log.Log.commit`), so a holder that was paused and replaced cannot write.
 """
 
 import contextlib
@@ -14,8 +15,9 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -25,10 +27,17 @@ from persona.field_types import check_field_types
 
 TTL_S = 60.0
 _RENEWALS = 4  # per TTL
+_CLOCK_STEP_S = 1.0  # object stores give times in whole seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
+    """The content of a lease object.
+
+    `expires` is by the holder's clock, which nobody else trusts: it only shows that a lease was renewed. `machine` is
+    that of `_machine`; older versions write neither it nor `ttl_s`.
+    """
+
     number: int
     job: str
     host: str
@@ -37,23 +46,27 @@ class _Entry:
     expires: str
     token: str  # unique, or two threads that write in the same instant would both read back their own bytes
     released: bool = False
+    ttl_s: float = TTL_S
+    machine: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError for values that no holder writes."""
         check_field_types(self)
         if not 0 < self.pid < 2**31:
             raise ValueError(f"there is no process {self.pid}")
-        if datetime.fromisoformat(self.expires).tzinfo is None:
-            raise ValueError(f"expires, {self.expires}, has no time zone")
+        if self.ttl_s <= 0:
+            raise ValueError(f"ttl_s, {self.ttl_s}, is not a number of seconds above 0")
 
     @property
     def holder(self) -> str:
         return f"{self.job} (process {self.pid} on {self.host})"
 
-    def is_free(self) -> bool:
-        """Whether it can have no holder: it was released, it expired, or its process on this machine has ended."""
-        ended = self.host == socket.gethostname() and not _is_running(self.pid)
-        return self.released or ended or datetime.fromisoformat(self.expires) < datetime.now(UTC)
+    def is_free(self, folder: str) -> bool:
+        """Whether it can have no holder: it was released, its process on this machine has ended, or its TTL is over."""
+        if self.released or (self.machine and self.machine == _machine() and not _is_running(self.pid)):
+            return True
+        age_s = storage.age_s(_uri(folder, self.number))
+        return age_s is not None and age_s > self.ttl_s + _CLOCK_STEP_S
 
 
 class Lease:
@@ -73,17 +86,17 @@ class Lease:
     def acquire(store_uri: str, table: str, *, job: str, above: int = 0, ttl_s: float = TTL_S) -> "Lease":
         """Become the only writer of a table.
 
-        A free lease is taken at once. One that may be held is watched until it is renewed or `ttl_s` have passed, so a
-        run that died on another machine delays its successor by at most that. The new number is greater than `above`,
-        the one in the log, even if the lease objects have been deleted.
+        A free lease is taken at once. One that may be held is watched until it is renewed or its TTL has passed, so a
+        run that died on another machine delays its successor by at most that. `ttl_s` is the TTL of the new lease. Its
+        number is greater than `above`, the one in the log, even if the lease objects have been deleted.
 
         Raises `LeaseHeld`, with the holder and its start, when the lease is renewed.
         """
         folder = storage.join(store_uri, "_leases", table)
         while True:
             last = _latest(folder)
-            if last is not None and not last.is_free():
-                _wait_until_free(folder, last, table, ttl_s)
+            if last is not None and not last.is_free(folder):
+                _wait_until_free(folder, last, table)
             now = datetime.now(UTC)
             entry = _Entry(
                 number=max(last.number if last else 0, above) + 1,
@@ -93,6 +106,8 @@ class Lease:
                 since=now.isoformat(timespec="seconds"),
                 expires=(now + timedelta(seconds=ttl_s)).isoformat(),
                 token=uuid.uuid4().hex,
+                ttl_s=ttl_s,
+                machine=_machine(),
             )
             if not storage.create_bytes(_uri(folder, entry.number), _to_bytes(entry)):
                 continue
@@ -142,13 +157,13 @@ class Lease:
                 continue  # try again at the next renewal; if another run takes over before that, commits are refused
 
 
-def _wait_until_free(folder: str, seen: _Entry, table: str, ttl_s: float) -> None:
-    """Return when the lease is free or has not been renewed for `ttl_s`. Raises `LeaseHeld` once it is renewed."""
-    until = time.monotonic() + ttl_s
-    while time.monotonic() < until and not seen.is_free():
-        time.sleep(min(1.0, ttl_s / (4 * _RENEWALS)))
+def _wait_until_free(folder: str, seen: _Entry, table: str) -> None:
+    """Return when the lease is free or has not been renewed for its TTL. Raises `LeaseHeld` once it is renewed."""
+    until = time.monotonic() + seen.ttl_s
+    while time.monotonic() < until:
+        time.sleep(min(1.0, seen.ttl_s / (4 * _RENEWALS)))
         now = _latest(folder)
-        if now is None or now.is_free():
+        if now is None or now.is_free(folder):
             return
         if now != seen:
             raise LeaseHeld(
@@ -162,7 +177,8 @@ def _latest(folder: str) -> _Entry | None:
     while numbers := _numbers(folder):
         uri = _uri(folder, max(numbers))
         try:
-            entry = _Entry(**json.loads(storage.read_bytes(uri)))
+            content = json.loads(storage.read_bytes(uri))
+            entry = _Entry(**{one.name: content[one.name] for one in fields(_Entry) if one.name in content})
             if entry.number != max(numbers):
                 raise ValueError(f"its number is {entry.number}")
             return entry
@@ -188,6 +204,18 @@ def _uri(folder: str, number: int) -> str:
 
 def _to_bytes(entry: _Entry) -> bytes:
     return json.dumps(asdict(entry)).encode()
+
+
+def _machine() -> str:
+    """Where a process id names one process: this boot of this kernel, in this PID namespace. Empty if it is unknown.
+
+    A host name does not tell: containers of one pod, and machines in two networks, can have the same one.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
 
 
 def _is_running(pid: int) -> bool:

@@ -4,30 +4,27 @@ The log orders commits without a lock table, on S3 by conditional put. Two numbe
 transactions, make commits exclusive and exactly-once: the number of the ruling lease, and the count of leased commits.
 Each commit requires its own lease number and advances the count by one. So a replaced holder cannot commit, and a
 commit whose response was lost is recognized instead of repeated.
+
+Reading the numbers costs a request for each log entry since the last checkpoint. So they are remembered with the
+version that they belong to, and read again only when that version is not the newest.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 
-from deltalake import CommitProperties, DeltaTable, Schema as DeltaSchema, Transaction
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
 from persona.errors import LeaseLost, StorageError
-from persona.storage import delta_options
 from persona.storage.retry import in_one_line, is_transient, retry_transient
-from persona.store.delta_calls import storage_errors, with_retries
+from persona.store.delta_calls import OpenTable, UncertainCommit
 from persona.store.file_list import FileList
 from persona.store.schema import Layout
 
 JOB = "persona.job"
+# Opening a table reads every log entry since the last checkpoint; writing a checkpoint reads them as well.
+CHECKPOINT_EVERY = 20
 _LEASE, _COMMITS = "persona.lease", "persona.commits"
-_GIVE_UP_S = 300.0
 _PAUSES_S = (0.02, 0.5)
-
-
-class UncertainCommit(StorageError):
-    """A commit without a confirmation: it may or may not be in the log."""
 
 
 class Log:
@@ -37,28 +34,37 @@ class Log:
         self.uri = uri
         self.layout = layout
         self._version = version
-        self._opened: DeltaTable | None = None
+        self._opened: OpenTable | None = None
+        self._numbers: dict[str, int] = {}
+        self._numbers_version = -1
 
-    def latest(self) -> DeltaTable:
+    def latest(self) -> OpenTable:
         """The newest version, or the fixed one. Raises `StorageError` when the table or version does not exist."""
         if self._opened is not None and self._version is None:
-            with_retries(self._opened.update_incremental, f"cannot read the log of the table {self.uri}")
+            self._opened.update()
         return self._last_read()
 
-    def _last_read(self) -> DeltaTable:
+    def _last_read(self) -> OpenTable:
         """The table as of the last time the log was read."""
         if self._opened is None:
-            options = delta_options(self.uri)
-            open_table = partial(DeltaTable, self.uri, version=self._version, storage_options=options)
-            as_of = "" if self._version is None else f" as of version {self._version}"
-            self._opened = with_retries(open_table, f"cannot open the table {self.uri}{as_of}")
+            self._opened = OpenTable(self.uri, self._version)
         return self._opened
+
+    def _number(self, name: str) -> int:
+        """A number in the version last read; 0 if no commit has set it."""
+        opened = self._last_read()
+        if self._numbers_version != opened.version():
+            self._numbers, self._numbers_version = {}, opened.version()
+        if name not in self._numbers:
+            self._numbers[name] = opened.transaction_version(name) or 0
+        return self._numbers[name]
 
     def lease(self) -> int:
         """The number of the ruling lease; 0 before the first."""
-        return self.latest().transaction_version(_LEASE) or 0
+        self.latest()
+        return self._number(_LEASE)
 
-    def require_lease(self, number: int) -> DeltaTable:
+    def require_lease(self, number: int) -> OpenTable:
         """The newest version, in which this lease rules. Raises `LeaseLost` when another one does."""
         ruling = self.lease()
         if ruling != number:
@@ -85,7 +91,7 @@ class Log:
         def is_committed() -> bool:
             # Everything here must come from one read of the log: between two, another run could take over unnoticed.
             latest = self.require_lease(lease)
-            count = latest.transaction_version(_COMMITS) or 0
+            count = self._number(_COMMITS)
             if count >= numbers.setdefault(_COMMITS, count + 1):
                 return True  # only this holder advances the count, so it was an attempt whose response was lost
             present = FileList.of(latest, self.layout).paths() if removed else set()
@@ -100,11 +106,7 @@ class Log:
 
     def append(self, action: AddAction) -> None:
         """Add a file without a lease, past any other writer: for a table without a key."""
-
-        def is_committed() -> bool:
-            return action.path in FileList.of(self.latest(), self.layout).paths()
-
-        self._commit_next([action], {}, is_committed)
+        self._commit_next([action], {}, lambda: action.path in FileList.of(self.latest(), self.layout).paths())
 
     def _commit_next(
         self,
@@ -113,7 +115,10 @@ class Log:
         is_committed: Callable[[], bool],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Commit as the next version, unless `is_committed`, which reads the log before each attempt."""
+        """Commit as the next version, unless `is_committed`, which reads the log before each attempt.
+
+        Conflicts and lost responses are retried within the storage timeout; any other error ends the commit at once.
+        """
         what = f"cannot write to the table {self.uri}"
 
         def attempt() -> None:
@@ -127,14 +132,17 @@ class Log:
                 if not is_transient(error) and self.latest().version() == base:
                     raise StorageError(f"{what}: {in_one_line(error)}") from error
                 raise
+            # Of a version that this process has written, it knows the numbers.
+            known = self._numbers if self._numbers_version == base else {}
+            self._numbers, self._numbers_version = {**known, **numbers}, base + 1
 
         retry_transient(
             attempt,
             what,
             is_transient=lambda error: isinstance(error, CommitFailedError | UncertainCommit),
-            give_up_s=_GIVE_UP_S,
             pauses_s=_PAUSES_S,
         )
+        self._checkpoint_if_due()
 
     def _transact(
         self,
@@ -142,16 +150,14 @@ class Log:
         numbers: Mapping[str, int],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Commit on top of the version last read. Raises `CommitFailedError` when there is a newer one."""
-        with storage_errors("commit not confirmed", UncertainCommit):
-            self._last_read().create_write_transaction(
-                list(actions),
-                "append",
-                DeltaSchema.from_arrow(self.layout.schema),
-                [self.layout.partition],
-                commit_properties=CommitProperties(
-                    custom_metadata=dict(metadata) if metadata else None,
-                    max_commit_retries=0,
-                    app_transactions=[Transaction(name, number) for name, number in numbers.items()],
-                ),
-            )
+        """Commit on top of the version last read. Raises as `OpenTable.commit`."""
+        self._last_read().commit(
+            actions, self.layout.schema, self.layout.partition, list(numbers.items()), dict(metadata or {}) or None
+        )
+
+    def _checkpoint_if_due(self) -> None:
+        """Keep the number of log entries after the last checkpoint bounded."""
+        if (self._last_read().version() + 1) % CHECKPOINT_EVERY == 0:
+            latest = self.latest()
+            latest.create_checkpoint()
+            latest.delete_expired_log()

@@ -5,23 +5,20 @@ Any process may write data files, which readers do not see. Only the holder of t
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypedDict
 
 import pyarrow as pa
-from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from persona import storage
 from persona.errors import StorageError
-from persona.storage import delta_options
 from persona.storage.retry import is_transient
 from persona.store import data_files, key_index
 from persona.store.data_files import DataFile
-from persona.store.delta_calls import with_retries
+from persona.store.delta_calls import create_table
 from persona.store.file_list import FileList
 from persona.store.log import JOB, Log
 from persona.store.schema import LAYOUTS
@@ -59,29 +56,13 @@ class Table:
         layout = LAYOUTS[name]
         # Every reader loads the statistics in the log, so keep only those that let it skip files.
         stats_columns = ",".join(layout.stats_columns or layout.order)
-        new = partial(
-            DeltaTable.create,
+        create_table(
             uri,
             layout.schema,
-            mode="ignore",
             name=name,
-            partition_by=[layout.partition],
-            configuration={"delta.dataSkippingStatsColumns": stats_columns, **properties},
-            raise_if_key_not_exists=False,
-            storage_options=delta_options(uri),
+            partition=layout.partition,
+            properties={"delta.dataSkippingStatsColumns": stats_columns, **properties},
         )
-
-        def create() -> None:
-            try:
-                new()
-            except DeltaError as error:
-                if "Invalid table version: 0" not in str(error):
-                    raise
-                # delta-rs took a 409 response for an existing first version, which it then failed to read.
-                raise ConnectionError(str(error)) from error
-
-        with suppress(CommitFailedError):  # another process created it at the same time
-            with_retries(create, f"cannot create the table {uri}")
 
     @staticmethod
     def find(uri: str, name: str) -> "Table | None":
@@ -97,23 +78,16 @@ class Table:
 
     def properties(self) -> dict[str, str]:
         """The metadata properties: those given to `create`, and Delta's."""
-        return dict(self.log.latest().metadata().configuration)
+        return self.log.latest().properties()
 
     def set_properties(self, properties: Mapping[str, str]) -> None:
         """Set some of the metadata properties, in one commit; without any, nothing is committed."""
-        if not properties:
-            return
-        latest = self.log.latest()
-        set_all = partial(latest.alter.set_table_properties, dict(properties), raise_if_not_exists=False)
-        what = f"cannot set the properties of the table {self.uri}"
-        try:
-            with_retries(set_all, what)
-        except CommitFailedError as error:
-            raise StorageError(f"{what}, which another program is changing; run the same command again") from error
+        if properties:
+            self.log.latest().set_properties(properties)
 
     def id(self) -> str:
         """What tells this table from any other; a copy has the same."""
-        return str(self.log.latest().metadata().id)
+        return self.log.latest().id()
 
     def version(self) -> int:
         """The newest version, or the fixed one."""

@@ -1,10 +1,7 @@
 """Delete the files of a table that its readable versions do not need."""
 
-from functools import partial
-
 from persona import storage
 from persona.store import key_index
-from persona.store.delta_calls import with_retries
 from persona.store.file_list import FileList
 from persona.store.table import Table
 
@@ -21,8 +18,7 @@ def delete_unused_files(table: Table, *, lease: int, keep_hours: int) -> list[st
     indexed = key_index.indexed_paths(table.uri) if table.layout.has_key_index else set()
     stored = table.stored_paths()
     latest = table.log.latest()
-    list_unused = partial(latest.vacuum, keep_hours, dry_run=True, enforce_retention_duration=False, full=True)
-    unused = set(with_retries(list_unused, f"cannot list the unused files of the table {table.uri}"))
+    unused = set(latest.unused_files(keep_hours))
     used = FileList.of(table.log.require_lease(lease), table.layout).paths()
     # delta-rs goes by timestamps of other machines' clocks, so never delete what the newest version uses.
     paths = sorted((unused if keep_hours else unused | stored) - used)
@@ -35,7 +31,7 @@ def delete_old_versions(table: Table, *, lease: int) -> list[str]:
     """Delete the log of all versions but a new last one: their statistics name users. Returns the deleted URIs."""
     table.log.commit([], lease=lease)
     latest = table.log.require_lease(lease)
-    with_retries(latest.create_checkpoint, f"cannot write a checkpoint of {table.uri}")
+    latest.create_checkpoint()
     last = latest.version()
     old = [
         file.uri

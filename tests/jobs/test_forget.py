@@ -18,6 +18,7 @@ from persona.plug.user_personas import UserPersonas
 from persona.storage import write_bytes
 from persona.store.store import Store
 from tests.jobs.conftest import Job, Row, behaviors, encoded, fill_store, write
+from tests.jobs.runtime.test_reports import STAYING, contents, write_evaluation
 from tests.stores import answers, write_rows
 
 TABLES = ("behaviors", "personas", "generations")
@@ -174,8 +175,15 @@ def test_rows_bytes_and_versions_are_deleted_and_nothing_else(
 def test_an_id_with_special_characters_and_a_second_run(do: Job, store: Path, tmp_path: Path) -> None:
     before, marks = stored(store), traces(store, OBRIEN)
     listed = write(str(tmp_path / "users.jsonl"), [{"user_id": OBRIEN}])
-    done = do(forget, store=store, users=listed)
+    write_evaluation(str(tmp_path / "report"), [OBRIEN, *STAYING])
+    write_bytes(f"{store}/_exchange/behaviors-f00d/run.arrow", OBRIEN.encode())
+    done = do(forget, store=store, users=listed, reports=tmp_path / "report")
     assert done.code == 0
+    assert done.result["report_parts_deleted"] == 7 and done.result["files_deleted"]["run files"] == 1
+    assert [
+        text for text in done.result["not_searched"] if "not a pointer" in text or "than those of --reports" in text
+    ]
+    assert not [name for name, data in contents(str(tmp_path / "report")).items() if b"Brien" in data]
     assert done.result["rows_before"] == {"behaviors": 4, "personas": 1, "generations": 2}
     left = everything(store)
     assert not [mark for mark in marks if mark in left]

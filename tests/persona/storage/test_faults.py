@@ -1,6 +1,7 @@
 """Storage behind a proxy that fails, delays or cuts requests: work succeeds, or fails in time and says why."""
 
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from persona import storage
 from persona.errors import LeaseHeld, StorageError, UsageError
 from persona.storage import s3 as objects
 from persona.storage.retry import is_transient, retry_transient, timeout_s
+from persona.store import log
 from persona.store.store import Store
 from tests.faulty_s3 import TRANSIENT, FaultyS3
 from tests.stores import IDENTITY, answers
@@ -223,6 +225,62 @@ def test_a_conflict_is_not_mistaken_for_a_commit_of_another_run(each_s3: str, ba
         writer.add(store.stage("generations", answers("r-1", "r-2")))
     assert bad.done["conflict"] == 6
     assert sorted(store.read_generations()["request_id"].to_pylist()) == ["r-1", "r-2"]
+
+
+def test_a_denied_commit_ends_at_once_with_its_reason(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create(f"{s3}/store", IDENTITY, 4)
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"], seed=7, kinds=("denied",)) as bad:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", bad.url)
+        bad.pattern = r"PUT .*/_delta_log/"
+        with store.writer("generations", job="jobs.generate") as writer:
+            staged = store.stage("generations", answers("r-1"))
+            bad.share = 1.0
+            with pytest.raises(StorageError, match="^cannot write to the table .*lacked the necessary privileges"):
+                writer.add(staged)
+        assert bad.done["denied"] == 1
+        bad.share = 0.0
+    monkeypatch.undo()
+    assert Store.open(store.uri).read_generations().num_rows == 0
+
+
+@pytest.mark.parametrize("work", ["commit", "write_bytes", "create_bytes"])
+def test_a_full_disk_ends_work_at_once_with_its_reason(tmp_path: Path, work: str) -> None:
+    """The limit on the size of a file stands for a full disk, and gives the same kind of error."""
+    store = Store.create(str(tmp_path / "store"), IDENTITY, 4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with store.writer("generations", job="jobs.generate") as writer:
+        staged = store.stage("generations", answers("r-1"))
+        works: dict[str, Callable[[], object]] = {
+            "commit": lambda: writer.add(staged),
+            "write_bytes": lambda: storage.write_bytes(str(tmp_path / "file"), bytes(100)),
+            "create_bytes": lambda: storage.create_bytes(str(tmp_path / "file"), bytes(100)),
+        }
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            with pytest.raises(StorageError, match="^cannot write .*File too large") as caught:
+                works[work]()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "retried for" not in str(caught.value)
+
+
+def test_a_commit_costs_the_same_however_many_versions_there_are(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create(f"{s3}/store", IDENTITY, 4)
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"], seed=7) as counting:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", counting.url)
+        n_requests: list[int] = []
+        with store.writer("generations", job="jobs.generate") as writer:
+            for i in range(log.CHECKPOINT_EVERY + 3):
+                staged = store.stage("generations", answers(f"r-{i}"))
+                counting.asked.clear()
+                writer.add(staged)
+                n_requests.append(len(counting.asked))
+        # One commit writes a checkpoint, and the next one reads it.
+        *others, after_checkpoint, with_checkpoint = sorted(n_requests[1:])
+        assert set(others) == {8} and after_checkpoint <= 16 and with_checkpoint < 4 * log.CHECKPOINT_EVERY
+        counting.asked.clear()
+        assert Store.open(store.uri).table("generations").version() == log.CHECKPOINT_EVERY + 4
+        assert len(counting.asked) < 4 * log.CHECKPOINT_EVERY
 
 
 def test_a_large_file_appears_whole_or_not_at_all(

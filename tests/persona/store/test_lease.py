@@ -20,6 +20,7 @@ from persona.storage import join
 from persona.store import lease as lease_module
 from persona.store.lease import Lease
 from persona.store.store import Store
+from tests.faulty_s3 import FaultyS3
 from tests.stores import IDENTITY, answers, write_rows
 
 LONG_S = 600.0  # longer than a test may take: a lease acquired in time was not awaited until it expired
@@ -51,13 +52,30 @@ def entries(root: str) -> dict[int, dict[str, Any]]:
 
 
 def plant(root: str, number: int, **fields: Any) -> bytes:
-    """Write an entry as another machine would, expiring in an hour unless `fields` says otherwise."""
-    entry = {"number": number, "job": "jobs.embed", "host": "elsewhere", "pid": 1, "token": "t"}
+    """Write an entry as another machine would, with a TTL of an hour unless `fields` says otherwise."""
+    entry = {"number": number, "job": "jobs.embed", "host": "elsewhere", "pid": 1, "token": "t", "ttl_s": 3600.0}
     expires = datetime.now(UTC) + timedelta(hours=1)
     entry |= {"since": "2026-01-02T03:04:05+00:00", "expires": expires.isoformat(), **fields}
     data = json.dumps(entry).encode()
     storage.write_bytes(join(root, "_leases", "behaviors", f"{number:08d}.json"), data)
     return data
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, ahead: timedelta) -> None:
+    """Set the clock of this machine, as the lease sees it."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + ahead
+
+    monkeypatch.setattr(lease_module, "datetime", Clock)
+
+
+def let_time_pass(root: str, number: int, seconds: float) -> None:
+    """Make the entry older by the store's clock, on disk."""
+    file = Path(root, "_leases", "behaviors", f"{number:08d}.json")
+    os.utime(file, (file.stat().st_mtime - seconds,) * 2)
 
 
 def acquire(root: str, ttl_s: float = LONG_S, **more: Any) -> Lease:
@@ -162,28 +180,68 @@ def test_the_lease_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     assert [read_line(process), read_line(process)] == ["ready", "holds 1"]
     process.kill()
     process.communicate()
-    entry = entries(str(tmp_path))[1]
-    assert not entry["released"] and datetime.fromisoformat(entry["expires"]) > datetime.now(UTC)
+    assert not entries(str(tmp_path))[1]["released"]
     with acquire(str(tmp_path)) as lease:
         assert lease.number == 2
 
 
-def test_an_expired_lease_of_another_machine_is_taken(root: str) -> None:
-    plant(root, 7, expires=(datetime.now(UTC) - timedelta(seconds=1)).isoformat())
-    with acquire(root) as lease:
-        assert lease.number == 8 and list(entries(root)) == [8]
+def test_a_lease_of_another_machine_is_taken_once_its_ttl_is_over(tmp_path: Path) -> None:
+    plant(str(tmp_path), 7)
+    let_time_pass(str(tmp_path), 7, 3602)
+    with acquire(str(tmp_path)) as lease:
+        assert lease.number == 8 and list(entries(str(tmp_path))) == [8]
+
+
+def test_an_object_store_tells_how_old_a_lease_is(each_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(each_s3, 7)
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"], seed=7) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        uri = join(each_s3, "_leases", "behaviors", "00000007.json")
+        assert 0 <= (storage.age_s(uri) or 0) < 60 and storage.age_s(f"{uri}-none") is None
+        store.clock_s = 3660
+        with acquire(each_s3) as lease:
+            assert lease.number == 8
+
+
+@pytest.mark.usefixtures("frequent_renewal")
+@pytest.mark.parametrize("ahead", [timedelta(days=1), timedelta(days=-1)], ids=["ahead", "behind"])
+def test_a_run_with_a_wrong_clock_neither_takes_a_live_lease_nor_loses_its_own(
+    root: str, monkeypatch: pytest.MonkeyPatch, ahead: timedelta
+) -> None:
+    with acquire(root) as lease, monkeypatch.context() as patched:
+        set_clock(patched, ahead)
+        with pytest.raises(LeaseHeld):
+            acquire(root)
+        lease.check()  # it renews with the wrong clock from here on
+        patched.undo()
+        with pytest.raises(LeaseHeld):
+            acquire(root)
+        lease.check()
 
 
 def test_a_lease_of_another_machine_is_taken_if_not_renewed_whatever_its_clock_says(root: str) -> None:
-    plant(root, 7, expires=(datetime.now(UTC) + timedelta(days=400)).isoformat())
+    plant(root, 7, ttl_s=0.5, expires=(datetime.now(UTC) + timedelta(days=400)).isoformat())
     started = time.monotonic()
-    with acquire(root, ttl_s=0.5) as lease:
+    with acquire(root) as lease:
         assert lease.number == 8 and time.monotonic() - started >= 0.5
 
 
-def test_a_lease_that_expires_while_watched_is_taken(tmp_path: Path) -> None:
-    plant(str(tmp_path), 7, expires=(datetime.now(UTC) + timedelta(seconds=0.2)).isoformat())
-    with acquire(str(tmp_path), ttl_s=LONG_S) as lease:
+@pytest.mark.parametrize("machine", ["", "this boot pid:[1]"], ids=["older version", "other container"])
+def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(tmp_path: Path, machine: str) -> None:
+    """Its number belongs to no process here, or to another one, although the host name is the same."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    holder = {"host": socket.gethostname(), "pid": ended.pid, "machine": machine}
+    plant(str(tmp_path), 7, **holder)
+    threading.Timer(0.2, plant, [str(tmp_path), 7], {**holder, "expires": "renewed"}).start()
+    with pytest.raises(LeaseHeld, match=f"process {ended.pid} on "):
+        acquire(str(tmp_path))
+
+
+def test_a_lease_whose_ttl_ends_while_it_is_watched_is_taken(tmp_path: Path) -> None:
+    plant(str(tmp_path), 7)
+    threading.Timer(0.2, let_time_pass, [str(tmp_path), 7, 3602.0]).start()
+    with acquire(str(tmp_path)) as lease:
         assert lease.number == 8
 
 
@@ -219,7 +277,8 @@ def test_a_holder_that_misses_its_replacement_does_not_touch_the_new_lease(root:
         successor = plant(root, 2)
         lease.check()
     assert storage.read_bytes(join(root, "_leases", "behaviors", "00000002.json")) == successor
-    with acquire(root, ttl_s=0.2) as third:
+    plant(root, 2, ttl_s=0.2)
+    with acquire(root) as third:
         assert third.number == 3 and list(entries(root)) == [3]
 
 
@@ -326,8 +385,8 @@ def test_an_unreadable_entry_is_named(tmp_path: Path, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"expires": "2026-01-02T03:04:05"}, "expires, 2026-01-02T03:04:05, has no time zone"),
-        ({"expires": "tomorrow"}, "Invalid isoformat string: 'tomorrow'"),
+        ({"ttl_s": 0.0}, "ttl_s, 0.0, is not a number of seconds above 0"),
+        ({"ttl_s": float("nan")}, "ttl_s must be float, not 'nan'"),
         ({"expires": 5}, "expires must be str, not '5'"),
         ({"released": "no"}, "released must be bool, not 'no'"),
         ({"pid": True}, "pid must be int, not 'True'"),

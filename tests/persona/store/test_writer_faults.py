@@ -243,7 +243,7 @@ def test_a_fence_with_a_lost_response_holds(local: Store, monkeypatch: pytest.Mo
 def test_a_commit_without_a_response_is_given_up_after_the_limit(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(local)
     with local.writer("behaviors", job="first") as writer:
-        monkeypatch.setattr("persona.store.log._GIVE_UP_S", 0.05)
+        monkeypatch.setenv("PERSONA_STORAGE_TIMEOUT_S", "0.05")
         attempts = Attempts(monkeypatch, *[fails_before] * 100_000)
         message = "cannot write to the table .*: retried for 0 s; last error: UncertainCommit: no response"
         with pytest.raises(StorageError, match=message):
