@@ -32,6 +32,7 @@ ARROWS = {
     "evaluation": {"errors", "options"},
     "retrieval": {"extensions", "options"},
     "inputs": {"errors", "options", "storage"},
+    "exchange": {"inputs", "storage"},
     "store": {"errors", "field_types", "options", "inputs", "storage"},
     "models": {"errors", "options", "storage"},
     "engines": {"errors", "extensions", "options", "models"},

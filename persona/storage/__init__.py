@@ -15,6 +15,7 @@ from persona.storage.files import (
     local_folder,
     open_filesystem,
     read_bytes,
+    read_range,
     write_bytes,
     write_file,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "local_folder",
     "open_filesystem",
     "read_bytes",
+    "read_range",
     "write_bytes",
     "write_file",
 ]
