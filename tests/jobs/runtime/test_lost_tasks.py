@@ -7,7 +7,6 @@ meantime would yield fewer blocks, and the skipped ones would be lost silently.
 import os
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import ray
 
 from jobs import embed, generate
 from jobs.runtime import joining, personas
+from persona.exchange.windows import Window
 from persona.store.store import Store
 from persona.store.writer import files_of
 from tests.jobs.conftest import Job, behaviors, requests, stored, write
@@ -28,7 +28,6 @@ TOGETHER = 2
 BLOCK_BYTES = 300  # two or three rows
 COMMITTED_WITHIN_S = 60
 _missing, _join_bucket, _make = embed._missing, joining.join_bucket, personas._make
-_compared: defaultdict[str, list[int]] = defaultdict(list)  # buckets by task
 
 
 def die_once(store: Store, is_committed: Callable[[Store], bool]) -> None:
@@ -43,12 +42,14 @@ def die_once(store: Store, is_committed: Callable[[Store], bool]) -> None:
         time.sleep(0.05)
 
 
-def dying_missing(rows: pa.Table, *, store: Store, **settings: Any) -> pa.Table:
-    compared = _compared[ray.get_runtime_context().get_task_id() or ""]
-    if len(compared) == 4:
-        die_once(store, lambda now: compared[0] in now.buckets())
-    compared.append(rows["bucket"][0].as_py())
-    return _missing(rows, store=store, **settings)
+def dying_missing(windows: Iterator[Window], *, store: Store, **settings: Any) -> Iterator[pa.Table]:
+    compared: list[int] = []
+    for rows in _missing(windows, store=store, **settings):
+        if len(compared) == 4:
+            die_once(store, lambda now: compared[0] in now.buckets())
+        if rows["bucket"][0].is_valid:
+            compared.append(rows["bucket"][0].as_py())
+        yield rows
 
 
 def dying_join(rows: pa.Table, *, store: Store, **settings: Any) -> Iterator[pa.Table]:
