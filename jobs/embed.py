@@ -7,13 +7,25 @@ Reads `--histories` (Parquet or JSONL), writes `<store>/behaviors` and `<store>/
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, encoding, exchange, personas, pools, profile, reading, session, staging, sync
+from jobs.runtime import (
+    cli,
+    comparing,
+    cost,
+    encoding,
+    exchange,
+    personas,
+    pools,
+    profile,
+    reading,
+    session,
+    staging,
+    sync,
+)
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
 from jobs.runtime.inputs import Histories, find_histories
@@ -21,7 +33,7 @@ from jobs.runtime.job_options import FLAT, ActorPool, InputFormat, InputRows
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
-from jobs.runtime.receipts import Receipts, receipt, with_no_receipt
+from jobs.runtime.receipts import Receipts
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
@@ -30,7 +42,6 @@ from persona.options import CostOptions, Precision, VectorOptions
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.exchange.windows import Window
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
     from persona.store.store import Store
@@ -114,7 +125,7 @@ def main(config: Config) -> Summary:
         tally, receipts = Tally.start(), Receipts()
         with progress(tally, _progress_line):
             with exchange.run_files(store.uri, "behaviors") as folder:
-                read = _read(inputs, store, config, tally, folder)
+                read = comparing.read(inputs.histories, store, tally, limit=config.rows.limit, folder=folder)
                 block_rows = _block_rows(config, read, store, machines, pool)
                 if read.found[0].total.rows <= block_rows:
                     pool = pool.of_one()
@@ -144,17 +155,6 @@ def _inputs(config: Config) -> _Inputs:
     return _Inputs(histories=histories, store=store, encoder=encoder, identity=identity, plug=plug)
 
 
-def _read(inputs: _Inputs, store: "Store", config: Config, tally: Tally, folder: str) -> exchange.Exchanged:
-    """The valid behaviors, brought together by key; the others go to the rejects table."""
-    from persona.inputs import histories
-
-    read = reading.Behaviors(
-        columns=inputs.histories.columns, n_buckets=store.n_buckets, job="embed", tally=tally, store=store
-    )
-    source = exchange.Source(splits=inputs.histories.splits, read=read, limit=config.rows.limit)
-    return exchange.exchange([source], store.n_buckets, histories.SCHEMA, key="behavior_id", folder=folder)
-
-
 def _block_rows(
     config: Config, read: exchange.Exchanged, store: "Store", machines: session.Machines, pool: ModelPool
 ) -> int:
@@ -177,15 +177,9 @@ def _staged(
     threads = machines.threads(config.pool.cpus_per_actor)
     if pool.max_size == 1:
         threads = replace(threads, model=threads.alone)
-    missing = exchange.by_partition(
-        read,
-        _missing,
-        store=store.snapshot("behaviors"),
-        deletes=config.sync and not sync.blocker(read.found[0], config.rows.max_reject_fraction),
-        tally=tally,
-    )
+    deletes = config.sync and not sync.blocker(read.found[0], config.rows.max_reject_fraction)
     encoded = pools.by_models(
-        missing,
+        comparing.missing(read, store.snapshot("behaviors"), tally, deletes=deletes),
         Encode,
         block_rows=block_rows,
         pool=pool,
@@ -195,30 +189,6 @@ def _staged(
         threads=threads,
     )
     return staging.staged(encoded, store=store, table="behaviors", tally=tally)
-
-
-def _missing(windows: "Iterator[Window]", *, store: "Store", deletes: bool, tally: Tally) -> "Iterator[pa.Table]":
-    """The behaviors of a partition that are new or edited, and those that are gone; at the end a receipt.
-
-    With `deletes`, stored behaviors that the input does not have are gone.
-    """
-    import pyarrow as pa
-
-    from persona.inputs import histories
-
-    found: Counter[str] = Counter()
-    stored = frozenset(store.buckets()) if deletes else frozenset()
-    for window in windows:
-        if not window.rows.num_rows and window.bucket not in stored:
-            continue
-        started = time.perf_counter()
-        absent = (window.low, window.high) if deletes else None
-        missing, counts = store.missing(window.bucket, window.rows, absent=absent)
-        tally.note("compare", str(window.low), {**counts, "seconds": time.perf_counter() - started})
-        found.update(counts)
-        if missing.num_rows:
-            yield with_no_receipt(missing)
-    yield receipt(found, histories.SCHEMA.append(pa.field("change", pa.string())))
 
 
 class Encode:
