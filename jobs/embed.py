@@ -105,7 +105,6 @@ class _Inputs:
 
 def main(config: Config) -> Summary:
     """Runs the job."""
-    from persona.exchange import leftovers
     from persona.store.store import Store
 
     started = time.perf_counter()
@@ -118,8 +117,6 @@ def main(config: Config) -> Summary:
         # Take both leases before any work: a conflict over the second one should not end a run after hours.
         writer = leases.enter_context(store.writer("behaviors", job="jobs.embed"))
         personas_writer = leases.enter_context(store.writer("personas", job="jobs.embed")) if inputs.plug else None
-        # Those of runs that were killed: no other run can be at work, as this one holds the lease.
-        leftovers.delete_leftovers(store.uri, "behaviors")
         machines = session.connect()
         pool = ModelPool.plan(machines, config.pool)
         tally, receipts = Tally.start(), Receipts()

@@ -90,16 +90,12 @@ class _Inputs:
 
 def main(config: Config) -> Summary:
     """Runs the job."""
-    from persona.exchange import leftovers
-
     started = time.perf_counter()
     inputs = _inputs(config)
     if config.dry_run:
         return _plan(config, inputs)
 
     with inputs.store.writer("generations", job="jobs.generate") as writer:
-        # Those of runs that were killed: no other run can be at work, as this one holds the lease.
-        leftovers.delete_leftovers(inputs.store.uri, "generations")
         machines = session.connect()
         pool = ModelPool.plan(machines, config.pool)
         tally = Tally.start()

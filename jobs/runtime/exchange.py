@@ -6,11 +6,12 @@ partition begins.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from jobs.runtime.reading import Found, SplitFound
+from persona.errors import StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,14 +64,21 @@ class Exchanged:
 
 @contextmanager
 def run_files(root: str, writer: str) -> Iterator[str]:
-    """A new folder for run files, `<root>/_exchange/<writer>-<run id>`, which is deleted when the context ends."""
+    """A new folder for run files, `<root>/_exchange/<writer>-<run id>`, which is deleted when the context ends.
+
+    Only one run of a writer may be at work at a time: what earlier ones have left is deleted first.
+    """
     from persona.exchange import leftovers
 
+    leftovers.delete_leftovers(root, writer)
     folder = leftovers.new_folder(root, writer)
     try:
         yield folder
-    finally:
-        leftovers.delete_folder(folder)
+    except BaseException:
+        with suppress(StorageError):  # the error of the body counts; the next run deletes what is left
+            leftovers.delete_folder(folder)
+        raise
+    leftovers.delete_folder(folder)
 
 
 def exchange(

@@ -1,6 +1,7 @@
 """The folders of run files, `<root>/_exchange/<writer>-<run id>/`, and the deletion of those that killed runs left.
 
-The writer is the table whose lease a run holds, so the next holder of the lease may delete what it finds.
+A writer is what only one run at a time can be: below a store the table whose lease the run holds, elsewhere the job
+that writes to the folder.
 """
 
 import uuid
@@ -31,18 +32,16 @@ def delete_folder(uri: str) -> int:
 def delete_leftovers(root: str, writer: str | None = None) -> int:
     """Delete the run files that earlier runs of a writer, or of all, have left below `root`; returns their number.
 
-    Only for a caller that no such run can be at work with: it holds the lease of the table `writer`, or of all tables.
+    Only for a caller that no such run can be at work with.
     """
-    prefix = "" if writer is None else f"{writer}-"
     base = storage.join(root, FOLDER)
-    if not storage.is_s3(root):
-        found = [path for path in Path(base).glob(f"{prefix}*") if path.is_dir()]
-        return sum(delete_folder(str(path)) for path in found) + _remove_empty(Path(base))
-    files = [file.uri for file in storage.list_files(base, hidden=True)]
-    mine = [uri for uri in files if uri.removeprefix(storage.join(base, "")).startswith(prefix)]
-    with ThreadPoolExecutor(_PARALLEL_DELETES) as pool:
-        list(pool.map(storage.delete, mine))
-    return len(mine)
+    names = {_folder(file.uri, base) for file in storage.list_files(base, hidden=True)}
+    mine = sorted(name for name in names if writer is None or name.rpartition("-")[0] == writer)
+    return sum(delete_folder(storage.join(base, name)) for name in mine)
+
+
+def _folder(uri: str, base: str) -> str:
+    return uri.removeprefix(storage.join(base, "")).partition("/")[0]
 
 
 def _remove_empty(folder: Path) -> int:

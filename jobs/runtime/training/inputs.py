@@ -80,7 +80,7 @@ class TrainingRequests:
 
 def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: int, tally: Tally) -> TrainingRequests:
     """Joins the requests with the histories at a version of the behaviors, once for all epochs."""
-    with exchange.run_files(inputs.runs, "train") as folder:
+    with exchange.run_files(inputs.runs, f"train-{spec.run}") as folder:
         return _join_and_split(spec, inputs, behaviors_version, tally, folder)
 
 
