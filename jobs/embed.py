@@ -7,13 +7,25 @@ Reads `--histories` (Parquet or JSONL), writes `<store>/behaviors` and `<store>/
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, encoding, exchange, personas, pools, profile, reading, session, staging, sync
+from jobs.runtime import (
+    cli,
+    comparing,
+    cost,
+    encoding,
+    exchange,
+    personas,
+    pools,
+    profile,
+    reading,
+    session,
+    staging,
+    sync,
+)
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
 from jobs.runtime.inputs import Histories, find_histories
@@ -21,6 +33,7 @@ from jobs.runtime.job_options import FLAT, ActorPool, InputFormat, InputRows
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
+from jobs.runtime.receipts import Receipts
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
@@ -29,14 +42,9 @@ from persona.options import CostOptions, Precision, VectorOptions
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from persona.inputs.histories import Columns
-    from persona.inputs.splits import Split
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
     from persona.store.store import Store
-
-# On a CPU small blocks cost nothing, and they spread a small refresh over all cores.
-_BLOCK_ROWS_ON_GPUS, _BLOCK_ROWS_ON_CPUS = 4096, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +72,7 @@ class Config:
     buckets: int | None = None
     """Buckets of a new store, fixed for its life (default 64); take one per 100,000 behaviors you expect."""
     block_rows: int | None = None
-    """Behaviors per block, which are lost if an actor dies; default 4,096 on GPUs and 1,024 on CPUs."""
+    """Behaviors per block, which are lost if an actor dies; by default it grows with the input, to fill data files."""
     sync: bool = False
     """Delete behaviors that --histories no longer has, unless lines are unreadable or too many rows are bad."""
     plug: str | None = None
@@ -111,17 +119,20 @@ def main(config: Config) -> Summary:
         personas_writer = leases.enter_context(store.writer("personas", job="jobs.embed")) if inputs.plug else None
         machines = session.connect()
         pool = ModelPool.plan(machines, config.pool)
-        tally = Tally.start()
+        tally, receipts = Tally.start(), Receipts()
         with progress(tally, _progress_line):
-            with Committer(writer, tally) as committer:
-                for staged in _staged(config, inputs, store, machines, pool, tally):
-                    committer.take(staged)
-            if config.sync:
-                sync.delete_absent_buckets(store, writer, tally, config.rows.max_reject_fraction)
+            with exchange.run_files(store.uri, "behaviors") as folder:
+                read = comparing.read(inputs.histories, store, tally, limit=config.rows.limit, folder=folder)
+                block_rows = _block_rows(config, read, store, machines, pool)
+                if read.found[0].total.rows <= block_rows:
+                    pool = pool.of_one()
+                with Committer(writer, tally) as committer:
+                    for staged in _staged(config, read, store, machines, pool, block_rows, tally):
+                        committer.take(receipts.taken_from(staged))
             if inputs.plug is not None and personas_writer is not None:
                 personas.update(store, personas_writer, inputs.plug, tally)
     counts, seconds = tally.totals(), time.perf_counter() - started
-    summary = _summary(config, inputs, store, counts, seconds)
+    summary = _summary(config, inputs, store, read.found[0], receipts.counts, counts, seconds)
     summary = _with_cost(summary, config, inputs, counts, machines, n_gpus=pool.all_gpus, seconds=seconds)
     if config.profile:
         summary = _with_profile(summary, counts, n_actors=pool.max_size, cores=machines.cores, seconds=seconds)
@@ -141,62 +152,46 @@ def _inputs(config: Config) -> _Inputs:
     return _Inputs(histories=histories, store=store, encoder=encoder, identity=identity, plug=plug)
 
 
+def _block_rows(
+    config: Config, read: exchange.Exchanged, store: "Store", machines: session.Machines, pool: ModelPool
+) -> int:
+    from persona.exchange.plan import block_rows
+
+    n_rows, width = read.found[0].total.rows, store.identity.width
+    return config.block_rows or block_rows(n_rows, width, pool.max_size, on_gpus=bool(machines.gpus))
+
+
 def _staged(
-    config: Config, inputs: _Inputs, store: "Store", machines: session.Machines, pool: ModelPool, tally: Tally
+    config: Config,
+    read: exchange.Exchanged,
+    store: "Store",
+    machines: session.Machines,
+    pool: ModelPool,
+    block_rows: int,
+    tally: Tally,
 ) -> "Iterator[pa.Table]":
-    """The job as one chain: read, find what is missing, encode, stage."""
-    columns, limit = inputs.histories.columns, config.rows.limit
-    rows = reading.read(inputs.histories.splits, _read, limit=limit, columns=columns, store=store, tally=tally)
-    missing = exchange.by_bucket(
-        rows,
-        inputs.histories.splits,
-        store.n_buckets,
-        _missing,
-        store=store.snapshot("behaviors"),
-        tally=tally,
-        config=config,
-    )
+    """The job as one chain, from what was read: find what is missing, encode, stage. Receipts say what was found."""
+    threads = machines.threads(config.pool.cpus_per_actor)
+    if pool.max_size == 1:
+        threads = replace(threads, model=threads.alone)
+    deletes = config.sync and not sync.blocker(read.found[0], config.rows.max_reject_fraction)
     encoded = pools.by_models(
-        missing,
+        comparing.missing(read, store.snapshot("behaviors"), tally, deletes=deletes),
         Encode,
-        block_rows=config.block_rows or (_BLOCK_ROWS_ON_GPUS if machines.gpus else _BLOCK_ROWS_ON_CPUS),
+        block_rows=block_rows,
         pool=pool,
         config=config,
         identity=store.identity,
         tally=tally,
-        threads=machines.threads(config.pool.cpus_per_actor),
+        threads=threads,
     )
     return staging.staged(encoded, store=store, table="behaviors", tally=tally)
-
-
-def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Tally) -> "Iterator[pa.Table]":
-    """The valid behaviors of a split; the others go to the rejects table."""
-    from persona.inputs import histories
-    from persona.inputs.reader import read_split
-
-    validate = partial(histories.validate, columns=columns, n_buckets=store.n_buckets, job="embed")
-    records = read_split(split, job="embed")
-    yield from reading.keep_good(records, validate, time_column="timestamp", split=split, store=store, tally=tally)
-
-
-def _missing(rows: "pa.Table", *, store: "Store", tally: Tally, config: Config) -> "pa.Table":
-    """The behaviors of one bucket that are new or edited, and with --sync those that are gone."""
-    from persona.inputs.place import places_of_bucket
-
-    started, bucket = time.perf_counter(), rows["bucket"][0].as_py()
-    # All input has been read before the first bucket is compared.
-    deletes = config.sync and not sync.blocker(tally.totals(), config.rows.max_reject_fraction)
-    missing, counts = store.missing(bucket, rows, absent=places_of_bucket(bucket) if deletes else None)
-    tally.note("compare", str(bucket), {**counts, "seconds": time.perf_counter() - started})
-    return missing
 
 
 class Encode:
     """An actor with a frozen encoder, loaded once: behaviors in, vectors out."""
 
     def __init__(self, config: Config, identity: "Identity", tally: Tally, threads: session.Threads) -> None:
-        import ray
-
         session.quiet_models(threads.model)
         session.tokenize_with(threads.tokenizing)
         self.encoder = encoding.load_encoder(
@@ -207,32 +202,21 @@ class Encode:
             precision=config.precision,
         )
         self.tally = tally
-        self.threads = threads
-        self.may_be_alone = threads.alone > threads.model
-        tally.note("encoders", ray.get_runtime_context().get_actor_id() or "", {})
         self.idle_since = time.perf_counter()
 
     def __call__(self, behaviors: "pa.Table") -> "pa.Table":
         """The column `text` becomes `vector`, see `encoding.encode`."""
         started = time.perf_counter()
         waited_s = started - self.idle_since
-        if self.may_be_alone:
-            self._set_threads()
         column, encoded = encoding.encode(self.encoder, behaviors)
-        if behaviors.num_rows:
-            unit = f"{behaviors['user_id'][0]}/{behaviors['behavior_id'][0]}"
+        if len(encoded.vectors):
+            first = behaviors.filter(behaviors["text"].is_valid()).slice(0, 1)
+            unit = f"{first['user_id'][0]}/{first['behavior_id'][0]}"
             counts = {"rows": len(encoded.vectors), "tokens": encoded.n_tokens, "padded": encoded.n_padded}
             times = {"seconds": time.perf_counter() - started, "tokenizing": encoded.tokenize_s, "waiting": waited_s}
             self.tally.note("encode", unit, {**counts, **times})
         self.idle_since = time.perf_counter()
         return behaviors.drop_columns(["text"]).append_column("vector", column)
-
-    def _set_threads(self) -> None:
-        """Use more cores while this is the only actor: for a small refresh Ray starts no second one."""
-        import torch
-
-        self.may_be_alone = len(self.tally.units("encoders")) == 1
-        torch.set_num_threads(self.threads.alone if self.may_be_alone else self.threads.model)
 
 
 def _progress_line(counts: Counts, seconds: float) -> str:
@@ -272,21 +256,29 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     return cost.planned(plan, config.cost, flops=flops, if_all="if no behavior is in the store yet")
 
 
-def _summary(config: Config, inputs: _Inputs, store: "Store", counts: Counts, seconds: float) -> Summary:
-    compare, encode, read = (counts.get(stage, {}) for stage in ("compare", "encode", "read"))
+def _summary(
+    config: Config,
+    inputs: _Inputs,
+    store: "Store",
+    found: reading.Found,
+    compared: Mapping[str, int],
+    counts: Counts,
+    seconds: float,
+) -> Summary:
+    encode, read = counts.get("encode", {}), found.total
     committed = int(counts.get("commit", {}).get("rows", 0))
     result = {
         "job": "embed",
         "store": store.uri,
-        "read": int(read.get("rows", 0)),
-        **{name: int(compare.get(name, 0)) for name in ("known", "new", "edited", "gone", "duplicates")},
+        "read": read.rows,
+        **{name: compared.get(name, 0) for name in ("known", "new", "edited", "gone", "duplicates")},
         "encoded": int(encode.get("rows", 0)),
         "committed": committed,
         "files_rewritten": int(counts.get("commit", {}).get("rewritten", 0)),
         "personas": int(counts.get("personas", {}).get("rows", 0)),
-        "rejects": int(read.get("rejects", 0)),
-        "unreadable": int(read.get("unreadable", 0)),
-        "without_timestamp": reading.timeless(counts),
+        "rejects": read.rejects,
+        "unreadable": read.unreadable,
+        "without_timestamp": read.timeless,
         **inputs.histories.facts(),
         "tokens": int(encode.get("tokens", 0)),
         "seconds": round(seconds, 1),
@@ -294,7 +286,7 @@ def _summary(config: Config, inputs: _Inputs, store: "Store", counts: Counts, se
         "version": store.version("behaviors"),
     }
     padding = 1 - encode.get("tokens", 0) / encode["padded"] if encode.get("padded") else 0.0
-    blocker = sync.blocker(counts, config.rows.max_reject_fraction)
+    blocker = sync.blocker(found, config.rows.max_reject_fraction)
     deleted = f"nothing, because {blocker}" if blocker else f"{result['gone']:,} that are no longer in --histories"
     table = [
         ("behaviors read", f"{result['read']:,}"),
@@ -307,9 +299,9 @@ def _summary(config: Config, inputs: _Inputs, store: "Store", counts: Counts, se
         ("encoder", store.identity.describe()),
         ("store", f"{store.label}, version {result['version']}"),
         *inputs.histories.rows(),
-        *reading.reject_rows(counts),
+        *found.reject_rows(),
     ]
-    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=found.exit_code(config.rows.max_reject_fraction))
 
 
 def _with_cost(

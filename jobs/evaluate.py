@@ -16,6 +16,7 @@ from jobs.runtime import (
     answers as stored_answers,
     cli,
     cost,
+    exchange,
     inspection,
     joining,
     losses,
@@ -37,8 +38,6 @@ from persona.option_checks import check_at_least
 from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions
 
 if TYPE_CHECKING:
-    from ray.data import Dataset
-
     from persona.evaluation.one_run import Answers
     from persona.store.store import Store
 
@@ -125,19 +124,19 @@ def main(config: Config) -> Summary:
     machines = session.connect()
     pool = ModelPool.plan(machines, config.pool)
     tally = Tally.start()
-    with progress(tally, _progress_line):
-        requests = _requests(config, inputs, store, variants, tally)
-        measured = losses.measure(requests, _loss_settings(config, inputs.plug), pool, tally)
+    with progress(tally, _progress_line), exchange.run_files(inputs.out, "evaluate") as folder:
+        requests = _requests(config, inputs, store, variants, tally, folder)
+        measured = losses.measure(requests.rows, _loss_settings(config, inputs.plug), pool, tally)
     if not measured["request_id"]:
         raise InputError(f"--requests {config.requests} has no request with a target, so there is nothing to evaluate")
     answers = stored_answers.read_outputs(store, variants, measured["request_id"], measured["user_id"])
     metrics = _metrics(config, inputs, store, measured, answers, tally)
     counts = tally.totals()
-    metrics["rejects"] = int(counts.get("read", {}).get("rejects", 0))
-    metrics |= {"without_as_of": reading.timeless(counts), **inputs.requests.facts()}
+    metrics["rejects"] = requests.found.total.rejects
+    metrics |= {"without_as_of": requests.found.total.timeless, **inputs.requests.facts()}
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     _write(inputs.out, _files(config, metrics, measured, answers))
-    summary = _summary(config, inputs, metrics, counts)
+    summary = _summary(config, inputs, metrics, requests.found, counts)
     return cost.spent(summary, config.cost, machines, n_gpus=pool.all_gpus, seconds=metrics["seconds"])
 
 
@@ -174,7 +173,9 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     return cli.with_prompt_example(plan, example)
 
 
-def _requests(config: Config, inputs: _Inputs, store: "Store", variants: Sequence[str], tally: Tally) -> "Dataset":
+def _requests(
+    config: Config, inputs: _Inputs, store: "Store", variants: Sequence[str], tally: Tally, folder: str
+) -> joining.Joined:
     """The requests with the histories that they see under each kind of persona."""
     spec = retrieval.RetrievalSpec.of_plug(inputs.plug, config.retrieval, inputs.histories)
     plan = joining.JoinPlan(
@@ -188,7 +189,7 @@ def _requests(config: Config, inputs: _Inputs, store: "Store", variants: Sequenc
         texts=retrieval.best_of(spec, tally),
         rejected=config.rejected,
     )
-    return joining.requests_with_histories(inputs.requests, store, tally, plan)
+    return joining.requests_with_histories(inputs.requests, store, tally, plan, folder=folder)
 
 
 def _loss_settings(config: Config, plug: PlugRef) -> losses.LossSettings:
@@ -212,7 +213,7 @@ def _metrics(
 
     metric = _metric(config, measured["target"])
     inspected = inspection.InspectionInputs(
-        requests=inputs.requests, store=store, plug=inputs.plug, histories=inputs.histories
+        requests=inputs.requests, store=store, plug=inputs.plug, histories=inputs.histories, out=inputs.out
     )
     return {
         **summarize(measured, config.personas, answers, metric, seed=config.seed),
@@ -284,7 +285,9 @@ def _write(out: str, files: Mapping[str, bytes]) -> None:
         storage.write_bytes(storage.join(out, name), data)
 
 
-def _summary(config: Config, inputs: _Inputs, metrics: Mapping[str, Any], counts: Counts) -> Summary:
+def _summary(
+    config: Config, inputs: _Inputs, metrics: Mapping[str, Any], found: reading.Found, counts: Counts
+) -> Summary:
     from persona import storage
 
     # The summary goes to logs, which should contain neither ids nor texts of users.
@@ -295,10 +298,10 @@ def _summary(config: Config, inputs: _Inputs, metrics: Mapping[str, Any], counts
             *retrieval.summary_rows(counts),
             ("metrics", storage.join(inputs.out, "metrics.json")),
             ("report", storage.join(inputs.out, "report.html")),
-            *reading.request_rows(inputs.requests, counts),
+            *reading.request_rows(inputs.requests, found),
         ],
         result={"job": "evaluate", "out": inputs.out, **printed},
-        exit_code=reading.exit_code(counts, config.rows.max_reject_fraction),
+        exit_code=found.exit_code(config.rows.max_reject_fraction),
     )
 
 

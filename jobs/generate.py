@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, joining, plugs, pools, profile, reading, retrieval, session, staging
+from jobs.runtime import cli, cost, exchange, joining, plugs, pools, profile, reading, retrieval, session, staging
 from jobs.runtime.answers import AnswerSpec, Unanswered
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
@@ -99,11 +99,13 @@ def main(config: Config) -> Summary:
         machines = session.connect()
         pool = ModelPool.plan(machines, config.pool)
         tally = Tally.start()
-        with progress(tally, _progress_line), Committer(writer, tally) as committer:
-            for staged in _staged(config, inputs, pool, tally):
-                committer.take(staged)
+        with progress(tally, _progress_line), exchange.run_files(inputs.store.uri, "generations") as folder:
+            requests = _requests(config, inputs, tally, folder)
+            with Committer(writer, tally) as committer:
+                for staged in _staged(config, inputs, requests, pool, tally):
+                    committer.take(staged)
     counts, seconds = tally.totals(), time.perf_counter() - started
-    summary = _summary(config, inputs, counts, seconds)
+    summary = _summary(config, inputs, requests.found, counts, seconds)
     summary = cost.spent(summary, config.cost, machines, n_gpus=pool.all_gpus, seconds=seconds)
     if config.profile:
         summary = _with_profile(summary, counts, n_actors=pool.max_size, cores=machines.cores, seconds=seconds)
@@ -146,8 +148,8 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     return cli.with_prompt_example(plan, example)
 
 
-def _staged(config: Config, inputs: _Inputs, pool: ModelPool, tally: Tally) -> "Iterator[pa.Table]":
-    """The job as one chain: read, join with the visible histories, drop what has an answer, generate, stage."""
+def _requests(config: Config, inputs: _Inputs, tally: Tally, folder: str) -> joining.Joined:
+    """The requests that have no answer yet, joined with their visible histories."""
     store = inputs.store.snapshot("behaviors", "generations")
     spec = retrieval.RetrievalSpec.of_plug(inputs.plug, config.retrieval, inputs.histories)
     plan = joining.JoinPlan(
@@ -159,9 +161,15 @@ def _staged(config: Config, inputs: _Inputs, pool: ModelPool, tally: Tally) -> "
         selection=Unanswered(_answer_spec(config, inputs.plug), keep_stale=config.keep_stale),
         texts=retrieval.best_of(spec, tally),
     )
-    unanswered = joining.requests_with_histories(inputs.requests, store, tally, plan)
+    return joining.requests_with_histories(inputs.requests, store, tally, plan, folder=folder)
+
+
+def _staged(
+    config: Config, inputs: _Inputs, requests: joining.Joined, pool: ModelPool, tally: Tally
+) -> "Iterator[pa.Table]":
+    """The rest of the job as one chain: generate, stage."""
     answered = pools.by_models(
-        unanswered, Generate, block_rows=config.block_rows, pool=pool, config=config, plug=inputs.plug, tally=tally
+        requests.rows, Generate, block_rows=config.block_rows, pool=pool, config=config, plug=inputs.plug, tally=tally
     )
     return staging.staged(answered, store=inputs.store, table="generations", tally=tally)
 
@@ -218,7 +226,7 @@ def _progress_line(counts: Counts, seconds: float) -> str:
     return f"generate: {done:,} of {int(joined['kept']):,} answers committed, {done / seconds:,.1f}/s"
 
 
-def _summary(config: Config, inputs: _Inputs, counts: Counts, seconds: float) -> Summary:
+def _summary(config: Config, inputs: _Inputs, found: reading.Found, counts: Counts, seconds: float) -> Summary:
     joined, generated = counts.get("join", {}), counts.get("generate", {})
     n_wanted = int(joined.get("asked", 0)) * len(config.persona)
     n_answers = int(counts.get("commit", {}).get("rows", 0))
@@ -233,10 +241,10 @@ def _summary(config: Config, inputs: _Inputs, counts: Counts, seconds: float) ->
         "stale": int(joined.get("stale", 0)),
         "repeated_ids": int(joined.get("repeated", 0)),
         "without_history": int(joined.get("empty", 0)),
-        "without_as_of": reading.timeless(counts),
+        "without_as_of": found.total.timeless,
         "untimed_behaviors": int(joined.get("untimed", 0)),
         **inputs.requests.facts(),
-        "rejects": int(counts.get("read", {}).get("rejects", 0)),
+        "rejects": found.total.rejects,
         "tokens": int(generated.get("tokens", 0)),
         "seconds": round(seconds, 1),
         "answers_per_s": round(n_answers / seconds, 2),
@@ -251,9 +259,9 @@ def _summary(config: Config, inputs: _Inputs, counts: Counts, seconds: float) ->
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
         ("seconds", f"{seconds:,.1f}"),
         ("store", f"{store.label}, generations version {result['version']}"),
-        *reading.request_rows(inputs.requests, counts),
+        *reading.request_rows(inputs.requests, found),
     ]
-    return Summary(table=table, result=result, exit_code=reading.exit_code(counts, config.rows.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=found.exit_code(config.rows.max_reject_fraction))
 
 
 def _stale_note(n: int, *, is_kept: bool) -> str:

@@ -6,14 +6,18 @@ Reads `--histories`, which need timestamps. Writes `<out>/part-….parquet`, one
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 from jobs.runtime import cli, exchange, reading, session
 from jobs.runtime.cli import Summary
-from jobs.runtime.inputs import find_histories
+from jobs.runtime.inputs import Histories, find_histories
 from jobs.runtime.job_options import FLAT, InputFormat
 from jobs.runtime.progress import progress
+from jobs.runtime.receipts import Receipts, receipt
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
@@ -21,6 +25,7 @@ from persona.option_checks import check_at_least
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from persona.exchange.windows import Window
     from persona.inputs.derived_requests import RequestRule
 
 
@@ -82,15 +87,11 @@ def main(config: Config) -> Summary:
         plan = {"dry_run": True, "would": would, **histories.facts()}
         return Summary(table=[("would", would), *histories.rows()], result=plan)
     session.connect()
-    rows = reading.read(splits, reading.read_histories, limit=None, columns=histories.columns, n_buckets=config.buckets)
-    tally = Tally.start()
-    written = exchange.by_bucket(
-        rows, splits, config.buckets, _write_bucket, out=out, rule=config.rule(), n_files=config.buckets, tally=tally
-    )
-    with progress(tally, _progress_line):
-        for _ in written.iter_batches(batch_size=None):
-            pass
-    counts = {name: int(n) for name, n in tally.totals().get("make", {}).items()}
+    tally, receipts = Tally.start(), Receipts()
+    with progress(tally, _progress_line), exchange.run_files(out, "make_requests") as folder:
+        for written in _written(config, histories, out, tally, folder):
+            receipts.taken_from(written)
+    counts = receipts.counts
     result: dict[str, Any] = {"job": "make_requests", "out": out, **counts, **histories.facts()}
     result["seconds"] = round(time.perf_counter() - started, 1)
     table = [
@@ -100,6 +101,19 @@ def main(config: Config) -> Summary:
         ("seconds", f"{result['seconds']:,}"),
     ]
     return Summary(table=table, result=result)
+
+
+def _written(config: Config, histories: Histories, out: str, tally: Tally, folder: str) -> "Iterator[pa.Table]":
+    """The job as one chain: read, bring together by user, write the requests. Yields receipts."""
+    from persona.inputs.histories import SCHEMA
+
+    read = reading.Behaviors(columns=histories.columns, n_buckets=config.buckets, job="make_requests")
+    source = exchange.Source(splits=histories.splits, read=read)
+    behaviors = exchange.exchange([source], config.buckets, SCHEMA, key=None, folder=folder, whole_buckets=True)
+    written = exchange.by_partition(
+        behaviors, _write_buckets, out=out, rule=config.rule(), n_files=config.buckets, tally=tally
+    )
+    yield from written.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def _check_empty(out: str, n_buckets: int) -> None:
@@ -116,25 +130,32 @@ def _name(bucket: int, n_buckets: int) -> str:
     return f"part-{bucket:05}-of-{n_buckets:05}.parquet"
 
 
-def _write_bucket(behaviors: "pa.Table", *, out: str, rule: "RequestRule", n_files: int, tally: Tally) -> "pa.Table":
-    """Write the requests of one bucket of users. A retried task writes the same file again."""
-    import io
-
+def _write_buckets(
+    windows: "Iterator[Window]", *, out: str, rule: "RequestRule", n_files: int, tally: Tally
+) -> "Iterator[pa.Table]":
+    """Write the requests of some buckets of users; yields receipts. A retried task writes the same files again."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     from persona import storage
-    from persona.inputs.derived_requests import requests_of
+    from persona.inputs.derived_requests import REQUESTS, requests_of
 
-    bucket = behaviors["bucket"][0].as_py()
-    requests, counts = requests_of(behaviors, rule)
-    sink = io.BytesIO()
-    pq.write_table(requests, sink)
-    storage.write_bytes(storage.join(out, _name(bucket, n_files)), sink.getvalue())
-    tally.note("make", str(bucket), {**counts, "behaviors": behaviors.num_rows})
-    return behaviors.select(["bucket"]).slice(0, 1)
+    filled = (window for window in windows if window.rows.num_rows)
+    for bucket, of_bucket in groupby(filled, key=lambda window: window.bucket):
+        found: Counter[str] = Counter()
+        with (
+            storage.write_file(storage.join(out, _name(bucket, n_files))) as path,
+            pq.ParquetWriter(path, REQUESTS) as file,
+        ):
+            for window in of_bucket:
+                requests, counts = requests_of(window.rows, rule)
+                file.write_table(requests)
+                found.update({**counts, "behaviors": window.rows.num_rows})
+        tally.note("make", str(bucket), found)
+        yield receipt(found, pa.schema([]))
 
 
-def _left_out(config: Config, counts: dict[str, int]) -> str:
+def _left_out(config: Config, counts: Mapping[str, int]) -> str:
     """How many texts did not become requests, by reason."""
     reasons = {
         "early": f"with fewer than {config.min_history:,} older texts",

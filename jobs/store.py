@@ -207,12 +207,14 @@ def _compact(config: Config, store: "Store") -> Outcome:
 
 
 def _vacuum(config: Config, store: "Store") -> Outcome:
+    from persona.exchange import leftovers
     from persona.store import maintenance
 
     table, result = [], {}
     for name in maintenance.TABLES:
         with store.writer(name, job="jobs.store") as writer:
-            n_deleted = writer.vacuum(keep_hours=config.keep_hours)
+            # Also the run files of killed jobs, as none that holds this lease can be at work.
+            n_deleted = writer.vacuum(keep_hours=config.keep_hours) + leftovers.delete_leftovers(store.uri, name)
         table.append((name, f"{n_deleted:,} files deleted"))
         result[name] = {"files_deleted": n_deleted}
     return Outcome(table=table, result=result)

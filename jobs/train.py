@@ -143,6 +143,7 @@ def main(config: Config) -> Summary:
     counts, seconds = tally.totals(), time.perf_counter() - started
     found = summary(
         published,
+        requests.found,
         counts,
         inputs,
         global_batch=config.training.global_batch,

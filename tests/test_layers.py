@@ -32,6 +32,7 @@ ARROWS = {
     "evaluation": {"errors", "options"},
     "retrieval": {"extensions", "options"},
     "inputs": {"errors", "options", "storage"},
+    "exchange": {"inputs", "storage"},
     "store": {"errors", "field_types", "options", "inputs", "storage"},
     "models": {"errors", "options", "storage"},
     "engines": {"errors", "extensions", "options", "models"},
@@ -46,6 +47,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 DRAWS_HELP = "import cyclopts.help, rich.console, rich.markdown, rich.table"
 # Imported by tasks of Ray Data that use no model.
 WITHOUT_A_MODEL = (
+    "exchange.windows",
     "inputs.derived_requests",
     "inputs.histories",
     "inputs.reader",

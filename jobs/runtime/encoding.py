@@ -61,7 +61,7 @@ def load_encoder(
 
 
 def encode(encoder: "TextEncoder", behaviors: "pa.Table") -> "tuple[pa.BinaryArray, Encoded]":
-    """A column of vectors, 2·d bytes of little-endian float16 each and null for `gone` behaviors.
+    """A column of vectors, 2·d bytes of little-endian float16 each and null where there is no text.
 
     Also returns what the encoder returned for the behaviors that have a text.
     """
@@ -70,7 +70,7 @@ def encode(encoder: "TextEncoder", behaviors: "pa.Table") -> "tuple[pa.BinaryArr
 
     from persona.store import vectors
 
-    has_text = pc.not_equal(behaviors["change"], "gone")
+    has_text = behaviors["text"].is_valid()
     texts = behaviors["text"].filter(has_text).to_pylist()
     encoded = encoder.encode(texts)
     column = vectors.to_column(encoded.vectors)

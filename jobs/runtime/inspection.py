@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from jobs.runtime import exchange, joining, plugs, reading, session
+from jobs.runtime import exchange, joining, plugs, session
 from jobs.runtime.inputs import Histories, Requests
 from jobs.runtime.plugs import PlugRef
+from jobs.runtime.reading import SplitFound
 from jobs.runtime.tally import Tally
 from jobs.runtime.texts import Texts
 from persona.options import PersonaKind
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectionInputs:
-    """Where requests, behaviors, plug and texts are; without `histories` no texts are read."""
+    """Where requests, behaviors, plug and texts are; without `histories` no texts are read. `out` takes run files."""
 
     requests: Requests
     store: "Store"
     plug: PlugRef
     histories: Histories | None
+    out: str
 
 
 def report_parts(
@@ -74,10 +76,7 @@ def _inspect(
     where the histories no longer have them.
     """
     store, max_behaviors = inputs.store, inputs.plug.record.max_behaviors
-    rows = reading.read(
-        inputs.requests.splits,
-        _read_chosen,
-        limit=None,
+    read = _Chosen(
         columns=inputs.requests.columns,
         needs_as_of=inputs.requests.needs_as_of,
         ids=frozenset(ids),
@@ -86,7 +85,6 @@ def _inspect(
     texts = None
     if inputs.histories is not None:
         texts = Texts(histories=inputs.histories, use=_AddTexts(max_behaviors), users=users)
-        rows = texts.union_with(rows, store.n_buckets)
     plan = joining.JoinPlan(
         job="evaluate",
         stage="inspect",
@@ -96,34 +94,47 @@ def _inspect(
         selection=_AddVisible(max_behaviors),
         texts=texts,
     )
-    joined = exchange.by_bucket(
-        rows, inputs.requests.splits, store.n_buckets, joining.join_bucket, store=store, tally=tally, plan=plan
-    )
-    # A single process suffices for a few hundred requests without an LLM.
-    inspected = joined.repartition(1).map_batches(
-        _add_weights_and_persona,  # type: ignore[arg-type]  # Ray's types do not cover fn_kwargs
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={"plug": inputs.plug},
-    )
-    tables = inspected.iter_batches(batch_size=None, batch_format="pyarrow")
-    return {row["request_id"]: row for table in tables for row in cast("pa.Table", table).to_pylist()}
-
-
-def _read_chosen(
-    split: "Split", *, columns: "Columns", needs_as_of: bool, ids: frozenset[str], n_buckets: int
-) -> Iterator["pa.Table"]:
-    """The chosen requests of a split."""
-    import pyarrow as pa
-
-    from persona.inputs import requests
-    from persona.inputs.reader import read_split
-
-    for records in read_split(split, job="evaluate"):
-        good, _ = requests.validate(
-            records, n_buckets, needs_target=True, blank_targets=True, columns=columns, needs_as_of=needs_as_of
+    source = exchange.Source(splits=inputs.requests.splits, read=read)
+    with exchange.run_files(inputs.out, "inspect") as folder:
+        joined = joining.join(source, store, tally, plan, folder=folder).rows
+        # A single process suffices for a few hundred requests without an LLM.
+        inspected = joined.repartition(1).map_batches(
+            _add_weights_and_persona,  # type: ignore[arg-type]  # Ray's types do not cover fn_kwargs
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"plug": inputs.plug},
         )
-        yield good.filter(pa.compute.is_in(good["request_id"], pa.array(sorted(ids), pa.string())))
+        tables = inspected.iter_batches(batch_size=None, batch_format="pyarrow")
+        return {row["request_id"]: row for table in tables for row in cast("pa.Table", table).to_pylist()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Reads the chosen requests of splits."""
+
+    columns: "Columns"
+    needs_as_of: bool
+    ids: frozenset[str]
+    n_buckets: int
+
+    def __call__(self, split: "Split", found: SplitFound, limit: int | None) -> Iterator["pa.Table"]:
+        del found, limit
+        import pyarrow as pa
+
+        from persona.inputs import requests
+        from persona.inputs.reader import read_split
+
+        chosen = pa.array(sorted(self.ids), pa.string())
+        for records in read_split(split, job="evaluate"):
+            good, _ = requests.validate(
+                records,
+                self.n_buckets,
+                needs_target=True,
+                blank_targets=True,
+                columns=self.columns,
+                needs_as_of=self.needs_as_of,
+            )
+            yield good.filter(pa.compute.is_in(good["request_id"], chosen))
 
 
 class _AddTexts:

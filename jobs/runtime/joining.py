@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from jobs.runtime.exchange import by_bucket
+from jobs.runtime import exchange, reading
+from jobs.runtime.exchange import Source
 from jobs.runtime.inputs import Requests
-from jobs.runtime.reading import read, read_requests
+from jobs.runtime.reading import Found
 from jobs.runtime.tally import Tally
+from jobs.runtime.texts import Texts, union_schema
 from persona.options import PersonaKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
-    from jobs.runtime.texts import Texts
     from persona.store.store import Store
 
 _JOINED_ROWS = 512  # requests per table that goes on
@@ -53,45 +54,66 @@ class JoinPlan:
     """Take only this many requests."""
     selection: Selection | None = None
     """Which requests to go on with; None for all."""
-    texts: "Texts | None" = None
-    """Texts of the histories, to be used where a bucket is joined."""
+    texts: Texts | None = None
+    """Texts of the histories, to be used where requests are joined."""
     stage: str = "join"
     """Under which name the tally counts."""
 
 
-def requests_with_histories(requests: Requests, store: "Store", tally: Tally, plan: JoinPlan) -> "Dataset":
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Requests with their histories, which are joined when they are consumed, and what was found in the input."""
+
+    rows: "Dataset"
+    found: Found
+
+
+def requests_with_histories(requests: Requests, store: "Store", tally: Tally, plan: JoinPlan, *, folder: str) -> Joined:
     """The requests with the columns of `persona.store.join.join_histories` and `persona`, the kind.
 
-    `store` must be a snapshot of the tables that are read, so that a retried task joins the same rows.
+    `store` must be a snapshot of the tables that are read, so that a retried task joins the same rows. The run files in
+    `folder` (`exchange.run_files`) must exist until the rows have been consumed.
     """
-    rows = read(
-        requests.splits,
-        read_requests,
-        limit=plan.limit,
+    read = reading.Requests(
         columns=requests.columns,
         needs_as_of=requests.needs_as_of,
-        store=store,
-        tally=tally,
-        job=plan.job,
         needs_target=plan.needs_target,
         blank_targets=plan.blank_targets,
         rejected=plan.rejected,
+        job=plan.job,
+        store=store,
+        tally=tally,
     )
-    splits = requests.splits
+    return join(Source(splits=requests.splits, read=read, limit=plan.limit), store, tally, plan, folder=folder)
+
+
+def join(requests: Source, store: "Store", tally: Tally, plan: JoinPlan, *, folder: str) -> Joined:
+    """`requests_with_histories` for requests of any source."""
+    import pyarrow as pa
+
+    from persona.inputs.requests import REJECTED, SCHEMA
+
     if plan.texts is not None:
-        rows = plan.texts.union_with(rows, store.n_buckets)
-        splits = [*splits, *plan.texts.histories.splits]
-    return by_bucket(rows, splits, store.n_buckets, join_bucket, store=store, tally=tally, plan=plan)
+        sources, schema = plan.texts.sources(requests, store.n_buckets), union_schema()
+    else:
+        sources, schema = [requests], SCHEMA if plan.rejected is None else pa.schema([*SCHEMA, REJECTED])
+    exchanged = exchange.exchange(sources, store.n_buckets, schema, key=None, folder=folder)
+    rows = exchange.by_window(exchanged, join_bucket, store=store, tally=tally, plan=plan)
+    return Joined(rows=rows, found=exchanged.found[0])
 
 
 def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: JoinPlan) -> "Iterator[pa.Table]":
-    """The requests of one bucket with their histories, a few hundred at a time; of a repeated id, the first counts."""
+    """All requests of some users of a bucket with their histories, a few hundred at a time.
+
+    Of a repeated id, the first counts.
+    """
     import pyarrow as pa
 
     from persona.store.join import join_histories
 
     since = time.perf_counter()
     bucket: int = requests["bucket"][0].as_py()
+    first_user = requests["user_id"][0].as_py()
     if plan.texts is not None:
         requests = plan.texts.joined(requests, store)
     n_rows, requests = requests.num_rows, _first_of_each_id(requests)
@@ -116,7 +138,7 @@ def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: Joi
             counts["seconds"] += time.perf_counter() - since
             yield joined
             since = time.perf_counter()
-    tally.note(plan.stage, str(bucket), counts)
+    tally.note(plan.stage, f"{bucket}/{first_user}", counts)
 
 
 def _first_of_each_id(requests: "pa.Table") -> "pa.Table":

@@ -1,6 +1,6 @@
 """Pools of actors that hold a model: blocks of rows go in, as many rows come out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.runtime.job_options import ActorPool, LLMPool
@@ -55,6 +55,10 @@ class ModelPool:
             # An actor reserves no CPU: a pool that reserves all CPUs starves the reads before it (Ray issue 44687).
             return cls(min_size=size, max_size=size, num_cpus=0, num_gpus=gpus_per_actor)
         return cls(min_size=actors or (size + 1) // 2, max_size=size, num_cpus=cpus_per_actor, num_gpus=0)
+
+    def of_one(self) -> "ModelPool":
+        """The same with a single actor."""
+        return replace(self, min_size=1, max_size=1)
 
 
 def by_models(

@@ -1,17 +1,17 @@
-"""Read input splits as Ray datasets of valid rows; invalid rows go to the `rejects` table and are counted."""
+"""Read the valid rows of input splits; invalid rows go to the `rejects` table and are counted."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Self
 
-from jobs.runtime.inputs import Requests
-from jobs.runtime.tally import Counts, Tally
+from jobs.runtime import inputs
+from jobs.runtime.tally import Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from ray.data import Dataset
 
     from persona.inputs import histories, requests
     from persona.inputs.records import Records
@@ -20,164 +20,202 @@ if TYPE_CHECKING:
 
 TOO_MANY_REJECTS = 3
 """The exit code of a job that is done, but rejected more rows than `--max-reject-fraction` allows."""
-_REASONS_SHOWN = 5
-_REASON = "rejected: "  # prefix of the counters by reason
+_REASONS_SHOWN, _REASONS_KEPT = 5, 1000
 
 
-def read(
-    splits: Sequence["Split"],
-    reader: "Callable[..., Iterator[pa.Table]]",
-    *,
-    limit: int | None,
-    **settings: object,
-) -> "Dataset":
-    """The first `limit` rows, or all rows, of the tables that `reader(split, **settings)` yields, a task per split."""
-    from dataclasses import asdict
+@dataclass(kw_only=True)
+class SplitFound:
+    """What was found in a split; its reader fills it."""
 
-    import ray
+    uri: str
+    rows: int = 0
+    rejects: int = 0
+    unreadable: int = 0
+    timeless: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
 
-    sources = ray.data.from_items([asdict(split) for split in splits], override_num_blocks=len(splits))
-    if limit is not None:
-        # All jobs must take the same rows when given the same limit.
-        sources.context.execution_options.preserve_order = True
-    rows = sources.map_batches(
-        _read_batch,  # type: ignore[arg-type]  # Ray's types do not cover fn_kwargs
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={"reader": reader, "settings": settings},
-    )
-    return rows if limit is None else rows.limit(limit)
+    @property
+    def counts(self) -> dict[str, float]:
+        """What the tally shows."""
+        return {"rows": self.rows, "rejects": self.rejects, "unreadable": self.unreadable}
 
 
-def _read_batch(
-    batch: "pa.Table", *, reader: "Callable[..., Iterator[pa.Table]]", settings: Mapping[str, object]
-) -> "Iterator[pa.Table]":
-    from persona.inputs.splits import Split
+@dataclass(frozen=True, kw_only=True)
+class FileFound:
+    """What was found in an input file.
 
-    for fields in batch.to_pylist():
-        yield from reader(Split(**fields), **settings)
+    Attributes:
+        rows: valid rows.
+        rejects: rows and lines that went to the rejects table; unreadable: those of them that were no rows at all.
+        timeless: valid rows without a time.
+    """
 
+    rows: int = 0
+    rejects: int = 0
+    unreadable: int = 0
+    timeless: int = 0
 
-def read_requests(
-    split: "Split",
-    *,
-    columns: "requests.Columns",
-    needs_as_of: bool,
-    store: "Store",
-    tally: Tally,
-    job: str,
-    needs_target: bool,
-    blank_targets: bool,
-    rejected: str | None,
-) -> "Iterator[pa.Table]":
-    """The valid requests of a split; the others go to the `rejects` table."""
-    from persona.inputs import requests
-    from persona.inputs.reader import read_split
-
-    validate = partial(
-        requests.validate,
-        n_buckets=store.n_buckets,
-        needs_target=needs_target,
-        blank_targets=blank_targets,
-        columns=columns,
-        needs_as_of=needs_as_of,
-        job=job,
-        rejected=rejected,
-    )
-    yield from keep_good(
-        read_split(split, job=job), validate, time_column="as_of", split=split, store=store, tally=tally
-    )
+    def __add__(self, other: "FileFound | SplitFound") -> "FileFound":
+        names = [one.name for one in fields(FileFound)]
+        return FileFound(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
-def read_histories(split: "Split", *, columns: "histories.Columns", n_buckets: int) -> "Iterator[pa.Table]":
-    """The valid behaviors of a split. The others are dropped without a trace: `embed` is the job that reports them."""
-    from persona.inputs import histories
-    from persona.inputs.reader import read_split
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What was found in an input; decisions and summaries rest on it. Attributes: by file URI; rejects by reason."""
 
-    for records in read_split(split, job="texts"):
-        yield histories.validate(records, columns, n_buckets)[0]
+    files: Mapping[str, FileFound]
+    reasons: Mapping[str, int]
+
+    @classmethod
+    def of(cls, splits: "Iterable[SplitFound]") -> Self:
+        """The sums over splits, by file."""
+        files: dict[str, FileFound] = {}
+        reasons: Counter[str] = Counter()
+        for split in splits:
+            files[split.uri] = files.get(split.uri, FileFound()) + split
+            reasons.update(split.reasons)
+        return cls(files=files, reasons=dict(reasons.most_common(_REASONS_KEPT)))
+
+    def __add__(self, other: "Found") -> "Found":
+        files = {uri: self.files.get(uri, FileFound()) + found for uri, found in other.files.items()}
+        reasons = Counter(self.reasons) + Counter(other.reasons)
+        return Found(files={**self.files, **files}, reasons=dict(reasons.most_common(_REASONS_KEPT)))
+
+    @cached_property
+    def total(self) -> FileFound:
+        """The sums over all files."""
+        return sum(self.files.values(), FileFound())
+
+    def exit_code(self, max_reject_fraction: float) -> int:
+        """0, or `TOO_MANY_REJECTS`."""
+        fraction = reject_fraction(rejects=self.total.rejects, rows=self.total.rows)
+        return exit_code_of(fraction, max_reject_fraction)
+
+    def reject_rows(self) -> list[tuple[str, str]]:
+        """Rows of a summary: the number of rejects, and the most frequent reasons."""
+        most_frequent = list(self.reasons.items())[:_REASONS_SHOWN]
+        return [
+            ("rejects", f"{self.total.rejects:,}"),
+            *((f"  {n:,}", reason) for reason, n in most_frequent),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Reads the valid requests of splits; the others go to the `rejects` table."""
+
+    columns: "requests.Columns"
+    needs_as_of: bool
+    needs_target: bool
+    blank_targets: bool
+    rejected: str | None
+    job: str
+    store: "Store"
+    tally: Tally
+
+    def __call__(self, split: "Split", found: SplitFound, limit: int | None) -> "Iterator[pa.Table]":
+        """The first `limit` of them, or all."""
+        from persona.inputs import requests
+        from persona.inputs.reader import read_split
+
+        validate = partial(
+            requests.validate,
+            n_buckets=self.store.n_buckets,
+            needs_target=self.needs_target,
+            blank_targets=self.blank_targets,
+            columns=self.columns,
+            needs_as_of=self.needs_as_of,
+            job=self.job,
+            rejected=self.rejected,
+        )
+        batches = read_split(split, job=self.job)
+        good = keep_good(batches, validate, found, limit, time_column="as_of", store=self.store)
+        yield from counted(good, split, found, self.tally)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviors:
+    """Reads the valid behaviors of splits.
+
+    The others go to the `rejects` table of `store`. Without one they are dropped: `embed` is the job that reports them.
+    """
+
+    columns: "histories.Columns"
+    n_buckets: int
+    job: str
+    tally: Tally | None = None
+    store: "Store | None" = None
+
+    def __call__(self, split: "Split", found: SplitFound, limit: int | None) -> "Iterator[pa.Table]":
+        """The first `limit` of them, or all."""
+        from persona.inputs import histories
+        from persona.inputs.reader import read_split
+
+        validate = partial(histories.validate, columns=self.columns, n_buckets=self.n_buckets, job=self.job)
+        batches = read_split(split, job=self.job)
+        good = keep_good(batches, validate, found, limit, time_column="timestamp", store=self.store)
+        yield from counted(good, split, found, self.tally)
 
 
 def keep_good(
     batches: "Iterator[Records]",
     validate: "Callable[[Records], tuple[pa.Table, pa.Table]]",
+    found: SplitFound,
+    limit: int | None,
     *,
     time_column: str,
-    split: "Split",
-    store: "Store",
-    tally: Tally,
+    store: "Store | None",
 ) -> "Iterator[pa.Table]":
-    """The valid rows of a split, as they are read; its rejects are committed together at the end.
+    """The first `limit` valid rows of a split, or all, as they are read; its rejects are committed at the end.
 
-    `validate` returns the valid rows and the rejects of a batch. Nulls in `time_column` are counted. A split with
-    rejects and no valid row counts as unreadable.
+    `validate` returns the valid rows and the rejects of a batch. Adds to `found`; nulls in `time_column` are counted. A
+    split with rejects and no valid row counts as unreadable.
     """
+    import pyarrow as pa
+
     rejects: list[pa.Table] = []
-    n_good = n_timeless = n_unreadable = 0
-    good = None
-    seconds, since = 0.0, time.perf_counter()
     for records in batches:
         good, bad = validate(records)
-        n_good += good.num_rows
-        n_timeless += good[time_column].null_count
-        n_unreadable += records.rejects.num_rows
+        if limit is not None:
+            good = good.slice(0, limit - found.rows)
+        found.rows += good.num_rows
+        found.timeless += good[time_column].null_count
+        found.unreadable += records.rejects.num_rows
         if bad.num_rows:
             rejects.append(bad)
         if good.num_rows:
-            seconds += time.perf_counter() - since
             yield good
-            since = time.perf_counter()
-    if good is not None and not n_good:
-        yield good  # no rows, but the columns that later steps expect
-    if rejects and not n_good:
-        n_unreadable = max(n_unreadable, 1)
-    counts: dict[str, float] = {"rows": n_good, "timeless": n_timeless, "unreadable": n_unreadable, "rejects": 0}
-    counts |= _write_rejects(store, rejects)
-    counts["seconds"] = seconds + time.perf_counter() - since
-    tally.note("read", f"{split.uri}:{split.start}", counts)
+        if limit is not None and found.rows >= limit:
+            break
+    if rejects and not found.rows:
+        found.unreadable = max(found.unreadable, 1)
+    if rejects:
+        table = pa.concat_tables(rejects)
+        found.rejects = table.num_rows
+        found.reasons = Counter(dict(Counter(table["reason"].to_pylist()).most_common(_REASONS_KEPT)))
+        if store is not None:
+            store.write_rejects(table)
 
 
-def _write_rejects(store: "Store", rejects: "Sequence[pa.Table]") -> dict[str, float]:
-    """Commit the rejects; their number in total and by reason."""
-    import pyarrow as pa
-
-    if not rejects:
-        return {}
-    table = pa.concat_tables(rejects)
-    store.write_rejects(table)
-    by_reason = Counter(table["reason"].to_pylist())
-    return {"rejects": table.num_rows, **{f"{_REASON}{reason}": n for reason, n in by_reason.items()}}
-
-
-def reject_rows(counts: Counts) -> list[tuple[str, str]]:
-    """Rows of a summary: the number of rejects, and the most frequent reasons."""
-    found = counts.get("read", {})
-    reasons = {name.removeprefix(_REASON): n for name, n in found.items() if name.startswith(_REASON)}
-    most_frequent = sorted(reasons.items(), key=lambda item: -item[1])[:_REASONS_SHOWN]
-    return [
-        ("rejects", f"{int(found.get('rejects', 0)):,}"),
-        *((f"  {int(n):,}", reason) for reason, n in most_frequent),
-    ]
+def counted(rows: "Iterator[pa.Table]", split: "Split", found: SplitFound, tally: Tally | None) -> "Iterator[pa.Table]":
+    """The rows of a split; the tally, if there is one, learns at the end what was found, and in how many seconds."""
+    seconds, since = 0.0, time.perf_counter()
+    for table in rows:
+        seconds += time.perf_counter() - since
+        yield table
+        since = time.perf_counter()
+    seconds += time.perf_counter() - since
+    if tally is not None:
+        tally.note("read", f"{split.uri}:{split.start}", {**found.counts, "seconds": seconds})
 
 
-def timeless(counts: Counts) -> int:
-    """The number of requests without `as_of`, or of behaviors without `timestamp`."""
-    return int(counts.get("read", {}).get("timeless", 0))
-
-
-def request_rows(requests: Requests, counts: Counts) -> list[tuple[str, str]]:
+def request_rows(requests: "inputs.Requests", found: Found) -> list[tuple[str, str]]:
     """Rows of a summary about the input of requests: what they lack, and the rejects."""
-    n_timeless = timeless(counts)
+    n_timeless = found.total.timeless
     see_all = f"{n_timeless:,} requests see the whole history"
     null = [("null as_of", see_all)] if n_timeless and requests.needs_as_of else []
-    return [*null, *requests.rows(), *reject_rows(counts)]
-
-
-def exit_code(counts: Counts, max_reject_fraction: float) -> int:
-    """0, or `TOO_MANY_REJECTS`."""
-    found = counts.get("read", {})
-    fraction = reject_fraction(rejects=found.get("rejects", 0), rows=found.get("rows", 0))
-    return exit_code_of(fraction, max_reject_fraction)
+    return [*null, *requests.rows(), *found.reject_rows()]
 
 
 def reject_fraction(*, rejects: float, rows: float) -> float:

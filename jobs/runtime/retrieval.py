@@ -82,7 +82,7 @@ class _AddRetrieved:
         self.stage = stage
 
     def __call__(self, requests: "pa.Table", found: "pa.Table", store: "Store", bucket: int) -> "pa.Table":
-        """`found` has the texts of the bucket's users."""
+        """`found` has the texts of the users."""
         import numpy as np
         import pyarrow as pa
 
@@ -111,7 +111,7 @@ class _AddRetrieved:
                     known, options.retrieve, options.retriever, query=query, query_d=query_d, vectors_Nd=vectors_Nd
                 )
             )
-        self.tally.note(self.stage, str(bucket), counts)
+        self.tally.note(self.stage, f"{bucket}/{requests['user_id'][0]}", counts)
         return requests.append_column("retrieved", pa.array(retrieved, pa.list_(pa.large_string())))
 
     def _encode(self, queries: list[str], identity: "Identity") -> "NDArray[np.float32]":

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from jobs.runtime import receipts
 from jobs.runtime.tally import Tally
 
 if TYPE_CHECKING:
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def staged(rows: "Dataset", *, store: "Store", table: str, tally: Tally) -> "Iterator[pa.Table]":
-    """Run the dataset; yield the files that its blocks were written to (`persona.store.writer.staged_files`)."""
+    """Run the dataset; yield the files that its blocks were written to (`persona.store.writer.staged_files`).
+
+    Receipts among the rows (`jobs.runtime.receipts`) travel on beside the files.
+    """
     files = rows.map_batches(
         _stage,  # type: ignore[arg-type]  # Ray's types do not cover fn_kwargs
         batch_size=None,
@@ -26,7 +30,7 @@ def staged(rows: "Dataset", *, store: "Store", table: str, tally: Tally) -> "Ite
 
 def _stage(rows: "pa.Table", *, store: "Store", table: str, tally: Tally) -> "pa.Table":
     started = time.perf_counter()
-    files = store.stage(table, rows)
+    files = store.stage(table, receipts.without_receipts(rows))
     if files.num_rows:
         tally.note("write", files["file"][0].as_py(), {"seconds": time.perf_counter() - started})
-    return files
+    return receipts.joined(files, rows)

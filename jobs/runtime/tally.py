@@ -1,6 +1,6 @@
 """Counters of a run, kept by one actor: workers report what each unit of work did, the driver reads the sums."""
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_UNITS_KEPT = 10_000  # some 5 MB; a task that is retried reports again long before as many others have
+
 Counts = dict[str, dict[str, float]]
 """Sums by stage and name: `counts["read"]["rows"]`. A stage that has reported nothing is absent."""
 
@@ -21,8 +23,9 @@ Counts = dict[str, dict[str, float]]
 class Tally:
     """A handle to the counters of a run. It may be sent to workers; the counters end with the run.
 
-    All methods raise `RunLost` when the actor has died: restarted counters would be wrong, and `embed --sync` deletes
-    rows on the strength of them.
+    The counters are for progress, summaries and metrics. What a job decides follows from the data: from what was read
+    (`jobs.runtime.reading.Found`) and from receipts (`jobs.runtime.receipts`). All methods raise `RunLost` when the
+    actor has died, because restarted counters would be wrong.
     """
 
     actor: Any
@@ -39,7 +42,8 @@ class Tally:
     def note(self, stage: str, unit: str, counts: Mapping[str, float]) -> None:
         """Report what a unit of work did, and wait until it is counted: a worker may exit as soon as its work is done.
 
-        A later report on the same unit replaces the earlier one, so a retried task is counted once.
+        A later report on the same unit replaces the earlier one, so a retried task is counted once; unless it comes
+        so late that the earlier one has been folded into the sums.
         """
         _result(self.actor.add.remote(stage, unit, counts))
 
@@ -47,35 +51,29 @@ class Tally:
         """`note` without waiting; the report may be lost if this process exits."""
         self.actor.add.remote(stage, unit, counts)
 
-    def units(self, stage: str) -> list[str]:
-        """The units of a stage that have been reported so far."""
-        return _result(self.actor.units.remote(stage))
-
     def totals(self) -> Counts:
         """Sums over all units reported so far."""
         return _result(self.actor.totals.remote())
 
 
 class TallyActor:
-    """The counters themselves, for one actor."""
+    """The counters themselves, for one actor. It remembers the latest units only, and of the others just the sums."""
 
     def __init__(self) -> None:
-        self._units: dict[tuple[str, str], Mapping[str, float]] = {}
+        self._units: OrderedDict[tuple[str, str], Mapping[str, float]] = OrderedDict()  # the latest report comes last
         self._sums: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._metrics = RunMetrics()
 
     def add(self, stage: str, unit: str, counts: Mapping[str, float]) -> None:
         """Count a unit of a stage in place of what was reported on it before."""
-        before = self._units.get((stage, unit), {})
+        before = self._units.pop((stage, unit), {})
         self._metrics.update(stage, before, counts)
         self._units[stage, unit] = dict(counts)
+        if len(self._units) > _UNITS_KEPT:
+            self._units.popitem(last=False)
         sums = self._sums[stage]
         for name in {**before, **counts}:
             sums[name] += counts.get(name, 0.0) - before.get(name, 0.0)
-
-    def units(self, stage: str) -> list[str]:
-        """The units of a stage that have been reported."""
-        return [unit for reported_stage, unit in self._units if reported_stage == stage]
 
     def totals(self) -> Counts:
         """Sums over units, by stage and name."""

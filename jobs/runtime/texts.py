@@ -4,15 +4,15 @@ Rows of the histories go to the task that joins the requests of their bucket.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from jobs.runtime import reading
+from jobs.runtime.exchange import Reader, Source
 from jobs.runtime.inputs import Histories
+from jobs.runtime.reading import Behaviors, SplitFound
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from ray.data import Dataset
 
     from persona.inputs.histories import Columns
     from persona.inputs.splits import Split
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TextUse(Protocol):
-    """What is done with the texts of a bucket."""
+    """What is done with the texts of some users."""
 
     def __call__(self, requests: "pa.Table", texts: "pa.Table", store: "Store", bucket: int, /) -> "pa.Table":
         """The requests with more columns; `texts` has user_id, behavior_id, text and text_hash."""
@@ -34,20 +34,16 @@ class Texts:
     use: TextUse
     users: frozenset[str] | None = None
 
-    def union_with(self, requests: "Dataset", n_buckets: int) -> "Dataset":
-        """Requests and texts as rows of one dataset; a row without `request_id` is a text."""
-        texts = reading.read(
-            self.histories.splits,
-            _read,
-            limit=None,
-            columns=self.histories.columns,
-            users=self.users,
-            n_buckets=n_buckets,
-        )
-        return requests.map_batches(_with_all_columns, batch_size=None, batch_format="pyarrow").union(texts)
+    def sources(self, requests: Source, n_buckets: int) -> list[Source]:
+        """Requests and texts as sources of one exchange (`union_schema`); a row without `request_id` is a text."""
+        read = _Texts(columns=self.histories.columns, users=self.users, n_buckets=n_buckets)
+        return [
+            replace(requests, read=_WithAllColumns(requests.read)),
+            Source(splits=self.histories.splits, read=_WithAllColumns(read)),
+        ]
 
     def joined(self, rows: "pa.Table", store: "Store") -> "pa.Table":
-        """The requests among the rows of one bucket, with the columns that `use` adds."""
+        """The requests among the rows of some users of one bucket, with the columns that `use` adds."""
         import pyarrow as pa
 
         from persona.inputs.requests import REJECTED, SCHEMA
@@ -58,27 +54,50 @@ class Texts:
         return self.use(requests, texts, store, rows["bucket"][0].as_py()) if requests.num_rows else requests
 
 
-def _read(split: "Split", *, columns: "Columns", users: frozenset[str] | None, n_buckets: int) -> Iterator["pa.Table"]:
-    """The texts of a split, as rows of the dataset with requests."""
-    import pyarrow as pa
-
-    for behaviors in reading.read_histories(split, columns=columns, n_buckets=n_buckets):
-        chosen = behaviors
-        if users is not None:
-            chosen = behaviors.filter(pa.compute.is_in(behaviors["user_id"], pa.array(sorted(users), pa.string())))
-        yield _with_all_columns(chosen)
-
-
-def _with_all_columns(rows: "pa.Table") -> "pa.Table":
-    """The rows with the columns of both requests and texts; missing ones are null."""
+def union_schema() -> "pa.Schema":
+    """The columns of both requests and texts."""
     import pyarrow as pa
 
     from persona.inputs import histories, requests
 
     text_columns = ("behavior_id", "text", "text_hash")
-    schema = pa.schema([*requests.SCHEMA, requests.REJECTED, *(histories.SCHEMA.field(name) for name in text_columns)])
-    columns = [
-        rows[field.name].cast(field.type) if field.name in rows.column_names else pa.nulls(rows.num_rows, field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)
+    return pa.schema([*requests.SCHEMA, requests.REJECTED, *(histories.SCHEMA.field(name) for name in text_columns)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Texts:
+    """Reads the texts of some users, or of all."""
+
+    columns: "Columns"
+    users: frozenset[str] | None
+    n_buckets: int
+
+    def __call__(self, split: "Split", found: SplitFound, limit: int | None) -> Iterator["pa.Table"]:
+        import pyarrow as pa
+
+        for behaviors in Behaviors(columns=self.columns, n_buckets=self.n_buckets, job="texts")(split, found, limit):
+            if self.users is None:
+                yield behaviors
+            else:
+                is_chosen = pa.compute.is_in(behaviors["user_id"], pa.array(sorted(self.users), pa.string()))
+                yield behaviors.filter(is_chosen)
+
+
+@dataclass(frozen=True)
+class _WithAllColumns:
+    """Reads rows and gives them the columns of both requests and texts; missing ones are null."""
+
+    read: Reader
+
+    def __call__(self, split: "Split", found: SplitFound, limit: int | None) -> Iterator["pa.Table"]:
+        import pyarrow as pa
+
+        all_columns = union_schema()
+        for rows in self.read(split, found, limit):
+            columns = [
+                rows[field.name].cast(field.type)
+                if field.name in rows.column_names
+                else pa.nulls(rows.num_rows, field.type)
+                for field in all_columns
+            ]
+            yield pa.table(columns, schema=all_columns)

@@ -19,7 +19,7 @@ _JSONL = re.compile(r"\.(jsonl|json|jsonlines|ndjson)(\.(gz|bz2|zst))?$", re.IGN
 # drafts of `persona.storage`.
 _LEFTOVER = re.compile(
     r"_SUCCESS|_metadata|_common_metadata|_temporary|_(started|committed)_\w+|_spark_metadata|_impala_insert_staging"
-    r"|\.spark-staging-.+|\.hive-staging.*|\..+\.crc|\.DS_Store|\._.+|\.ipynb_checkpoints|\.git|\.gitignore"
+    r"|_exchange|\.spark-staging-.+|\.hive-staging.*|\..+\.crc|\.DS_Store|\._.+|\.ipynb_checkpoints|\.git|\.gitignore"
     r"|\..+\.[0-9a-f]{32}"
 )
 _PARTITION = re.compile(r"[_.]?\w[^=]*=.*")  # a folder of a Hive partition: key=value

@@ -153,6 +153,22 @@ def read_bytes(uri: str) -> bytes:
     return retried(lambda: s3.get(uri) if is_s3(uri) else Path(uri).read_bytes(), f"cannot read {uri}")
 
 
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes of a file from `start` on. Raises `StorageError` if the file is shorter."""
+
+    def read() -> bytes:
+        if is_s3(uri):
+            return s3.get(uri, start, length)
+        with Path(uri).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    data = _retried(read, f"cannot read {uri}")
+    if len(data) != length:
+        raise StorageError(f"{uri} has only {len(data):,} of {length:,} bytes from byte {start:,} on")
+    return data
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a small file atomically: a reader sees the old content or the new, never a part."""
     if is_s3(uri):

@@ -90,12 +90,13 @@ def delta_options(uri: str) -> dict[str, str]:
     return options
 
 
-def get(uri: str) -> bytes:
-    """The content of an object."""
+def get(uri: str, start: int = 0, length: int | None = None) -> bytes:
+    """The content of an object, or `length` bytes of it from `start` on."""
     bucket, key = split(uri)
+    part = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
     with (
         client(bucket) as connection,
-        contextlib.closing(connection.get_object(Bucket=bucket, Key=key)["Body"]) as body,
+        contextlib.closing(connection.get_object(Bucket=bucket, Key=key, **part)["Body"]) as body,
     ):
         return bytes(body.read())
 

@@ -42,7 +42,6 @@ class CheapEncode(embed.Encode):
 
     def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: Threads) -> None:
         del config, identity, threads
-        self.may_be_alone = False
         self.encoder = CheapEncoder()  # type: ignore[assignment]
         self.tally = tally
         self.idle_since = time.perf_counter()

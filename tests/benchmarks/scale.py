@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs import embed
-from jobs.runtime import joining, session
+from jobs.runtime import exchange, joining, session
 from jobs.runtime.inputs import find_requests
 from jobs.runtime.job_options import RequestFormat
 from jobs.runtime.tally import Tally
@@ -49,7 +49,6 @@ def main() -> None:
         store=str(folder / "store"),
         encoder=str(packaged.minilm()),
         max_tokens=64,
-        block_rows=16_384,
     )
     with Memory(os.getpid()) as memory:
         started = time.perf_counter()
@@ -92,13 +91,15 @@ def _requests(n_users: int) -> pa.Table:
 def _join(folder: Path) -> int:
     """Join the requests with their vectors as `generate` does, and return how many there were."""
     store = Store.open(str(folder / "store")).snapshot("behaviors")
-    joined = joining.requests_with_histories(
-        find_requests(str(folder / "requests.parquet"), RequestFormat(), flag="--requests", needs_target=False),
-        store,
-        Tally.start(),
-        joining.JoinPlan(job="generate", personas=[PersonaKind.OWN], max_behaviors=512, needs_target=False),
-    )
-    return sum(table.num_rows for table in joined.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with exchange.run_files(str(folder), "scale") as run_files:
+        joined = joining.requests_with_histories(
+            find_requests(str(folder / "requests.parquet"), RequestFormat(), flag="--requests", needs_target=False),
+            store,
+            Tally.start(),
+            joining.JoinPlan(job="generate", personas=[PersonaKind.OWN], max_behaviors=512, needs_target=False),
+            folder=run_files,
+        )
+        return sum(table.num_rows for table in joined.rows.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 if __name__ == "__main__":

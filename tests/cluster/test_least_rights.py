@@ -60,7 +60,7 @@ def test_a_job_without_a_permission_says_what_was_refused(
     store = join(s3, "persona/store")
     refresh = {"histories": join(s3, "histories"), "store": store, "encoder": models["encoder"], "buckets": 4}
     if action == "s3:DeleteObject":
-        assert do(embed, **refresh).code == 0  # only forget and vacuum delete
+        assert do(embed, **refresh).code == 0  # a store that can be searched for users to forget
     guarded.policy = without(guarded.policy, sid, action)
     monkeypatch.setenv("AWS_ENDPOINT_URL", guarded.url)
     done = do(forget, store=store, user="user-1") if action == "s3:DeleteObject" else do(embed, **refresh)

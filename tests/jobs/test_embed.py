@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,8 @@ import torch
 from deltalake import DeltaTable
 
 from jobs import embed
+from jobs.runtime import pools, session
 from jobs.runtime.session import Threads
-from jobs.runtime.tally import Tally
 from persona.models import resolve as persona_models
 from persona.models.encoder import TextEncoder
 from persona.storage import delta_options, exists, join, read_bytes, write_bytes
@@ -202,19 +203,20 @@ def test_sync_deletes_nothing_when_a_file_is_replaced_between_listing_and_readin
     assert "file changed during the run" in done.table and "deleted" in done.table
 
 
-def test_the_only_actor_uses_all_cores_until_another_starts(
-    local_ray: None, models: dict[str, str], filled_store: Path
-) -> None:
-    config = embed.Config(histories="", store=str(filled_store), encoder=models["encoder"], precision="fp32")
-    tally, n_before = Tally.start(), torch.get_num_threads()
-    rows = pa.table({"user_id": ["u"], "behavior_id": ["b"], "text": ["a title of it"], "change": ["new"]})
-    try:
-        threads = Threads(model=1, alone=2, tokenizing=1)
-        encode = embed.Encode(config, Store.open(str(filled_store)).identity, tally, threads)
-        first, n_alone = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
-        tally.note("encoders", "another", {})
-        second, n_shared = encode(rows)["vector"][0].as_py(), torch.get_num_threads()
-    finally:
-        torch.set_num_threads(n_before)
-    assert (n_alone, n_shared) == (2, 1)
-    np.testing.assert_allclose(np.frombuffer(first, "<f2"), np.frombuffer(second, "<f2"), atol=2**-10, rtol=0)
+@pytest.mark.parametrize("root", ["local"], indirect=True)
+def test_the_only_actor_uses_all_cores(do: Job, flags: dict, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[int, int]] = []
+    by_models = pools.by_models
+
+    def recorded(rows: Any, model: Any, *, pool: pools.ModelPool, threads: Threads, **more: Any) -> Any:
+        used.append((pool.max_size, threads.model))
+        return by_models(rows, model, pool=pool, threads=threads, **more)
+
+    monkeypatch.setattr(pools, "by_models", recorded)
+    monkeypatch.setattr(session.Machines, "threads", lambda *_: Threads(model=1, alone=2, tokenizing=1))
+    write(join(root, "in.parquet"), behaviors(4, 5))
+    for number, more in enumerate([{"block_rows": 20}, {"block_rows": 5}, {"block_rows": 5, "actors": 1}]):
+        sizes = {**flags, "actors": 2, "store": join(root, f"store{number}"), **more}
+        assert do(embed, histories=join(root, "in.parquet"), **sizes).result["committed"] == 20
+    # One block, of which a second actor would get nothing; four blocks for two actors, and for one.
+    assert used == [(1, 2), (2, 1), (1, 2)]

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime import joining, retrieval
+from jobs.runtime import exchange, joining, retrieval
 from jobs.runtime.inputs import Histories, Requests
+from jobs.runtime.reading import Found
 from jobs.runtime.tally import Tally
 from persona.errors import InputError
 from persona.options import PersonaKind
@@ -56,10 +57,11 @@ def prompt_example(spec: "RunSpec", inputs: TrainingInputs) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequests:
-    """Requests with their histories, in Ray's object store."""
+    """Requests with their histories, in Ray's object store, and what was found in their files."""
 
     train: "Dataset"
     held_out: "Dataset"
+    found: Found
     n_train: int
     n_held_out: int
 
@@ -78,6 +80,13 @@ class TrainingRequests:
 
 def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: int, tally: Tally) -> TrainingRequests:
     """Joins the requests with the histories at a version of the behaviors, once for all epochs."""
+    with exchange.run_files(inputs.runs, f"train-{spec.run}") as folder:
+        return _join_and_split(spec, inputs, behaviors_version, tally, folder)
+
+
+def _join_and_split(
+    spec: "RunSpec", inputs: TrainingInputs, behaviors_version: int, tally: Tally, folder: str
+) -> TrainingRequests:
     store = inputs.store.at(behaviors=behaviors_version)
     retrieval_spec = retrieval.RetrievalSpec(
         options=spec.retrieval,
@@ -88,7 +97,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
         max_behaviors=spec.max_behaviors,
     )
 
-    def joined(requests: Requests, held_out: str = "", limit: int | None = None) -> "Dataset":
+    def joined(requests: Requests, held_out: str = "", limit: int | None = None) -> joining.Joined:
         plan = joining.JoinPlan(
             job="train",
             personas=[PersonaKind.OWN],
@@ -98,17 +107,19 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
             texts=retrieval.best_of(retrieval_spec, tally, stage=f"texts{held_out}"),
             stage=f"join{held_out}",
         )
-        return joining.requests_with_histories(requests, store, tally, plan)
+        return joining.requests_with_histories(requests, store, tally, plan, folder=folder)
 
-    train = joined(inputs.requests, limit=spec.limit).materialize()
+    requests = joined(inputs.requests, limit=spec.limit)
+    train, found = requests.rows.materialize(), requests.found
     if inputs.validation is not None:
-        held_out = joined(inputs.validation, " held out")
+        validation = joined(inputs.validation, " held out")
+        held_out, found = validation.rows, found + validation.found
     else:
         held_out = _mapped(train, _users, fraction=spec.validation_fraction, held_out=True)
         train = _mapped(train, _users, fraction=spec.validation_fraction, held_out=False).materialize()
     # Sorted by a fixed draw, so that a resumed run validates on the same rows.
     drawn = _mapped(held_out, _drawn).sort("draw").limit(spec.validation_rows).materialize()
-    return TrainingRequests(train=train, held_out=drawn, n_train=train.count(), n_held_out=drawn.count())
+    return TrainingRequests(train=train, held_out=drawn, found=found, n_train=train.count(), n_held_out=drawn.count())
 
 
 def epoch_of(requests: TrainingRequests, epoch: int, spec: "RunSpec", *, n_workers: int) -> "Dataset":

@@ -77,6 +77,7 @@ def _selected(result: Any, select: "Select") -> Any:
 
 def summary(
     published: Published,
+    found: reading.Found,
     counts: Counts,
     inputs: "TrainingInputs",
     *,
@@ -100,11 +101,11 @@ def summary(
         "validation_loss": round(published.validation_loss, 5),
         "trained_parameters": published.n_parameters,
         "without_history": n_without_history,
-        "without_as_of": reading.timeless(counts),
+        "without_as_of": found.total.timeless,
         **inputs.requests.facts(),
         "untimed_behaviors": int(joined.get("untimed", 0)),
         "repeated_ids": int(joined.get("repeated", 0)),
-        "rejects": int(counts.get("read", {}).get("rejects", 0)),
+        "rejects": found.total.rejects,
         "seconds": round(seconds, 1),
         "step_seconds": round(published.step_seconds, 1),
         "requests_per_s": requests_per_s,
@@ -120,9 +121,9 @@ def summary(
         ("seconds", f"{seconds:,.1f}"),
         *retrieval.summary_rows(counts),
         *inputs.validation_rows(),
-        *reading.request_rows(inputs.requests, counts),
+        *reading.request_rows(inputs.requests, found),
     ]
-    return Summary(table=table, result=answer, exit_code=reading.exit_code(counts, max_reject_fraction))
+    return Summary(table=table, result=answer, exit_code=found.exit_code(max_reject_fraction))
 
 
 def _record(

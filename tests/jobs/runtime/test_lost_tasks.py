@@ -7,7 +7,6 @@ meantime would yield fewer blocks, and the skipped ones would be lost silently.
 import os
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import pytest
 import ray
 
 from jobs import embed, generate
-from jobs.runtime import joining, personas
+from jobs.runtime import comparing, joining, personas
+from persona.exchange.windows import Window
 from persona.store.store import Store
 from persona.store.writer import files_of
 from tests.jobs.conftest import Job, behaviors, requests, stored, write
@@ -27,8 +27,7 @@ N_USERS = 40
 TOGETHER = 2
 BLOCK_BYTES = 300  # two or three rows
 COMMITTED_WITHIN_S = 60
-_missing, _join_bucket, _make = embed._missing, joining.join_bucket, personas._make
-_compared: defaultdict[str, list[int]] = defaultdict(list)  # buckets by task
+_compare, _join_bucket, _make = comparing.compare, joining.join_bucket, personas._make
 
 
 def die_once(store: Store, is_committed: Callable[[Store], bool]) -> None:
@@ -43,12 +42,14 @@ def die_once(store: Store, is_committed: Callable[[Store], bool]) -> None:
         time.sleep(0.05)
 
 
-def dying_missing(rows: pa.Table, *, store: Store, **settings: Any) -> pa.Table:
-    compared = _compared[ray.get_runtime_context().get_task_id() or ""]
-    if len(compared) == 4:
-        die_once(store, lambda now: compared[0] in now.buckets())
-    compared.append(rows["bucket"][0].as_py())
-    return _missing(rows, store=store, **settings)
+def dying_compare(windows: Iterator[Window], *, store: Store, **settings: Any) -> Iterator[pa.Table]:
+    compared: list[int] = []
+    for rows in _compare(windows, store=store, **settings):
+        if len(compared) == 4:
+            die_once(store, lambda now: compared[0] in now.buckets())
+        if rows["bucket"][0].is_valid:
+            compared.append(rows["bucket"][0].as_py())
+        yield rows
 
 
 def dying_join(rows: pa.Table, *, store: Store, **settings: Any) -> Iterator[pa.Table]:
@@ -93,7 +94,7 @@ def embedding(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
 def test_behaviors_are_compared_with_the_store_as_of_the_start(
     do: Job, embedding: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(embed, "_missing", dying_missing)
+    monkeypatch.setattr(comparing, "compare", dying_compare)
     done = do(embed, **{**embedding, "buckets": 32})  # eight per task
     assert (tmp_path / "died").exists()
     assert set(stored(embedding["store"], "behaviors")) == {(f"user-{n}", "b0") for n in range(N_USERS)}

@@ -1,0 +1,93 @@
+"""The plan of an exchange keeps driver, workers, requests and files within bounds for up to a billion rows."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from persona.exchange.plan import ExchangePlan, block_rows, bytes_in_memory, grouped, plan_exchange
+from persona.inputs.place import PLACES
+from persona.inputs.splits import Split
+
+MIB, GIB = 2**20, 2**30
+ROW_BYTES = 650  # a text of 500 bytes, its key, hash and timestamp, in memory
+ROWS = [10**6, 10**7, 10**8, 10**9]
+
+
+@pytest.mark.parametrize("n_buckets", [64, 1000, 4000])
+@pytest.mark.parametrize("n_rows", ROWS)
+def test_memory_and_requests_are_bounded(n_rows: int, n_buckets: int) -> None:
+    plan = plan_exchange(n_rows * ROW_BYTES, n_buckets)
+    assert plan.driver_bytes < GIB / 4
+    assert plan.worker_bytes <= GIB
+    assert plan.n_store_requests < 15_000_000
+    assert plan.n_partitions <= 2048
+    largest = max(high - low for low, high in map(plan.range_of, range(plan.n_partitions))) / (n_buckets * PLACES)
+    assert largest * plan.n_bytes < GIB, "a reduce task has too much to redo"
+
+
+def test_ten_times_the_rows_need_the_same_memory() -> None:
+    small, large = (plan_exchange(n_rows * 200, 1000) for n_rows in (10**7, 10**8))
+    assert large.worker_bytes <= 1.15 * small.worker_bytes
+    assert large.driver_bytes < small.driver_bytes + 16 * MIB
+
+
+@pytest.mark.parametrize("n_buckets", [1000, 4000])
+@pytest.mark.parametrize("width", [384, 768, 1024])
+def test_a_billion_rows_make_at_most_20_000_files_of_64_mb(n_buckets: int, width: int) -> None:
+    plan = plan_exchange(10**9 * ROW_BYTES, n_buckets)
+    n_files = plan.n_data_files(10**9, width, n_actors=16)
+    assert n_files <= 21_000 * width / 768 + 5000
+    assert n_files <= 20_000 or width > 768
+    assert 10**9 * 2 * width / n_files >= 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "n_buckets"), [(0, 1), (0, 64), (10**9, 4), (10**11, 64), (10**12, 1000), (0, 2**20)]
+)
+def test_the_partitions_cover_all_places_without_overlap(n_bytes: int, n_buckets: int) -> None:
+    plan = plan_exchange(n_bytes, n_buckets)
+    ranges = [plan.range_of(number) for number in range(plan.n_partitions)]
+    assert ranges[0][0] == 0 and ranges[-1][1] == n_buckets * PLACES
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(ranges))
+    assert all(low < high for low, high in ranges)
+    np.testing.assert_array_equal(plan.lows(), np.array([low for low, _ in ranges], dtype=np.uint64))
+    if plan.n_partitions > n_buckets:
+        assert all(low // PLACES == (high - 1) // PLACES for low, high in ranges), "a range has parts of two buckets"
+
+
+def test_small_inputs_have_several_buckets_a_partition_and_large_ones_several_partitions_a_bucket() -> None:
+    assert plan_exchange(10 * MIB, 64).n_partitions < 64 < plan_exchange(10**10, 64).n_partitions
+
+
+@pytest.mark.parametrize("n_buckets", [0, 2**20 + 1])
+def test_more_buckets_than_places_can_tell_apart_are_refused(n_buckets: int) -> None:
+    with pytest.raises(ValueError, match="n_buckets must be from 1 to"):
+        plan_exchange(0, n_buckets)
+
+
+def split(number: int, size: int) -> Split:
+    return Split(uri=f"{number}.jsonl", start=0, end=size, format="jsonl", size_bytes=size)
+
+
+def test_splits_are_grouped_in_order() -> None:
+    splits = [split(number, size) for number, size in enumerate([5, 5, 5, 100, 1, 1])]
+    groups = grouped(splits, task_bytes=15)
+    assert [one for group in groups for one in group] == splits
+    assert [len(group) for group in groups] == [3, 1, 2]
+    assert bytes_in_memory(splits) >= 117
+
+
+@pytest.mark.parametrize("on_gpus", [True, False])
+def test_blocks_grow_with_the_input_until_they_fill_a_file(on_gpus: bool) -> None:
+    sizes = [block_rows(n_rows, 768, 2, on_gpus=on_gpus) for n_rows in ROWS]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert block_rows(100, 768, 2, on_gpus=on_gpus) <= 4096
+    assert not on_gpus or sizes[-1] * 768 * 2 > 64 * MIB
+    assert block_rows(10**9, 384, 2, on_gpus=True) == 2 * block_rows(10**9, 768, 2, on_gpus=True)
+
+
+def test_the_figures_add_up() -> None:
+    plan: ExchangePlan = plan_exchange(10**9 * ROW_BYTES, 1000)
+    assert plan.n_tasks < plan.n_runs < 2000
+    assert plan.driver_bytes > 8 * plan.n_runs * plan.n_partitions
