@@ -175,7 +175,8 @@ def _read(split: "Split", *, columns: "Columns", store: "Store", tally: Tally) -
     from persona.inputs.reader import read_split
 
     validate = partial(histories.validate, columns=columns, n_buckets=store.n_buckets, job="embed")
-    records = read_split(split, job="embed")
+    problem = partial(histories.problem, columns=columns)
+    records = read_split(split, job="embed", max_row_mb=columns.max_row_mb, problem=problem)
     yield from reading.keep_good(records, validate, time_column="timestamp", split=split, store=store, tally=tally)
 
 

@@ -6,6 +6,7 @@ bring texts to the driver.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import exchange, joining, plugs, reading, session
@@ -119,7 +120,8 @@ def _read_chosen(
     from persona.inputs import requests
     from persona.inputs.reader import read_split
 
-    for records in read_split(split, job="evaluate"):
+    problem = partial(requests.problem, columns=columns, needs_target=True)
+    for records in read_split(split, job="evaluate", max_row_mb=columns.max_row_mb, problem=problem):
         good, _ = requests.validate(
             records, n_buckets, needs_target=True, blank_targets=True, columns=columns, needs_as_of=needs_as_of
         )

@@ -84,9 +84,9 @@ def read_requests(
         job=job,
         rejected=rejected,
     )
-    yield from keep_good(
-        read_split(split, job=job), validate, time_column="as_of", split=split, store=store, tally=tally
-    )
+    problem = partial(requests.problem, columns=columns, needs_target=needs_target, rejected=rejected)
+    records = read_split(split, job=job, max_row_mb=columns.max_row_mb, problem=problem)
+    yield from keep_good(records, validate, time_column="as_of", split=split, store=store, tally=tally)
 
 
 def read_histories(split: "Split", *, columns: "histories.Columns", n_buckets: int) -> "Iterator[pa.Table]":
@@ -94,7 +94,8 @@ def read_histories(split: "Split", *, columns: "histories.Columns", n_buckets: i
     from persona.inputs import histories
     from persona.inputs.reader import read_split
 
-    for records in read_split(split, job="texts"):
+    problem = partial(histories.problem, columns=columns)
+    for records in read_split(split, job="texts", max_row_mb=columns.max_row_mb, problem=problem):
         yield histories.validate(records, columns, n_buckets)[0]
 
 
@@ -109,11 +110,11 @@ def keep_good(
 ) -> "Iterator[pa.Table]":
     """The valid rows of a split, as they are read; its rejects are committed together at the end.
 
-    `validate` returns the valid rows and the rejects of a batch. Nulls in `time_column` are counted. A split with
-    rejects and no valid row counts as unreadable.
+    `validate` returns the valid rows and the rejects of a batch. Nulls in `time_column` are counted. Each row of a file
+    that is rejected as a whole counts as a reject. A split with rejects and no valid row counts as unreadable.
     """
     rejects: list[pa.Table] = []
-    n_good = n_timeless = n_unreadable = 0
+    n_good = n_timeless = n_unreadable = n_lost = 0
     good = None
     seconds, since = 0.0, time.perf_counter()
     for records in batches:
@@ -121,6 +122,7 @@ def keep_good(
         n_good += good.num_rows
         n_timeless += good[time_column].null_count
         n_unreadable += records.rejects.num_rows
+        n_lost += records.n_lost
         if bad.num_rows:
             rejects.append(bad)
         if good.num_rows:
@@ -133,6 +135,7 @@ def keep_good(
         n_unreadable = max(n_unreadable, 1)
     counts: dict[str, float] = {"rows": n_good, "timeless": n_timeless, "unreadable": n_unreadable, "rejects": 0}
     counts |= _write_rejects(store, rejects)
+    counts["rejects"] += n_lost
     counts["seconds"] = seconds + time.perf_counter() - since
     tally.note("read", f"{split.uri}:{split.start}", counts)
 
