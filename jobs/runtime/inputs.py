@@ -70,7 +70,7 @@ def find_histories(uri: str, columns: str, form: InputFormat, *, flag: str) -> H
     """The histories at a URI; `columns` is the value of --columns. Raises UsageError or InputError, naming the flag."""
     from persona.inputs import histories
 
-    named = histories.Columns.parse(columns, "--columns", form.timestamp_unit)
+    named = histories.Columns.parse(columns, "--columns", form.timestamp_unit, form.max_row_mb)
     splits, n_excluded = _splits(uri, form, flag)
     found = histories.check_columns(splits, named)
     absent = tuple(field for field in named.OPTIONAL if field not in found)
@@ -83,7 +83,7 @@ def find_requests(
     """The requests at a URI; `rejected` is the value of --rejected. Raises UsageError or InputError with the flag."""
     from persona.inputs import requests
 
-    named = requests.Columns.parse(form.request_columns, "--request-columns", form.timestamp_unit)
+    named = requests.Columns.parse(form.request_columns, "--request-columns", form.timestamp_unit, form.max_row_mb)
     splits, n_excluded = _splits(uri, form, flag)
     found = requests.check_columns(splits, named, needs_target=needs_target, rejected=rejected)
     absent = tuple(field for field in named.OPTIONAL if field not in found)

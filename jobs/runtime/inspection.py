@@ -6,6 +6,7 @@ bring texts to the driver.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from jobs.runtime import exchange, joining, plugs, session
@@ -125,7 +126,8 @@ class _Chosen:
         from persona.inputs.reader import read_split
 
         chosen = pa.array(sorted(self.ids), pa.string())
-        for records in read_split(split, job="evaluate"):
+        problem = partial(requests.problem, columns=self.columns, needs_target=True)
+        for records in read_split(split, job="evaluate", max_row_mb=self.columns.max_row_mb, problem=problem):
             good, _ = requests.validate(
                 records,
                 self.n_buckets,

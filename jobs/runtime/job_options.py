@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
-from persona.options import SPREAD, Precision, RetrievalOptions, TimeUnit
+from persona.options import MAX_ROW_MB, SPREAD, Precision, RetrievalOptions, TimeUnit
 
 FLAT = Parameter(name="*")
 """Annotates a field that holds a group: `--beams` instead of `--decoding.beams`."""
@@ -47,6 +47,12 @@ class InputFormat:
     """Leave out input files and folders whose name or path matches one of these patterns, like '*.csv'."""
     timestamp_unit: TimeUnit = "s"
     """Unit of timestamps that are numbers, counted since 1970: s, ms, us or ns."""
+    max_row_mb: int = MAX_ROW_MB
+    """Reject a longer row or line of the input; raise it where one holds the whole history of a very busy user."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that cannot work."""
+        check_at_least(self, 1, "max_row_mb")
 
 
 @dataclass(frozen=True, kw_only=True)

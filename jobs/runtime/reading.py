@@ -129,7 +129,10 @@ class Requests:
             job=self.job,
             rejected=self.rejected,
         )
-        batches = read_split(split, job=self.job)
+        problem = partial(
+            requests.problem, columns=self.columns, needs_target=self.needs_target, rejected=self.rejected
+        )
+        batches = read_split(split, job=self.job, max_row_mb=self.columns.max_row_mb, problem=problem)
         good = keep_good(batches, validate, found, limit, time_column="as_of", store=self.store)
         yield from counted(good, split, found, self.tally)
 
@@ -153,7 +156,8 @@ class Behaviors:
         from persona.inputs.reader import read_split
 
         validate = partial(histories.validate, columns=self.columns, n_buckets=self.n_buckets, job=self.job)
-        batches = read_split(split, job=self.job)
+        problem = partial(histories.problem, columns=self.columns)
+        batches = read_split(split, job=self.job, max_row_mb=self.columns.max_row_mb, problem=problem)
         good = keep_good(batches, validate, found, limit, time_column="timestamp", store=self.store)
         yield from counted(good, split, found, self.tally)
 
@@ -169,8 +173,9 @@ def keep_good(
 ) -> "Iterator[pa.Table]":
     """The first `limit` valid rows of a split, or all, as they are read; its rejects are committed at the end.
 
-    `validate` returns the valid rows and the rejects of a batch. Adds to `found`; nulls in `time_column` are counted. A
-    split with rejects and no valid row counts as unreadable.
+    `validate` returns the valid rows and the rejects of a batch. Adds to `found`; nulls in `time_column` are counted.
+    Each row of a file that is rejected as a whole counts as a reject. A split with rejects and no valid row counts as
+    unreadable.
     """
     import pyarrow as pa
 
@@ -182,6 +187,7 @@ def keep_good(
         found.rows += good.num_rows
         found.timeless += good[time_column].null_count
         found.unreadable += records.rejects.num_rows
+        found.rejects += bad.num_rows + records.n_lost
         if bad.num_rows:
             rejects.append(bad)
         if good.num_rows:
@@ -192,7 +198,6 @@ def keep_good(
         found.unreadable = max(found.unreadable, 1)
     if rejects:
         table = pa.concat_tables(rejects)
-        found.rejects = table.num_rows
         found.reasons = Counter(dict(Counter(table["reason"].to_pylist()).most_common(_REASONS_KEPT)))
         if store is not None:
             store.write_rejects(table)

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from persona.errors import InputError
 from persona.inputs.dates import parse
 from persona.inputs.json_columns import decoded, is_json, kind_of
 from persona.options import TimeUnit
@@ -52,11 +51,12 @@ TEXT = Kind(description="a string", fits=_is_text)
 TIMESTAMP = Kind(description="a timestamp, an ISO 8601 string or a number since 1970", fits=_is_timestamp)
 
 
-def check_types(schema: pa.Schema, wanted: Mapping[str | None, Kind], source: str) -> None:
-    """Raise `InputError` for the first existing column whose type does not fit its kind; None names no column."""
+def unfit(schema: pa.Schema, wanted: Mapping[str | None, Kind]) -> str:
+    """What is wrong with the first column whose type does not fit its kind; empty if all fit. None names no column."""
     for name, kind in wanted.items():
         if name in schema.names and not kind.fits(schema.field(name).type):
-            raise InputError(f"column {name!r} of {source} is {schema.field(name).type}; it must be {kind.description}")
+            return f"column {name!r} is {schema.field(name).type}; it must be {kind.description}"
+    return ""
 
 
 def ids(column: pa.Array, name: str, *, required: bool = True) -> Cells:

@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import ClassVar
 
 import numpy as np
@@ -15,11 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from persona.errors import InputError
 from persona.inputs import cells
-from persona.inputs.columns import ColumnNames, present, why_absent
+from persona.inputs.columns import ColumnNames, check, why_absent
 from persona.inputs.json_columns import decoded, is_json, json_array, kind_of
-from persona.inputs.reader import first_rows
 from persona.inputs.records import BadRows, Records, bad_rows, column, describe
 from persona.inputs.splits import Split
 
@@ -50,30 +48,28 @@ class Columns(ColumnNames):
 
 
 def check_columns(splits: Sequence[Split], columns: Columns, *, flag: str = "--columns") -> frozenset[str]:
-    """Refuse an input whose first readable file lacks a column or has one of an unusable type.
+    """The optional fields whose column exists in the files that can be used. Raises `InputError` as `columns.check`."""
+    return check(splits, columns, partial(problem, columns=columns, flag=flag), flag=flag)
 
-    Returns the optional fields whose column exists. Raises `InputError` with the missing column, the existing ones, and
-    how to map them with `flag`; also for a misspelled optional column, see `columns.present`.
+
+def problem(schema: pa.Schema, columns: Columns, *, flag: str = "--columns") -> str:
+    """Why no row of a file with these columns is a behavior: one is missing or of another type; empty if some may be.
+
+    For a missing column with the existing ones, and how to map them with `flag`.
     """
-    table = first_rows(splits)
-    source = table["_source"][0].as_py()
-    items: pa.Schema | None = table.schema
-    if columns.text not in table.column_names:
-        items = _item_fields(table.schema, _list_column(table.schema, columns))
+    items: pa.Schema | None = schema
+    if columns.text not in schema.names:
+        items = _item_fields(schema, _list_column(schema, columns))
     missing = None
-    if columns.user_id not in table.column_names:
+    if columns.user_id not in schema.names:
         missing, field, nested = columns.user_id, "user_id", ""
     elif items is None:
         missing, field, nested = columns.text, "text", " (nor a list column whose items have it)"
     if missing is not None:
-        raise InputError(
-            f"{source} has no column {missing!r}{nested}. It has: {describe(table.schema)}. "
-            f"To use one of them: {flag} {field}=COLUMN"
-        )
-    cells.check_types(table.schema, {columns.user_id: cells.ID}, source)
+        there_are = f"There are: {describe(schema)}"
+        return f"no column {missing!r}{nested}. {there_are}. To use one of them: {flag} {field}=COLUMN"
     wanted = {columns.text: cells.TEXT, columns.behavior_id: cells.ID, columns.timestamp: cells.TIMESTAMP}
-    cells.check_types(items or pa.schema([]), wanted, source)
-    return present(splits, columns, flag=flag)
+    return cells.unfit(schema, {columns.user_id: cells.ID}) or cells.unfit(items or pa.schema([]), wanted)
 
 
 def validate(records: Records, columns: Columns, n_buckets: int, *, job: str = "") -> tuple[pa.Table, pa.Table]:

@@ -8,6 +8,7 @@ import orjson
 import pyarrow as pa
 
 MAX_CELLS = 2**22  # of a table; most are null if every object has different keys
+MAX_KEYS = 2**14  # of an object; Arrow takes about a kilobyte for each column or field
 _MAX_DEPTH = 32  # of nested lists and objects that become Arrow types; hundreds of levels take Arrow seconds
 
 
@@ -45,7 +46,7 @@ class _BrokenJson:
 def _have_common_type(values: Sequence[Any]) -> bool:
     """Whether the values have the same type at every level. Arrow itself would convert 1 and true next to 0.5 to 1.0.
 
-    False for very deep values, and for objects that have hardly any keys in common.
+    False for very deep values, and for objects that have too many keys or hardly any in common.
     """
     groups = [(0, values)]
     while groups:
@@ -59,7 +60,7 @@ def _have_common_type(values: Sequence[Any]) -> bool:
             fields = defaultdict(list)
             for name, value in (pair for v in group if v is not None for pair in v.items()):
                 fields[name].append(value)
-            if len(fields) * len(group) > max(MAX_CELLS, 16 * sum(map(len, fields.values()))):
+            if len(fields) > MAX_KEYS or len(fields) * len(group) > max(MAX_CELLS, 16 * sum(map(len, fields.values()))):
                 return False
             groups += [(depth + 1, found) for found in fields.values()]
     return True

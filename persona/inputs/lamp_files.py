@@ -1,6 +1,7 @@
 """Read and write LaMP's JSON files: questions one at a time, and the answers to them."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
@@ -9,7 +10,9 @@ import ijson
 
 from persona.errors import InputError
 from persona.inputs.lamp import Task, id_of, shown
+from persona.options import MAX_ROW_MB
 
+MAX_QUESTION_BYTES = MAX_ROW_MB * 2**20  # with its profile; those of LaMP have a few megabytes at most
 MAX_DEPTH = 16  # of nested lists and objects in a question; LaMP has 3, a malicious file may have many
 _READ_BYTES = 2**18
 # An escape sequence in JSON: a pair of surrogates, half of one, or another.
@@ -21,11 +24,13 @@ _LONGEST_ESCAPE = len(r"\ud83d\ude00")
 def read_questions(stream: BinaryIO, *, name: str) -> Iterator[Any]:
     """The questions of a LaMP `questions.json`, one at a time, so that memory grows only with the longest profile.
 
-    Raises `InputError`, naming the file `name`, if the stream is not a JSON list or is invalid further on.
+    Raises `InputError`, naming the file `name`, if the stream is not a JSON list or is invalid further on, or if a
+    question has more than about `MAX_QUESTION_BYTES`.
     """
     count = 0
+    text = _WholeCharacters(stream, MAX_QUESTION_BYTES)
     try:
-        events = iter(ijson.basic_parse(_WholeCharacters(stream), use_float=True, buf_size=_READ_BYTES))
+        events = iter(ijson.basic_parse(text, use_float=True, buf_size=_READ_BYTES))
         event, _ = next(events)
         if event != "start_array":
             raise InputError(f"{name} is not a LaMP questions file: expected a JSON list of questions")
@@ -35,6 +40,10 @@ def read_questions(stream: BinaryIO, *, name: str) -> Iterator[Any]:
                 return
             yield _build(event, value, events, MAX_DEPTH)
             count += 1
+            text.n_bytes = 0
+    except _TooLongError as error:
+        limit = f"{MAX_QUESTION_BYTES // 2**20:,} MB"
+        raise InputError(f"{name}: the question after the first {count} is longer than {limit}") from error
     except (ijson.JSONError, OSError) as error:
         problem = f"cannot be read after {count} questions" if count else "cannot be read as JSON"
         raise InputError(f"{name} {problem}; is it complete? ({_first_line(error)})") from error
@@ -94,20 +103,32 @@ def _build(event: str, value: Any, events: Iterator[tuple[str, Any]], depth: int
     raise AssertionError("the parser raises if a list or an object does not end")
 
 
+class _TooLongError(Exception):
+    """More was read than may belong together."""
+
+
 class _WholeCharacters:
     """A stream of JSON in which half of a pair of surrogates, without the other half, becomes U+FFFD.
 
     Such text has no encoding: the parser would end with an error, and no table could hold it.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, max_bytes: float = math.inf) -> None:
         self._stream = stream
         self._rest = b""
+        self._max_bytes = max_bytes
+        self.n_bytes = 0  # since the caller set it to 0
 
     def read(self, size: int) -> bytes:
-        """At most about `size` bytes; empty only at the end (or if `size` is 0)."""
+        """At most about `size` bytes; empty only at the end (or if `size` is 0).
+
+        Raises `_TooLongError` for more than `max_bytes` since `n_bytes` was 0: the parser keeps a string until it ends.
+        """
         while size:
             chunk = self._stream.read(size)
+            self.n_bytes += len(chunk)
+            if self.n_bytes > self._max_bytes + size:
+                raise _TooLongError
             data = self._rest + chunk
             end = _last_escape(data) if chunk else len(data)
             self._rest = data[end:]

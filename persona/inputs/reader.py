@@ -5,7 +5,7 @@ early each become a *reject*, and everything else in the file is read. The value
 (`histories`, `requests`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -15,36 +15,57 @@ from persona.inputs.jsonl import read_jsonl
 from persona.inputs.parquet import read_parquet, read_schema
 from persona.inputs.records import Records, rejects_of
 from persona.inputs.splits import Split
+from persona.options import MAX_ROW_MB
 
 _FIRST_ROWS = 256
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 def read_split(
-    split: Split, *, max_rows: int = 4096, columns: Sequence[str] | None = None, job: str = ""
+    split: Split,
+    *,
+    max_rows: int = 4096,
+    columns: Sequence[str] | None = None,
+    job: str = "",
+    max_row_mb: int = MAX_ROW_MB,
+    problem: Callable[[pa.Schema], str] = lambda _: "",
 ) -> Iterator[Records]:
     """The rows of a split, at most `max_rows` at a time; of the named `columns`, those that exist.
 
-    A folder `key=value` above the file gives a column `key` of strings, unless the file has one.
+    A folder `key=value` above the file gives a column `key` of strings, unless the file has one. A row of more than
+    `max_row_mb` is a reject. So is, as a whole, a Parquet file for whose columns `problem` is not empty; JSON has no
+    columns but those of each line.
 
     Raises `StorageError` if the store fails, rather than the file being broken.
     """
-    read = read_parquet if split.format == "parquet" else read_jsonl
+
+    def why_unusable(schema: pa.Schema) -> str:
+        return problem(_with_partitions(schema.empty_table(), split.uri, None).schema)
+
+    max_bytes = max_row_mb * 2**20
+    if split.format == "parquet":
+        parts = read_parquet(split, max_rows, columns, max_bytes, why_unusable)
+    else:
+        parts = read_jsonl(split, max_rows, columns, max_bytes)
     first_schema = None
-    for raw, bad in read(split, max_rows, columns):
-        table = _with_partitions(raw, split.uri, columns)
+    for part in parts:
+        table = _with_partitions(part.table, split.uri, columns)
         if first_schema is None and table.num_rows:
             first_schema = table.schema
-        rejects = rejects_of(split.uri, bad, job=job)
-        yield Records(table=table, rejects=rejects, first_schema=first_schema or table.schema)
+        rejects = rejects_of(split.uri, part.bad, job=job)
+        first = first_schema or table.schema
+        yield Records(table=table, rejects=rejects, first_schema=first, n_lost=part.n_lost)
 
 
-def schema_of(split: Split) -> pa.Schema:
-    """The columns of a file, for JSON those of its first rows. It has no fields if the file cannot be read."""
-    if split.format == "parquet":
-        schema = read_schema(split)
-        return _with_partitions(schema.empty_table(), split.uri, None).schema
-    return next((records.table.schema for records in read_split(split, max_rows=_FIRST_ROWS)), pa.schema([]))
+def schema_of(splits: Sequence[Split]) -> pa.Schema:
+    """The columns of the file with these splits, for JSON those of its first rows.
+
+    Raises `InputError` with the reason if it cannot be read or has no rows.
+    """
+    if splits[0].format != "parquet":
+        return first_rows(splits).schema
+    schema = read_schema(splits[0])
+    return _with_partitions(schema.empty_table(), splits[0].uri, None).schema
 
 
 def first_rows(splits: Sequence[Split]) -> pa.Table:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +20,18 @@ REJECTS = pa.schema(
 WHOLE_FILE = -1  # the `row` of a reject that concerns a whole file or an unknown part of it
 MAX_BATCH_BYTES = 32 * 2**20  # hand rows on at this size, however few they are
 LOCATION = ("_source", "_row")
+_SHOWN = 20  # columns in a message
 
 BadRows = list[tuple[int, str]]
 """Row (as in `Records`, or `WHOLE_FILE`) and reason."""
+
+
+class Part(NamedTuple):
+    """Rows of a file with their location, those that are bad, and `n_lost` as in `Records`."""
+
+    table: pa.Table
+    bad: BadRows
+    n_lost: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +41,14 @@ class Records:
     `table` has the file's own columns and two more: `_source` (the file's URI) and `_row` (the row number in a Parquet
     file, the byte offset of the line in uncompressed text). A column whose JSON values have no common type has the
     type `arrow.json`: each value is its own JSON text. `rejects` has the schema `REJECTS`. `first_schema` is that of
-    the first rows of the same split; those of JSON may have other columns than later ones.
+    the first rows of the same split; those of JSON may have other columns than later ones. `n_lost` is how many
+    more rows the rejects stand for: those of a file or a row group that is a single reject.
     """
 
     table: pa.Table
     rejects: pa.Table
     first_schema: pa.Schema
+    n_lost: int = 0
 
     def all_rejects(self, bad: BadRows, *, job: str) -> pa.Table:
         """`rejects`, followed by rejects for rows of `table` that were found bad later."""
@@ -87,7 +99,14 @@ def column(table: pa.Table, name: str | None) -> pa.Array:
 
 def describe(schema: pa.Schema) -> str:
     """The columns of an input with their types, for messages."""
-    return ", ".join(f"{field.name} ({field.type})" for field in schema if field.name not in LOCATION)
+    shown = [f"{field.name} ({field.type})" for field in schema if field.name not in LOCATION]
+    more = [f"{len(shown) - _SHOWN:,} more"] if len(shown) > _SHOWN else []
+    return ", ".join(shown[:_SHOWN] + more)
+
+
+def too_long(what: str, max_bytes: int) -> str:
+    """The reason for rejecting a row of more than `max_bytes`."""
+    return f"{what} is longer than {max_bytes // 2**20:,} MB; --max-row-mb sets the limit"
 
 
 def first_line(error: Exception) -> str:

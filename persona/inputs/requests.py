@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from persona.errors import InputError
 from persona.inputs import cells
-from persona.inputs.columns import ColumnNames, present, why_absent
+from persona.inputs.columns import ColumnNames, check, why_absent
 from persona.inputs.histories import bucket_of
-from persona.inputs.reader import first_rows
 from persona.inputs.records import Records, bad_rows, column, describe
 from persona.inputs.splits import Split
 
@@ -63,30 +62,36 @@ def check_columns(
     rejected: str | None = None,
     flag: str = "--request-columns",
 ) -> frozenset[str]:
-    """Refuse an input whose first readable file lacks a column or has one of an unusable type.
+    """The optional fields whose column exists in the files that can be used. Raises `InputError` as `columns.check`."""
+    why = partial(problem, columns=columns, needs_target=needs_target, rejected=rejected, flag=flag)
+    return check(splits, columns, why, flag=flag)
 
-    Returns the optional fields whose column exists. Raises `InputError` with the missing column and the existing ones;
-    also for a misspelled optional column, see `columns.present`.
+
+def problem(
+    schema: pa.Schema,
+    columns: Columns,
+    *,
+    needs_target: bool,
+    rejected: str | None = None,
+    flag: str = "--request-columns",
+) -> str:
+    """Why no row of a file with these columns is a request: one is missing or of another type; empty if some may be.
+
+    For a missing column with the existing ones, and how to map them with `flag`.
     """
-    table = first_rows(splits)
-    source = table["_source"][0].as_py()
     needed = ["request_id", "user_id", "input", *(["target"] if needs_target else [])]
     for field in needed:
         name = columns.name_of(field)
-        if name not in table.column_names:
+        if name not in schema.names:
             why = "; training and scoring need it" if field == "target" else ""
-            raise InputError(
-                f"the requests in {source} have no column {name!r}{why}. They have: {describe(table.schema)}. "
-                f"Required: {', '.join(needed)}. To use another column: {flag} {field}=COLUMN"
+            return (
+                f"no column {name!r}{why}. There are: {describe(schema)}. Required: {', '.join(needed)}. "
+                f"To use another column: {flag} {field}=COLUMN"
             )
-    if rejected is not None and rejected not in table.column_names:
-        raise InputError(
-            f"the requests in {source} have no column {rejected!r}; --rejected names it. They have: "
-            f"{describe(table.schema)}"
-        )
+    if rejected is not None and rejected not in schema.names:
+        return f"no column {rejected!r}; --rejected names it. There are: {describe(schema)}"
     kinds = {columns.name_of(field): kind for field, kind in _KINDS.items()}
-    cells.check_types(table.schema, kinds | ({} if rejected is None else {rejected: cells.TEXT}), source)
-    return present(splits, columns, flag=flag)
+    return cells.unfit(schema, kinds | ({} if rejected is None else {rejected: cells.TEXT}))
 
 
 def validate(

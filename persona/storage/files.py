@@ -163,7 +163,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
             file.seek(start)
             return file.read(length)
 
-    data = _retried(read, f"cannot read {uri}")
+    data = retried(read, f"cannot read {uri}")
     if len(data) != length:
         raise StorageError(f"{uri} has only {len(data):,} of {length:,} bytes from byte {start:,} on")
     return data

@@ -74,10 +74,11 @@ def test_sync_deletes_nothing_if_a_file_or_line_is_unreadable(
     cut = gzip.compress(b'{"user_id": "user-5", "text": "whole"}\n' * 2)[:-12]
     write_bytes(source.replace("histories.jsonl", "cut.jsonl.gz"), cut)
     write_bytes(source.replace("histories.jsonl", "bad.jsonl"), b'{"user_id": "user-2", "behav')
+    write(source.replace("histories.jsonl", "a-number.parquet"), [{"user_id": "user-2", "text": n} for n in range(3)])
     done = do(embed, sync=True, max_reject_fraction=0.5, **flags)
     assert done.code == 0
-    assert (done.result["gone"], done.result["unreadable"], done.result["rejects"]) == (0, 2, 2)
-    assert "nothing, because 2 files or lines could not be read and may contain the absent behaviors" in done.table
+    assert (done.result["gone"], done.result["unreadable"], done.result["rejects"]) == (0, 3, 5)
+    assert "nothing, because 3 files or lines could not be read and may contain the absent behaviors" in done.table
     after = stored(store, "behaviors", STAMP)
     assert before.keys() <= after.keys()
     assert {key for key in changed(before, after) if key[1].startswith("b")} == to_encode
