@@ -89,7 +89,7 @@ def requests_with_histories(requests: Requests, store: "Store", tally: Tally, pl
 
 
 def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: JoinPlan) -> "Iterator[pa.Table]":
-    """The requests of one bucket with their histories, a few hundred at a time, by user; of a repeated id, the first."""
+    """The requests of one bucket with their histories, a few hundred at a time; of a repeated id, the first counts."""
     since = time.perf_counter()
     bucket: int = requests["bucket"][0].as_py()
     if plan.texts is not None:
@@ -156,8 +156,8 @@ def _joined(
                 continue
             rows = joined.select([*rows.column_names, *(plan.selection.adds if plan.selection else [])])
         of_request = dict(zip(requests["request_id"].to_pylist(), found, strict=True))
-        found = [of_request[request] for request in rows["request_id"].to_pylist()]
-        chosen.append(_Chosen(rows, found, rows["user_id"].to_pylist()))
+        of_rows = [of_request[request] for request in rows["request_id"].to_pylist()]
+        chosen.append(_Chosen(rows, of_rows, rows["user_id"].to_pylist()))
     if not chosen:
         return
     for first, last in _groups(requests["user_id"].to_pylist()):
