@@ -1,12 +1,14 @@
-"""The order of the requests in a run: the same on every worker, with any number of workers, and in a resumed run.
+"""The order of the requests in a run: the same with any number of workers, and in a resumed run.
 
-Histories are too large to be moved for a shuffle, so the order is one of ids, in windows as of a shuffle buffer. Pieces
-of buckets are drawn into windows of a bounded size; within a window all requests are shuffled. What fits one window is
-shuffled as a whole.
+Histories are too large to be moved for a shuffle. So requests are shuffled as in a streaming data set: pieces of
+buckets, in an order drawn for each epoch, fill windows of a bounded size, and the requests of a window are shuffled.
+Data that fits one window is fully shuffled.
 
-A bucket is a random sample of the users, so windows of whole buckets do not make batches alike, and the buckets of a
-batch are of no matter. What a window changes is that all requests of a user are in the same one: with n requests a
-user and N in a window, two of a batch are of one user with a chance of (n - 1) / (N - 1). Shape: N requests.
+How good the shuffle is: buckets are random samples of the users, so it does not matter which buckets share a batch. But
+all requests of a user are in the same window. With n requests a user and N in a window, two requests of a batch are of
+one user with probability (n - 1) / (N - 1).
+
+Tasks of Ray import this module, so it imports no torch and they start fast. Shape: N requests.
 """
 
 import hashlib
@@ -22,11 +24,11 @@ import pyarrow.compute as pc
 from persona.store import vectors
 
 Item = TypeVar("Item")
-# A task that fills a window holds its vectors in memory, and Ray's object store has those of about two windows. Many
-# pieces a window mix the users of many buckets.
+# The task that fills a window holds its vectors in memory; Ray's object store holds two or three windows. Small pieces
+# mix the users of many buckets in a window.
 _WINDOW_BYTES = 2**30
 _PIECE_BYTES = _WINDOW_BYTES // 32
-# Batches whose rows are sorted by length together, and then shuffled among each other.
+# Rows are sorted by length within this many batches, which are then shuffled.
 _GROUP_BATCHES = 32
 # Rows whose lengths (in characters) differ by less count as equal. Otherwise rows that repeat one question, and so have
 # one length, would fill whole batches.
@@ -35,21 +37,23 @@ _LENGTH_STEP = 64
 
 @dataclass(frozen=True)
 class Piece:
-    """Requests `start` to `end` of those of a run, sorted by bucket and user: of one bucket, and of whole users."""
+    """Requests `start` to `end` of a run's requests, sorted by bucket and user; all are of one bucket."""
 
     start: int
     end: int
     n_bytes: int
-    """Of the vectors that these requests see."""
+    """Size of the vectors that these requests see."""
 
 
 def cut(requests: Iterable[pa.Table], width: int, piece_bytes: int = _PIECE_BYTES) -> list[Piece]:
-    """Cuts the requests of a run into pieces of about `piece_bytes` of vectors, the unit in which histories are read.
+    """Cuts the requests of a run into pieces of about `piece_bytes` of vectors.
+
+    A piece ends with a user, unless it would have more than twice as many bytes.
 
     Args:
-        requests: all of them as tables in order, with `bucket`, `user_id` and `n_behaviors`.
-        width: of a vector.
-        piece_bytes: a piece has at most twice as many, and those of one request; only a user who has more is divided.
+        requests: tables with `bucket`, `user_id` and `n_behaviors`, all together sorted by bucket and user.
+        width: number of components of a vector.
+        piece_bytes: bytes at which a piece is full.
     """
     pieces: list[Piece] = []
     start = row = n_bytes = 0
@@ -67,28 +71,28 @@ def cut(requests: Iterable[pa.Table], width: int, piece_bytes: int = _PIECE_BYTE
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive steps of an epoch whose requests are shuffled among each other, and their vectors read together."""
+    """Consecutive steps of an epoch; their requests are shuffled, and their vectors read together."""
 
     epoch: int
     number: int
-    """In its epoch."""
+    """Counts the windows of the epoch from 0."""
     first_step: int
-    """Of the run."""
+    """Counts from the start of the run."""
     n_steps: int
     ranges: tuple[tuple[int, int], ...]
-    """Start and end of the requests, as in `Piece`. Only the last window of an epoch may have more than its steps."""
+    """Start and end of the requests, as in `Piece`. The last window of an epoch may have more than its steps need."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOrder:
-    """The windows of a run; they depend only on these values. `pieces` are those of `cut`."""
+    """The windows of a run, which depend on nothing but these values; `pieces` are from `cut`."""
 
     pieces: Sequence[Piece]
     n_epochs: int
     seed: int
     global_batch: int
     window_bytes: int = _WINDOW_BYTES
-    """Of the vectors in a window, besides those of the rows of one batch."""
+    """Bytes of vectors in a window; it has more by at most the rest of the window before it, less than a batch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,7 +100,7 @@ class RunOrder:
         return sum(piece.end - piece.start for piece in self.pieces) // self.global_batch
 
     def epoch(self, epoch: int) -> list[Window]:
-        """The windows of one epoch: its pieces in a drawn order, filled into one window after the other."""
+        """The windows of one epoch: the pieces in a drawn order, cut into windows of whole batches."""
         draw = np.random.default_rng(hash64("pieces", self.seed, epoch))
         windows: list[Window] = []
         ranges: list[tuple[int, int]] = []

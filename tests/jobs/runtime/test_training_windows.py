@@ -71,9 +71,13 @@ class Run:
     def __init__(self, store: Store, joined: pa.Table, arrival: int) -> None:
         import ray
 
-        in_turn = [joined.slice(start, 40) for start in range(0, N_REQUESTS, 40)]
-        arrived = ray.data.from_arrow(in_turn[arrival:] + in_turn[:arrival])
-        blocks = RequestBlocks.of(inputs._sorted(arrived, n_blocks=2).to_arrow_refs(), IDENTITY.width)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(inputs, "_BLOCK_ROWS", 16)
+            in_turn = [joined.slice(start, 40) for start in range(0, N_REQUESTS, 40)]
+            arrived = ray.data.from_arrow(in_turn[arrival:] + in_turn[:arrival])
+            refs = inputs._sorted(arrived, n_blocks=3).to_arrow_refs()
+        assert len(refs) == -(-N_REQUESTS // 16)
+        blocks = RequestBlocks.of(refs, IDENTITY.width)
         pieces = cut([ray.get(ref) for ref in blocks.refs], IDENTITY.width, WINDOW_BYTES // 8)
         how: Any = {"seed": 3, "global_batch": GLOBAL_BATCH}
         self.order = RunOrder(pieces=pieces, n_epochs=N_EPOCHS, window_bytes=WINDOW_BYTES, **how)
