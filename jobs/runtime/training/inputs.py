@@ -131,7 +131,7 @@ def _sorted(requests: "Dataset", *, n_blocks: int) -> "Dataset":
     """The requests in an order that does not depend on how they arrive, in small blocks."""
     in_order = requests.repartition(n_blocks).sort(["bucket", "user_id", "request_id"])
     in_order.context.execution_options.preserve_order = True
-    return in_order.repartition(target_num_rows_per_block=_BLOCK_ROWS, strict=True).materialize()
+    return in_order.repartition(target_num_rows_per_block=_BLOCK_ROWS).materialize()
 
 
 def run_windows(requests: TrainingRequests, spec: "RunSpec", tally: Tally, *, n_workers: int) -> windows.Windows:

@@ -76,9 +76,13 @@ class Run:
             in_turn = [joined.slice(start, 40) for start in range(0, N_REQUESTS, 40)]
             arrived = ray.data.from_arrow(in_turn[arrival:] + in_turn[:arrival])
             refs = inputs._sorted(arrived, n_blocks=3).to_arrow_refs()
-        assert len(refs) == -(-N_REQUESTS // 16)
+        tables = [ray.get(ref) for ref in refs]
+        assert max(table.num_rows for table in tables) == 16
+        in_order = [(name, "ascending") for name in ("bucket", "user_id", "request_id")]
+        assert pa.concat_tables(tables).combine_chunks() == joined.sort_by(in_order).combine_chunks()
         blocks = RequestBlocks.of(refs, IDENTITY.width)
-        pieces = cut([ray.get(ref) for ref in blocks.refs], IDENTITY.width, WINDOW_BYTES // 8)
+        assert list(blocks.starts) == np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
+        pieces = cut(tables, IDENTITY.width, WINDOW_BYTES // 8)
         how: Any = {"seed": 3, "global_batch": GLOBAL_BATCH}
         self.order = RunOrder(pieces=pieces, n_epochs=N_EPOCHS, window_bytes=WINDOW_BYTES, **how)
         self.blocks, self.tally = blocks, Tally.start()
