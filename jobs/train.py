@@ -289,6 +289,7 @@ def _with_profile(
         profile.stage(noted, "time", n_workers, rarely, seconds="validate", name="validate"),
         profile.stage(noted, "time", n_workers, "save less often (--validate-every)", seconds="save", name="save"),
         profile.stage(counts, "join", machines.cores, "more CPUs for Ray"),
+        profile.stage(counts, "windows", machines.cores, "more CPUs for Ray", name="read histories"),
     ]
     waited_s = noted["time"].get("waiting", 0.0)
     return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving="more CPUs for Ray would feed it")

@@ -1,9 +1,10 @@
 """Join requests with the histories that they may see, bucket by bucket."""
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.runtime import exchange, reading
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from ray.data import Dataset
 
+    from persona.store import join as histories
     from persona.store.store import Store
 
-_JOINED_ROWS = 512  # requests per table that goes on
+_JOINED_ROWS = 512  # requests per table that goes on, and whose users' vectors are in memory together
 
 
 class Selection(Protocol):
@@ -54,6 +56,8 @@ class JoinPlan:
     """Take only this many requests."""
     selection: Selection | None = None
     """Which requests to go on with; None for all."""
+    with_vectors: bool = True
+    """Whether the requests get the column `history`."""
     texts: Texts | None = None
     """Texts of the histories, to be used where requests are joined."""
     stage: str = "join"
@@ -107,10 +111,6 @@ def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: Joi
 
     Of a repeated id, the first counts.
     """
-    import pyarrow as pa
-
-    from persona.store.join import join_histories
-
     since = time.perf_counter()
     bucket: int = requests["bucket"][0].as_py()
     first_user = requests["user_id"][0].as_py()
@@ -119,26 +119,94 @@ def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: Joi
     n_rows, requests = requests.num_rows, _first_of_each_id(requests)
     counts: dict[str, float] = {"asked": requests.num_rows, "repeated": n_rows - requests.num_rows}
     counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}
-    with_histories = partial(join_histories, store=store, bucket=bucket, max_behaviors=plan.max_behaviors)
-    # Kinds that see the own history all see the same one, so only the first of them is counted.
-    counted = next((persona for persona in plan.personas if persona.sees_own_history), None)
-    for persona in plan.personas:
-        for start in range(0, requests.num_rows, _JOINED_ROWS):
-            part = requests.slice(start, _JOINED_ROWS)
-            part = part.append_column("persona", pa.repeat(persona.value, part.num_rows))
-            joined = with_histories(part, persona=persona, with_vectors=plan.selection is None)
-            if persona == counted:
-                counts["untimed"] += sum(joined["n_untimed"].to_pylist())
-                counts["empty"] += joined["n_behaviors"].to_pylist().count(0)
-            if plan.selection is not None:
-                selected = plan.selection(joined, store, bucket, counts)
-                selected = selected.select([*part.column_names, *plan.selection.adds])
-                joined = with_histories(selected, persona=persona)
+    if requests.num_rows:
+        by_user = requests.sort_by([("user_id", "ascending"), ("request_id", "ascending")])
+        for joined in _joined(by_user, store, bucket, plan, counts):
             counts["kept"] += joined.num_rows
             counts["seconds"] += time.perf_counter() - since
             yield joined
             since = time.perf_counter()
     tally.note(plan.stage, f"{bucket}/{first_user}", counts)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Requests of one kind of persona to go on with, sorted by user, and for each its source and its user."""
+
+    rows: "pa.Table"
+    sources: "Sequence[histories.Source | None]"
+    users: Sequence[str]
+
+    def of_users(self, first: str, last: str) -> "_Chosen":
+        """Those of the users from `first` to `last`."""
+        return self.slice(bisect_left(self.users, first), bisect_right(self.users, last))
+
+    def slice(self, start: int, end: int) -> "_Chosen":
+        """Rows `start` to `end`."""
+        return _Chosen(self.rows.slice(start, end - start), self.sources[start:end], self.users[start:end])
+
+
+def _joined(
+    requests: "pa.Table", store: "Store", bucket: int, plan: JoinPlan, counts: dict[str, float]
+) -> "Iterator[pa.Table]":
+    """Reads the keys of the histories once, for all kinds of persona, if something depends on them.
+
+    Vectors are read of a few hundred requests at a time that go on: those of each user once, for all kinds.
+    """
+    import pyarrow as pa
+
+    from persona.store.join import Histories, sources, with_histories
+
+    max_behaviors = plan.max_behaviors
+    # Kinds that see the own history all see the same one, so only the first of them is counted.
+    counted = next((persona for persona in plan.personas if persona.sees_own_history), None)
+    seen = {persona: sources(requests, store, bucket, persona) for persona in plan.personas}
+    keys = None
+    if plan.selection is not None or not plan.with_vectors:
+        keys = Histories.read(store, chain(*seen.values()), with_vectors=False)
+    chosen: list[_Chosen] = []
+    for persona, found in seen.items():
+        rows = requests.append_column("persona", pa.repeat(persona.value, requests.num_rows))
+        if keys is not None:
+            joined = with_histories(rows, found, keys, max_behaviors=max_behaviors)
+            if persona == counted:
+                _count(joined, counts)
+            if plan.selection is not None:
+                joined = plan.selection(joined, store, bucket, counts)
+            if not plan.with_vectors:
+                yield joined
+                continue
+            rows = joined.select([*rows.column_names, *(plan.selection.adds if plan.selection else [])])
+        of_request = dict(zip(requests["request_id"].to_pylist(), found, strict=True))
+        of_rows = [of_request[request] for request in rows["request_id"].to_pylist()]
+        chosen.append(_Chosen(rows, of_rows, rows["user_id"].to_pylist()))
+    if not chosen:
+        return
+    for first, last in _groups(requests["user_id"].to_pylist()):
+        parts = [one.of_users(first, last) for one in chosen]
+        histories = Histories.read(store, chain(*(part.sources for part in parts)), with_vectors=True)
+        for part, persona in zip(parts, seen, strict=True):
+            # An empty table has the columns that later steps expect.
+            for start in range(0, max(part.rows.num_rows, 1), _JOINED_ROWS):
+                some = part.slice(start, start + _JOINED_ROWS)
+                joined = with_histories(some.rows, some.sources, histories, max_behaviors=max_behaviors)
+                if keys is None and persona == counted:
+                    _count(joined, counts)
+                yield joined
+
+
+def _count(joined: "pa.Table", counts: dict[str, float]) -> None:
+    counts["untimed"] += sum(joined["n_untimed"].to_pylist())
+    counts["empty"] += joined["n_behaviors"].to_pylist().count(0)
+
+
+def _groups(users: list[str]) -> "Iterator[tuple[str, str]]":
+    """The first and the last user of groups with about `_JOINED_ROWS` rows, given the sorted users of all rows."""
+    start = 0
+    while start < len(users):
+        last = users[min(start + _JOINED_ROWS, len(users)) - 1]
+        yield users[start], last
+        start = bisect_right(users, last)
 
 
 def _first_of_each_id(requests: "pa.Table") -> "pa.Table":

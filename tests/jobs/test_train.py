@@ -441,7 +441,7 @@ def test_drawn_behaviors_do_not_depend_on_the_order_of_rows() -> None:
 
 
 def some_vectors(rows: pa.Table) -> dict[str, bytes]:
-    found = train_data._some_vectors(rows, share=0.25, width=3)
+    found = train_data._some_vectors(train_data._share(rows, share=0.25), width=3)
     return dict(zip(found["request_id"].to_pylist(), found["vectors"].to_pylist(), strict=True))
 
 

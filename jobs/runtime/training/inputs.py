@@ -1,4 +1,4 @@
-"""The requests of a training run: joined with their histories, split by user, and ordered for each epoch."""
+"""The requests of a training run: joined with their histories, split by user, and sorted for the windows of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from jobs.runtime import exchange, joining, retrieval
 from jobs.runtime.inputs import Histories, Requests
 from jobs.runtime.reading import Found
 from jobs.runtime.tally import Tally
+from jobs.runtime.training import windows
 from persona.errors import InputError
 from persona.options import PersonaKind
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from persona.store.store import Store
 
 _DRAWS = 2**31 - 1
+# A sort makes as many objects as the square of this number of blocks, which the driver owns.
+_SORTED_BYTES = 2**26
+# A window is gathered from small blocks, since other nodes fetch blocks as a whole.
+_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +62,15 @@ def prompt_example(spec: "RunSpec", inputs: TrainingInputs) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequests:
-    """Requests with their histories, in Ray's object store, and what was found in their files."""
+    """Requests in Ray's object store, and what was found in their files.
 
+    Attributes:
+        store: a snapshot of the behaviors that the requests see.
+        train: without vectors, sorted by bucket and user.
+        held_out: with their histories.
+    """
+
+    store: "Store"
     train: "Dataset"
     held_out: "Dataset"
     found: Found
@@ -87,7 +99,7 @@ def join_and_split(spec: "RunSpec", inputs: TrainingInputs, behaviors_version: i
 def _join_and_split(
     spec: "RunSpec", inputs: TrainingInputs, behaviors_version: int, tally: Tally, folder: str
 ) -> TrainingRequests:
-    store = inputs.store.at(behaviors=behaviors_version)
+    store = inputs.store.at(behaviors=behaviors_version).snapshot("behaviors")
     retrieval_spec = retrieval.RetrievalSpec(
         options=spec.retrieval,
         histories=inputs.histories,
@@ -106,39 +118,61 @@ def _join_and_split(
             limit=limit,
             texts=retrieval.best_of(retrieval_spec, tally, stage=f"texts{held_out}"),
             stage=f"join{held_out}",
+            with_vectors=False,
         )
         return joining.requests_with_histories(requests, store, tally, plan, folder=folder)
 
     requests = joined(inputs.requests, limit=spec.limit)
     train, found = requests.rows.materialize(), requests.found
+    n_bytes = train.size_bytes()
     if inputs.validation is not None:
         validation = joined(inputs.validation, " held out")
         held_out, found = validation.rows, found + validation.found
     else:
         held_out = _mapped(train, _users, fraction=spec.validation_fraction, held_out=True)
-        train = _mapped(train, _users, fraction=spec.validation_fraction, held_out=False).materialize()
+        train = _mapped(train, _users, fraction=spec.validation_fraction, held_out=False)
     # Sorted by a fixed draw, so that a resumed run validates on the same rows.
-    drawn = _mapped(held_out, _drawn).sort("draw").limit(spec.validation_rows).materialize()
-    return TrainingRequests(train=train, held_out=drawn, found=found, n_train=train.count(), n_held_out=drawn.count())
-
-
-def epoch_of(requests: TrainingRequests, epoch: int, spec: "RunSpec", *, n_workers: int) -> "Dataset":
-    """The training requests in the order of an epoch; a block is one worker's share of one global batch."""
-    global_batch = spec.training.global_batch
-    order = {"seed": spec.training.seed, "n_requests": requests.n_train, "global_batch": global_batch}
-    return (
-        _mapped(requests.train, _with_order, epoch=epoch, **order)
-        .sort("order")
-        .limit(requests.n_train - requests.n_train % global_batch)
-        # Blocks of equal size, in order, are dealt to the workers in turn.
-        .repartition(target_num_rows_per_block=global_batch // n_workers, strict=True)
+    drawn = _mapped(held_out, _drawn).sort("draw").limit(spec.validation_rows)
+    drawn = _mapped(drawn, _with_history, store=store, max_behaviors=spec.max_behaviors).materialize()
+    train = _sorted(train, n_blocks=max(1, n_bytes // _SORTED_BYTES))
+    return TrainingRequests(
+        store=store, train=train, held_out=drawn, found=found, n_train=train.count(), n_held_out=drawn.count()
     )
 
 
-def some_behaviors(requests: TrainingRequests, width: int, n_drawn: int = 128) -> bytes:
+def _sorted(requests: "Dataset", *, n_blocks: int) -> "Dataset":
+    """The requests in an order that does not depend on how they arrive, in small blocks."""
+    in_order = requests.repartition(n_blocks).sort(["bucket", "user_id", "request_id"])
+    in_order.context.execution_options.preserve_order = True
+    return in_order.repartition(target_num_rows_per_block=_BLOCK_ROWS).materialize()
+
+
+def run_windows(requests: TrainingRequests, spec: "RunSpec", tally: Tally, *, n_workers: int) -> windows.Windows:
+    """The steps of the run, with vectors that are read when their window comes up."""
+    from persona.training.order import RunOrder
+
+    options = spec.training
+    blocks = windows.RequestBlocks.of(requests.train.to_arrow_refs(), requests.store.identity.width)
+    order = RunOrder(
+        pieces=blocks.pieces, n_epochs=options.epochs, seed=options.seed, global_batch=options.global_batch
+    )
+    settings = windows.FillSettings(
+        store=requests.store,
+        max_behaviors=spec.max_behaviors,
+        seed=options.seed,
+        global_batch=options.global_batch,
+        n_workers=n_workers,
+        tally=tally,
+    )
+    return windows.Windows.start(order, blocks, settings)
+
+
+def some_behaviors(requests: TrainingRequests, max_behaviors: int, n_drawn: int = 128) -> bytes:
     """Vectors of behaviors that about `n_drawn` training requests see; always the same ones."""
-    share = n_drawn / requests.n_train
-    found = _mapped(requests.train, _some_vectors, share=share, width=width).take_all()
+    store = requests.store
+    drawn = _mapped(requests.train, _share, share=n_drawn / requests.n_train)
+    with_history = _mapped(drawn, _with_history, store=store, max_behaviors=max_behaviors)
+    found = _mapped(with_history, _some_vectors, width=store.identity.width).take_all()
     return b"".join(row["vectors"] for row in sorted(found, key=lambda row: row["request_id"]))
 
 
@@ -166,25 +200,32 @@ def _drawn(rows: "pa.Table") -> "pa.Table":
     return rows.append_column("draw", pa.array(draw))
 
 
-def _some_vectors(rows: "pa.Table", *, share: float, width: int, at_most: int = 8) -> "pa.Table":
-    """For a share of the requests: some vectors of the history, evenly spaced."""
+def _share(rows: "pa.Table", *, share: float) -> "pa.Table":
+    """A random share of the requests; the choice of a request depends on nothing else."""
+    import pyarrow as pa
+
+    return rows.filter(pa.array(_drawn(rows)["draw"].to_numpy() < share * _DRAWS))
+
+
+def _with_history(rows: "pa.Table", *, store: "Store", max_behaviors: int) -> "pa.Table":
+    """Adds the column `history` to requests of any buckets."""
+    from persona.store.join import Histories, with_vectors
+
+    sources = list(zip(rows["bucket"].to_pylist(), rows["user_id"].to_pylist(), strict=True))
+    histories = Histories.read(store, sources, with_vectors=True)
+    return with_vectors(rows, sources, histories, max_behaviors=max_behaviors)
+
+
+def _some_vectors(rows: "pa.Table", *, width: int, at_most: int = 8) -> "pa.Table":
+    """For each request: some vectors of the history, evenly spaced."""
     import numpy as np
     import pyarrow as pa
 
     from persona.store import vectors
 
-    drawn = _drawn(rows)
-    drawn = drawn.filter(pa.array(drawn["draw"].to_numpy() < share * _DRAWS))
-    drawn_vectors = []
-    for history in drawn["history"].to_pylist():
+    some = []
+    for history in rows["history"].to_pylist():
         seen_Nd = vectors.from_bytes(history, width)
         spaced = np.linspace(0, len(seen_Nd) - 1, min(len(seen_Nd), at_most)).astype(int)
-        drawn_vectors.append(vectors.to_bytes(seen_Nd[spaced]))
-    return drawn.select(["request_id"]).append_column("vectors", pa.array(drawn_vectors, pa.binary()))
-
-
-def _with_order(rows: "pa.Table", *, epoch: int, seed: int, n_requests: int, global_batch: int) -> "pa.Table":
-    from persona.training.order import epoch_order
-
-    order = epoch_order(rows, epoch=epoch, seed=seed, n_requests=n_requests, global_batch=global_batch)
-    return rows.append_column("order", order)
+        some.append(vectors.to_bytes(seen_Nd[spaced]))
+    return rows.select(["request_id"]).append_column("vectors", pa.array(some, pa.binary()))

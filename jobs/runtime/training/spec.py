@@ -17,6 +17,7 @@ from persona.options import (
 
 if TYPE_CHECKING:
     from jobs.runtime.tally import Tally
+    from jobs.runtime.training.windows import Windows
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
 
@@ -87,6 +88,7 @@ class WorkerSettings:
         encoder, llm: as found on the driver; a worker finds them on its own node and compares fingerprints.
         identity: of the store.
         behaviors: vectors of some behaviors that the requests see, in the store's bytes.
+        windows: where the steps come from.
         tally: the counts of the run.
     """
 
@@ -98,6 +100,7 @@ class WorkerSettings:
     llm: "ModelFolder"
     identity: "Identity"
     behaviors: bytes
+    windows: "Windows"
     tally: "Tally"
 
     @property

@@ -1,14 +1,13 @@
-"""Ray Train over one dataset for each epoch."""
+"""Ray Train over the windows of a run."""
 
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.session import Machines
 from jobs.runtime.tally import Tally
-from jobs.runtime.training.inputs import TrainingInputs, TrainingRequests, epoch_of, some_behaviors
+from jobs.runtime.training.inputs import TrainingInputs, TrainingRequests, run_windows, some_behaviors
 from jobs.runtime.training.spec import RunSpec, WorkerSettings
 
 if TYPE_CHECKING:
-    from ray.data import Dataset
     from ray.train import RunConfig
 
 
@@ -23,15 +22,11 @@ def fit(
     max_failures: int,
 ) -> Any:
     """Trains, or resumes the run, and returns Ray Train's result."""
-    from ray.data import ExecutionOptions
     from ray.train import DataConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from jobs.runtime.training.worker import train_worker
 
-    epochs: dict[str, Dataset] = {
-        f"epoch-{epoch}": epoch_of(requests, epoch, spec, n_workers=n_workers) for epoch in range(spec.training.epochs)
-    }
     settings = WorkerSettings(
         spec=spec,
         n_workers=n_workers,
@@ -40,7 +35,8 @@ def fit(
         encoder=inputs.encoder,
         llm=inputs.llm,
         identity=inputs.store.identity,
-        behaviors=some_behaviors(requests, inputs.store.identity.width),
+        behaviors=some_behaviors(requests, spec.max_behaviors),
+        windows=run_windows(requests, spec, tally, n_workers=n_workers),
         tally=tally,
     )
     trainer = TorchTrainer(
@@ -49,12 +45,8 @@ def fit(
         scaling_config=ScalingConfig(num_workers=n_workers, use_gpu=bool(machines.gpus)),
         torch_config=TorchConfig(backend="nccl" if machines.gpus else "gloo"),
         run_config=_run_config(spec.run, inputs.runs, max_failures),
-        datasets={**epochs, "validation": requests.held_out},
-        dataset_config=DataConfig(
-            datasets_to_split=[*epochs],
-            execution_options=ExecutionOptions(preserve_order=True),
-            enable_shard_locality=False,
-        ),
+        datasets={"validation": requests.held_out},
+        dataset_config=DataConfig(datasets_to_split=[]),
     )
     return trainer.fit()
 

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
     """Trains together with the other workers; Ray Train calls it in each of them.
 
-    `loop_config` has the `settings`. Datasets are `validation` and one `epoch-N` for each epoch, whose blocks are this
-    worker's shares of the global batches.
+    `loop_config` has the `settings`; the dataset `validation` has the held-out requests.
     """
     from ray import train
 
     from persona.training.augmentation import aligned_steps
+    from persona.training.order import one_ahead
     from persona.training.step import train_step, validation_loss
 
     settings = loop_config["settings"]
@@ -41,7 +41,7 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
     aligns = begun < aligned_steps(settings.n_steps, spec.training)
     encoder = store_encoder(encoder_folder, settings, engine.module.llm.device) if aligns else None
     stopwatch = Stopwatch()
-    for step, rows in _steps(settings, begun, encoder):
+    for step, rows in one_ahead(_steps(settings, rank, begun, encoder)):
         stopwatch.lap("waiting")
         loss, n_tokens = train_step(engine, rows, step=step, n_steps=settings.n_steps, options=spec.training)
         seconds = stopwatch.lap("step")
@@ -97,36 +97,18 @@ def _held_out_rows(settings: WorkerSettings, rank: int) -> "list[Row]":
     return [{**row, "history": b""} for row in mine] if settings.spec.training.empty_history == 1 else mine
 
 
-def _steps(settings: WorkerSettings, begun: int, encoder: "TextEncoder | None") -> "Iterator[tuple[int, list[Row]]]":
-    """The remaining steps with this worker's rows, prepared one step ahead."""
-    from ray import train
-
-    from persona.training.order import one_ahead
-
-    for epoch in range(begun // settings.steps_per_epoch, settings.spec.training.epochs):
-        shard: Any = train.get_dataset_shard(f"epoch-{epoch}")
-        blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow")
-        yield from one_ahead(_steps_of_epoch(settings, blocks, epoch, begun, encoder))
-
-
-def _steps_of_epoch(
-    settings: WorkerSettings, blocks: "Iterator[pa.Table]", epoch: int, begun: int, encoder: "TextEncoder | None"
+def _steps(
+    settings: WorkerSettings, rank: int, begun: int, encoder: "TextEncoder | None"
 ) -> "Iterator[tuple[int, list[Row]]]":
+    """The remaining steps with this worker's rows."""
     from persona.training.augmentation import step_rows
-    from persona.training.order import shuffle_windows
 
     options, width = settings.spec.training, settings.identity.width
-    share = options.global_batch // settings.n_workers
-    shuffled = shuffle_windows(blocks, epoch=epoch, seed=options.seed)
-    for step, block in enumerate(shuffled, start=epoch * settings.steps_per_epoch):
-        if step < begun:
-            continue
-        if block.num_rows != share:
-            raise AssertionError(f"a worker's share of a batch has {block.num_rows} requests instead of {share}")
+    for step, epoch, share in settings.windows.steps(rank, begun):
         yield (
             step,
             step_rows(
-                block.to_pylist(),
+                share.to_pylist(),
                 step=step,
                 n_steps=settings.n_steps,
                 epoch=epoch,
