@@ -29,7 +29,7 @@ from jobs.runtime import (
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
 from jobs.runtime.inputs import Histories, find_histories
-from jobs.runtime.job_options import FLAT, ActorPool, InputFormat, InputRows
+from jobs.runtime.job_options import FLAT, ActorPool, InputFormat, InputRows, check_buckets
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
@@ -87,7 +87,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        check_at_least(self, 1, "max_tokens", "token_budget", "block_rows", "buckets")
+        check_at_least(self, 1, "max_tokens", "token_budget", "block_rows")
+        check_buckets(self.buckets)
         if self.sync and self.rows.limit is not None:
             raise UsageError("--sync with --limit would delete every behavior beyond the limit; remove one of them")
 

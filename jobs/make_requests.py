@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jobs.runtime import cli, exchange, reading, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Histories, find_histories
-from jobs.runtime.job_options import FLAT, InputFormat
+from jobs.runtime.job_options import FLAT, InputFormat, check_buckets
 from jobs.runtime.progress import progress
 from jobs.runtime.receipts import Receipts, receipt
 from jobs.runtime.tally import Counts, Tally
@@ -55,7 +55,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        check_at_least(self, 1, "max_a_user", "buckets")
+        check_at_least(self, 1, "max_a_user")
+        check_buckets(self.buckets)
         check_at_least(self, 0, "min_history", "opening_words")
         if not self.ask.strip():
             raise UsageError("--ask is empty; give an instruction for the LLM")

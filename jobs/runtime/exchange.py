@@ -7,7 +7,7 @@ partition begins.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from jobs.runtime.reading import Found, SplitFound
@@ -195,7 +195,7 @@ def by_partition(exchanged: Exchanged, work: "Callable[..., Iterator[pa.Table]]"
         batch_size=1,
         batch_format="pyarrow",
         # Once for all tasks, which share a node's copy.
-        fn_kwargs={"shared": ray.put(exchanged), "work": work, "settings": settings},
+        fn_kwargs={"shared": ray.put(replace(exchanged, found=())), "work": work, "settings": settings},
     )
 
 

@@ -39,6 +39,14 @@ def check_limit(limit: int | None) -> None:
         raise UsageError(f"--limit {limit}: must be 1 or more; leave it out for everything")
 
 
+def check_buckets(n_buckets: int | None) -> None:
+    """Raises UsageError for more buckets than the order of an exchange can tell apart."""
+    from persona.inputs.place import MAX_BUCKETS
+
+    if n_buckets is not None and not 1 <= n_buckets <= MAX_BUCKETS:
+        raise UsageError(f"--buckets {n_buckets}: must be from 1 to {MAX_BUCKETS:,}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputFormat:
     """Which files of the inputs are read, and how."""

@@ -176,7 +176,7 @@ def _configure_ray_data() -> None:
 
     context = DataContext.get_current()
     context.enable_progress_bars = False  # jobs print their own progress, in rows instead of blocks
-    # What a task sorts into buckets at a time, held in memory; the default is 1 GiB.
+    # What a task of a sort holds in memory at a time; the default is 1 GiB.
     context.shuffle_input_batch_bytes = 64 * 2**20
     log_once("ray_data_progress_manager_disabled")  # marks that advice as already given
     # A refresh often has nothing to encode or to answer; Ray Data would advise a smaller actor pool.

@@ -158,7 +158,7 @@ def read_range(uri: str, start: int, length: int) -> bytes:
 
     def read() -> bytes:
         if is_s3(uri):
-            return s3.get(uri, start, length)
+            return s3.get_range(uri, start, length)
         with Path(uri).open("rb") as file:
             file.seek(start)
             return file.read(length)

@@ -47,6 +47,11 @@ def store_name() -> str:
 @contextlib.contextmanager
 def client(bucket: str, *, attempts: int = 1, silent_s: float | None = None) -> Iterator[Any]:
     """A client for `bucket` that gives up on a request after `silent_s` seconds without a byte."""
+    with contextlib.closing(_new_client(bucket, attempts, silent_s)) as connection:
+        yield connection
+
+
+def _new_client(bucket: str, attempts: int = 1, silent_s: float | None = None) -> Any:
     wait_s = 2 * silence_s() if silent_s is None else silent_s
     config = Config(
         connect_timeout=min(silence_s(), wait_s),
@@ -54,9 +59,7 @@ def client(bucket: str, *, attempts: int = 1, silent_s: float | None = None) -> 
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
     with _session_lock:  # all threads share the default session, which is expensive to create and not thread-safe
-        connection = boto3.client("s3", region_name=_region(bucket), endpoint_url=endpoint(), config=config)
-    with contextlib.closing(connection):
-        yield connection
+        return boto3.client("s3", region_name=_region(bucket), endpoint_url=endpoint(), config=config)
 
 
 def filesystem(bucket: str) -> pafs.S3FileSystem:
@@ -90,15 +93,30 @@ def delta_options(uri: str) -> dict[str, str]:
     return options
 
 
-def get(uri: str, start: int = 0, length: int | None = None) -> bytes:
-    """The content of an object, or `length` bytes of it from `start` on."""
+def get(uri: str) -> bytes:
+    """The content of an object."""
     bucket, key = split(uri)
-    part = {} if length is None else {"Range": f"bytes={start}-{start + length - 1}"}
     with (
         client(bucket) as connection,
-        contextlib.closing(connection.get_object(Bucket=bucket, Key=key, **part)["Body"]) as body,
+        contextlib.closing(connection.get_object(Bucket=bucket, Key=key)["Body"]) as body,
     ):
         return bytes(body.read())
+
+
+def get_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes of an object from `start` on; cheap enough to be called a million times."""
+    bucket, key = split(uri)
+    connection = _lasting_client(bucket, endpoint(), silence_s())
+    found = connection.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{start + length - 1}")
+    with contextlib.closing(found["Body"]) as body:
+        return bytes(body.read())
+
+
+@functools.lru_cache(maxsize=8)
+def _lasting_client(bucket: str, url: str | None, silent_s: float) -> Any:
+    """A client that this process keeps, as making one takes longer than a small request."""
+    del url, silent_s  # from the environment, as a new client has them
+    return _new_client(bucket)
 
 
 def put(uri: str, data: bytes) -> None:

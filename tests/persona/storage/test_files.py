@@ -59,6 +59,14 @@ def test_a_secret_in_a_uri_is_not_repeated() -> None:
     assert "hush" not in str(caught.value)
 
 
+def test_a_part_of_a_file_is_read(each_root: str) -> None:
+    uri = storage.join(each_root, "a.run")
+    storage.write_bytes(uri, b"0123456789")
+    assert [storage.read_range(uri, start, 4) for start in (0, 3, 6)] == [b"0123", b"3456", b"6789"]
+    with pytest.raises(StorageError, match="has only 2 of 4 bytes"):
+        storage.read_range(uri, 8, 4)
+
+
 def test_written_files_are_read_and_listed(each_root: str) -> None:
     for name in ["b.jsonl", "sub/a.jsonl", "sub/x.txt", "_hidden/c.jsonl", ".d.jsonl"]:
         storage.write_bytes(storage.join(each_root, "in", name), name.encode())
