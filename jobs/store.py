@@ -117,7 +117,7 @@ def _show(_config: Config, store: "Store") -> Outcome:
 
     session.connect()
     facts = {name: maintenance.facts(store, name) for name in maintenance.TABLES}
-    n_users = sum(exchange.results(store.buckets(), _n_users, store=store))
+    n_users = sum(exchange.results(store.buckets(), _n_users, store=store.snapshot("behaviors")))
     rows = facts["behaviors"]["rows_by_partition"]
     skew = max(rows.values(), default=0) * store.n_buckets / max(sum(rows.values()), 1)
     runs = [run for name in maintenance.TABLES for run in store.table(name).runs()]
@@ -145,6 +145,7 @@ def _verify(config: Config, store: "Store") -> Outcome:
 
     problems = [] if config.encoder is None else _encoder_problems(config.encoder, store)
     session.connect()
+    store = store.snapshot(*maintenance.OF_USERS)
     partitions = [
         _Partition(table=name, value=value)
         for name in maintenance.OF_USERS
