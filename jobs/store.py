@@ -2,7 +2,7 @@
 
 show: print versions, users, behaviors, bytes, how evenly the buckets are filled, and the last runs.
 
-verify: check every data file (keys, buckets, vectors); exit code 1 if anything is wrong.
+verify: check every data file (keys, buckets, vectors, key index); exit code 1 if anything is wrong.
 
 compact: merge all small files into large ones; jobs that write merge those of crowded partitions themselves.
 
@@ -57,7 +57,7 @@ class Config:
     """With switch: write up to 3,000 behaviors that are not the same in both stores to this file, as JSON lines."""
     encoder: str | None = None
     """With verify: also check that this encoder (hub id or folder) made the store's vectors."""
-    target_mb: int = 128
+    target_mb: int = compaction.TARGET_MB
     """With compact: size of the merged files in MiB; raise it if a large store has too many files."""
     keep_hours: int = 168
     """With vacuum: how long old versions stay readable; lower it to free space sooner."""
@@ -117,7 +117,7 @@ def _show(_config: Config, store: "Store") -> Outcome:
 
     session.connect()
     facts = {name: maintenance.facts(store, name) for name in maintenance.TABLES}
-    n_users = sum(exchange.results(store.buckets(), _n_users, store=store))
+    n_users = sum(exchange.results(store.buckets(), _n_users, store=store.snapshot("behaviors")))
     rows = facts["behaviors"]["rows_by_partition"]
     skew = max(rows.values(), default=0) * store.n_buckets / max(sum(rows.values()), 1)
     runs = [run for name in maintenance.TABLES for run in store.table(name).runs()]
@@ -145,6 +145,7 @@ def _verify(config: Config, store: "Store") -> Outcome:
 
     problems = [] if config.encoder is None else _encoder_problems(config.encoder, store)
     session.connect()
+    store = store.snapshot(*maintenance.OF_USERS)
     partitions = [
         _Partition(table=name, value=value)
         for name in maintenance.OF_USERS

@@ -164,12 +164,8 @@ class Table:
         """Some columns of a file, or all, the partition column included. `vector` is read as `large_binary`."""
         return data_files.read(self.uri, self.layout, file, columns)
 
-    def discard(self, file: DataFile) -> None:
-        """Delete a file that was never committed, and its key index."""
-        self.delete_paths([file.path])
-
-    def delete_paths(self, paths: Sequence[str]) -> None:
-        """Delete data files and their key indexes."""
+    def delete(self, paths: Sequence[str]) -> None:
+        """Delete data files that no version needs, and their key indexes."""
         uris = [storage.join(self.uri, path) for path in paths]
         if self.layout.has_key_index:
             uris += [key_index.uri_of(self.uri, path) for path in paths]

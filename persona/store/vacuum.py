@@ -22,7 +22,7 @@ def delete_unused_files(table: Table, *, lease: int, keep_hours: int) -> list[st
     used = FileList.of(table.log.require_lease(lease), table.layout).paths()
     # delta-rs goes by timestamps of other machines' clocks, so never delete what the newest version uses.
     paths = sorted((unused if keep_hours else unused | stored) - used)
-    table.delete_paths(paths)
+    table.delete(paths)
     key_index.delete(table.uri, indexed - stored - used)  # a killed run may have deleted only the data file
     return [storage.join(table.uri, path) for path in paths]
 

@@ -74,8 +74,7 @@ class Writer:
     def replace(self, staged: pa.Table, rewritten: Sequence[Rewritten | None]) -> int:
         """Commit staged files and the rewritten touched files together; returns the number of rewritten ones."""
         n_rewritten = self.exchange(rewritten, files_of(staged, "new", "edited"))
-        for file in files_of(staged, "gone"):
-            self.table.discard(file)
+        self.table.delete([file.path for file in files_of(staged, "gone")])
         return n_rewritten
 
     def exchange(self, rewritten: Sequence[Rewritten | None], added: Sequence[DataFile] = ()) -> int:

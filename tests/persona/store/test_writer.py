@@ -16,6 +16,7 @@ from persona.inputs.histories import bucket_of
 from persona.inputs.place import places_of_bucket
 from persona.inputs.records import rejects
 from persona.storage import join
+from persona.store import key_index
 from persona.store.changes import key_strings
 from persona.store.data_files import DataFile
 from persona.store.log import UncertainCommit
@@ -331,3 +332,6 @@ def test_after_any_refreshes_and_faults_the_table_equals_a_dict(
             elif step["then"] == "erase":
                 writer.erase_history()
         assert rows_of(store) == Counter((*key, n) for key, n in model.items())
+        if step["then"] in ("vacuum", "erase"):
+            table = store.table("behaviors")
+            assert key_index.indexed_paths(table.uri) == table.stored_paths() == table.file_list().paths()
