@@ -230,7 +230,7 @@ def test_a_store_that_only_hangs_ends_every_kind_of_work_with_one_line(
             tables[0].version,
             tables[1].lease,
             tables[2].files,
-            lambda: tables[3].scan(None),
+            tables[3].file_list,
             tables[4].runs,
             tables[5].partitions,
             lambda: tables[6].log._last_read().transaction_version("persona.lease"),
