@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from persona.store.writer import Rewritten
 
 _TABLES = ("behaviors", "personas", "generations")
-_RUN_FILES = "_exchange"  # below a store: texts and vectors between the tasks of a running job
 _NOT_SEARCHED = (
     "histories and requests that jobs read: remove these users there, or the next jobs.embed adds them again",
     "answers, texts or lists of differences that other programs or jobs.store have copied from the tables",
@@ -119,6 +118,8 @@ class _Forgotten:
 
 def _forget_rows(stores: "Sequence[Store]", users: list[str]) -> _Forgotten:
     """Delete the rows of these users from all tables, while no other job can write to them."""
+    from persona.exchange import leftovers
+
     rewritten: Counter[str] = Counter()
     deleted: Counter[str] = Counter()
     with ExitStack() as leases:
@@ -135,19 +136,9 @@ def _forget_rows(stores: "Sequence[Store]", users: list[str]) -> _Forgotten:
             rewritten[name] += writer.exchange(list(work))
             deleted[name] += writer.erase_history()
         for store in stores:
-            deleted["run files"] += _delete_run_files(store)
+            deleted["run files"] += leftovers.delete_leftovers(store.uri)
         after = _count(stores, users)
     return _Forgotten(before=before, after=after, rewritten=rewritten, deleted=deleted)
-
-
-def _delete_run_files(store: "Store") -> int:
-    """Delete the files that rows moved through in jobs that have ended or were killed; returns their number."""
-    from persona import storage
-
-    files = storage.list_files(storage.join(store.uri, _RUN_FILES), hidden=True)
-    for file in files:
-        storage.delete(file.uri)
-    return len(files)
 
 
 def _plan(stores: "Sequence[Store]", users: list[str], in_reports: int, unsearched: list[str]) -> Summary:

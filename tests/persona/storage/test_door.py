@@ -69,15 +69,19 @@ class Module:
             name = above.name if isinstance(above, ast.FunctionDef) else None
             if isinstance(above, ast.Assign) and isinstance(above.targets[0], ast.Name):
                 name = above.targets[0].id
-            if name is not None and self._is_used_inside(name, seen):
+            if name is not None and self._is_used_inside(name, above, seen):
                 return True
             node = above
         return False
 
-    def _is_used_inside(self, name: str, seen: frozenset[str]) -> bool:
+    def _is_used_inside(self, name: str, defined: ast.AST, seen: frozenset[str]) -> bool:
+        """Whether all uses of a local name, a function of the module or a method are inside the door."""
         if name in seen:
             return False
-        uses = [node for node in ast.walk(self.tree) if _name(node) == name and not _is_stored(node)]
+        scope = self.parent[defined]
+        nodes = ast.walk(self.tree if isinstance(scope, ast.ClassDef) else scope)
+        kind = ast.Attribute if isinstance(scope, ast.ClassDef) else ast.Name
+        uses = [node for node in nodes if isinstance(node, kind) and _name(node) == name and not _is_stored(node)]
         return bool(uses) and all(self._is_inside(node, seen | {name}) for node in uses)
 
 
@@ -113,6 +117,7 @@ def test_the_search_finds_what_is_outside() -> None:
         ("def open(uri):\n    opened = partial(DeltaTable, uri)\n    return opened()", [False]),
         ("def go(self):\n    def read():\n        return self._delta.x()\n    return self._read(read)", [True]),
         ("def go(self):\n    def read():\n        return self._delta.x()\n    read()\n    retried(read, '')", [False]),
+        ("def go(self):\n    def read():\n        self._delta.x()\n    file.read()\n    retried(read, '')", [True]),
         ("def go(self):\n    with storage_errors('x'):\n        self._delta.x()", [True]),
     ]:
         assert [is_inside for _, is_inside in Module(source).raw_calls(is_delta_call)] == expected, source
@@ -230,7 +235,7 @@ def test_a_store_that_only_hangs_ends_every_kind_of_work_with_one_line(
             tables[0].version,
             tables[1].lease,
             tables[2].files,
-            lambda: tables[3].scan(None),
+            tables[3].file_list,
             tables[4].runs,
             tables[5].partitions,
             lambda: tables[6].log._last_read().transaction_version("persona.lease"),
