@@ -101,7 +101,7 @@ def fill(slices: Sequence[Slice], window: "Window", settings: FillSettings) -> "
     yield from shares(requests, window, settings)
     counts = {"requests": window.n_steps * settings.global_batch, "seconds": time.perf_counter() - since}
     settings.tally.note("windows", str(window.first_step), counts)
-    # Ray takes a generator with one result for a result that it cannot pickle.
+    # With a single result, Ray would take the generator itself for it.
     yield None
 
 
@@ -138,7 +138,7 @@ class WindowFeed:
 
     def take(self, rank: int, window: "Window", following: "Window | None") -> "list[ObjectRef[pa.Table]]":
         """A worker's share of each batch of a window; the window after it is filled meanwhile."""
-        # After a crash, workers ask again for a window of which they took shares before it.
+        # After a crash, workers ask again for a window that they have taken before.
         if rank not in self._shares.get(window.first_step, {}):
             self._shares.pop(window.first_step, None)
             self._fill(window)
@@ -192,7 +192,7 @@ class Windows:
                 ) from error
             step = window.first_step
             while shares:
-                share = shares.popleft()  # no longer needed by anyone, the last one leaves the object store
+                share = shares.popleft()  # drops the share of the step before, which Ray can then free
                 if step >= begun:
                     yield step, window.epoch, ray.get(share)
                 step += 1

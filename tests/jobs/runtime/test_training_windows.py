@@ -19,7 +19,7 @@ from persona.training.order import RunOrder, cut
 from tests.stores import IDENTITY, behaviors, encode, write_rows
 
 N_REQUESTS, N_USERS, N_BUCKETS, GLOBAL_BATCH, N_EPOCHS, MAX_BEHAVIORS = 150, 40, 4, 16, 2, 6
-WINDOW_BYTES = 200 * 8  # some 50 requests
+WINDOW_BYTES = 100 * 8  # some 40 requests
 Step = tuple[int, list[str], list[bytes]]
 
 
