@@ -1,6 +1,9 @@
 """Each encoder of the matrix: refused by name, or vectors as sentence-transformers makes them on the same folder."""
 
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -39,19 +42,48 @@ class Both:
     queries: NDArray[np.float32]
 
 
-@pytest.fixture(scope="module", params=WORKING, ids=lambda case: case.name)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    path = request.param.build(tmp_path_factory.mktemp("encoder"))
+Vectors = NDArray[np.float32]
+
+
+def plain_vectors(name: str, folder: Path) -> tuple[Path, Vectors, Vectors]:
+    """Builds the encoder of that name; its path, and sentence-transformers' vectors of documents and of queries."""
+    torch.set_num_threads(1)
+    path = next(case for case in WORKING if case.name == name).build(folder)
     model = reference(path)
     model.max_seq_length = min(model.max_seq_length, MAX_TOKENS)
-    folder = resolve(str(path), flag="--encoder")
-    return Both(
-        case=request.param,
-        folder=folder,
-        settings=settle(folder, max_tokens=MAX_TOKENS),
-        documents=model.encode_document(TEXTS, batch_size=1, normalize_embeddings=True),
-        queries=model.encode_query(TEXTS, batch_size=1, normalize_embeddings=True),
+    return (
+        path,
+        model.encode_document(TEXTS, batch_size=1, normalize_embeddings=True),
+        model.encode_query(TEXTS, batch_size=1, normalize_embeddings=True),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ahead(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Future[tuple[Path, Vectors, Vectors]]]]:
+    """What the tests compare with, made by another process, which runs ahead of this one."""
+    chosen = [item.callspec.params for item in request.session.items if item.path == Path(__file__)]
+    names = dict.fromkeys(params["both"].name for params in chosen if "both" in params)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield {name: pool.submit(plain_vectors, name, tmp_path_factory.mktemp("encoder")) for name in names}
+
+
+@pytest.fixture(scope="module", params=WORKING, ids=lambda case: case.name)
+def both(request: pytest.FixtureRequest, ahead: Mapping[str, Future[tuple[Path, Vectors, Vectors]]]) -> Both:
+    path, documents, queries = ahead[request.param.name].result()
+    folder = resolve(str(path), flag="--encoder")
+    settings = settle(folder, max_tokens=MAX_TOKENS)
+    return Both(case=request.param, folder=folder, settings=settings, documents=documents, queries=queries)
+
+
+# The first tests, because they need nothing of the other process.
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_what_cannot_be_right_is_refused_before_weights_are_loaded(case: EncoderCase, tmp_path: Path):
+    folder = resolve(str(case.build(tmp_path)), flag="--encoder")
+    with pytest.raises((InputError, UsageError)) as refusal:
+        settle(folder, max_tokens=MAX_TOKENS)
+    assert case.expected in str(refusal.value)
 
 
 def text_encoder(both: Both, precision: Precision) -> TextEncoder:
@@ -125,11 +157,3 @@ def test_queries_of_a_new_plug_have_the_vectors_of_encode_query(both: Both):
     # Nor can safetensors save two names for one tensor.
     names = {tensor.data_ptr() for tensor in plug.state_dict().values() if tensor.numel()}
     assert len(names) == sum(tensor.numel() > 0 for tensor in plug.state_dict().values())
-
-
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
-def test_what_cannot_be_right_is_refused_before_weights_are_loaded(case: EncoderCase, tmp_path: Path):
-    folder = resolve(str(case.build(tmp_path)), flag="--encoder")
-    with pytest.raises((InputError, UsageError)) as refusal:
-        settle(folder, max_tokens=MAX_TOKENS)
-    assert case.expected in str(refusal.value)

@@ -1,6 +1,9 @@
 """The short form of `make models`: an LLM of each family equals plain transformers or is refused, as the page says."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from tests.llms import LLMS, Family, build
 from tests.matrix import page
+from tests.matrix.findings import Findings
 from tests.matrix.llm_checks import SHORT, Check, answers, check_llm, gradients, losses, new_pair
 from tests.matrix.ours import OurLLM
 
@@ -19,11 +23,39 @@ def named(name: str) -> Family:
     return next(family for family in LLMS if family.name == name)
 
 
+def check(name: str, folder: Path) -> Findings:
+    torch.set_num_threads(1)
+    return check_llm(build(named(name), folder), SHORT, seq2seq=named(name).seq2seq)
+
+
+def strict() -> None:
+    """Warnings are errors, as in the process of the tests."""
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`", UserWarning)
+
+
+@pytest.fixture(scope="module")
+def beside(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Future[Findings]]]:
+    """The findings on the second half of the families, from a process beside this one, which takes the first half."""
+    cases = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == Path(__file__) and hasattr(item, "callspec")
+    ]
+    names = [params["family"].name for params in cases if "family" in params]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=strict) as pool:
+        yield {name: pool.submit(check, name, tmp_path_factory.mktemp("llm")) for name in names[len(names) // 2 :]}
+
+
 # transformers says so about its own answers, as the reference wants them.
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`:UserWarning")
 @pytest.mark.parametrize("family", LLMS, ids=lambda family: family.name)
-def test_an_llm_equals_plain_transformers_or_is_refused(family: Family, tmp_path: Path) -> None:
-    findings = check_llm(build(family, tmp_path), SHORT, seq2seq=family.seq2seq)
+def test_an_llm_equals_plain_transformers_or_is_refused(
+    family: Family, tmp_path: Path, beside: Mapping[str, Future[Findings]]
+) -> None:
+    findings = beside[family.name].result() if family.name in beside else check(family.name, tmp_path)
     assert not findings.failures
     # The long form may add limits that the short one does not look for.
     assert ON_THE_PAGE[family.name].startswith(findings.verdict)
