@@ -133,6 +133,7 @@ def main(config: Config) -> Summary:
             if inputs.plug is not None and personas_writer is not None:
                 personas.update(store, personas_writer, inputs.plug, tally)
     counts, seconds = tally.totals(), time.perf_counter() - started
+    receipts.counts["duplicates"] += read.n_folded
     summary = _summary(config, inputs, store, read.found[0], receipts.counts, counts, seconds)
     summary = _with_cost(summary, config, inputs, counts, machines, n_gpus=pool.all_gpus, seconds=seconds)
     if config.profile:

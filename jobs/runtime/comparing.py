@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 def read(histories: Histories, store: "Store", tally: Tally, *, limit: int | None, folder: str) -> exchange.Exchanged:
     """The valid behaviors, brought together by key in the run files of `folder`; the others go to the rejects table."""
-    from persona.inputs.histories import SCHEMA
+    from persona.inputs.histories import SCHEMA, latest
 
     read = Behaviors(columns=histories.columns, n_buckets=store.n_buckets, job="embed", tally=tally, store=store)
     source = exchange.Source(splits=histories.splits, read=read, limit=limit)
-    return exchange.exchange([source], store.n_buckets, SCHEMA, key="behavior_id", folder=folder)
+    return exchange.exchange([source], store.n_buckets, SCHEMA, key="behavior_id", folder=folder, fold=latest)
 
 
 def missing(behaviors: exchange.Exchanged, store: "Store", tally: Tally, *, deletes: bool) -> "Dataset":

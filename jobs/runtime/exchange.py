@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from jobs.runtime.reading import Found, SplitFound
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
+Fold = Callable[["pa.Table"], "pa.Table"]
+"""Leaves one row for each key."""
 _TASKS_PER_CPU = 2  # so that no CPU waits for the driver
 
 
@@ -54,12 +57,14 @@ class Exchanged:
         schema: of the rows.
         runs: the run files, in the order of the input.
         found: what was read, for each source.
+        n_folded: rows that `fold` has taken away, among those of the same run file.
     """
 
     plan: "ExchangePlan"
     schema: "pa.Schema"
     runs: "Sequence[Run]"
     found: Sequence[Found]
+    n_folded: int
 
 
 @contextmanager
@@ -89,23 +94,26 @@ def exchange(
     key: str | None,
     folder: str,
     whole_buckets: bool = False,
+    fold: Fold | None = None,
 ) -> Exchanged:
     """Read all sources and write their rows to run files in `folder`; the only place where rows move between machines.
 
     With a `key`, the name of a column, rows are brought together by user and key, without it by user. With
-    `whole_buckets`, no bucket is in two partitions.
+    `whole_buckets`, no bucket is in two partitions. `fold` leaves one row of those with the same key; it is applied
+    where it saves moving them, so the reader must do the same again.
     """
     from persona.exchange.plan import bytes_in_memory, plan_exchange
 
     n_bytes = sum(bytes_in_memory(source.splits) for source in sources)
     plan = plan_exchange(n_bytes, n_buckets, whole_buckets=whole_buckets)
     runs: list[Run] = []
-    found = []
+    found, n_folded = [], 0
     for source in sources:
-        mapped = list(_mapped(source, plan, key, folder))
+        mapped = _mapped(source, plan, key, folder, fold)
+        n_folded += sum(one.n_folded for one in mapped)
         runs += [run for one in mapped for run in one.runs]
         found.append(Found.of(split for one in mapped for split in one.found))
-    return Exchanged(plan=plan, schema=schema, runs=runs, found=found)
+    return Exchanged(plan=plan, schema=schema, runs=runs, found=found, n_folded=n_folded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +132,14 @@ class _Mapped:
     number: int
     runs: "Sequence[Run]"
     found: Sequence[SplitFound]
+    n_folded: int
 
 
-def _mapped(source: Source, plan: "ExchangePlan", key: str | None, folder: str) -> Sequence[_Mapped]:
+def _mapped(source: Source, plan: "ExchangePlan", key: str | None, folder: str, fold: Fold | None) -> Sequence[_Mapped]:
     """The results of a source's map tasks, in the order of the input."""
     from persona.exchange.plan import grouped
 
-    settings = {"read": source.read, "plan": plan, "key": key, "folder": folder}
+    settings = {"read": source.read, "plan": plan, "key": key, "folder": folder, "fold": fold}
     if source.limit is None:
         groups = grouped(source.splits, plan.task_bytes)
         tasks = [_Task(number=number, splits=group, limit=None) for number, group in enumerate(groups)]
@@ -146,38 +155,47 @@ def _mapped(source: Source, plan: "ExchangePlan", key: str | None, folder: str) 
     return mapped
 
 
-def _map(task: _Task, *, read: Reader, plan: "ExchangePlan", key: str | None, folder: str) -> _Mapped:
+def _map(
+    task: _Task, *, read: Reader, plan: "ExchangePlan", key: str | None, folder: str, fold: Fold | None
+) -> _Mapped:
     """Read splits and write their rows to run files. Holds the rows of one run."""
     import numpy as np
     import pyarrow as pa
 
-    from persona.exchange.runs import write_run
+    from persona.exchange.runs import folded, write_run
     from persona.inputs.place import places as places_of
+
+    place = partial(places_of, n_buckets=plan.n_buckets, key=key)
 
     runs: list[Run] = []
     found: list[SplitFound] = []
     held: list[pa.Table] = []
     places: list[np.ndarray] = []
+    n_bytes = n_folded = 0
 
     def write() -> None:
-        rows = pa.concat_tables(held).combine_chunks()
+        nonlocal n_folded
+        rows, places_N = pa.concat_tables(held).combine_chunks(), np.concatenate(places)
         held.clear()
-        runs.append(write_run(folder, rows, np.concatenate(places), plan.lows(), plan.batch_bytes))
         places.clear()
+        n_folded += rows.num_rows
+        if fold is not None:
+            rows, places_N = folded(rows, places_N, fold, place)
+        n_folded -= rows.num_rows
+        runs.append(write_run(folder, rows, places_N, plan.lows(), plan.batch_bytes))
 
-    n_bytes = 0
     for split in task.splits:
         found.append(SplitFound(uri=split.uri))
         for rows in read(split, found[-1], task.limit):
             held.append(rows)
-            places.append(places_of(rows, plan.n_buckets, key))
+            places.append(place(rows))
             n_bytes += rows.nbytes
             if n_bytes >= plan.run_bytes:
                 write()
                 n_bytes = 0
     if n_bytes:
         write()
-    return _Mapped(number=task.number, runs=runs, found=found)
+    return _Mapped(number=task.number, runs=runs, found=found, n_folded=n_folded)
 
 
 def by_partition(exchanged: Exchanged, work: "Callable[..., Iterator[pa.Table]]", /, **settings: object) -> "Dataset":

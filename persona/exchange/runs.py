@@ -6,7 +6,7 @@ follow one another in a file; `Run.offsets` says where each begins.
 
 import io
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,23 @@ def _batches(rows: pa.Table, batch_bytes: int) -> Iterator[pa.Table]:
         else:
             yield from _batches(part.slice(0, (part.num_rows + 1) // 2), batch_bytes)
             yield from _batches(part.slice((part.num_rows + 1) // 2), batch_bytes)
+
+
+def folded(
+    rows: pa.Table, places_N: np.ndarray, fold: Callable[[pa.Table], pa.Table], place: Callable[[pa.Table], np.ndarray]
+) -> tuple[pa.Table, np.ndarray]:
+    """The rows and their places after `fold` has been applied to those that share a place with others.
+
+    `fold` leaves one row for each key, and `place` gives the places of what it leaves.
+    """
+    sorted_N = np.sort(places_N)
+    repeated = np.unique(sorted_N[1:][sorted_N[1:] == sorted_N[:-1]])
+    if not len(repeated):
+        return rows, places_N
+    is_repeated_N = np.isin(places_N, repeated)
+    kept = fold(rows.filter(pa.array(is_repeated_N)))
+    others = rows.filter(pa.array(~is_repeated_N))
+    return pa.concat_tables([others, kept]), np.concatenate([places_N[~is_repeated_N], place(kept)])
 
 
 class Segment:

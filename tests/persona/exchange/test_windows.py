@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from persona.exchange.plan import ExchangePlan, plan_exchange
-from persona.exchange.runs import Run, write_run
+from persona.exchange.runs import Run, folded, write_run
 from persona.exchange.windows import Window, windows
-from persona.inputs.histories import bucket_of
+from persona.inputs.histories import bucket_of, latest, text_hash
 from persona.inputs.place import PLACES, places
 
 SCHEMA = pa.schema(
@@ -111,3 +112,17 @@ def test_a_partition_without_rows_is_visited_bucket_by_bucket(tmp_path: Path) ->
         (bucket, bucket * PLACES, (bucket + 1) * PLACES) for bucket in range(4, 8)
     ]
     assert all(one.rows.schema == SCHEMA for one in found)
+
+
+def test_of_a_key_that_is_repeated_in_a_run_only_the_latest_row_moves() -> None:
+    chance = random.Random(0)
+    keys = [(f"user-{n % 50}", f"b{chance.randrange(30)}") for n in range(2000)]
+    rows = rows_of(keys, chance, 4).append_column("timestamp", pa.array(range(2000), pa.timestamp("us", "UTC")))
+    rows = rows.append_column("text_hash", text_hash(rows["text"]))
+    place = partial(places, n_buckets=4)
+    found, places_N = folded(rows, place(rows), latest, place)
+    order = [("user_id", "ascending"), ("behavior_id", "ascending")]
+    assert found.sort_by(order).equals(latest(rows).sort_by(order))
+    np.testing.assert_array_equal(places_N, place(found))
+    once, places_N = folded(found, places_N, latest, place)
+    assert once is found
