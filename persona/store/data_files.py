@@ -115,6 +115,8 @@ def read_counted(
             return data, _n_bytes(parquet.metadata, groups, in_file)
 
     data, n_bytes = with_retries(read_columns, f"cannot read {file.path} of {table_uri}")
+    for name in set(in_file) - set(data.column_names):  # other programs may leave out a column of nulls
+        data = data.append_column(name, pa.nulls(data.num_rows, layout.schema.field(name).type))
     for name, of_column in wanted.items():
         data = data.filter(pc.is_in(data[name], value_set=pa.array(of_column, data.schema.field(name).type)))
     value = pa.scalar(layout.partition_values([file.partition])[0], layout.partition_type)
@@ -127,7 +129,7 @@ def _row_groups(metadata: pq.FileMetaData, wanted: Mapping[str, list[Any]]) -> l
     numbers = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)} if wanted else {}
 
     def may_hold(group: pq.RowGroupMetaData) -> bool:
-        stats = ((group.column(numbers[name]).statistics, values) for name, values in wanted.items())
+        stats = ((group.column(numbers[name]).statistics, wanted[name]) for name in wanted.keys() & numbers.keys())
         return all(
             found is None or not found.has_min_max or _any_within(values, found.min, found.max)
             for found, values in stats

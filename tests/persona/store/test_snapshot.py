@@ -2,13 +2,16 @@
 
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from persona.inputs.histories import bucket_of
 from persona.inputs.place import places_of_bucket
 from persona.store import data_files
+from persona.store.data_files import DataFile
 from persona.store.file_list import FileList
 from persona.store.store import Store
 from tests.recorded_s3 import RecordedS3
@@ -85,3 +88,18 @@ def test_of_some_users_only_their_row_groups_are_read(local: Store, monkeypatch:
         assert rows["user_id"].to_pylist() == [user] and n_bytes < n_all / 5
         assert local.read_histories(0, [user])["user_id"].to_pylist() == [user]
     assert local.read_histories(0, [" ", "~"]).num_rows == 0
+
+
+def test_a_column_that_another_program_left_out_is_null(local: Store) -> None:
+    table = local.table("behaviors")
+    path = Path(table.uri) / "bucket=0" / "part-0.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"user_id": ["a"], "behavior_id": ["1"]}), path)
+    file = DataFile(path="bucket=0/part-0.parquet", partition="0", n_rows=1, size_bytes=path.stat().st_size, stats={})
+    with local.writer("behaviors", job="test") as writer:
+        writer.table.commit([file], lease=writer.lease.number)
+    found = local.read_histories(0, ["a"])
+    assert found.to_pylist() == [
+        {"user_id": "a", "behavior_id": "1", "timestamp": None, "text_hash": None, "vector": None}
+    ]
+    assert local.table("behaviors").read(values={"text_hash": ["x"]}).num_rows == 0
