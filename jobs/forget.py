@@ -29,6 +29,7 @@ _TABLES = ("behaviors", "personas", "generations")
 _NOT_SEARCHED = (
     "histories and requests that jobs read: remove these users there, or the next jobs.embed adds them again",
     "answers, texts or lists of differences that other programs or jobs.store have copied from the tables",
+    "what a killed jobs.train or jobs.make_requests left in _exchange below its --runs or --out: delete that folder",
     "the table rejects: it names files, rows and reasons, no texts",
     "backups, and old versions that a bucket keeps of deleted objects",
 )
@@ -76,6 +77,8 @@ def main(config: Config) -> Summary:
     rows = _forget_rows(stores, users)
     for one in found.evaluations:
         reports.remove_users(one, set(users))
+    for uri in found.run_files:
+        storage.delete(uri)
     left = {**rows.after, "parts of evaluations": _count_in_reports(reports.find(_report_folders(config)), users)}
     if any(left.values()):
         raise PersonaError(f"rows of these users are still there: {_listed(left)}; run the same command again")
@@ -99,7 +102,7 @@ def main(config: Config) -> Summary:
         ("rows left", _listed(rows.after)),
         ("files rewritten", _listed(rows.rewritten)),
         ("files deleted", _listed(rows.deleted)),
-        ("evaluations", f"{in_reports:,} rows and examples removed from {len(found.evaluations):,}"),
+        ("evaluations", f"{in_reports:,} rows, examples and run files removed from {len(found.evaluations):,}"),
         *(("not searched", text) for text in unsearched),
         ("seconds", f"{result['seconds']:,}"),
     ]
@@ -158,7 +161,8 @@ def _report_folders(config: Config) -> list[str]:
 
 
 def _count_in_reports(found: reports.Found, users: Sequence[str]) -> int:
-    return sum(reports.remove_users(one, set(users), dry_run=True) for one in found.evaluations)
+    n_parts = sum(reports.remove_users(one, set(users), dry_run=True) for one in found.evaluations)
+    return n_parts + len(found.run_files)
 
 
 def _unsearched(config: Config, stores: "Sequence[Store]", found: reports.Found) -> list[str]:

@@ -30,9 +30,16 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What folders contain: evaluations, and files that no evaluation wrote, which are not searched."""
+    """What folders contain.
+
+    Attributes:
+        evaluations: what `jobs.evaluate` wrote.
+        run_files: requests and vectors between the tasks of an evaluation that was killed.
+        unknown: files of others, which are not searched.
+    """
 
     evaluations: Sequence[Evaluation]
+    run_files: Sequence[str]
     unknown: Sequence[str]
 
 
@@ -40,14 +47,19 @@ def find(folders: Sequence[str]) -> Found:
     """The evaluations in these folders and below them. Raises InputError, naming the folder, where there is none."""
     from persona import storage
     from persona.evaluation.saved_run import LOSSES, METRICS
+    from persona.exchange import leftovers
 
     known = {LOSSES, METRICS, _PAGE, *_CHARTS, *_TOTALS}
     evaluations: dict[str, Evaluation] = {}
+    run_files: list[str] = []
     unknown: list[str] = []
     for folder in dict.fromkeys(folders):
-        uris = [file.uri for file in storage.list_files(folder, hidden=True)]
+        listed = [file.uri for file in storage.list_files(folder, hidden=True)]
+        left_behind = [uri for uri in listed if f"/{leftovers.FOLDER}/" in uri.removeprefix(folder)]
+        uris = sorted({*listed} - {*left_behind})
+        run_files += left_behind
         roots = {posixpath.dirname(uri) for uri in uris if posixpath.basename(uri) in (LOSSES, METRICS)}
-        if not roots:
+        if not roots and not left_behind:
             raise InputError(f"--reports {folder}: has no {LOSSES} or {METRICS} of jobs.evaluate in it or below it")
         for uri in uris:
             root, name = posixpath.split(uri)
@@ -57,7 +69,7 @@ def find(folders: Sequence[str]) -> Found:
                 unknown.append(uri)
                 continue
             evaluations.setdefault(root, Evaluation(folder=root)).files.add(name)
-    return Found(evaluations=list(evaluations.values()), unknown=sorted(set(unknown)))
+    return Found(evaluations=list(evaluations.values()), run_files=sorted({*run_files}), unknown=sorted({*unknown}))
 
 
 def remove_users(one: Evaluation, users: Collection[str], *, dry_run: bool = False) -> int:

@@ -16,6 +16,7 @@ from jobs import forget
 from persona.inputs.records import rejects
 from persona.plug.user_personas import UserPersonas
 from persona.storage import write_bytes
+from persona.store import key_index
 from persona.store.store import Store
 from tests.jobs.conftest import Job, Row, behaviors, encoded, fill_store, write
 from tests.jobs.runtime.test_reports import STAYING, contents, write_evaluation
@@ -81,7 +82,7 @@ def versions(store: Path) -> dict[str, int]:
 
 
 def traces(store: Path, user: str) -> set[bytes]:
-    """What only this user's rows contain, in any version: ids, hashes, outputs, vectors and personas."""
+    """What only this user's rows and their key indexes contain, in any version: ids, hashes, outputs, vectors."""
     found = {user.encode()}
     for name, latest in versions(store).items():
         for version in range(latest + 1):
@@ -89,6 +90,9 @@ def traces(store: Path, user: str) -> set[bytes]:
                 if row.get("user_id") == user:
                     found |= {row[key].encode() for key in ("text_hash", "output") if key in row}
                     found |= set(leaves([row.get("vector"), row.get("persona")]))
+                    if name == "behaviors":
+                        entry = key_index.entries(pa.Table.from_pylist([row])).to_pylist()[0]
+                        found |= {entry["digest"], entry["text_hash"]}
     return found
 
 
@@ -117,6 +121,9 @@ def everything(folder: Path) -> bytes:
         parts += [str(path).encode(), path.read_bytes()]
         if path.suffix == ".parquet":
             parts += leaves(pq.read_table(path, partitioning=None).to_pylist())
+        elif path.suffix == ".keys":
+            with pa.ipc.open_stream(path.read_bytes()[key_index._CHECKSUM_BYTES :]) as stream:
+                parts += leaves(stream.read_all().to_pylist())
         elif path.suffix == ".json":
             parts += [leaf for line in path.read_text().splitlines() for leaf in leaves(json.loads(line))]
         else:
@@ -141,8 +148,8 @@ def test_rows_bytes_and_versions_are_deleted_and_nothing_else(
 ) -> None:
     before, rejected = stored(store), DeltaTable(f"{store}/rejects").to_pyarrow_table()
     marks = {user: traces(store, user) for user in LEAVING}
-    # The id, 5 versions of vectors and hashes of behaviors, a persona, and two outputs
-    assert {user: len(found) for user, found in marks.items()} == dict.fromkeys(LEAVING, 14)
+    # The id, 5 versions of vectors, text hashes and their first bytes, 4 digests of keys, a persona, and two outputs
+    assert {user: len(found) for user, found in marks.items()} == dict.fromkeys(LEAVING, 23)
     whole = everything(store)
     assert all(mark in whole for found in marks.values() for mark in found), "the search finds what is there"
     old = versions(store)

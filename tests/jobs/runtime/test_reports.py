@@ -138,7 +138,9 @@ def test_a_run_that_ends_before_a_file_is_written_can_be_repeated(
 def test_files_of_others_are_named_and_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:
     write_evaluation(str(tmp_path / "one"), STAYING)
     (tmp_path / "one" / "notes.txt").touch()
-    assert reports.find([str(tmp_path)]).unknown == [f"{tmp_path}/one/notes.txt"]
+    write_bytes(run_file := f"{tmp_path}/killed/_exchange/evaluate-f00d/0.run", b"")
+    found = reports.find([str(tmp_path)])
+    assert (found.unknown, found.run_files) == ([f"{tmp_path}/one/notes.txt"], [run_file])
     with pytest.raises(InputError, match=r"--reports .*lamp: has no losses.parquet or metrics.json"):
         reports.find([str(tmp_path / "one" / "lamp")])
     (tmp_path / "one" / "losses.parquet").write_bytes(b"PAR1")
