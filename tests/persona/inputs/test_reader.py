@@ -143,7 +143,9 @@ def test_an_input_with_only_bad_rows_reports_a_reason(tmp_path: Path) -> None:
         first_rows(plan_splits(str(tmp_path), flag="--histories"))
 
 
-def test_splits_are_read_from_s3(s3: str) -> None:
+@pytest.mark.parametrize("pre_buffered_bytes", [2**26, 0], ids=["pre-buffered", "streamed"])
+def test_splits_are_read_from_s3(s3: str, monkeypatch: pytest.MonkeyPatch, pre_buffered_bytes: int) -> None:
+    monkeypatch.setattr("persona.inputs.parquet._PRE_BUFFERED_BYTES", pre_buffered_bytes)
     table = pa.table({"n": range(1000)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=100)
