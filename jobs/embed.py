@@ -1,8 +1,9 @@
 """Encode the behaviors that are not in the store yet: each text becomes a row with a vector in the `behaviors` table.
 
-Reads `--histories` (Parquet or JSONL), writes `<store>/behaviors` and `<store>/rejects`, and with `--plug` updates
-`<store>/personas`. A second run encodes only what is new or edited, so the scheduled refresh is the same command; with
-`--sync` it also deletes behaviors that are no longer in the histories.
+Reads `--histories` (Parquet, JSONL, or a Delta or Iceberg table), writes `<store>/behaviors` and `<store>/rejects`, and
+with `--plug` updates `<store>/personas`. A second run reads only files that are new, and encodes only behaviors that
+are new or edited, so the scheduled refresh is the same command; with `--sync` it also deletes behaviors that are no
+longer in the histories. Which files have been read is in `<store>/sources`.
 """
 
 import sys
@@ -23,12 +24,13 @@ from jobs.runtime import (
     profile,
     reading,
     session,
+    sources,
     staging,
     sync,
 )
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
-from jobs.runtime.inputs import Histories, find_histories
+from jobs.runtime.inputs import Histories, find_files, histories_in, history_columns
 from jobs.runtime.job_options import FLAT, ActorPool, InputFormat, InputRows, check_buckets
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
@@ -41,10 +43,13 @@ from persona.options import CostOptions, Precision, VectorOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from ray.data import Dataset
 
+    from persona.inputs.histories import Columns
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
     from persona.store.store import Store
+    from persona.store.writer import Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Config:
     """Configuration of jobs.embed."""
 
     histories: str
-    """Histories, Parquet or JSONL, a file or folder, local or s3://: one row per behavior, or per user with a list."""
+    """Parquet or JSONL files, a Delta table (its folder, or delta+URI) or iceberg+CATALOG://NAMESPACE.TABLE."""
     store: str
     """Folder of the tables, local or s3://; created if it does not exist."""
     columns: str = ""
@@ -75,6 +80,8 @@ class Config:
     """Behaviors per block, which are lost if an actor dies; by default it grows with the input, to fill data files."""
     sync: bool = False
     """Delete behaviors that --histories no longer has, unless lines are unreadable or too many rows are bad."""
+    reread: bool = False
+    """Read all files, also those that have been read before and not changed since."""
     plug: str | None = None
     """Folder of a plug; the personas of users whose behaviors changed are recomputed with it."""
     pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
@@ -97,15 +104,38 @@ class Config:
 class _Inputs:
     """What the job reads and where it writes, found and checked before Ray starts."""
 
+    planned: sources.Planned
     histories: Histories
     store: str
     encoder: "ModelFolder"
     identity: "Identity"
     plug: PlugRef | None
 
+    @property
+    def has_work(self) -> bool:
+        """Whether there are files to read."""
+        return bool(self.planned.refresh.to_read)
+
+    def again(self, store: "Store") -> "_Inputs":
+        """The same by the ledger as of now, for the holder of the lease."""
+        planned = self.planned.again(store)
+        if planned.refresh == self.planned.refresh:
+            return replace(self, planned=planned)
+        return replace(self, planned=planned, histories=_to_read(planned, self.histories.columns))
+
+
+@dataclass(kw_only=True)
+class _Done:
+    """What a run has read, and found by comparing it with the store; why `--sync` deletes nothing, if it was to."""
+
+    found: reading.Found = field(default_factory=lambda: reading.Found.of(()))
+    receipts: Receipts = field(default_factory=Receipts)
+    blocker: str = ""
+
 
 def main(config: Config) -> Summary:
     """Runs the job."""
+    from persona.store import sources as ledger
     from persona.store.store import Store
 
     started = time.perf_counter()
@@ -113,45 +143,101 @@ def main(config: Config) -> Summary:
     if config.dry_run:
         return _plan(config, inputs)
     store = Store.open_or_create(inputs.store, inputs.identity, config.buckets)
+    if not inputs.has_work and inputs.plug is None:
+        return _summary(config, inputs, store, _Done(), {}, time.perf_counter() - started)
 
     with ExitStack() as leases:
-        # Take both leases before any work: a conflict over the second one should not end a run after hours.
-        writer = leases.enter_context(store.writer("behaviors", job="jobs.embed"))
-        personas_writer = leases.enter_context(store.writer("personas", job="jobs.embed")) if inputs.plug else None
+        # Take all leases before any work: a conflict over the last one should not end a run after hours.
+        if inputs.has_work:
+            ledger.create(store)
+        tables = [*(("behaviors", ledger.NAME) if inputs.has_work else ()), *(("personas",) if inputs.plug else ())]
+        writers = {name: leases.enter_context(store.writer(name, job="jobs.embed")) for name in tables}
+        inputs = inputs.again(store)
         machines = session.connect()
         pool = ModelPool.plan(machines, config.pool)
-        tally, receipts = Tally.start(), Receipts()
+        tally, done = Tally.start(), _Done()
         with progress(tally, _progress_line):
-            with exchange.run_files(store.uri, "behaviors") as folder:
-                read = comparing.read(inputs.histories, store, tally, limit=config.rows.limit, folder=folder)
-                block_rows = _block_rows(config, read, store, machines, pool)
-                if read.found[0].total.rows <= block_rows:
-                    pool = pool.of_one()
-                with Committer(writer, tally) as committer:
-                    for staged in _staged(config, read, store, machines, pool, block_rows, tally):
-                        committer.take(receipts.taken_from(staged))
-            if inputs.plug is not None and personas_writer is not None:
-                personas.update(store, personas_writer, inputs.plug, tally)
+            if inputs.has_work:
+                pool = _update(config, inputs, store, writers, machines, pool, tally, done)
+            if inputs.plug is not None:
+                personas.update(store, writers["personas"], inputs.plug, tally)
     counts, seconds = tally.totals(), time.perf_counter() - started
-    receipts.counts["duplicates"] += read.n_folded
-    summary = _summary(config, inputs, store, read.found[0], receipts.counts, counts, seconds)
+    summary = _summary(config, inputs, store, done, counts, seconds)
     summary = _with_cost(summary, config, inputs, counts, machines, n_gpus=pool.all_gpus, seconds=seconds)
     if config.profile:
         summary = _with_profile(summary, counts, n_actors=pool.max_size, cores=machines.cores, seconds=seconds)
     return summary
 
 
+def _update(
+    config: Config,
+    inputs: _Inputs,
+    store: "Store",
+    writers: "Mapping[str, Writer]",
+    machines: session.Machines,
+    pool: ModelPool,
+    tally: Tally,
+    done: _Done,
+) -> ModelPool:
+    """Bring `behaviors` up to date, and then `sources`. Returns the actors that were used."""
+    from persona.store import sources as ledger
+
+    planned, max_reject_fraction = inputs.planned, config.rows.max_reject_fraction
+    with exchange.run_files(store.uri, "behaviors") as folder:
+        read = comparing.read(inputs.histories, store, tally, limit=config.rows.limit, folder=folder)
+        done.found = read.found[0]
+        done.blocker = sync.blocker(done.found, max_reject_fraction) if planned.refresh.deletes else ""
+        deletes = planned.refresh.deletes and not done.blocker
+        if deletes:
+            planned = planned.before_deleting(writers[ledger.NAME])
+        block_rows = _block_rows(config, read, store, machines, pool)
+        if done.found.total.rows <= block_rows:
+            pool = pool.of_one()
+        keeps_later, snapshot = planned.refresh.keeps_later, store.snapshot("behaviors")
+        missing = comparing.missing(read, snapshot, tally, deletes=deletes, keeps_later=keeps_later)
+        with Committer(writers["behaviors"], tally) as committer:
+            for staged in _staged(config, missing, store, machines, pool, block_rows, tally):
+                committer.take(done.receipts.taken_from(staged))
+    done.receipts.counts["duplicates"] += read.n_folded
+    planned.record(
+        writers[ledger.NAME],
+        done.found,
+        run=folder.rpartition("-")[2],
+        version=store.version("behaviors"),
+        has_deleted=deletes,
+        max_reject_fraction=max_reject_fraction,
+    )
+    return pool
+
+
 def _inputs(config: Config) -> _Inputs:
     from persona import storage
     from persona.models import resolve as models
+    from persona.store.store import Store
 
     store = storage.check_uri(config.store, flag="--store")
     storage.check_reachable(store, flag="--store", write=True)
-    histories = find_histories(config.histories, config.columns, config.form, flag="--histories")
+    columns = history_columns(config.columns, config.form)
+    files = find_files(config.histories, config.form, flag="--histories")
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
     identity = encoding.identity_of(encoder, config.vectors, max_tokens=config.max_tokens, precision=config.precision)
     plug = personas.find_plug(config.plug, identity) if config.plug else None
-    return _Inputs(histories=histories, store=store, encoder=encoder, identity=identity, plug=plug)
+    existing = Store.find(store, identity, config.buckets)
+    options = sources.Options(sync=config.sync, reread=config.reread, limited=config.rows.limit is not None)
+    planned = sources.plan(files, columns, config.form, existing, options)
+    return _Inputs(
+        planned=planned,
+        histories=_to_read(planned, columns),
+        store=store,
+        encoder=encoder,
+        identity=identity,
+        plug=plug,
+    )
+
+
+def _to_read(planned: sources.Planned, columns: "Columns") -> Histories:
+    refresh = planned.refresh
+    return histories_in(planned.files, refresh.to_read, columns, lenient=bool(refresh.known))
 
 
 def _block_rows(
@@ -165,20 +251,19 @@ def _block_rows(
 
 def _staged(
     config: Config,
-    read: exchange.Exchanged,
+    missing: "Dataset",
     store: "Store",
     machines: session.Machines,
     pool: ModelPool,
     block_rows: int,
     tally: Tally,
 ) -> "Iterator[pa.Table]":
-    """The job as one chain, from what was read: find what is missing, encode, stage. Receipts say what was found."""
+    """Encode what is missing, and stage it. Receipts say what was found."""
     threads = machines.threads(config.pool.cpus_per_actor)
     if pool.max_size == 1:
         threads = replace(threads, model=threads.alone)
-    deletes = config.sync and not sync.blocker(read.found[0], config.rows.max_reject_fraction)
     encoded = pools.by_models(
-        comparing.missing(read, store.snapshot("behaviors"), tally, deletes=deletes),
+        missing,
         Encode,
         block_rows=block_rows,
         pool=pool,
@@ -240,18 +325,18 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     would = "create the store"
     store = Store.find(inputs.store, inputs.identity, config.buckets)
     if store is not None:
-        deleting = " and delete those that are not in --histories" if config.sync else ""
-        would = f"add missing behaviors to the store{deleting}"
-    n_files = len({split.uri for split in splits})
+        deleting = " and delete those that are not in --histories" if inputs.planned.refresh.deletes else ""
+        would = f"add missing behaviors to the store{deleting}" if splits else "read nothing, as no file is new"
     identity = inputs.identity
     table = [
         ("would", would),
         ("store", inputs.store if store is None else store.label),
-        ("input", f"{n_files:,} files, {n_bytes:,} bytes, {len(splits):,} splits"),
+        ("reads", f"{len(inputs.planned.refresh.to_read):,} files, {n_bytes:,} bytes, {len(splits):,} splits"),
+        *inputs.planned.rows(),
         *inputs.histories.rows(),
         ("encoder", f"{identity.encoder} ({identity.describe()})"),
     ]
-    result = {"dry_run": True, "would": would, "files": n_files, "bytes": n_bytes, **inputs.histories.facts()}
+    result = {"dry_run": True, "would": would, **inputs.planned.facts(), **inputs.histories.facts()}
     plan = Summary(table=table, result=result)
     n_texts = tokens_of_text(n_bytes) / config.max_tokens
     flops = cost.known(lambda: encoder_flops(inputs.encoder.config, n_texts=n_texts, tokens=config.max_tokens))
@@ -262,12 +347,11 @@ def _summary(
     config: Config,
     inputs: _Inputs,
     store: "Store",
-    found: reading.Found,
-    compared: Mapping[str, int],
+    done: _Done,
     counts: Counts,
     seconds: float,
 ) -> Summary:
-    encode, read = counts.get("encode", {}), found.total
+    encode, read, compared = counts.get("encode", {}), done.found.total, done.receipts.counts
     committed = int(counts.get("commit", {}).get("rows", 0))
     result = {
         "job": "embed",
@@ -281,6 +365,7 @@ def _summary(
         "rejects": read.rejects,
         "unreadable": read.unreadable,
         "without_timestamp": read.timeless,
+        **inputs.planned.facts(),
         **inputs.histories.facts(),
         "tokens": int(encode.get("tokens", 0)),
         "seconds": round(seconds, 1),
@@ -288,8 +373,9 @@ def _summary(
         "version": store.version("behaviors"),
     }
     padding = 1 - encode.get("tokens", 0) / encode["padded"] if encode.get("padded") else 0.0
-    blocker = sync.blocker(found, config.rows.max_reject_fraction)
-    deleted = f"nothing, because {blocker}" if blocker else f"{result['gone']:,} that are no longer in --histories"
+    deleted = f"{result['gone']:,} that are no longer in --histories"
+    if done.blocker or not inputs.planned.refresh.deletes:
+        deleted = f"nothing, because {done.blocker or 'no file has changed or gone'}"
     table = [
         ("behaviors read", f"{result['read']:,}"),
         ("already known", f"{result['known']:,}"),
@@ -300,10 +386,11 @@ def _summary(
         ("seconds", f"{seconds:,.1f} ({result['behaviors_per_s']:,} behaviors/s)"),
         ("encoder", store.identity.describe()),
         ("store", f"{store.label}, version {result['version']}"),
+        *inputs.planned.rows(),
         *inputs.histories.rows(),
-        *found.reject_rows(),
+        *done.found.reject_rows(),
     ]
-    return Summary(table=table, result=result, exit_code=found.exit_code(config.rows.max_reject_fraction))
+    return Summary(table=table, result=result, exit_code=done.found.exit_code(config.rows.max_reject_fraction))
 
 
 def _with_cost(

@@ -116,11 +116,11 @@ def _show(_config: Config, store: "Store") -> Outcome:
     from persona.store import maintenance
 
     session.connect()
-    facts = {name: maintenance.facts(store, name) for name in maintenance.TABLES}
+    facts = {name: maintenance.facts(store, name) for name in maintenance.tables(store)}
     n_users = sum(exchange.results(store.buckets(), _n_users, store=store.snapshot("behaviors")))
     rows = facts["behaviors"]["rows_by_partition"]
     skew = max(rows.values(), default=0) * store.n_buckets / max(sum(rows.values()), 1)
-    runs = [run for name in maintenance.TABLES for run in store.table(name).runs()]
+    runs = [run for name in facts for run in store.table(name).runs()]
     runs = sorted(runs, key=lambda run: str(run["at"]), reverse=True)[:_RUNS_SHOWN]
     identity = store.identity
     table = [
@@ -197,7 +197,7 @@ def _compact(config: Config, store: "Store") -> Outcome:
 
     session.connect()
     table, result = [], {}
-    for name in maintenance.TABLES:
+    for name in maintenance.tables(store):
         with store.writer(name, job="jobs.store") as writer:
             n_before = len(writer.table.files())
             compaction.merge(writer, writer.small_files(config.target_mb * 2**20))
@@ -212,7 +212,7 @@ def _vacuum(config: Config, store: "Store") -> Outcome:
     from persona.store import maintenance
 
     table, result = [], {}
-    for name in maintenance.TABLES:
+    for name in maintenance.tables(store):
         with store.writer(name, job="jobs.store") as writer:
             # Also the run files of killed jobs, as none that holds this lease can be at work.
             n_deleted = writer.vacuum(keep_hours=config.keep_hours) + leftovers.delete_leftovers(store.uri, name)

@@ -28,16 +28,22 @@ def read(histories: Histories, store: "Store", tally: Tally, *, limit: int | Non
     return exchange.exchange([source], store.n_buckets, SCHEMA, key="behavior_id", folder=folder, fold=latest)
 
 
-def missing(behaviors: exchange.Exchanged, store: "Store", tally: Tally, *, deletes: bool) -> "Dataset":
+def missing(
+    behaviors: exchange.Exchanged, store: "Store", tally: Tally, *, deletes: bool, keeps_later: bool
+) -> "Dataset":
     """The behaviors that are new or edited in comparison with a snapshot of a store, and receipts of `Store.missing`.
 
     With `deletes`, also the stored behaviors that the input does not have: those in all ranges of places are looked up,
-    whether the input has a row there or not.
+    whether the input has a row there or not. With `keeps_later`, a stored behavior that is later than the given one
+    stays.
     """
-    return exchange.by_partition(behaviors, compare, store=store, deletes=deletes, tally=tally)
+    settings = {"deletes": deletes, "keeps_later": keeps_later}
+    return exchange.by_partition(behaviors, compare, store=store, tally=tally, **settings)
 
 
-def compare(windows: "Iterator[Window]", *, store: "Store", deletes: bool, tally: Tally) -> "Iterator[pa.Table]":
+def compare(
+    windows: "Iterator[Window]", *, store: "Store", deletes: bool, keeps_later: bool, tally: Tally
+) -> "Iterator[pa.Table]":
     """What `missing` finds in one partition; the receipt comes last."""
     import pyarrow as pa
 
@@ -50,7 +56,7 @@ def compare(windows: "Iterator[Window]", *, store: "Store", deletes: bool, tally
             continue
         started = time.perf_counter()
         absent = (window.low, window.high) if deletes else None
-        rows, counts = store.missing(window.bucket, window.rows, absent=absent)
+        rows, counts = store.missing(window.bucket, window.rows, absent=absent, keeps_later=keeps_later)
         tally.note("compare", str(window.low), {**counts, "seconds": time.perf_counter() - started})
         found.update(counts)
         if rows.num_rows:

@@ -1,14 +1,17 @@
 """The histories and requests of a job: found and checked before Ray starts, with what a summary says about them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job_options import InputFormat, RequestFormat
+from persona.errors import InputError
 
 if TYPE_CHECKING:
     from persona.inputs import histories, requests
+    from persona.inputs.files import InputFiles
     from persona.inputs.splits import Split
+    from persona.storage import FileEntry
 
 # What follows if an optional field has no column; a field about which nothing need be said is absent.
 _IF_ABSENT = {
@@ -66,15 +69,47 @@ class Requests(_Input):
         return "as_of" not in self.absent
 
 
+def find_files(uri: str, form: InputFormat, *, flag: str) -> "InputFiles":
+    """The files of the input at a URI. Raises UsageError or InputError, naming the flag."""
+    from persona.inputs import files
+
+    return files.find_files(files.check_uri(uri, flag=flag), flag=flag, exclude=form.exclude)
+
+
+def history_columns(columns: str, form: InputFormat) -> "histories.Columns":
+    """How to read histories; `columns` is the value of --columns. Raises UsageError, naming the flag."""
+    from persona.inputs.histories import Columns
+
+    return Columns.parse(columns, "--columns", form.timestamp_unit, form.max_row_mb)
+
+
 def find_histories(uri: str, columns: str, form: InputFormat, *, flag: str) -> Histories:
     """The histories at a URI; `columns` is the value of --columns. Raises UsageError or InputError, naming the flag."""
-    from persona.inputs import histories
+    named = history_columns(columns, form)
+    files = find_files(uri, form, flag=flag)
+    return histories_in(files, files.formats, named)
 
-    named = histories.Columns.parse(columns, "--columns", form.timestamp_unit, form.max_row_mb)
-    splits, n_excluded = _splits(uri, form, flag)
-    found = histories.check_columns(splits, named)
-    absent = tuple(field for field in named.OPTIONAL if field not in found)
-    return Histories(splits=splits, absent=absent, n_excluded=n_excluded, columns=named)
+
+def histories_in(
+    files: "InputFiles", chosen: "Iterable[FileEntry]", columns: "histories.Columns", *, lenient: bool = False
+) -> Histories:
+    """The histories in some files of an input.
+
+    Raises InputError if no file that is looked at is usable. If `lenient`, their rows only become rejects: a bad file
+    that has come to many good ones must not end the job.
+    """
+    from persona.inputs.histories import check_columns
+    from persona.inputs.splits import cut
+
+    splits = cut(files, chosen)
+    found = frozenset(columns.OPTIONAL)
+    try:
+        found = check_columns(splits, columns) if splits else found
+    except InputError:
+        if not lenient:
+            raise
+    absent = tuple(field for field in columns.OPTIONAL if field not in found)
+    return Histories(splits=splits, absent=absent, n_excluded=len(files.excluded), columns=columns)
 
 
 def find_requests(
@@ -82,20 +117,11 @@ def find_requests(
 ) -> Requests:
     """The requests at a URI; `rejected` is the value of --rejected. Raises UsageError or InputError with the flag."""
     from persona.inputs import requests
-
-    named = requests.Columns.parse(form.request_columns, "--request-columns", form.timestamp_unit, form.max_row_mb)
-    splits, n_excluded = _splits(uri, form, flag)
-    found = requests.check_columns(splits, named, needs_target=needs_target, rejected=rejected)
-    absent = tuple(field for field in named.OPTIONAL if field not in found)
-    return Requests(splits=splits, absent=absent, n_excluded=n_excluded, columns=named)
-
-
-def _splits(uri: str, form: InputFormat, flag: str) -> "tuple[list[Split], int]":
-    from persona import storage
-    from persona.inputs.files import find_files
     from persona.inputs.splits import cut
 
-    source = storage.check_uri(uri, flag=flag)
-    storage.check_reachable(source, flag=flag)
-    files = find_files(source, flag=flag, exclude=form.exclude)
-    return cut(files, flag=flag), files.n_excluded
+    named = requests.Columns.parse(form.request_columns, "--request-columns", form.timestamp_unit, form.max_row_mb)
+    files = find_files(uri, form, flag=flag)
+    splits = cut(files, files.formats)
+    found = requests.check_columns(splits, named, needs_target=needs_target, rejected=rejected)
+    absent = tuple(field for field in named.OPTIONAL if field not in found)
+    return Requests(splits=splits, absent=absent, n_excluded=len(files.excluded), columns=named)

@@ -6,7 +6,6 @@ early each become a *reject*, and everything else in the file is read. The value
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from urllib.parse import unquote
 
 import pyarrow as pa
 
@@ -15,10 +14,10 @@ from persona.inputs.jsonl import read_jsonl
 from persona.inputs.parquet import read_parquet, read_schema
 from persona.inputs.records import Records, rejects_of
 from persona.inputs.splits import Split
+from persona.inputs.table_files import Partitions
 from persona.options import MAX_ROW_MB
 
 _FIRST_ROWS = 256
-_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 def read_split(
@@ -32,7 +31,7 @@ def read_split(
 ) -> Iterator[Records]:
     """The rows of a split, at most `max_rows` at a time; of the named `columns`, those that exist.
 
-    A folder `key=value` above the file gives a column `key` of strings, unless the file has one. A row of more than
+    Each of the split's `partitions` gives a column of strings, unless the file has one of that name. A row of more than
     `max_row_mb` is a reject. So is, as a whole, a Parquet file for whose columns `problem` is not empty; JSON has no
     columns but those of each line.
 
@@ -40,7 +39,7 @@ def read_split(
     """
 
     def why_unusable(schema: pa.Schema) -> str:
-        return problem(_with_partitions(schema.empty_table(), split.uri, None).schema)
+        return problem(_with_partitions(schema.empty_table(), split.partitions, None).schema)
 
     max_bytes = max_row_mb * 2**20
     if split.format == "parquet":
@@ -49,7 +48,7 @@ def read_split(
         parts = read_jsonl(split, max_rows, columns, max_bytes)
     first_schema = None
     for part in parts:
-        table = _with_partitions(part.table, split.uri, columns)
+        table = _with_partitions(part.table, split.partitions, columns)
         if first_schema is None and table.num_rows:
             first_schema = table.schema
         rejects = rejects_of(split.uri, part.bad, job=job)
@@ -65,7 +64,7 @@ def schema_of(splits: Sequence[Split]) -> pa.Schema:
     if splits[0].format != "parquet":
         return first_rows(splits).schema
     schema = read_schema(splits[0])
-    return _with_partitions(schema.empty_table(), splits[0].uri, None).schema
+    return _with_partitions(schema.empty_table(), splits[0].partitions, None).schema
 
 
 def first_rows(splits: Sequence[Split]) -> pa.Table:
@@ -82,10 +81,8 @@ def first_rows(splits: Sequence[Split]) -> pa.Table:
     raise InputError(f"no row can be read from {source}{others}: {reason}")
 
 
-def _with_partitions(table: pa.Table, uri: str, columns: Sequence[str] | None) -> pa.Table:
-    for folder in uri.split("/")[:-1]:
-        key, is_partition, value = folder.partition("=")
-        if is_partition and key and key not in table.column_names and (columns is None or key in columns):
-            cell = None if value == _NULL_PARTITION else unquote(value)
-            table = table.append_column(key, pa.repeat(pa.scalar(cell, pa.string()), table.num_rows))
+def _with_partitions(table: pa.Table, partitions: Partitions, columns: Sequence[str] | None) -> pa.Table:
+    for name, value in partitions:
+        if name not in table.column_names and (columns is None or name in columns):
+            table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), table.num_rows))
     return table

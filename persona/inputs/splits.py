@@ -1,12 +1,13 @@
 """Cut input files into splits that workers read independently."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from persona.errors import InputError
 from persona.inputs.files import Format, InputFiles, find_files
 from persona.inputs.records import WHOLE_FILE, BadRows
+from persona.inputs.table_files import Partitions
+from persona.storage import FileEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class Split:
     """A byte range of a file; the lines that *start* in `[start, end)` belong to it.
 
     Parquet row groups are assigned as if they were equally long, because a broken footer may give wrong offsets.
-    `size_bytes` is the size of the whole file when it was listed.
+    `size_bytes` is the size of the whole file when it was listed; `partitions` are columns that the file may lack.
     """
 
     uri: str
@@ -22,6 +23,7 @@ class Split:
     end: int
     format: Format
     size_bytes: int
+    partitions: Partitions = ()
 
     @property
     def until(self) -> float:
@@ -43,21 +45,26 @@ class Split:
 def plan_splits(
     uri: str, *, flag: str, exclude: Sequence[str] | None = None, split_bytes: int = 64 * 2**20
 ) -> list[Split]:
-    """Cut the files at or below `uri` into splits. Raises `InputError` as `find_files` and `cut` do."""
-    return cut(find_files(uri, flag=flag, exclude=exclude), flag=flag, split_bytes=split_bytes)
+    """Cut the files of the input `uri` into splits. Raises `InputError` as `find_files` does."""
+    files = find_files(uri, flag=flag, exclude=exclude)
+    return cut(files, files.formats, split_bytes=split_bytes)
 
 
-def cut(files: InputFiles, *, flag: str, split_bytes: int = 64 * 2**20) -> list[Split]:
-    """Splits of about `split_bytes`; a compressed file is one split.
+def cut(files: InputFiles, chosen: Iterable[FileEntry], *, split_bytes: int = 64 * 2**20) -> list[Split]:
+    """Splits of about `split_bytes` of some files of an input, in the input's order; a compressed file is one split."""
+    return [split for file in sorted(chosen, key=lambda file: file.uri) for split in _cut_one(files, file, split_bytes)]
 
-    Raises `InputError`, naming `flag`, if all files are empty.
-    """
-    splits = []
-    for file, kind in files.formats.items():
-        step = split_bytes if kind in ("parquet", "jsonl") else max(file.size_bytes, 1)
-        for start in range(0, max(file.size_bytes, 1), step):
-            end = min(start + step, max(file.size_bytes, 1))
-            splits.append(Split(uri=file.uri, start=start, end=end, format=kind, size_bytes=file.size_bytes))
-    if not any(split.size_bytes for split in splits):
-        raise InputError(f"{flag}: every file of the input is empty, the first is {splits[0].uri}")
-    return splits
+
+def _cut_one(files: InputFiles, file: FileEntry, split_bytes: int) -> Iterator[Split]:
+    kind = files.formats[file]
+    n_bytes = max(file.size_bytes, 1)
+    step = split_bytes if kind in ("parquet", "jsonl") else n_bytes
+    for start in range(0, n_bytes, step):
+        yield Split(
+            uri=file.uri,
+            start=start,
+            end=min(start + step, n_bytes),
+            format=kind,
+            size_bytes=file.size_bytes,
+            partitions=files.partitions[file],
+        )

@@ -29,10 +29,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """An existing file and its size."""
+    """An existing file, its size, and a `tag` that changes with its content.
+
+    The tag is the ETag on S3 and the time of modification on disk, as the listing gives them.
+    """
 
     uri: str
     size_bytes: int
+    tag: str
 
 
 def retried(work: Callable[[], T], what: str) -> T:
@@ -51,7 +55,7 @@ def exists(uri: str) -> bool:
     if not is_s3(uri):
         return Path(uri).exists()
     what = f"cannot look for {uri}"
-    if retried(lambda: s3.size_bytes(uri), what) is not None:
+    if retried(lambda: s3.head(uri), what) is not None:
         return True
     return retried(lambda: any(s3.pages(uri, what=what)), what)
 
@@ -84,34 +88,34 @@ def list_files(uri: str, suffixes: Sequence[str] = ("",), *, hidden: bool = Fals
     leads nowhere or back to a folder above it, and for a key with `//`.
     """
     entries = []
-    for name, size_bytes in _listed(uri):
+    for name, size_bytes, tag in _listed(uri):
         if not name:
-            return [FileEntry(uri=uri, size_bytes=size_bytes)]
+            return [FileEntry(uri=uri, size_bytes=size_bytes, tag=tag)]
         is_hidden = any(part.startswith(("_", ".")) for part in name.split("/"))
         if (hidden or not is_hidden) and name.endswith(tuple(suffixes)):
-            entries.append(FileEntry(uri=join(uri, name), size_bytes=size_bytes))
+            entries.append(FileEntry(uri=join(uri, name), size_bytes=size_bytes, tag=tag))
     return sorted(entries, key=lambda entry: entry.uri)
 
 
-def _listed(uri: str) -> Iterator[tuple[str, int]]:
-    """Name relative to `uri` and size of every file below it; the name is empty if `uri` itself is a file."""
+def _listed(uri: str) -> Iterator[tuple[str, int, str]]:
+    """Name relative to `uri`, size and tag of every file below it; the name is empty if `uri` itself is a file."""
     if is_s3(uri):
         what = f"cannot list {uri}"
-        own_bytes = retried(lambda: s3.size_bytes(uri), what)
-        if own_bytes is not None:
-            yield "", own_bytes
+        own = retried(lambda: s3.head(uri), what)
+        if own is not None:
+            yield "", *own
             return
         start = len(s3.split(uri)[1])
         for page in retried(lambda: list(s3.pages(uri, what=what)), what):
-            for key, size_bytes in page:
+            for key, size_bytes, tag in page:
                 if "//" in key:
                     raise StorageError(
                         f"the key {key!r} below {uri} has an empty part, which Arrow cannot read; rename it"
                     )
-                yield key[start:].lstrip("/"), size_bytes
+                yield key[start:].lstrip("/"), size_bytes, tag
         return
     if Path(uri).is_file():
-        yield "", Path(uri).stat().st_size
+        yield "", *_size_and_tag(Path(uri).stat())
         return
     try:
         yield from _below(uri, "", ())
@@ -119,8 +123,8 @@ def _listed(uri: str) -> Iterator[tuple[str, int]]:
         raise StorageError(f"cannot list {uri}: {in_one_line(error)}") from error
 
 
-def _below(folder: str, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
-    """Name and size of each file below a local folder, which has the relative `name`.
+def _below(folder: str, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int, str]]:
+    """Name, size and tag of each file below a local folder, which has the relative `name`.
 
     `above` identifies the folders that lead here, to find links that would go round in circles. A folder or file that
     disappears during the call is left out.
@@ -145,7 +149,11 @@ def _below(folder: str, name: str, above: tuple[tuple[int, int], ...]) -> Iterat
         if stat.S_ISDIR(found.st_mode):
             yield from _below(entry.path, f"{inner}/", (*above, (own.st_dev, own.st_ino)))
         elif stat.S_ISREG(found.st_mode):
-            yield inner, found.st_size
+            yield inner, *_size_and_tag(found)
+
+
+def _size_and_tag(found: os.stat_result) -> tuple[int, str]:
+    return found.st_size, f"mtime_ns:{found.st_mtime_ns}"
 
 
 def read_bytes(uri: str) -> bytes:

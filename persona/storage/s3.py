@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,15 @@ def delete(uri: str) -> None:
         connection.delete_object(Bucket=bucket, Key=key)
 
 
-def size_bytes(uri: str) -> int | None:
-    """The size of an object in bytes; None if it does not exist."""
+def head(uri: str) -> tuple[int, str] | None:
+    """The size of an object in bytes, and its tag; None if it does not exist."""
     bucket, key = split(uri)
     if not key:
         return None
     try:
         with client(bucket) as connection:
-            return int(connection.head_object(Bucket=bucket, Key=key)["ContentLength"])
+            found = connection.head_object(Bucket=bucket, Key=key)
+            return int(found["ContentLength"]), _tag(found)
     except ClientError as error:
         if _is_missing(error):
             return None
@@ -187,8 +188,8 @@ def age_s(uri: str) -> float | None:
     return None if now is None else float((parsedate_to_datetime(now) - found["LastModified"]).total_seconds())
 
 
-def pages(uri: str, *, what: str) -> Iterator[list[tuple[str, int]]]:
-    """Key and size in bytes of the objects below a prefix, one list per page of the store's response."""
+def pages(uri: str, *, what: str) -> Iterator[list[tuple[str, int, str]]]:
+    """Key, size in bytes and tag of the objects below a prefix, one list per page of the store's response."""
     bucket, key = split(uri)
     more: dict[str, str] = {}
     with client(bucket) as connection:
@@ -197,7 +198,8 @@ def pages(uri: str, *, what: str) -> Iterator[list[tuple[str, int]]]:
                 connection.list_objects_v2, Bucket=bucket, Prefix=f"{key}/" if key else "", **more
             )
             page = retry_transient(request, what)
-            yield [(found["Key"], found["Size"]) for found in page.get("Contents", ()) if found["Key"][-1] != "/"]
+            objects = [found for found in page.get("Contents", ()) if found["Key"][-1] != "/"]
+            yield [(found["Key"], found["Size"], _tag(found)) for found in objects]
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -225,6 +227,12 @@ def copy(source_uri: str, target_uri: str) -> None:
     (source, source_key), (target, target_key) = split(source_uri), split(target_uri)
     with _transfer_client(target) as writer, _transfer_client(source) as reader:
         writer.copy({"Bucket": source, "Key": source_key}, target, target_key, SourceClient=reader)
+
+
+def _tag(found: Mapping[str, Any]) -> str:
+    """What changes with an object's content."""
+    etag = str(found["ETag"]).strip('"')
+    return f"etag:{etag}"
 
 
 def _is_missing(error: ClientError) -> bool:

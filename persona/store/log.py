@@ -64,6 +64,10 @@ class Log:
         self.latest()
         return self._number(_LEASE)
 
+    def foreign_commits(self) -> int:
+        """How many commits were made without a lease, by other programs; for a table with a key."""
+        return self.latest().version() - self._number(_LEASE) - self._number(_COMMITS)
+
     def require_lease(self, number: int) -> OpenTable:
         """The newest version, in which this lease rules. Raises `LeaseLost` when another one does."""
         ruling = self.lease()

@@ -108,4 +108,25 @@ LAYOUTS = {
         order=("variant", "bucket", "request_id"),
     ),
     "rejects": Layout(schema=REJECTS, partition="job", key=(), order=("job", "source", "row")),
+    "sources": Layout(
+        schema=pa.schema(
+            [
+                ("input", pa.string()),
+                ("uri", pa.string()),
+                ("size_bytes", pa.int64()),
+                ("tag", pa.string()),
+                ("table_version", pa.int64()),
+                ("read_as", pa.string()),
+                ("rows", pa.int64()),
+                ("rejects", pa.int64()),
+                ("run", pa.string()),
+                ("read_at", TIME),
+                ("epoch", pa.string()),
+                ("exact_version", pa.int64()),
+            ]
+        ),
+        partition="input",
+        key=("input", "uri"),
+        order=("input", "uri"),
+    ),
 }

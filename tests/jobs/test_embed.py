@@ -36,7 +36,9 @@ def rejects(uri: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("root", ["s3"], indirect=True)
-def test_a_refresh_encodes_only_new_and_edited_behaviors(do: Job, flags: dict, root: str) -> None:
+def test_a_refresh_encodes_only_new_and_edited_behaviors(
+    do: Job, refuse: Job, flags: dict, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files of each layout; the vectors are those of the encoder itself."""
     rows = behaviors()
     write(join(root, "in", "1.parquet"), rows[:10])
@@ -57,11 +59,17 @@ def test_a_refresh_encodes_only_new_and_edited_behaviors(do: Job, flags: dict, r
         np.testing.assert_allclose(np.frombuffer(found["vector"], "<f2"), vector, atol=2**-10, rtol=0)
         assert found["timestamp"] == row["timestamp"]
 
-    again = do(embed, histories=join(root, "in"), **flags)
-    assert again.code == 0
-    assert (again.result["known"], again.result["committed"], again.result["tokens"]) == (30, 0, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "connect", lambda: pytest.fail("it needs no Ray"))
+        again = refuse(embed, histories=join(root, "in"), sync=True, **flags)
+        plan = refuse(embed, histories=join(root, "in"), dry_run=True, **flags)
+    assert (again.code, again.result["read"], again.result["version"]) == (0, 0, first.result["version"])
+    assert again.result["input_files"]["known"]["files"] == 2 and plan.result["would"].startswith("read nothing")
+    reread = do(embed, histories=join(root, "in"), reread=True, **flags)
+    assert reread.code == 0
+    assert (reread.result["known"], reread.result["committed"], reread.result["tokens"]) == (30, 0, 0)
     # Only the lease adds a version to the log.
-    assert again.result["version"] == first.result["version"] + 1
+    assert reread.result["version"] == first.result["version"] + 1
 
     new = {"user_id": "user-9", "behavior_id": "b0", "text": "i like it", "timestamp": START + timedelta(days=9)}
     edited = {**rows[0], "text": "something else"}
@@ -71,6 +79,11 @@ def test_a_refresh_encodes_only_new_and_edited_behaviors(do: Job, flags: dict, r
     after = stored(flags["store"], "behaviors")
     changed = {key for key in after if after[key] != before.get(key)}
     assert changed == {("user-9", "b0"), ("user-0", "b0")}
+
+    write(join(root, "in", "3.jsonl"), [{**new, "behavior_id": "b1"}])
+    last = do(embed, histories=join(root, "in"), **flags)
+    assert (last.result["files"], last.result["read"], last.result["new"]) == (1, 1, 1)
+    assert "3.jsonl" in last.table
 
 
 @pytest.mark.parametrize("root", ["local"], indirect=True)
@@ -131,10 +144,10 @@ def test_bad_rows_are_rejected_and_good_rows_are_kept(do: Job, flags: dict, root
     ]
     assert len(reasons["cut.parquet"]) == len(reasons["cut.jsonl.gz"]) == 1
 
-    # By default so many rejects are too many, but all good rows are kept.
+    # By default so many rejects are too many, but all good rows are kept. Only files with broken lines are read again.
     strict = do(embed, histories=join(root, "in"), **flags)
     assert strict.code == 3
-    assert strict.result["known"] == len(kept)
+    assert strict.result["known"] == len(kept) - len(rows)
 
 
 @pytest.mark.parametrize("root", ["local"], indirect=True)

@@ -29,12 +29,12 @@ from tests.test_layers import SOURCES
 # Functions that repeat the work they are given, and raise its errors in one line.
 DOORS = {"with_retries", "retry_transient", "retried", "_read", "storage_errors"}
 # The requests of `persona.storage.s3`, the layer below the door.
-REQUESTS = {"age_s", "client", "copy", "create", "delete", "download", "get", "pages", "put", "size_bytes", "upload"}
+REQUESTS = {"age_s", "client", "copy", "create", "delete", "download", "get", "head", "pages", "put", "upload"}
 LIBRARIES = {
     "boto3": {"persona.storage.reach", "persona.storage.s3"},
     "botocore": {"persona.storage.files", "persona.storage.reach", "persona.storage.retry", "persona.storage.s3"},
     "pyarrow.fs": {"persona.storage.files", "persona.storage.s3", "persona.models.resolve"},
-    "deltalake.DeltaTable": {"persona.store.delta_calls"},
+    "deltalake.DeltaTable": {"persona.inputs.delta", "persona.store.delta_calls"},
     "deltalake.write_deltalake": set(),
 }
 # They read files piece by piece, with the retries of Arrow, and turn the store's errors into their own.

@@ -180,7 +180,7 @@ def test_transient_errors_of_every_library_are_recognized(s3: str, monkeypatch: 
         works: list[Callable[[], object]] = [
             lambda: objects.get(f"{s3}/file"),
             lambda: objects.put(f"{s3}/file", b"12"),
-            lambda: objects.size_bytes(f"{s3}/file"),
+            lambda: objects.head(f"{s3}/file"),
             lambda: list_objects(s3[5:]),
             lambda: filesystem.get_file_info(f"{path}/file"),
             lambda: arrow_read(f"{s3}/file"),
