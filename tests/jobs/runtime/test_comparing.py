@@ -51,7 +51,7 @@ def refresh(store: Store, rows: pa.Table, plan: ExchangePlan, *, deletes: bool =
     snapshot = store.snapshot("behaviors")
     for partition in range(plan.n_partitions):
         found = windows(runs, partition, plan, SCHEMA)
-        for table in comparing.compare(found, store=snapshot, deletes=deletes, tally=Silent()):  # type: ignore[arg-type]
+        for table in comparing.compare(found, store=snapshot, deletes=deletes, keeps_later=False, tally=Silent()):  # type: ignore[arg-type]
             files = joined(staged_files([]), table)  # as when the rows have been staged
             assert receipts.taken_from(files).num_rows == 0
             work = without_receipts(table)
