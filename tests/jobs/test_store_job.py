@@ -113,7 +113,7 @@ def test_a_refresh_merges_the_files_of_a_crowded_partition(do: Job, store: Path,
     crowded = {value for value in range(4) if len(opened.table("behaviors").files([value])) >= 8}
     before = [row["behavior_id"] for row in rows(store)]
     histories = write(str(tmp_path / "histories.jsonl"), [{**row, "behavior_id": "new"} for row in behaviors(6, 1)])
-    done = do(embed, histories=histories, store=store, encoder=models["encoder"])
+    done = do(embed, histories=histories, store=store, encoder=models["encoder"], max_tokens=32)
     assert (done.code, done.result["new"]) == (0, 6)
     assert crowded and [len(opened.table("behaviors").files([value])) for value in crowded] == [1] * len(crowded)
     assert sorted(row["behavior_id"] for row in rows(store)) == sorted([*before, *["new"] * 6])
