@@ -45,7 +45,7 @@ class Planned:
 
         now = sources.read(store)
         # Taking the lease has made a new version of `behaviors`.
-        ledger = replace(now, is_exact=self.ledger.is_exact and now.sources == self.ledger.sources)
+        ledger = replace(now, is_exact=self.ledger.is_exact and list(now.sources) == list(self.ledger.sources))
         refresh = _compared(self.files, ledger, self.read_as, self.options)
         return replace(self, ledger=ledger, refresh=refresh)
 

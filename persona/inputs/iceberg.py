@@ -4,6 +4,7 @@ Catalogs are described in pyiceberg's own settings: `~/.pyiceberg.yaml`, or vari
 The data files are read like any other file, with the credentials and the endpoint of the environment.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -61,7 +62,11 @@ def only_gained_rows(uri: str, since: int, *, flag: str) -> bool:
 def store_options() -> dict[str, str]:
     """Settings with which pyiceberg finds a store other than AWS, as everything else here does."""
     url = endpoint()
-    return {"s3.endpoint": url} if url else {}
+    if not url:
+        return {}
+    # Without a region pyiceberg asks AWS for it.
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"s3.endpoint": url, "s3.region": region}
 
 
 def _load(uri: str, flag: str) -> "Table":

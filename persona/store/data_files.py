@@ -118,7 +118,8 @@ def read_counted(
     for name in set(in_file) - set(data.column_names):  # other programs may leave out a column of nulls
         data = data.append_column(name, pa.nulls(data.num_rows, layout.schema.field(name).type))
     for name, of_column in wanted.items():
-        data = data.filter(pc.is_in(data[name], value_set=pa.array(of_column, data.schema.field(name).type)))
+        kind = layout.schema.field(name).type  # other programs may write string views, which `is_in` does not know
+        data = data.filter(pc.is_in(data[name].cast(kind), value_set=pa.array(of_column, kind)))
     value = pa.scalar(layout.partition_values([file.partition])[0], layout.partition_type)
     data = data.append_column(layout.partition, pa.repeat(value, data.num_rows)).select(names)
     return data.cast(layout.schema_read(names)), n_bytes

@@ -11,6 +11,7 @@ from jobs.runtime.job_options import InputFormat, RequestFormat
 from persona.errors import InputError, UsageError
 from tests.jobs.conftest import write
 
+FOUND = reading.Found(files={"r.jsonl": reading.FileFound(rows=2, timeless=1)}, reasons={})
 REQUEST = {"request_id": "r", "user_id": "u", "input": "i", "target": "t"}
 
 
@@ -22,7 +23,7 @@ def test_absent_optional_columns_are_said_with_what_follows(tmp_path: Path) -> N
     write(str(tmp_path / "r.parquet"), [REQUEST])
     requests = requests_in(tmp_path)
     assert requests.facts() == {"excluded_files": 0, "absent_columns": ("query", "as_of", "system")}
-    rows = dict(reading.request_rows(requests, {"read": {"timeless": 1.0, "rejects": 0.0}}))
+    rows = dict(reading.request_rows(requests, FOUND))
     assert rows["no as_of"] == "every request sees the whole history, later behaviors and its own answer included"
     assert rows["no query"] == "the input weighs the history" and "null as_of" not in rows
 
@@ -36,7 +37,7 @@ def test_requests_without_a_value_are_counted_where_others_have_one(tmp_path: Pa
     write(str(tmp_path / "r.jsonl"), [{**REQUEST, "query": "q", "as_of": "2024-01-01"}, {**REQUEST, "query": "q"}])
     requests = requests_in(tmp_path)
     assert requests.needs_as_of and requests.rows() == []
-    rows = reading.request_rows(requests, {"read": {"timeless": 1.0, "rejects": 0.0}})
+    rows = reading.request_rows(requests, FOUND)
     assert rows[0] == ("null as_of", "1 requests see the whole history")
 
 

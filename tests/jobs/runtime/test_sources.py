@@ -411,6 +411,13 @@ def test_a_run_that_ended_in_between_is_noticed_under_the_lease(store: Store, fo
     assert (ran.read, ran.encoded) == ([], 0)
 
 
+def test_after_the_first_run_into_a_new_store_sync_has_nothing_to_compare(store: Store, folder: Path) -> None:
+    write(folder / "1.jsonl", A)
+    files = find_files(str(folder), flag="--histories")
+    planned = sources.plan(files, Columns(), InputFormat(), None, sources.Options())
+    assert planned.ledger.is_exact and planned.again(store).ledger.is_exact
+
+
 def test_a_store_without_the_table_gets_one(store: Store, folder: Path) -> None:
     write(folder / "1.jsonl", A)
     embed(store, folder)
