@@ -17,12 +17,11 @@ from jobs.runtime import (
     cli,
     comparing,
     cost,
+    embed_summary,
     encoding,
     exchange,
     personas,
     pools,
-    profile,
-    reading,
     session,
     sources,
     staging,
@@ -30,12 +29,12 @@ from jobs.runtime import (
 )
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
+from jobs.runtime.embed_summary import Done
 from jobs.runtime.inputs import Histories, find_files, histories_in, history_columns
 from jobs.runtime.job_options import FLAT, ActorPool, InputFormat, InputRows, check_buckets
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
-from jobs.runtime.receipts import Receipts
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
@@ -124,15 +123,6 @@ class _Inputs:
         return replace(self, planned=planned, histories=_to_read(planned, self.histories.columns))
 
 
-@dataclass(kw_only=True)
-class _Done:
-    """What a run has read, and found by comparing it with the store; why `--sync` deletes nothing, if it was to."""
-
-    found: reading.Found = field(default_factory=lambda: reading.Found.of(()))
-    receipts: Receipts = field(default_factory=Receipts)
-    blocker: str = ""
-
-
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona.store import sources as ledger
@@ -144,7 +134,7 @@ def main(config: Config) -> Summary:
         return _plan(config, inputs)
     store = Store.open_or_create(inputs.store, inputs.identity, config.buckets)
     if not inputs.has_work and inputs.plug is None:
-        return _summary(config, inputs, store, _Done(), {}, time.perf_counter() - started)
+        return _summary(config, inputs, store, Done(), {}, time.perf_counter() - started)
 
     with ExitStack() as leases:
         # Take all leases before any work: a conflict over the last one should not end a run after hours.
@@ -155,17 +145,21 @@ def main(config: Config) -> Summary:
         inputs = inputs.again(store)
         machines = session.connect()
         pool = ModelPool.plan(machines, config.pool)
-        tally, done = Tally.start(), _Done()
-        with progress(tally, _progress_line):
+        tally, done = Tally.start(), Done()
+        with progress(tally, embed_summary.progress_line):
             if inputs.has_work:
                 pool = _update(config, inputs, store, writers, machines, pool, tally, done)
             if inputs.plug is not None:
                 personas.update(store, writers["personas"], inputs.plug, tally)
     counts, seconds = tally.totals(), time.perf_counter() - started
     summary = _summary(config, inputs, store, done, counts, seconds)
-    summary = _with_cost(summary, config, inputs, counts, machines, n_gpus=pool.all_gpus, seconds=seconds)
+    summary = embed_summary.with_cost(
+        summary, config.cost, inputs.encoder, counts, machines, n_gpus=pool.all_gpus, seconds=seconds
+    )
     if config.profile:
-        summary = _with_profile(summary, counts, n_actors=pool.max_size, cores=machines.cores, seconds=seconds)
+        summary = embed_summary.with_profile(
+            summary, counts, n_actors=pool.max_size, cores=machines.cores, seconds=seconds
+        )
     return summary
 
 
@@ -177,7 +171,7 @@ def _update(
     machines: session.Machines,
     pool: ModelPool,
     tally: Tally,
-    done: _Done,
+    done: Done,
 ) -> ModelPool:
     """Bring `behaviors` up to date, and then `sources`. Returns the actors that were used."""
     from persona.store import sources as ledger
@@ -306,15 +300,6 @@ class Encode:
         return behaviors.drop_columns(["text"]).append_column("vector", column)
 
 
-def _progress_line(counts: Counts, seconds: float) -> str:
-    compared = counts.get("compare", {})
-    if not compared:
-        return f"embed: read {int(counts.get('read', {}).get('rows', 0)):,} behaviors" if counts else ""
-    total = int(compared.get("new", 0) + compared.get("edited", 0))
-    done = int(counts.get("commit", {}).get("rows", 0))
-    return f"embed: {done:,} of {total:,} behaviors encoded and committed, {done / seconds:,.0f}/s"
-
-
 def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
     from persona.cost import encoder_flops, tokens_of_text
@@ -343,88 +328,18 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     return cost.planned(plan, config.cost, flops=flops, if_all="if no behavior is in the store yet")
 
 
-def _summary(
-    config: Config,
-    inputs: _Inputs,
-    store: "Store",
-    done: _Done,
-    counts: Counts,
-    seconds: float,
-) -> Summary:
-    encode, read, compared = counts.get("encode", {}), done.found.total, done.receipts.counts
-    committed = int(counts.get("commit", {}).get("rows", 0))
-    result = {
-        "job": "embed",
-        "store": store.uri,
-        "read": read.rows,
-        **{name: compared.get(name, 0) for name in ("known", "new", "edited", "gone", "duplicates")},
-        "encoded": int(encode.get("rows", 0)),
-        "committed": committed,
-        "files_rewritten": int(counts.get("commit", {}).get("rewritten", 0)),
-        "personas": int(counts.get("personas", {}).get("rows", 0)),
-        "rejects": read.rejects,
-        "unreadable": read.unreadable,
-        "without_timestamp": read.timeless,
-        **inputs.planned.facts(),
-        **inputs.histories.facts(),
-        "tokens": int(encode.get("tokens", 0)),
-        "seconds": round(seconds, 1),
-        "behaviors_per_s": round(committed / seconds, 1),
-        "version": store.version("behaviors"),
-    }
-    padding = 1 - encode.get("tokens", 0) / encode["padded"] if encode.get("padded") else 0.0
-    deleted = f"{result['gone']:,} that are no longer in --histories"
-    if done.blocker or not inputs.planned.refresh.deletes:
-        deleted = f"nothing, because {done.blocker or 'no file has changed or gone'}"
-    table = [
-        ("behaviors read", f"{result['read']:,}"),
-        ("already known", f"{result['known']:,}"),
-        ("encoded", f"{committed:,} ({result['new']:,} new, {result['edited']:,} edited)"),
-        *([("deleted", deleted)] if config.sync else []),
-        *([("personas updated", f"{result['personas']:,}")] if config.plug else []),
-        ("tokens", f"{result['tokens']:,} and {padding:.1%} padding"),
-        ("seconds", f"{seconds:,.1f} ({result['behaviors_per_s']:,} behaviors/s)"),
-        ("encoder", store.identity.describe()),
-        ("store", f"{store.label}, version {result['version']}"),
-        *inputs.planned.rows(),
-        *inputs.histories.rows(),
-        *done.found.reject_rows(),
-    ]
-    return Summary(table=table, result=result, exit_code=done.found.exit_code(config.rows.max_reject_fraction))
-
-
-def _with_cost(
-    summary: Summary,
-    config: Config,
-    inputs: _Inputs,
-    counts: Counts,
-    machines: session.Machines,
-    *,
-    n_gpus: int,
-    seconds: float,
-) -> Summary:
-    from persona.cost import encoder_flops
-
-    n_texts = (encoded := counts.get("encode", {})).get("rows", 0)
-    mean_tokens = round(encoded["tokens"] / n_texts) if n_texts else 0
-    flops = cost.known(lambda: encoder_flops(inputs.encoder.config, n_texts=n_texts, tokens=mean_tokens))
-    model_s = encoded.get("seconds", 0.0)
-    return cost.spent(summary, config.cost, machines, n_gpus=n_gpus, seconds=seconds, flops=flops, model_s=model_s)
-
-
-def _with_profile(summary: Summary, counts: Counts, *, n_actors: int, cores: int, seconds: float) -> Summary:
-    more_cpus = "more CPUs for Ray, on this machine or on others"
-    shorter = "shorter texts (--max-tokens)"
-    stages = [
-        profile.stage(counts, "encode", n_actors, "more GPUs or cores (--actors), or a smaller --encoder"),
-        profile.stage(counts, "read", cores, f"{more_cpus}; also input in more files"),
-        profile.stage(counts, "compare", cores, f"{more_cpus}; also a store with more --buckets"),
-        profile.stage(counts, "encode", n_actors, shorter, seconds="tokenizing", name="tokenize"),
-        *profile.writing(counts, cores),
-    ]
-    waited_s = counts.get("encode", {}).get("waiting", 0.0)
-    starving = "more CPUs for Ray, or fewer --actors, which would suffice"
-    return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving=starving)
+def _summary(config: Config, inputs: _Inputs, store: "Store", done: Done, counts: Counts, seconds: float) -> Summary:
+    return embed_summary.summary(
+        done,
+        inputs.planned,
+        inputs.histories,
+        store,
+        counts,
+        seconds,
+        sync=config.sync,
+        with_personas=config.plug is not None,
+        max_reject_fraction=config.rows.max_reject_fraction,
+    )
 
 
 if __name__ == "__main__":
