@@ -13,6 +13,7 @@ from tests.jobs.conftest import write
 
 FOUND = reading.Found(files={"r.jsonl": reading.FileFound(rows=2, timeless=1)}, reasons={})
 REQUEST = {"request_id": "r", "user_id": "u", "input": "i", "target": "t"}
+FOUND = reading.Found.of([reading.SplitFound(uri="r.jsonl", rows=2, timeless=1)])
 
 
 def requests_in(folder: Path, form: RequestFormat | None = None) -> Any:
