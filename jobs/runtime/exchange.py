@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from jobs.runtime.reading import Found, SplitFound
@@ -73,15 +74,20 @@ def run_files(root: str, writer: str) -> Iterator[str]:
 
     Only one run of a writer may be at work at a time: what earlier ones have left is deleted first.
     """
+    from persona import storage
     from persona.exchange import leftovers
 
     leftovers.delete_leftovers(root, writer)
     folder = leftovers.new_folder(root, writer)
+    is_new = not storage.exists(root)
     try:
         yield folder
     except BaseException:
         with suppress(StorageError):  # the error of the body counts; the next run deletes what is left
             leftovers.delete_folder(folder)
+        if is_new and not storage.is_s3(root):
+            with suppress(OSError):  # it has files of the body
+                Path(root).rmdir()
         raise
     leftovers.delete_folder(folder)
 

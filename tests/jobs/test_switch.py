@@ -60,7 +60,7 @@ def test_a_changed_encoder_is_one_switch_and_back(
     assert (done.result["missing"], done.result["extra"], done.result["differing"]) == (0, 0, 0)
 
     # Every job uses the new store, says so, and refuses the old encoder and its plugs.
-    refreshed = do(embed, **flags, store=live, encoder=newer, pooling="cls")
+    refreshed = do(embed, **flags, store=live, encoder=newer, pooling="cls", reread=True)
     assert (refreshed.result["store"], refreshed.result["known"]) == (v2, 30)
     assert f"{v2} (via {live}), version" in refreshed.table
     old_encoder = refuse(embed, **flags, store=live, encoder=models["encoder"], pooling="cls")

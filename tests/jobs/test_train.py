@@ -398,7 +398,7 @@ def test_t5_with_held_out_users_and_everything_on_s3(do: Job, inputs: dict, mode
     done = do(train, **{**flags, "validation": None, "validation_fraction": 0.4})
     assert done.code == 0
     spent = done.result["profile"]["seconds"]
-    assert set(spent) == {"train", "validate", "save", "join", "waiting"}
+    assert set(spent) == {"train", "validate", "save", "join", "read histories", "waiting"}
     assert all(seconds > 0 for seconds in spent.values())
     assert 0 < done.result["requests"] < 24
     assert done.result["requests"] % 4 == 0, "a user's requests are on both sides"
