@@ -117,12 +117,12 @@ def read_counted(
     data, n_bytes = with_retries(read_columns, f"cannot read {file.path} of {table_uri}")
     for name in set(in_file) - set(data.column_names):  # other programs may leave out a column of nulls
         data = data.append_column(name, pa.nulls(data.num_rows, layout.schema.field(name).type))
-    data = data.cast(layout.schema_read(in_file))  # other programs may write string views, which cannot be filtered
+    # Other programs may have another order of columns, and string views, which cannot be filtered.
+    data = data.select(in_file).cast(layout.schema_read(in_file))
     for name, of_column in wanted.items():
         data = data.filter(pc.is_in(data[name], value_set=pa.array(of_column, data.schema.field(name).type)))
     value = pa.scalar(layout.partition_values([file.partition])[0], layout.partition_type)
-    data = data.append_column(layout.partition, pa.repeat(value, data.num_rows)).select(names)
-    return data.cast(layout.schema_read(names)), n_bytes
+    return data.append_column(layout.partition, pa.repeat(value, data.num_rows)).select(names), n_bytes
 
 
 def _row_groups(metadata: pq.FileMetaData, wanted: Mapping[str, list[Any]]) -> list[int]:
