@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from persona.inputs import histories
 from persona.inputs.histories import bucket_of, text_hash
-from persona.inputs.place import places_of_bucket
+from persona.inputs.place import PLACES
 from persona.store.identity import Identity
 from persona.store.store import Store
 from persona.store.writer import Writer, rewrite
@@ -16,6 +16,11 @@ IDENTITY = Identity(
     encoder="tiny", revision="abc", fingerprint="f00d", width=4, pooling="mean", max_tokens=16, text_rule="text"
 )
 NASTY = ["it's", 'a "b"', "x/y", "{}", "é", "👍", " lead", "\\", "a\nb", "%20", "--", ";"]
+
+
+def places_of_bucket(bucket: int) -> tuple[int, int]:
+    """The range [low, high) of the places of a bucket."""
+    return bucket * PLACES, (bucket + 1) * PLACES
 
 
 def behaviors(*rows: tuple[str, str, str, int | None], n_buckets: int = 4) -> pa.Table:

@@ -79,13 +79,13 @@ def run_files(root: str, writer: str) -> Iterator[str]:
 
     leftovers.delete_leftovers(root, writer)
     folder = leftovers.new_folder(root, writer)
-    is_new = not storage.exists(root)
+    is_new = not storage.is_s3(root) and not storage.exists(root)
     try:
         yield folder
     except BaseException:
         with suppress(StorageError):  # the error of the body counts; the next run deletes what is left
             leftovers.delete_folder(folder)
-        if is_new and not storage.is_s3(root):
+        if is_new:
             with suppress(OSError):  # it has files of the body
                 Path(root).rmdir()
         raise

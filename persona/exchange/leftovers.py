@@ -44,12 +44,11 @@ def _folder(uri: str, base: str) -> str:
     return uri.removeprefix(storage.join(base, "")).partition("/")[0]
 
 
-def _remove_empty(folder: Path) -> int:
-    """Remove a local folder, and the one above it, if they are empty. Returns 0, the number of files deleted."""
+def _remove_empty(folder: Path) -> None:
+    """Remove a local folder, and the one above it, if they are empty."""
     for path in (folder, folder.parent):
         try:
             if FOLDER in (path.name, path.parent.name):
                 path.rmdir()
         except OSError:
             break
-    return 0

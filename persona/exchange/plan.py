@@ -82,9 +82,7 @@ class ExchangePlan:
 
     def lows(self) -> np.ndarray:
         """The first place of each partition, uint64 (P,); a partition ends where the next one begins."""
-        return np.array(
-            [low for low, _ in (self.range_of(number) for number in range(self.n_partitions))], dtype=np.uint64
-        )
+        return np.array([self._low(number) for number in range(self.n_partitions)], dtype=np.uint64)
 
     def range_of(self, partition: int) -> tuple[int, int]:
         """The places [low, high) of a partition: some whole buckets, or a part of one bucket."""

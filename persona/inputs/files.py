@@ -106,7 +106,7 @@ def only_gained_rows(files: InputFiles, since: int, *, flag: str) -> bool:
 
 def _of_table(uri: str, found: TableFiles, flag: str, exclude: Sequence[str]) -> InputFiles:
     for file in found.partitions:
-        # A table on S3 has no business with the local disk of whoever reads it.
+        # A table on S3 must not name files on the disk of the machine that reads it.
         if "://" in file.uri.removeprefix("s3://") or (storage.is_s3(uri) and not storage.is_s3(file.uri)):
             raise InputError(f"{flag}: {uri} has a data file at {file.uri}, which cannot be read from here")
     excluded = {file.uri for file in found.partitions if _matches(_name(file.uri, uri), exclude)}

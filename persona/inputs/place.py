@@ -19,11 +19,6 @@ PLACES = 1 << _USER_BITS + _BEHAVIOR_BITS
 """The places of a bucket are `PLACES` consecutive numbers: bucket b has [b · PLACES, (b + 1) · PLACES)."""
 
 
-def places_of_bucket(bucket: int) -> tuple[int, int]:
-    """The range [low, high) of the places of a bucket."""
-    return bucket * PLACES, (bucket + 1) * PLACES
-
-
 def places(rows: pa.Table, n_buckets: int, key: str | None = "behavior_id") -> np.ndarray:
     """The place of each row, uint64 (N,). `rows` has `bucket`, `user_id` and the column `key`; None for user alone."""
     return places_of(key_hashes(rows, key), rows["bucket"].to_numpy(), n_buckets)

@@ -34,8 +34,8 @@ _CLOCK_STEP_S = 1.0  # object stores give times in whole seconds
 class _Entry:
     """The content of a lease object.
 
-    `expires` is by the holder's clock, which nobody else trusts: it only shows that a lease was renewed. `machine` is
-    that of `_machine`; older versions write neither it nor `ttl_s`.
+    `expires` is by the holder's clock, so no other run relies on it; it only shows that a lease was renewed. `machine`
+    is that of `_machine`; older versions write neither it nor `ttl_s`.
     """
 
     number: int

@@ -16,11 +16,11 @@ from hypothesis import given, settings, strategies as st
 
 from persona import storage
 from persona.inputs.histories import bucket_of
-from persona.inputs.place import PLACES, places, places_of_bucket
+from persona.inputs.place import PLACES, places
 from persona.storage import join
 from persona.store import key_index, maintenance, stored_keys
 from persona.store.store import Store
-from tests.stores import IDENTITY, NASTY, behaviors, refresh
+from tests.stores import IDENTITY, NASTY, behaviors, places_of_bucket, refresh
 from tests.writing import commit, compact, stage
 
 BUCKET = places_of_bucket(0)

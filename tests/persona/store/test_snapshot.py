@@ -9,13 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from persona.inputs.histories import bucket_of
-from persona.inputs.place import places_of_bucket
 from persona.store import data_files
 from persona.store.data_files import DataFile
 from persona.store.file_list import FileList
 from persona.store.store import Store
 from tests.recorded_s3 import RecordedS3
-from tests.stores import IDENTITY, NASTY, answers, behaviors, refresh, write_rows
+from tests.stores import IDENTITY, NASTY, answers, behaviors, places_of_bucket, refresh, write_rows
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from persona import storage
 from persona.errors import LeaseLost, StorageError
 from persona.inputs.histories import bucket_of
-from persona.inputs.place import places_of_bucket
 from persona.inputs.records import rejects
 from persona.storage import join
 from persona.store import key_index
@@ -23,7 +22,7 @@ from persona.store.log import UncertainCommit
 from persona.store.store import Store
 from persona.store.table import Table
 from persona.store.writer import files_of, rewrite, staged_files
-from tests.stores import IDENTITY, NASTY, answers, behaviors, commit_staged, encode, write_rows
+from tests.stores import IDENTITY, NASTY, answers, behaviors, commit_staged, encode, places_of_bucket, write_rows
 from tests.writing import (
     AFTER,
     BEFORE,
