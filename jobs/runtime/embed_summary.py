@@ -58,6 +58,7 @@ def summary(
         **{name: compared.get(name, 0) for name in ("known", "new", "edited", "gone", "duplicates")},
         "encoded": int(encode.get("rows", 0)),
         "committed": committed,
+        "store_bytes_read": compared.get("store_bytes", 0),
         "files_rewritten": int(counts.get("commit", {}).get("rewritten", 0)),
         "personas": int(counts.get("personas", {}).get("rows", 0)),
         "rejects": read.rejects,

@@ -15,15 +15,16 @@ from jobs.runtime.session import Threads
 from persona.models.encoder import Encoded
 
 WIDTH = 384
+"""Width of the vectors, that of MiniLM."""
 _START_S = 1_700_000_000
 _ROWS_PER_FILE = 250_000
 
 
 class CheapEncoder:
-    """Encodes a text as a random projection of its hash, a unit vector."""
+    """Encodes a text as a random projection of its hash, a unit vector of this width."""
 
-    def __init__(self) -> None:
-        self.projection = np.random.default_rng(0).standard_normal((16, WIDTH), dtype=np.float32)
+    def __init__(self, width: int) -> None:
+        self.projection = np.random.default_rng(0).standard_normal((16, width), dtype=np.float32)
 
     def encode(self, texts: list[str]) -> Encoded:
         """Like `TextEncoder.encode`; counts characters as tokens."""
@@ -41,8 +42,8 @@ class CheapEncode(embed.Encode):
     """The actor of `jobs.embed` with a `CheapEncoder`."""
 
     def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: Threads) -> None:
-        del config, identity, threads
-        self.encoder = CheapEncoder()  # type: ignore[assignment]
+        del config, threads
+        self.encoder = CheapEncoder(identity.width)  # type: ignore[assignment]
         self.tally = tally
         self.idle_since = time.perf_counter()
 

@@ -26,7 +26,7 @@ from jobs.runtime.inputs import find_requests
 from jobs.runtime.job_options import RequestFormat
 from jobs.runtime.tally import Tally
 from persona.models import packaged
-from persona.options import PersonaKind
+from persona.options import PersonaKind, VectorOptions
 from persona.store.store import Store
 from tests.benchmarks import many_users
 from tests.benchmarks.contest import Memory
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=100_000, help="number of users")
     parser.add_argument("--each", type=int, default=5, help="behaviors per user")
+    parser.add_argument("--width", type=int, default=many_users.WIDTH, help="components of a vector")
     parser.add_argument("--folder", help="working folder (default: a temporary one, deleted at the end)")
     arguments = parser.parse_args()
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="scale-"))
@@ -49,17 +50,25 @@ def main() -> None:
         store=str(folder / "store"),
         encoder=str(packaged.minilm()),
         max_tokens=64,
+        vectors=VectorOptions(width=arguments.width),
     )
     with Memory(os.getpid()) as memory:
         started = time.perf_counter()
         assert embed.main(config).result["committed"] == n_rows
         report["embed"] = _rate(n_rows, started, cores)
+        input_bytes, store_bytes = _size(folder / "histories"), _size(folder / "store" / "behaviors")
 
         one_more = many_users.histories(arguments.users // 100, arguments.each + 1)
         many_users.write(folder / "histories" / "more", (_behavior(table, arguments.each) for table in one_more))
         started = time.perf_counter()
-        assert embed.main(config).result["committed"] == arguments.users // 100
-        report["refresh"] = _rate(n_rows, started, cores)
+        refreshed = embed.main(config).result
+        assert refreshed["committed"] == arguments.users // 100
+        report["refresh"] = {
+            **_rate(n_rows, started, cores),
+            "of_build": round((time.perf_counter() - started) / report["embed"]["seconds"], 4),
+            "of_input": round(refreshed["bytes"] / input_bytes, 4),
+            "of_store": round(refreshed["store_bytes_read"] / store_bytes, 4),
+        }
 
         pq.write_table(_requests(arguments.users), folder / "requests.parquet")
         started = time.perf_counter()
@@ -67,6 +76,9 @@ def main() -> None:
     report["peak_mib"] = {name: round(mib) for name, mib in sorted(memory.peaks_mib.items())}
     for name in ("embed", "refresh", "join"):
         print(f"{name:<10} {report[name]['seconds']:8.1f} s   {report[name]['per_s_core']:10,.0f} per second and core")
+    of = report["refresh"]
+    print(f"refresh    reads {of['of_input']:.2%} of the input and {of['of_store']:.2%} of the store's bytes,")
+    print(f"           and takes {of['of_build']:.2%} of the time of embed")
     print(f"peak MiB   {report['peak_mib']}")
     if arguments.folder is None:
         shutil.rmtree(folder)
@@ -76,6 +88,10 @@ def main() -> None:
 def _rate(n: int, started: float, cores: int) -> dict[str, float]:
     seconds = time.perf_counter() - started
     return {"seconds": round(seconds, 1), "per_s_core": round(n / seconds / cores)}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _behavior(table: pa.Table, number: int) -> pa.Table:
