@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.scale --users 1000000 --each 5
 
-Three steps in one process tree: `embed` of all histories, a refresh in which 1 % of the users have one more behavior,
+Three steps in one process tree: `embed` of all histories, a refresh with 1 % more behaviors, one each of other users,
 and the join of `generate` for a request of every tenth user. The encoder costs almost nothing. Memory is resident minus
 shared, so it does not include Ray's object store.
 """
@@ -36,7 +36,7 @@ def main() -> None:
     """Print one line per step and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=100_000, help="number of users")
-    parser.add_argument("--each", type=int, default=5, help="behaviors per user")
+    parser.add_argument("--each", type=int, default=5, help="behaviors per user, at most 100")
     parser.add_argument("--width", type=int, default=many_users.WIDTH, help="components of a vector")
     parser.add_argument("--folder", help="working folder (default: a temporary one, deleted at the end)")
     arguments = parser.parse_args()
@@ -58,13 +58,14 @@ def main() -> None:
         report["embed"] = _rate(n_rows, started, cores)
         input_bytes, store_bytes = _size(folder / "histories"), _size(folder / "store" / "behaviors")
 
-        one_more = many_users.histories(arguments.users // 100, arguments.each + 1)
+        n_new = n_rows // 100
+        one_more = many_users.histories(n_new, arguments.each + 1)
         many_users.write(folder / "histories" / "more", (_behavior(table, arguments.each) for table in one_more))
         started = time.perf_counter()
         refreshed = embed.main(config).result
-        assert refreshed["committed"] == arguments.users // 100
+        assert refreshed["committed"] == n_new
         report["refresh"] = {
-            **_rate(n_rows, started, cores),
+            **_rate(n_new, started, cores),
             "of_build": round((time.perf_counter() - started) / report["embed"]["seconds"], 4),
             "of_input": round(refreshed["bytes"] / input_bytes, 4),
             "of_store": round(refreshed["store_bytes_read"] / store_bytes, 4),
