@@ -101,11 +101,12 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """What the job reads and where it writes, found and checked before Ray starts."""
+    """What the job reads and where it writes, found and checked before Ray starts; `store` is None if it is new."""
 
     planned: sources.Planned
     histories: Histories
-    store: str
+    store_uri: str
+    store: "Store | None"
     encoder: "ModelFolder"
     identity: "Identity"
     plug: PlugRef | None
@@ -126,13 +127,13 @@ class _Inputs:
 def main(config: Config) -> Summary:
     """Runs the job."""
     from persona.store import sources as ledger
-    from persona.store.store import Store
+    from persona.store.store import DEFAULT_BUCKETS, Store
 
     started = time.perf_counter()
     inputs = _inputs(config)
     if config.dry_run:
         return _plan(config, inputs)
-    store = Store.open_or_create(inputs.store, inputs.identity, config.buckets)
+    store = inputs.store or Store.create(inputs.store_uri, inputs.identity, config.buckets or DEFAULT_BUCKETS)
     if not inputs.has_work and inputs.plug is None:
         return _summary(config, inputs, store, Done(), {}, time.perf_counter() - started)
 
@@ -209,19 +210,20 @@ def _inputs(config: Config) -> _Inputs:
     from persona.models import resolve as models
     from persona.store.store import Store
 
-    store = storage.check_uri(config.store, flag="--store")
-    storage.check_reachable(store, flag="--store", write=True)
+    store_uri = storage.check_uri(config.store, flag="--store")
+    storage.check_reachable(store_uri, flag="--store", write=True)
     columns = history_columns(config.columns, config.form)
     files = find_files(config.histories, config.form, flag="--histories")
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
     identity = encoding.identity_of(encoder, config.vectors, max_tokens=config.max_tokens, precision=config.precision)
     plug = personas.find_plug(config.plug, identity) if config.plug else None
-    existing = Store.find(store, identity, config.buckets)
+    store = Store.find(store_uri, identity, config.buckets)
     options = sources.Options(sync=config.sync, reread=config.reread, limited=config.rows.limit is not None)
-    planned = sources.plan(files, columns, config.form, existing, options)
+    planned = sources.plan(files, columns, config.form, store, options)
     return _Inputs(
         planned=planned,
         histories=_to_read(planned, columns),
+        store_uri=store_uri,
         store=store,
         encoder=encoder,
         identity=identity,
@@ -303,19 +305,17 @@ class Encode:
 def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
     from persona.cost import encoder_flops, tokens_of_text
-    from persona.store.store import Store
 
     splits = inputs.histories.splits
     n_bytes = sum(split.end - split.start for split in splits)
     would = "create the store"
-    store = Store.find(inputs.store, inputs.identity, config.buckets)
-    if store is not None:
+    if inputs.store is not None:
         deleting = " and delete those that are not in --histories" if inputs.planned.refresh.deletes else ""
         would = f"add missing behaviors to the store{deleting}" if splits else "read nothing, as no file is new"
     identity = inputs.identity
     table = [
         ("would", would),
-        ("store", inputs.store if store is None else store.label),
+        ("store", inputs.store_uri if inputs.store is None else inputs.store.label),
         ("reads", f"{len(inputs.planned.refresh.to_read):,} files, {n_bytes:,} bytes, {len(splits):,} splits"),
         *inputs.planned.rows(),
         *inputs.histories.rows(),

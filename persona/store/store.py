@@ -51,7 +51,7 @@ class Store:
         pointer: str | None = None,
         files: Mapping[str, FileList] | None = None,
     ) -> None:
-        """Use `open`, `create`, `open_or_create`, `find`, `at` or `snapshot`.
+        """Use `open`, `create`, `find`, `at` or `snapshot`.
 
         `pointer` is the folder that led to this store; `files` has the data files of tables at their fixed versions.
         """
@@ -76,8 +76,8 @@ class Store:
         return self.uri if self.pointer is None else f"{self.uri} (via {self.pointer})"
 
     @staticmethod
-    def create(uri: str, identity: Identity, n_buckets: int) -> "Store":
-        """Create the empty tables, or open the store if another process has just created it.
+    def create(uri: str, identity: Identity, n_buckets: int = DEFAULT_BUCKETS) -> "Store":
+        """Create the empty tables where `find` has found no store, or open what another process has just created.
 
         Raises `StoreMismatch` when that store has another identity or number of buckets.
         """
@@ -105,17 +105,6 @@ class Store:
         pointer = None if store.pointer is None else pointers.read(store.pointer)
         others = [] if pointer is None else [_at(other) for other in pointer.stores if other != store.uri]
         return [store, *(other for other in others if other is not None)]
-
-    @staticmethod
-    def open_or_create(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store":
-        """Open the store for an encoder, or create it.
-
-        Without `n_buckets`, an existing store keeps its number and a new one has `DEFAULT_BUCKETS`. Raises as `find`.
-        """
-        store = Store.find(uri, identity, n_buckets)
-        if store is None:
-            return Store.create(uri, identity, DEFAULT_BUCKETS if n_buckets is None else n_buckets)
-        return store
 
     @staticmethod
     def find(uri: str, identity: Identity, n_buckets: int | None = None) -> "Store | None":

@@ -213,7 +213,7 @@ def fill_store(uri: StoreUri, encoder: str, rows: Sequence[Row]) -> StoreUri:
         max_tokens=32,
         text_rule="text as given, cut to max_tokens",
     )
-    store = Store.open_or_create(str(uri), identity, BUCKETS)
+    store = Store.create(str(uri), identity, BUCKETS)
     write_rows(store, "behaviors", encoded(encoder, rows))
     return uri
 

@@ -37,7 +37,8 @@ def test_a_store_without_a_format_version_has_version_1(store: Store, monkeypatc
         patch.setattr("persona.store.identity.FORMAT_VERSION", 0)
         with pytest.raises(StoreMismatch, match="has format version 1,"):
             Store.open(old.uri)
-    opened = Store.open_or_create(old.uri, IDENTITY, 4)
+    opened = Store.find(old.uri, IDENTITY, 4)
+    assert opened is not None
     refresh(opened, behaviors(("a", "1", "x", 1)))
     assert everything(Store.open(old.uri)) == [("a", "1", 1)]
 
@@ -64,7 +65,6 @@ def test_a_store_of_a_newer_format_is_refused_with_what_to_do(store: Store) -> N
     for use in (
         lambda: Store.open(store.uri),
         lambda: Store.find(store.uri, IDENTITY),
-        lambda: Store.open_or_create(store.uri, IDENTITY),
         lambda: Store.create(store.uri, IDENTITY, 4),
     ):
         with pytest.raises(StoreMismatch, match=message):

@@ -35,7 +35,8 @@ def test_opening_a_pointer_opens_the_store_that_it_names(live: str, root: str) -
     first, second = join(root, "v1"), join(root, "v2")
     store = open_store(live)
     assert (store.uri, store.pointer, store.label) == (first, live, f"{first} (via {live})")
-    assert refresh(Store.open_or_create(live, IDENTITY), behaviors(("a", "1", "x", 1)))["new"] == 1
+    found = Store.find(live, IDENTITY)
+    assert found is not None and refresh(found, behaviors(("a", "1", "x", 1)))["new"] == 1
     assert everything(Store.open(first)) == everything(Store.open(live)) == [("a", "1", 1)]
     assert pickle.loads(pickle.dumps(store.snapshot("behaviors"))).label == store.label
 
@@ -43,7 +44,7 @@ def test_opening_a_pointer_opens_the_store_that_it_names(live: str, root: str) -
     assert Store.open(live).uri == second
     assert store.uri == first, "an open store stays the one that it is"
     with pytest.raises(StoreMismatch, match=f"the store at {second} was made by encoder newer"):
-        Store.open_or_create(live, IDENTITY)
+        Store.find(live, IDENTITY)
     assert storage.list_files(live) == [], "a table in the folder of the pointer would hide it"
     assert [store.uri for store in Store.open_all(live)] == [second, first]
     assert [store.uri for store in Store.open_all(first)] == [first]
@@ -53,7 +54,7 @@ def test_a_pointer_to_a_pointer_or_to_nothing_is_refused(live: str, root: str) -
     for target in (live, join(root, "nothing")):
         pointers.write(join(root, "other"), Pointer(store=target))
         with pytest.raises(InputError, match=f"points to {target}, where there is no store; point it to one with"):
-            Store.open_or_create(join(root, "other"), IDENTITY)
+            Store.find(join(root, "other"), IDENTITY)
 
 
 def test_switching_keeps_each_earlier_store_once() -> None:
@@ -86,7 +87,7 @@ def test_a_broken_pointer_is_refused_by_name(tmp_path: Path, changes: dict | str
     file = tmp_path / "_current.json"
     text = changes if isinstance(changes, str) else json.dumps({**json.loads(file.read_text()), **changes})
     file.write_bytes(text.encode(errors="replace"))
-    for use in (Store.open, Store.open_all, lambda uri: Store.open_or_create(uri, IDENTITY)):
+    for use in (Store.open, Store.open_all, lambda uri: Store.find(uri, IDENTITY)):
         with pytest.raises(InputError, match=rf"{file} is not a valid pointer to a store \(.*{reason}"):
             use(str(tmp_path))
 

@@ -29,11 +29,12 @@ from tests.stores import IDENTITY, NASTY, answers, behaviors, changed, everythin
 def test_a_store_keeps_its_identity_and_buckets(store: Store) -> None:
     again = Store.open(store.uri)
     assert (again.identity, again.n_buckets) == (IDENTITY, 4)
-    assert Store.open_or_create(store.uri, IDENTITY).n_buckets == 4
+    found = Store.find(store.uri, IDENTITY)
+    assert found is not None and found.n_buckets == 4
 
 
 def test_a_new_store_is_created_empty(root: str) -> None:
-    store = Store.open_or_create(join(root, "new"), IDENTITY)
+    store = Store.create(join(root, "new"), IDENTITY)
     assert store.n_buckets == DEFAULT_BUCKETS and store.buckets() == [] and store.users(0) == []
     assert store.read_histories(0, ["a"]).num_rows == store.answers("own", 0).num_rows == 0
     assert {name: store.version(name) for name in ("behaviors", "personas", "generations", "rejects")} == dict.fromkeys(
@@ -54,7 +55,7 @@ def test_a_foreign_delta_table_is_not_a_store(tmp_path: Path) -> None:
 
 def test_another_encoder_or_number_of_buckets_is_refused_with_both_values(store: Store) -> None:
     with pytest.raises(StoreMismatch, match="width is 4 in the store and 8 here.*another --store"):
-        Store.open_or_create(store.uri, replace(IDENTITY, width=8))
+        Store.find(store.uri, replace(IDENTITY, width=8))
     with pytest.raises(StoreMismatch, match="buckets is 4 in the store and 5 here"):
         Store.create(store.uri, IDENTITY, 5)
 
@@ -223,7 +224,7 @@ def test_a_known_reject_is_not_written_again(store: Store) -> None:
 def test_concurrent_creation_gives_one_store(root: str) -> None:
     code = (
         "import json, sys; from persona.store.identity import Identity; from persona.store.store import Store; "
-        "Store.open_or_create(sys.argv[1], Identity(**json.loads(sys.argv[2])), 4)"
+        "Store.create(sys.argv[1], Identity(**json.loads(sys.argv[2])), 4)"
     )
     arguments = [sys.executable, "-c", code, join(root, "store"), json.dumps(IDENTITY.__dict__)]
     creators = [subprocess.Popen(arguments, env=python_environment()) for _ in range(3)]
