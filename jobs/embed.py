@@ -239,10 +239,8 @@ def _to_read(planned: sources.Planned, columns: "Columns") -> Histories:
 def _block_rows(
     config: Config, read: exchange.Exchanged, store: "Store", machines: session.Machines, pool: ModelPool
 ) -> int:
-    from persona.exchange.plan import block_rows
-
     n_rows, width = read.found[0].total.rows, store.identity.width
-    return config.block_rows or block_rows(n_rows, width, pool.max_size, on_gpus=bool(machines.gpus))
+    return config.block_rows or read.plan.block_rows(n_rows, width, pool.max_size, on_gpus=bool(machines.gpus))
 
 
 def _staged(

@@ -26,8 +26,10 @@ _SMALL_PARTITION_BYTES, _MIN_PARTITIONS, _SMALL_PARTITIONS = 4 * 2**20, 4, 64
 _EXPANSION = {"parquet": 4.0, "jsonl": 1.5, "jsonl.gz": 8.0, "jsonl.bz2": 10.0, "jsonl.zst": 8.0}
 # What the driver keeps for a run file besides its offsets, and for a reduce task (Ray 2.60: 2.8 to 3.1 KB an object).
 _NAME_BYTES, _TASK_BYTES = 300, 3200
-_FILE_BYTES = 128 * 2**20  # the vectors of a full block
+_FILE_BYTES = 128 * 2**20  # the vectors of a full block, unless there would be too many files
+_MAX_FILES = 20_000  # each takes 340 bytes of the log, which every reader loads
 _BLOCKS_PER_ACTOR = 32  # at least, or actors would end at different times
+_LEAST_ROWS, _LEAST_ROWS_CPU, _MOST_ROWS_CPU = 4096, 1024, 16_384
 _TEXTS_PER_BLOCK = 128 * 2**20  # Ray's target for an output block, which ends a data file
 
 
@@ -94,15 +96,30 @@ class ExchangePlan:
         per_bucket = self.n_partitions // self.n_buckets
         return partition // per_bucket * PLACES + partition % per_bucket * PLACES // per_bucket
 
-    def n_data_files(self, n_rows: int, width: int, n_actors: int) -> int:
-        """Data files that a run without older rows writes, at most, if its actors are on GPUs.
+    def block_rows(self, n_rows: int, width: int, n_actors: int, *, on_gpus: bool) -> int:
+        """Behaviors that an encoder takes at a time, of `n_rows`, and so the size of a data file.
 
-        A block of vectors becomes a file for each bucket that it has rows of: one, and one more for each output block
-        of a reduce task that ends in it.
+        A block is lost if its actor dies, so blocks of small inputs are small. Those of large inputs fill a data file
+        of vectors of `width` float16, and are larger only where there would be more than 20,000 files: then a block
+        has the same number of rows whatever the width. A CPU encodes a hundredth of what a GPU does in the same time,
+        so its blocks stay smaller.
         """
-        rows = block_rows(n_rows, width, n_actors, on_gpus=True)
-        pieces = max(math.ceil(self.n_bytes / _TEXTS_PER_BLOCK), self.n_partitions, self.n_buckets)
-        return math.ceil(n_rows / rows) + pieces
+        least, most = (_LEAST_ROWS, _FILE_BYTES // (2 * width)) if on_gpus else (_LEAST_ROWS_CPU, _MOST_ROWS_CPU)
+        # With buckets for more than half of the files, their number is a matter of `--buckets`.
+        n_whole_files = max(_MAX_FILES - self._n_pieces, _MAX_FILES // 2)
+        return max(least, min(n_rows // (_BLOCKS_PER_ACTOR * n_actors), most), math.ceil(n_rows / n_whole_files))
+
+    def n_data_files(self, n_rows: int, width: int, n_actors: int) -> int:
+        """Data files that a run without older rows writes, at most, if its actors are on GPUs."""
+        return math.ceil(n_rows / self.block_rows(n_rows, width, n_actors, on_gpus=True)) + self._n_pieces
+
+    @property
+    def _n_pieces(self) -> int:
+        """Files beyond one a block: a block becomes a file for each bucket that it has rows of.
+
+        That is one more for each output block of a reduce task that ends in it.
+        """
+        return max(math.ceil(self.n_bytes / _TEXTS_PER_BLOCK), self.n_partitions, self.n_buckets)
 
 
 def plan_exchange(
@@ -150,13 +167,3 @@ def grouped(splits: Sequence[Split], task_bytes: int) -> list[list[Split]]:
         groups[-1].append(split)
         size += bytes_in_memory([split])
     return groups
-
-
-def block_rows(n_rows: int, width: int, n_actors: int, *, on_gpus: bool) -> int:
-    """Behaviors that an encoder takes at a time, and so the size of a data file, for vectors of `width` float16.
-
-    A block is lost if its actor dies, so blocks of small inputs are small. Those of large inputs fill a data file. A
-    CPU encodes a hundredth of what a GPU does in the same time, so its blocks stay smaller.
-    """
-    least, most = (4096, _FILE_BYTES // (2 * width)) if on_gpus else (1024, 16_384)
-    return max(least, min(n_rows // (_BLOCKS_PER_ACTOR * n_actors), most))
