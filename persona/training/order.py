@@ -42,16 +42,16 @@ class Piece:
     start: int
     end: int
     n_bytes: int
-    """Size of the vectors that these requests see."""
+    """Size of these requests' texts and of the vectors that they see."""
 
 
 def cut(requests: Iterable[pa.Table], width: int, piece_bytes: int = _PIECE_BYTES) -> list[Piece]:
-    """Cuts the requests of a run into pieces of about `piece_bytes` of vectors.
+    """Cuts the requests of a run into pieces of about `piece_bytes` of texts and vectors.
 
     A piece ends with a user, unless it would have more than twice as many bytes.
 
     Args:
-        requests: tables with `bucket`, `user_id` and `n_behaviors`, all together sorted by bucket and user.
+        requests: tables with `bucket`, `user_id`, `n_behaviors` and texts, all together sorted by bucket and user.
         width: number of components of a vector.
         piece_bytes: bytes at which a piece is full.
     """
@@ -59,14 +59,24 @@ def cut(requests: Iterable[pa.Table], width: int, piece_bytes: int = _PIECE_BYTE
     start = row = n_bytes = 0
     last: tuple[int, str] | None = None
     for table in requests:
-        columns = (table[name].to_pylist() for name in ("bucket", "user_id", "n_behaviors"))
-        for bucket, user, n_behaviors in zip(*columns, strict=True):
+        columns = (table[name].to_pylist() for name in ("bucket", "user_id"))
+        sizes = _text_bytes(table) + table["n_behaviors"].to_numpy() * vectors.n_bytes(width)
+        for bucket, user, size in zip(*columns, sizes.tolist(), strict=True):
             is_full = n_bytes >= (piece_bytes if last != (bucket, user) else 2 * piece_bytes)
             if last is not None and (last[0] != bucket or is_full):
                 pieces.append(Piece(start, row, n_bytes))
                 start, n_bytes = row, 0
-            last, row, n_bytes = (bucket, user), row + 1, n_bytes + n_behaviors * vectors.n_bytes(width)
+            last, row, n_bytes = (bucket, user), row + 1, n_bytes + size
     return [*pieces, Piece(start, row, n_bytes)] if row else []
+
+
+def _text_bytes(requests: pa.Table) -> np.ndarray:
+    """The size of each request's texts (N,)."""
+    sizes = np.zeros(requests.num_rows, np.int64)
+    for field in requests.schema:
+        if pa.types.is_large_string(field.type):  # other strings are short: ids, hashes and kinds
+            sizes += pc.binary_length(requests[field.name]).fill_null(0).to_numpy()
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class RunOrder:
     seed: int
     global_batch: int
     window_bytes: int = _WINDOW_BYTES
-    """Bytes of vectors in a window; it has more by at most the rest of the window before it, less than a batch."""
+    """Bytes of a window; it has more by at most the rest of the window before it, less than a batch."""
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,7 +1,8 @@
 """The windows of a training run: tasks fill them with vectors from the store, and workers take their shares in order.
 
-One actor hands out the shares, so that each window is filled once for all workers, and starts to fill the next window
-when the first worker takes its share of one. A worker that resumes asks for the window of its step.
+A share is what one worker needs for a few steps. One actor hands out the shares, so that each window is filled once for
+all workers, and starts to fill the next window when the first worker takes its shares of one. A worker that resumes
+asks for the window of its step.
 """
 
 import time
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from persona.training.order import Piece, RunOrder, Window
 
 _WINDOWS_KEPT = 3  # the one before, the current one, and the next one
+# At most this many of a worker in a window: each costs the worker and the actor a few kilobytes.
+_SHARES = 64
 Slice = tuple["ObjectRef[pa.Table]", int, int]
 """Rows from start to end of a block."""
 
@@ -89,7 +92,7 @@ class FillSettings:
 
 
 def fill(slices: Sequence[Slice], window: "Window", settings: FillSettings) -> "Iterator[pa.Table | None]":
-    """The workers' shares of the first batch of a window, then those of the next one, and a None at the end."""
+    """The workers' shares of the first steps of a window, then those of the next ones, and a None at the end."""
     import pyarrow as pa
     import ray
 
@@ -106,10 +109,12 @@ def fill(slices: Sequence[Slice], window: "Window", settings: FillSettings) -> "
 
 
 def shares(requests: "pa.Table", window: "Window", settings: FillSettings) -> "Iterator[pa.Table]":
-    """The batches of a window, each divided among the workers: its requests with `history`.
+    """The shares of a window: requests with `history`; first those of all workers for the first steps.
 
     Reads the histories of the users of the window, bucket by bucket, each once.
     """
+    import numpy as np
+
     from persona.store.join import Histories, with_vectors
     from persona.training.order import order_in_window
 
@@ -118,9 +123,18 @@ def shares(requests: "pa.Table", window: "Window", settings: FillSettings) -> "I
     sources = list(zip(ordered["bucket"].to_pylist(), ordered["user_id"].to_pylist(), strict=True))
     histories = Histories.read(settings.store, sources, with_vectors=True)
     n = global_batch // settings.n_workers
-    for start in range(0, ordered.num_rows, n):
-        part = ordered.slice(start, n)
-        yield with_vectors(part, sources[start : start + n], histories, max_behaviors=settings.max_behaviors)
+    for steps in _steps_of_shares(window):
+        for rank in range(settings.n_workers):
+            starts = [step * global_batch + rank * n for step in steps]
+            rows = np.concatenate([np.arange(start, start + n) for start in starts])
+            mine = [sources[row] for row in rows.tolist()]
+            yield with_vectors(ordered.take(rows), mine, histories, max_behaviors=settings.max_behaviors)
+
+
+def _steps_of_shares(window: "Window") -> list[range]:
+    """The steps of each share of a worker, counted from the first step of the window."""
+    n_each = -(-window.n_steps // _SHARES)
+    return [range(first, min(first + n_each, window.n_steps)) for first in range(0, window.n_steps, n_each)]
 
 
 class WindowFeed:
@@ -137,7 +151,7 @@ class WindowFeed:
         self._shares: dict[int, dict[int, list[ObjectRef[pa.Table]]]] = {}
 
     def take(self, rank: int, window: "Window", following: "Window | None") -> "list[ObjectRef[pa.Table]]":
-        """A worker's share of each batch of a window; the window after it is filled meanwhile."""
+        """A worker's shares of a window; the window after it is filled meanwhile."""
         # After a crash, workers ask again for a window that they have taken before.
         if rank not in self._shares.get(window.first_step, {}):
             self._shares.pop(window.first_step, None)
@@ -150,7 +164,7 @@ class WindowFeed:
         return mine
 
     def _fill(self, window: "Window") -> None:
-        n_shares = window.n_steps * self._n_workers
+        n_shares = len(_steps_of_shares(window)) * self._n_workers
         task = self._task.options(num_returns=n_shares + 1)
         refs: Any = task.remote(self._blocks.slices(window.ranges), window, self._settings)
         shares = refs[:n_shares]
@@ -190,9 +204,15 @@ class Windows:
                     "the process that hands out training batches has died (killed, or out of memory on the driver's "
                     "machine); run the same command again, which resumes at the last checkpoint"
                 ) from error
-            step = window.first_step
-            while shares:
-                share = shares.popleft()  # drops the share of the step before, which Ray can then free
-                if step >= begun:
-                    yield step, window.epoch, ray.get(share)
-                step += 1
+            for steps in _steps_of_shares(window):
+                share = shares.popleft()  # drops the share before, which Ray can then free
+                if window.first_step + steps[-1] >= begun:
+                    yield from _each_step(ray.get(share), window, steps, begun)
+
+
+def _each_step(share: "pa.Table", window: "Window", steps: range, begun: int) -> "Iterator[tuple[int, int, pa.Table]]":
+    """What a share has for its steps from `begun` on."""
+    n = share.num_rows // len(steps)
+    for i, step in enumerate(steps):
+        if window.first_step + step >= begun:
+            yield window.first_step + step, window.epoch, share.slice(i * n, n)

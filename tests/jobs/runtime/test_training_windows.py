@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.runtime.tally import Tally
-from jobs.runtime.training import inputs
+from jobs.runtime.training import inputs, windows as training_windows
 from jobs.runtime.training.windows import FillSettings, RequestBlocks, Windows
 from persona.inputs.histories import bucket_of
 from persona.options import PersonaKind
@@ -19,7 +19,7 @@ from persona.training.order import RunOrder, cut
 from tests.stores import IDENTITY, behaviors, encode, write_rows
 
 N_REQUESTS, N_USERS, N_BUCKETS, GLOBAL_BATCH, N_EPOCHS, MAX_BEHAVIORS = 150, 40, 4, 16, 2, 6
-WINDOW_BYTES = 100 * 8  # some 40 requests
+WINDOW_BYTES = 40 * 220  # some 40 requests, most of it their inputs
 Step = tuple[int, list[str], list[bytes]]
 
 
@@ -136,3 +136,34 @@ def test_workers_that_start_again_get_their_shares_again(local_ray: None, store:
     for rank in (1, 0, 1):
         found = [share.to_pylist() for _, _, share in islice(windows.steps(rank, 5), 3)]
         assert rank == 0 or found == expected[5:8]
+
+
+def test_shares_of_several_steps_have_the_batches_of_single_steps(
+    store: Store, joined: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_order = joined.sort_by([(name, "ascending") for name in ("bucket", "user_id", "request_id")])
+    pieces = cut([in_order], IDENTITY.width, WINDOW_BYTES // 8)
+    order = RunOrder(pieces=pieces, n_epochs=1, seed=3, global_batch=4, window_bytes=WINDOW_BYTES)
+    no_tally: Any = None
+    settings = FillSettings(
+        store=store, max_behaviors=MAX_BEHAVIORS, seed=3, global_batch=4, n_workers=2, tally=no_tally
+    )
+
+    def batches(n_shares: int, begun: int) -> list[tuple[int, int, list[dict[str, Any]]]]:
+        monkeypatch.setattr(training_windows, "_SHARES", n_shares)
+        found = []
+        for window in order.epoch(0):
+            requests = pa.concat_tables([in_order.slice(start, end - start) for start, end in window.ranges])
+            steps = training_windows._steps_of_shares(window)
+            shares = list(training_windows.shares(requests, window, settings))
+            assert len(shares) == 2 * len(steps) <= 2 * n_shares
+            for number, share in enumerate(shares):
+                of_steps = training_windows._each_step(share, window, steps[number // 2], begun)
+                found += [(step, number % 2, rows.to_pylist()) for step, _, rows in of_steps]
+        return sorted(found, key=lambda one: one[:2])
+
+    single = batches(64, begun=0)
+    assert [step for step, _, _ in single] == [step for step in range(order.steps_per_epoch) for _ in range(2)]
+    assert all(len(rows) == 2 for _, _, rows in single)
+    assert batches(3, begun=0) == single
+    assert batches(3, begun=5) == single[10:]

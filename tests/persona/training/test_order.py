@@ -15,6 +15,7 @@ from persona.training.order import RunOrder, Window, cut, one_ahead, order_in_wi
 
 WIDTH = 4
 VECTOR_BYTES = vectors.n_bytes(WIDTH)
+LARGEST = 50 * 100 + 1 + 9 * VECTOR_BYTES  # of the requests below
 GOLDEN = [
     "r0",
     "r15",
@@ -56,8 +57,13 @@ def requests(n: int, *, per_user: int = 5, n_buckets: int = 7, lengths: Sequence
     return table.sort_by([(name, "ascending") for name in ("bucket", "user_id", "request_id")])
 
 
-def run_order(table: pa.Table, *, seed: int = 0, global_batch: int = 4, window_behaviors: int = 10**9) -> RunOrder:
-    window_bytes = window_behaviors * VECTOR_BYTES
+def n_bytes(table: pa.Table) -> int:
+    """Of the texts, and of the vectors that the requests see."""
+    texts = [*table["input"].to_pylist(), *table["target"].to_pylist()]
+    return sum(map(len, texts)) + sum(table["n_behaviors"].to_pylist()) * VECTOR_BYTES
+
+
+def run_order(table: pa.Table, *, seed: int = 0, global_batch: int = 4, window_bytes: int = 10**9) -> RunOrder:
     pieces = cut([table], WIDTH, window_bytes // 8)
     return RunOrder(pieces=pieces, n_epochs=3, seed=seed, global_batch=global_batch, window_bytes=window_bytes)
 
@@ -97,6 +103,7 @@ def test_pieces_are_bounded_and_divide_only_users_who_have_too_much(
             "bucket": pa.array(buckets, pa.int32()),
             "user_id": pa.array([f"u{user}" for user in users], pa.string()),
             "n_behaviors": pa.array(behaviors, pa.int32()),
+            "input": pa.array(["abc"] * len(rows), pa.large_string()),
         }
     )
     size = piece_behaviors * VECTOR_BYTES
@@ -104,20 +111,21 @@ def test_pieces_are_bounded_and_divide_only_users_who_have_too_much(
     assert pieces == cut([table], WIDTH, size), "the pieces depend on how the rows arrive"
     assert [row for piece in pieces for row in range(piece.start, piece.end)] == list(range(len(rows)))
     for piece in pieces:
-        assert piece.n_bytes == sum(behaviors[piece.start : piece.end]) * VECTOR_BYTES
-        assert piece.n_bytes <= 2 * size + 9 * VECTOR_BYTES
+        of_texts = 3 * (piece.end - piece.start)
+        assert piece.n_bytes == sum(behaviors[piece.start : piece.end]) * VECTOR_BYTES + of_texts
+        assert piece.n_bytes <= 2 * size + 9 * VECTOR_BYTES + 3
         assert len(set(buckets[piece.start : piece.end])) == 1
         if piece.end < len(rows) and rows[piece.end][:2] == rows[piece.end - 1][:2]:
             assert piece.n_bytes >= 2 * size
 
 
-@given(st.integers(4, 300), st.integers(1, 200), st.integers(1, 4), st.integers(0, 2))
+@given(st.integers(4, 300), st.integers(1, 200_000), st.integers(1, 4), st.integers(0, 2))
 @settings(deadline=None, max_examples=25)
 def test_an_epoch_has_each_request_once_in_windows_of_a_bounded_size(
-    n: int, window_behaviors: int, global_batch: int, seed: int
+    n: int, window_bytes: int, global_batch: int, seed: int
 ) -> None:
     table = requests(n)
-    order = run_order(table, seed=seed, global_batch=global_batch, window_behaviors=window_behaviors)
+    order = run_order(table, seed=seed, global_batch=global_batch, window_bytes=window_bytes)
     for epoch in range(2):
         windows = order.epoch(epoch)
         assert [window.number for window in windows] == list(range(len(windows)))
@@ -126,16 +134,15 @@ def test_an_epoch_has_each_request_once_in_windows_of_a_bounded_size(
         assert sum(window.n_steps for window in windows) == order.steps_per_epoch == n // global_batch
         for window in windows:
             rows = rows_of(table, window)
-            n_behaviors = rows["n_behaviors"].to_numpy()
             # A window may hold the rest of the one before it, and must hold one batch.
-            assert n_behaviors.sum() <= window_behaviors + 9 * 2 * global_batch
+            assert n_bytes(rows) <= window_bytes + LARGEST * 2 * global_batch
             assert window is windows[-1] or len(rows) == window.n_steps * global_batch
         found = ordered(table, order, epoch)["request_id"].to_pylist()
         assert len(set(found)) == len(found) == n - n % global_batch
 
 
 def test_a_resumed_run_starts_at_the_window_of_its_step() -> None:
-    order = run_order(requests(1000), window_behaviors=500)
+    order = run_order(requests(1000), window_bytes=300_000)
     whole = list(order.from_step(0))
     assert [window for epoch in range(3) for window in order.epoch(epoch)] == whole
     for step in (0, 1, 249, 250, 251, 749):
@@ -147,8 +154,8 @@ def test_a_resumed_run_starts_at_the_window_of_its_step() -> None:
 
 def test_the_order_changes_with_epoch_and_seed() -> None:
     table = requests(1000)
-    for window_behaviors in (10**9, 500):
-        same = {"window_behaviors": window_behaviors}
+    for window_bytes in (10**9, 300_000):
+        same = {"window_bytes": window_bytes}
         assert ids(table, **same) == ids(table, **same)
         assert ids(table, **same) != ids(table, **same, epoch=1)
         assert ids(table, **same) != ids(table, **same, seed=1)
@@ -206,11 +213,11 @@ N_USERS, PER_USER, N_BUCKETS, BATCH = 2000, 5, 100, 50
 
 @lru_cache
 def batches_of(window_share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Buckets and users (batches, BATCH) of three epochs, when a window holds this share of all vectors."""
+    """Buckets and users (batches, BATCH) of three epochs, when a window holds this share of all bytes."""
     n = N_USERS * PER_USER
     table = requests(n, per_user=PER_USER, n_buckets=N_BUCKETS, lengths=[100] * n)
     table = table.set_column(table.column_names.index("n_behaviors"), "n_behaviors", pa.array([1] * n))
-    order = run_order(table, global_batch=BATCH, window_behaviors=int(n * window_share))
+    order = run_order(table, global_batch=BATCH, window_bytes=int(n_bytes(table) * window_share))
     whole = pa.concat_tables([ordered(table, order, epoch) for epoch in range(3)])
     buckets = np.array(whole["bucket"].to_pylist()).reshape(-1, BATCH)
     users = np.array([int(user[1:]) for user in whole["user_id"].to_pylist()]).reshape(-1, BATCH)
