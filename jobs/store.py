@@ -57,8 +57,8 @@ class Config:
     """With switch: write up to 3,000 behaviors that are not the same in both stores to this file, as JSON lines."""
     encoder: str | None = None
     """With verify: also check that this encoder (hub id or folder) made the store's vectors."""
-    target_mb: int = compaction.TARGET_MB
-    """With compact: size of the merged files in MiB; raise it if a large store has too many files."""
+    target_mb: int | None = None
+    """With compact: size of the merged files in MiB; default 128, and more in a store of more than a terabyte."""
     keep_hours: int = 168
     """With vacuum: how long old versions stay readable; lower it to free space sooner."""
     dry_run: bool = False
@@ -200,7 +200,8 @@ def _compact(config: Config, store: "Store") -> Outcome:
     for name in maintenance.tables(store):
         with store.writer(name, job="jobs.store") as writer:
             n_before = len(writer.table.files())
-            compaction.merge(writer, writer.small_files(config.target_mb * 2**20))
+            target_bytes = None if config.target_mb is None else config.target_mb * 2**20
+            compaction.merge(writer, writer.small_files(target_bytes))
             n_after = len(writer.table.files())
         table.append((name, f"{n_before:,} files became {n_after:,}"))
         result[name] = {"files_before": n_before, "files_after": n_after}

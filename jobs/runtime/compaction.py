@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from persona.store.data_files import DataFile
     from persona.store.writer import Merged, Writer
 
-TARGET_MB = 128
 # What a run may merge: in the long run, merging copies each row about three times.
 _TIMES_ADDED, _MIN_BYTES = 4, 2**30
 _TASK_BYTES, _TASK_FILES = 128 * 2**20, 64
@@ -23,7 +22,7 @@ _TASKS_PER_COMMIT = 128
 def after_run(writer: "Writer") -> int:
     """Merge the small files of crowded partitions, within what this run has added; returns how many were merged."""
     max_bytes = max(_TIMES_ADDED * writer.added_bytes, _MIN_BYTES)
-    return merge(writer, writer.crowded_files(TARGET_MB * 2**20, max_bytes))
+    return merge(writer, writer.crowded_files(max_bytes))
 
 
 def merge(writer: "Writer", groups: "list[list[DataFile]]") -> int:

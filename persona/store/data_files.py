@@ -20,11 +20,8 @@ from persona.store import key_index
 from persona.store.delta_calls import with_retries
 from persona.store.schema import Layout
 
-_PARQUET: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 1,
-    "row_group_size": 16_384,
-}
+_PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1}
+_ROW_GROUP = 16_384
 _UNIQUE_VALUES = ("vector", "persona", "output")
 
 
@@ -56,18 +53,17 @@ class DataFile:
 
 
 def write(table_uri: str, layout: Layout, rows: pa.Table) -> DataFile:
-    """Write the rows of one partition to a new file. Readers do not see it until it is committed."""
+    """Write the rows of one partition to a new file. Readers do not see it until it is committed.
+
+    Besides the rows, the file and one row group are in memory.
+    """
     value = rows[layout.partition][0].as_py()
-    rows = rows.select(layout.schema.names).cast(layout.schema)
-    rows = rows.sort_by([(name, "ascending") for name in layout.order])
+    rows = rows.select(layout.schema.names).cast(layout.schema).combine_chunks()
+    in_order = pc.sort_indices(rows.select(layout.order), sort_keys=[(name, "ascending") for name in layout.order])
     folder = f"{layout.partition}={re.sub(r'[^A-Za-z0-9_.-]', '_', str(value))}"
     path = f"{folder}/part-{uuid.uuid4().hex}.parquet"
-    sink = io.BytesIO()
     rows = rows.drop_columns([layout.partition])
-    # A dictionary or statistics of values that never repeat would cost time and memory and save nothing.
-    repeating = [name for name in rows.column_names if name not in _UNIQUE_VALUES]
-    pq.write_table(rows, sink, use_dictionary=repeating, write_statistics=repeating, **_PARQUET)
-    data = sink.getvalue()
+    data = _parquet(rows, in_order)
     if layout.has_key_index:
         key_index.write(table_uri, path, rows)
     storage.write_bytes(storage.join(table_uri, path), data)
@@ -79,6 +75,19 @@ def write(table_uri: str, layout: Layout, rows: pa.Table) -> DataFile:
         size_bytes=len(data),
         stats={name: (found["min"], found["max"]) for name, found in min_max.items()},
     )
+
+
+def _parquet(rows: pa.Table, in_order: pa.Array) -> bytes:
+    """A Parquet file with the rows in this order."""
+    # A dictionary or statistics of values that never repeat would cost time and memory and save nothing.
+    repeating = [name for name in rows.column_names if name not in _UNIQUE_VALUES]
+    sink = io.BytesIO()
+    with pq.ParquetWriter(
+        sink, rows.schema, use_dictionary=repeating, write_statistics=repeating, **_PARQUET
+    ) as parquet:
+        for start in range(0, len(in_order), _ROW_GROUP):
+            parquet.write_table(rows.take(in_order.slice(start, _ROW_GROUP)), row_group_size=_ROW_GROUP)
+    return sink.getvalue()
 
 
 def read(

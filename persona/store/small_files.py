@@ -6,6 +6,16 @@ from collections.abc import Iterable, Sequence
 from persona.store.data_files import DataFile
 
 _CROWD = 8
+_FULL_BYTES = 128 * 2**20
+_MAX_FULL_FILES = 8000  # a merged file has at least half of the target
+
+
+def target_bytes(files: Iterable[DataFile]) -> int:
+    """The size of a full data file of a table with these files: 128 MiB, or more from 1 TiB on.
+
+    So what is merged becomes at most 16,000 files, however large the table.
+    """
+    return max(_FULL_BYTES, sum(file.size_bytes for file in files) // _MAX_FULL_FILES)
 
 
 def groups(files: Iterable[DataFile], target_bytes: int) -> list[list[DataFile]]:

@@ -198,9 +198,12 @@ class Store:
         (write_time,) = set(layout.schema.names) - set(rows.column_names)
         rows = rows.append_column(write_time, pa.repeat(pa.scalar(datetime.now(UTC), TIME), rows.num_rows))
         grouping = list(dict.fromkeys((layout.partition, "bucket", "change")))
+        groups = rows.group_by(grouping).aggregate([]).to_pylist()
         staged = []
-        for group in rows.group_by(grouping).aggregate([]).to_pylist():
-            of_group = rows.filter(reduce(pc.and_, (pc.equal(rows[name], value) for name, value in group.items())))
+        for group in groups:
+            of_group = rows
+            if len(groups) > 1:
+                of_group = rows.filter(reduce(pc.and_, (pc.equal(rows[name], value) for name, value in group.items())))
             staged.append((self.table(table).write_file(of_group), group["change"]))
         return staged_files(staged)
 

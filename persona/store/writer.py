@@ -95,16 +95,21 @@ class Writer:
         self.table.commit(add, remove, lease=self.lease.number)
         self.added_bytes += sum(file.size_bytes for file in add)
 
-    def small_files(self, target_bytes: int) -> list[list[DataFile]]:
-        """Groups of two or more small files to `merge`, each from one partition and neighboring in key order."""
-        return small_files.groups(self.table.files(), target_bytes)
+    def small_files(self, target_bytes: int | None = None) -> list[list[DataFile]]:
+        """Groups of two or more small files to `merge`, each from one partition and neighboring in key order.
 
-    def crowded_files(self, target_bytes: int, max_bytes: int) -> list[list[DataFile]]:
+        The size of a merged file is by default `small_files.target_bytes`.
+        """
+        files = self.table.files()
+        return small_files.groups(files, target_bytes or small_files.target_bytes(files))
+
+    def crowded_files(self, max_bytes: int) -> list[list[DataFile]]:
         """Such groups of the partitions that have so many small files that merging them pays, most files first.
 
         Together they have at most `max_bytes`, or are one group.
         """
-        return small_files.crowded_groups(self.table.files(), target_bytes, max_bytes)
+        files = self.table.files()
+        return small_files.crowded_groups(files, small_files.target_bytes(files), max_bytes)
 
     def exchange_merged(self, merged: Sequence[Merged]) -> None:
         """Replace files by the merged ones, in one commit that changes no row."""

@@ -58,6 +58,16 @@ def test_merging_copies_a_row_a_few_times_however_many_refreshes_there_are() -> 
     assert copied < 6 * 1000
 
 
+def test_a_full_file_is_larger_in_a_store_of_many_terabytes() -> None:
+    def target_bytes(n_files: int, size_bytes: int) -> int:
+        return small_files.target_bytes([data_file(str(i), size_bytes) for i in range(n_files)])
+
+    assert target_bytes(0, 0) == target_bytes(1000, 2**27) == 128 * 2**20
+    # A billion vectors 4,096 wide: files of a build are not small, and those of refreshes become few.
+    target = target_bytes(15_158, 540 * 10**6)
+    assert target < 2 * 540 * 10**6 and 15_158 * 540 * 10**6 / (target / 2) <= 16_000
+
+
 INTERVALS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 6)), min_size=1, max_size=12)
 
 
