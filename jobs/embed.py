@@ -74,7 +74,7 @@ class Config:
     token_budget: int | None = None
     """Padded tokens per forward pass, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
     buckets: int | None = None
-    """Buckets of a new store, fixed for its life (default 64); take one per 100,000 behaviors you expect."""
+    """Buckets of a new store, fixed for its life (default 64): one per 100,000 behaviors to come, up to 1,000."""
     block_rows: int | None = None
     """Behaviors per block, which are lost if an actor dies; by default it grows with the input, to fill data files."""
     sync: bool = False
