@@ -17,9 +17,11 @@ from ray.scripts.scripts import cli
 from jobs import make_requests
 from jobs.runtime.configuration import read_config
 from persona import cost
+from persona.exchange.plan import plan_exchange
 from persona.models import packaged
 from persona.store.schema import LAYOUTS
 from tests import pages
+from tests.benchmarks.size_plan import buckets
 from tests.cluster.manifests import CLUSTER, calls_job, parse_job
 from tests.pages import DATA, DOCS, PAGES, README, RESULTS, ROOT, shell_lines
 
@@ -149,7 +151,7 @@ def test_the_readme_links_every_page_and_has_at_most_150_lines() -> None:
     assert len(README.read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", [README, RESULTS, *DOCS], ids=pages.name)
+@pytest.mark.parametrize("page", [*PAGES, RESULTS], ids=pages.name)
 def test_tables_have_at_most_five_columns_and_one_interval_a_cell(page: Path) -> None:
     for table in pages.tables(page):
         heads = table[0]
@@ -211,23 +213,37 @@ def test_the_example_splits_histories_by_user(tmp_path: Path, monkeypatch: pytes
     assert 0 < len(users["test"]) < len(users["train"]) and not users["test"] & users["train"]
 
 
-def sizes() -> list[list[str]]:
-    table = (CLUSTER / "README.md").read_text().split("## Sizes")[1].split("\n## ")[0]
-    return [re.findall(r"[^|]+", line) for line in table.splitlines() if re.match(r"\| [\d,]+ \|", line)]
+def sizes(number: int) -> list[list[str]]:
+    """The rows of a table about sizes, without its heading and the line below it."""
+    tables = [table for table in pages.tables(CLUSTER / "README.md") if table[0][0] == "users"]
+    return tables[number][2:]
+
+
+def numbers(row: list[str]) -> list[float]:
+    return [float(re.sub(r"[^\d.]", "", cell)) for cell in row]
 
 
 # BAAI/bge-base-en-v1.5: as BERT base.
 ENCODER: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
 KEY_BYTES = 60  # of a row without its vector, about
+ROW_BYTES, GPUS = 650, 16  # as in `tests.benchmarks.size_plan`
 
 
-@pytest.mark.parametrize("row", sizes(), ids=lambda row: row[0].strip())
+@pytest.mark.parametrize("row", sizes(0), ids=lambda row: row[0])
 def test_the_table_of_sizes_is_what_the_code_computes(row: list[str]) -> None:
-    users, behaviors, buckets, store_gb, hours, gpus, nightly = (float(re.sub(r"[^\d.]", "", cell)) for cell in row)
-    assert behaviors == 100 * users
-    assert buckets == max(64, math.ceil(behaviors / 100_000))  # the default of `embed`, or one per 100,000 behaviors
+    users, n_buckets, store_gb, n_files, task_mib = numbers(row)
+    behaviors = int(100 * users)
+    assert n_buckets == buckets(behaviors)
     assert store_gb == round(behaviors * (2 * ENCODER["hidden_size"] + KEY_BYTES) / 1e9)
-    expected = cost.gpu_hours(cost.encoder_flops(ENCODER, n_texts=behaviors, tokens=100), tflops=30)
+    plan = plan_exchange(behaviors * ROW_BYTES, int(n_buckets))
+    assert n_files == plan.n_data_files(behaviors, ENCODER["hidden_size"], GPUS)
+    assert task_mib == round(plan.worker_bytes / 2**20)
+
+
+@pytest.mark.parametrize("row", sizes(1), ids=lambda row: row[0])
+def test_the_table_of_hours_is_what_the_code_computes(row: list[str]) -> None:
+    users, hours, gpus, nightly = numbers(row)
+    expected = cost.gpu_hours(cost.encoder_flops(ENCODER, n_texts=100 * users, tokens=100), tflops=30)
     assert hours == pytest.approx(expected, rel=0.05, abs=0.05)
     assert gpus == math.ceil(expected / 8)
     assert nightly == pytest.approx(expected / 100, rel=0.05, abs=0.0005)
