@@ -1,15 +1,17 @@
 """Run a job that logs what its actors do, and kills its driver at a chosen commit.
 
-python -m tests.killable KILL JOB FLAGS...    KILL: never, or (before|after)[-replace]:N
+python -m tests.killable KILL JOB FLAGS...    KILL: never, (before|after)[-replace|-sources]:N, or ending:MS
 
-The driver dies before or after its Nth commit; with `replace`, only commits that remove files are counted. For each
-block that an actor begins, a line with the number of its rows goes to `work.log` next to the store.
+The driver dies before or after its Nth commit; with `replace`, only commits that remove files are counted, with
+`sources`, only those of that table. With `ending`, it dies so many milliseconds after the last rows have reached it.
+For each block that an actor begins, a line with the number of its rows goes to `work.log` next to the store.
 """
 
 import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,10 +64,14 @@ def kill_at(kill: str) -> None:
     from persona.store.table import Table
 
     when, _, number = kill.partition(":")
+    if when == "ending":
+        kill_while_ending(int(number) / 1000)
+        return
     original, seen = Table.commit, [0]
 
     def commit(table: Table, add: Any = (), remove: Any = (), **more: Any) -> None:
         counts = bool(remove) if "replace" in when else bool(add or remove)
+        counts = counts and ("sources" not in when or table.name == "sources")
         seen[0] += counts
         now = counts and seen[0] == int(number)
         if now and when.startswith("before"):
@@ -75,6 +81,19 @@ def kill_at(kill: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Table.commit = commit  # type: ignore[method-assign]
+
+
+def kill_while_ending(after_s: float) -> None:
+    """Make this process kill itself that long after it has been given the last rows to commit."""
+    original = commits.Committer.__exit__
+
+    def ending(committer: commits.Committer, *error: Any) -> None:
+        timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True  # a run that has ended by then has not been killed
+        timer.start()
+        original(committer, *error)
+
+    commits.Committer.__exit__ = ending  # type: ignore[method-assign]
 
 
 def main() -> int:

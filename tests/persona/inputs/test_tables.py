@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyiceberg.catalog
 import pytest
 from deltalake import DeltaTable, write_deltalake
-from pyiceberg.catalog import Catalog, load_catalog
+from pyiceberg.catalog import Catalog
 from pyiceberg.table import DataScan, FileScanTask
-from pyiceberg.utils.config import Config
 
 from persona import storage
 from persona.errors import InputError, UsageError
 from persona.inputs.files import InputFiles, check_uri, find_files, only_gained_rows
-from persona.inputs.iceberg import store_options
 from persona.inputs.reader import read_split, schema_of
 from persona.inputs.splits import cut
+from tests.iceberg_tables import sqlite_catalog
 
 # A field of a table with column mapping: its column in the files has another name.
 MAPPED = {
@@ -174,15 +172,10 @@ def test_deletion_vectors_are_refused_only_where_a_file_has_one(tmp_path: Path) 
 
 
 @pytest.fixture
-def catalog(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Catalog]:
-    """A catalog in a SQLite file that pyiceberg finds by the name `local`, with its tables on disk or on S3."""
-    monkeypatch.setenv("PYICEBERG_CATALOG__LOCAL__URI", f"sqlite:///{tmp_path}/catalog.db")
-    monkeypatch.setenv("PYICEBERG_CATALOG__LOCAL__WAREHOUSE", root if storage.is_s3(root) else f"file://{root}")
-    monkeypatch.setattr(pyiceberg.catalog, "_ENV_CONFIG", Config())  # which it reads once, when it is imported
-    found = load_catalog("local", **store_options())
-    found.create_namespace("app")
-    yield found
-    found.engine.dispose()  # type: ignore[attr-defined]  # or SQLite's connection is closed by the garbage collector
+def catalog(root: str, tmp_path: Path) -> Iterator[Catalog]:
+    """A catalog with its tables on disk or on S3."""
+    with sqlite_catalog(tmp_path / "catalog.db", root) as found:
+        yield found
 
 
 def test_an_iceberg_table_is_read_as_of_its_current_snapshot(catalog: Catalog) -> None:
