@@ -76,7 +76,7 @@ def test_a_list_of_files_is_small_and_comes_back_equal(n_files: int) -> None:
 
 
 def test_of_some_users_only_their_row_groups_are_read(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data_files._PARQUET, "row_group_size", 2)
+    monkeypatch.setattr(data_files, "_ROW_GROUP", 2)
     users = [user for user in (*NASTY, *map(str, range(200))) if bucket_of([user], 4)[0] == 0]
     refresh(local, behaviors(*((user, "1", "x", 1) for user in users)))
     table = local.table("behaviors")
