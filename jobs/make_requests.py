@@ -34,7 +34,7 @@ class Config:
     """Configuration of jobs.make_requests."""
 
     histories: str
-    """The histories that jobs.embed reads: Parquet or JSONL, a file or a folder, local or s3://."""
+    """The histories, as jobs.embed reads them: Parquet or JSONL files, a Delta or an Iceberg table."""
     out: str
     """Folder for the requests, local or s3://."""
     columns: str = ""

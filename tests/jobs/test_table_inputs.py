@@ -28,7 +28,7 @@ def flags(models: dict[str, str], s3: str) -> dict[str, Any]:
 
 def append(uri: str, rows: list[Row]) -> None:
     table = pa.Table.from_pylist(rows)
-    write_deltalake(uri, table, mode="append", storage_options=delta_options(uri), partition_by=None)
+    write_deltalake(uri, table, mode="append", storage_options=delta_options(uri))
 
 
 def found(done: Done) -> tuple[int, ...]:
@@ -82,5 +82,5 @@ def test_an_iceberg_table_that_grows_is_embedded_and_asked_about(
             assert found(done) == (1, n, n, n, snapshots[-1])
             assert f"Iceberg table, snapshot {snapshots[-1]}" in done.table
         check_everything_is_stored_and_recorded(flags["store"], sorted(snapshots))
-        made = do(make_requests, histories=histories, out=str(tmp_path / "requests"))
+        made = do(make_requests, histories=histories, out=str(tmp_path / "requests"), min_history=1, buckets=4)
         assert made.code == 0 and made.result["requests"] == 6 * 4
