@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100_000, help="number of users")
     parser.add_argument("--each", type=int, default=5, help="behaviors per user, at most 100")
     parser.add_argument("--width", type=int, default=many_users.WIDTH, help="components of a vector")
-    parser.add_argument("--block-rows", type=int, help="behaviors of a data file; the default on CPUs makes small files")
+    parser.add_argument("--block-rows", type=int, help="behaviors of a data file; few by default on CPUs")
     parser.add_argument("--folder", help="working folder (default: a temporary one, deleted at the end)")
     arguments = parser.parse_args()
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="scale-"))
