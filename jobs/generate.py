@@ -11,8 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, exchange, joining, plugs, pools, profile, reading, retrieval, session, staging
+from jobs.runtime import (
+    cli,
+    cost,
+    engines,
+    exchange,
+    joining,
+    plugs,
+    pools,
+    profile,
+    reading,
+    retrieval,
+    session,
+    staging,
+)
 from jobs.runtime.answers import AnswerSpec, Unanswered
+from jobs.runtime.busy import BusyTime
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
 from jobs.runtime.inputs import Histories, Requests, find_requests
@@ -21,13 +35,15 @@ from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import progress
 from jobs.runtime.tally import Counts, Tally
+from persona.engines.options import EngineOptions
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
-from persona.options import CostOptions, Decoding, Engine, PersonaKind, RetrievalOptions
+from persona.options import CostOptions, Decoding, PersonaKind, RetrievalOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from persona.engines.base import EngineSettings
     from persona.store.store import Store
 
 
@@ -49,14 +65,13 @@ class Config:
     retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
     past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
     models: Annotated[PlugModels, FLAT] = field(default_factory=PlugModels)
-    engine: Engine = "local"
-    """Engine that generates answers; local is transformers, on GPUs or CPUs."""
+    engine: Annotated[EngineOptions, FLAT] = field(default_factory=EngineOptions)
     batch_size: int = 32
-    """Requests answered together; lower it when a GPU runs out of memory."""
+    """Requests answered together; lower it when a GPU runs out of memory. vllm answers as many as memory allows."""
     keep_stale: bool = False
     """Write only missing answers; keep those whose history, request, plug, LLM or decoding has changed."""
     block_rows: int = 512
-    """Answers committed together; a killed run loses at most two such blocks per actor."""
+    """Answers committed together; a killed run loses at most two such blocks per actor, with vllm three."""
     pool: Annotated[LLMPool, FLAT] = field(default_factory=LLMPool)
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
@@ -76,6 +91,10 @@ class Config:
             raise UsageError(f"--persona {given}: give one or more of own, none, other, mean, bare, each at most once")
         if self.variant is not None and len(self.persona) > 1:
             raise UsageError("--variant names the answers of one persona; with several, each has the persona's name")
+        if self.engine.engine == "vllm" and self.pool.gpus_per_actor > 1:
+            raise UsageError(
+                f"--gpus-per-actor {self.pool.gpus_per_actor} is for --engine local; with vllm give --tensor-parallel"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +116,7 @@ def main(config: Config) -> Summary:
 
     with inputs.store.writer("generations", job="jobs.generate") as writer:
         machines = session.connect()
-        pool = ModelPool.plan(machines, config.pool)
+        pool = engines.plan_pool(machines, config.pool, config.engine)
         tally = Tally.start()
         with progress(tally, _progress_line), exchange.run_files(inputs.store.uri, "generations") as folder:
             requests = _requests(config, inputs, tally, folder)
@@ -128,6 +147,7 @@ def _inputs(config: Config) -> _Inputs:
         retrieved_tokens=config.retrieval.front_tokens,
         max_new_tokens=config.decoding.max_new_tokens,
     )
+    engines.check(plug, _engine_settings(config, plug), config.decoding)
     return _Inputs(requests=requests, store=store, plug=plug, histories=retrieval.plan(config.past_texts, config.form))
 
 
@@ -175,7 +195,23 @@ def _staged(
 
 
 def _answer_spec(config: Config, plug: PlugRef) -> AnswerSpec:
-    return AnswerSpec(plug=plug, decoding=config.decoding, retrieval=config.retrieval, variant=config.variant)
+    return AnswerSpec(
+        plug=plug,
+        decoding=config.decoding,
+        retrieval=config.retrieval,
+        variant=config.variant,
+        engine=engines.identity(config.engine, config.decoding),
+    )
+
+
+def _engine_settings(config: Config, plug: PlugRef) -> "EngineSettings":
+    return engines.settings_of(
+        plug,
+        config.engine,
+        precision=config.models.precision,
+        device=config.pool.device,
+        batch_size=config.batch_size,
+    )
 
 
 class Generate:
@@ -183,18 +219,13 @@ class Generate:
 
     def __init__(self, config: Config, plug: PlugRef, tally: Tally) -> None:
         session.quiet_models(config.pool.cpus_per_actor)
-        self.answerer = plugs.load_answerer(
-            plug,
-            engine=config.engine,
-            precision=config.models.precision,
-            device=config.pool.device,
-            batch_size=config.batch_size,
-            retrieved_tokens=config.retrieval.front_tokens,
+        self.answerer = engines.load_answerer(
+            plug, _engine_settings(config, plug), retrieved_tokens=config.retrieval.front_tokens
         )
         self.decoding = config.decoding
         self.plug = plug
         self.tally = tally
-        self.idle_since = time.perf_counter()
+        self.busy = BusyTime()
 
     def __call__(self, requests: "pa.Table") -> "pa.Table":
         """Rows of the generations table, in the order of the requests."""
@@ -202,19 +233,17 @@ class Generate:
 
         from persona.plug.request_tables import answer_all
 
-        started = time.perf_counter()
-        answers = answer_all(self.answerer, requests, self.decoding)
+        with self.busy.call() as times:
+            answers = answer_all(self.answerer, requests, self.decoding)
         if requests.num_rows:
             unit = f"{requests['request_id'][0]}/{requests['variant'][0]}"
             counts = {"answers": requests.num_rows, "tokens": sum(answers["n_tokens"].to_pylist())}
-            times = {"waiting": started - self.idle_since, "seconds": time.perf_counter() - started}
-            self.tally.note("generate", unit, {**counts, **times})
+            self.tally.note("generate", unit, {**counts, "waiting": times.waiting, "seconds": times.seconds})
         rows = requests.select(["request_id", "user_id", "variant", "n_behaviors", "fingerprint", "bucket", "change"])
         for name in ("output", "n_tokens", "finish_reason"):
             rows = rows.append_column(name, answers[name])
         for name, value in (("plug", self.plug.fingerprint), ("llm", self.plug.record.llm["name"])):
             rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
-        self.idle_since = time.perf_counter()
         return rows
 
 

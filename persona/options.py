@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 from persona.errors import UsageError
 from persona.option_checks import check_above_zero, check_at_least, check_default, given
 
-Engine = Literal["local"]
 # The names of sentence-transformers.
 Pooling = Literal["cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 Precision = Literal["auto", "bf16", "fp32"]

@@ -28,6 +28,8 @@ class AnswerSpec:
     decoding: Decoding
     retrieval: RetrievalOptions
     variant: str | None = None
+    engine: str = ""
+    """What the engine adds to that; see `persona.engines.base.EngineModule.identity`."""
 
     def variant_of(self, persona: str) -> str:
         """The name of a persona's answers in the table."""
@@ -36,7 +38,8 @@ class AnswerSpec:
     def fingerprint(self, row: Mapping[str, Any]) -> str:
         """Hash of everything the answer to a joined request depends on: an answer with another hash is out of date.
 
-        Precision and engine are left out, so that answers need not be generated again on another kind of machine.
+        Precision and engine are left out, so that answers need not be generated again on another kind of machine. An
+        engine that draws other random numbers is named.
         """
         content = {
             **{name: row[name] for name in _OF_REQUEST},
@@ -44,6 +47,8 @@ class AnswerSpec:
             "llm": self.plug.record.llm["fingerprint"],
             "decoding": self.decoding.facts(),
         }
+        if self.engine:
+            content["engine"] = self.engine
         if self.retrieval.retrieve:
             content |= {"retrieved": row["retrieved"], "retrieve_tokens": self.retrieval.retrieve_tokens}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

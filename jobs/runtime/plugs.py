@@ -13,8 +13,7 @@ from persona.errors import PlugMismatch
 if TYPE_CHECKING:
     from persona.models.prompts import PromptTokenizer
     from persona.models.resolve import ModelFolder
-    from persona.options import Engine, Precision, PromptOptions
-    from persona.plug.answerer import Answerer
+    from persona.options import Precision, PromptOptions
     from persona.plug.inspection import PlugAlone
     from persona.plug.personalized import PersonalizedLLM
     from persona.plug.record import PlugRecord
@@ -101,7 +100,7 @@ def find_plug(
             f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
         )
     check_vectors(plug, store.identity)
-    encoder, llm = _models(plug)
+    encoder, llm = models_of(plug)
     check_encoder(encoder)
     tokenizer = check_llm(
         llm,
@@ -177,40 +176,8 @@ def prompt_example(plug: PlugRef, *, retrieved: bool) -> str:
     from persona.models.prompts import PromptTokenizer
 
     record = plug.record
-    tokenizer = PromptTokenizer.load(_models(plug)[1], max_input_tokens=record.max_input_tokens, prompt=record.prompt)
+    tokenizer = PromptTokenizer.load(models_of(plug)[1], max_input_tokens=record.max_input_tokens, prompt=record.prompt)
     return tokenizer.example(n_soft=record.options.n_soft, retrieved=retrieved)
-
-
-def load_answerer(
-    plug: PlugRef,
-    *,
-    engine: "Engine",
-    precision: "Precision",
-    device: str | None,
-    batch_size: int,
-    retrieved_tokens: int,
-) -> "Answerer":
-    """The plug in front of an engine with its LLM, to generate answers.
-
-    Raises PlugMismatch if the plug or a model is not the one that the job started with.
-    """
-    from persona.engines.base import EngineSettings, new_engine
-    from persona.plug import folder as plug_folder
-
-    encoder, llm = _models(plug)
-    settings = EngineSettings(
-        max_input_tokens=plug.record.max_input_tokens,
-        prompt=plug.record.prompt,
-        precision=precision,
-        quantization=plug.record.llm_quantization,
-        device=device,
-        batch_size=batch_size,
-    )
-    loaded = new_engine(engine, llm, settings)
-    with plug.folder() as folder:
-        return plug_folder.load_answerer(
-            folder, encoder=encoder, engine=loaded, batch_size=batch_size, retrieved_tokens=retrieved_tokens
-        )
 
 
 def load_personalized(
@@ -221,7 +188,7 @@ def load_personalized(
     from persona.models.frozen_llm import FrozenLLM
     from persona.plug import folder as plug_folder
 
-    encoder, llm_folder = _models(plug)
+    encoder, llm_folder = models_of(plug)
     llm = FrozenLLM.load(
         llm_folder,
         max_input_tokens=plug.record.max_input_tokens,
@@ -245,7 +212,7 @@ def load_without_llm(plug: PlugRef) -> "PlugAlone":
         return PlugAlone.load(folder, encoder)
 
 
-def _models(plug: PlugRef) -> "tuple[ModelFolder, ModelFolder]":
+def models_of(plug: PlugRef) -> "tuple[ModelFolder, ModelFolder]":
     """Encoder and LLM on this node. Raises PlugMismatch if they are not those that the plug was trained with."""
     from persona.models import resolve as models
     from persona.plug import record as plug_record

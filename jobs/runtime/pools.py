@@ -27,6 +27,8 @@ class ModelPool:
     max_size: int
     num_cpus: int
     num_gpus: int
+    n_calls: int = 1
+    """Blocks that an actor works on at the same time, in as many threads."""
 
     @property
     def all_gpus(self) -> int:
@@ -34,27 +36,36 @@ class ModelPool:
         return self.max_size * self.num_gpus
 
     @classmethod
-    def plan(cls, machines: Machines, options: ActorPool) -> "ModelPool":
+    def plan(cls, machines: Machines, options: ActorPool, *, n_processes: int = 1, n_calls: int = 1) -> "ModelPool":
         """One actor per GPU, or on CPUs as many as leave cores for reads and commits; `actors` overrides the number.
 
         On GPUs the size is fixed, because such pools do not grow on an autoscaling cluster (Ray issue 59144). On CPUs,
         loading a model takes a core away from the reads that feed it, so half of the pool starts only when work queues
         up.
 
+        Args:
+            machines: of the cluster.
+            options: what an actor takes for each of its processes.
+            n_processes: processes in which an actor's engine holds parts of one LLM.
+            n_calls: blocks that an actor works on at the same time.
+
         Raises UsageError when an actor needs more GPUs than a node has.
         """
-        actors, cpus_per_actor = options.actors, options.cpus_per_actor
-        gpus_per_actor = options.gpus_per_actor if isinstance(options, LLMPool) else 1
-        if gpus_per_actor > max(machines.node_gpus, 1):
+        actors, cpus_per_actor = options.actors, options.cpus_per_actor * n_processes
+        gpus_per_process = options.gpus_per_actor if isinstance(options, LLMPool) else 1
+        most = max(machines.node_gpus, 1) if machines.gpus or n_processes == 1 else n_processes
+        if (gpus_per_actor := gpus_per_process * n_processes) > most:
+            flag = "--tensor-parallel × --pipeline-parallel =" if n_processes > 1 else "--gpus-per-actor"
             raise UsageError(
-                f"--gpus-per-actor {gpus_per_actor}: an actor's GPUs must be on one node, and the largest node has "
-                f"{machines.node_gpus}; take at most {max(machines.node_gpus, 1)}"
+                f"{flag} {gpus_per_actor}: an actor's GPUs must be on one node, and the largest node has "
+                f"{machines.node_gpus}; take at most {most}"
             )
         size = machines.n_models(actors, cpus_per_actor, gpus_per_actor)
         if machines.gpus:
             # An actor reserves no CPU: a pool that reserves all CPUs starves the reads before it (Ray issue 44687).
-            return cls(min_size=size, max_size=size, num_cpus=0, num_gpus=gpus_per_actor)
-        return cls(min_size=actors or (size + 1) // 2, max_size=size, num_cpus=cpus_per_actor, num_gpus=0)
+            return cls(min_size=size, max_size=size, num_cpus=0, num_gpus=gpus_per_actor, n_calls=n_calls)
+        min_size = actors or (size + 1) // 2
+        return cls(min_size=min_size, max_size=size, num_cpus=cpus_per_actor, num_gpus=0, n_calls=n_calls)
 
     def of_one(self) -> "ModelPool":
         """The same with a single actor."""
@@ -73,7 +84,12 @@ def by_models(
         batch_size=block_rows,
         batch_format="pyarrow",
         udf_modifying_row_count=False,
-        compute=ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+        compute=ActorPoolStrategy(
+            min_size=pool.min_size,
+            max_size=pool.max_size,
+            max_concurrent_calls_per_actor=pool.n_calls if pool.n_calls > 1 else None,
+            enable_true_multi_threading=pool.n_calls > 1,
+        ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus or None,
     )

@@ -16,6 +16,18 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import Decoding
 
+N_CALLS = 1
+
+
+def check(folder: ModelFolder, settings: EngineSettings, decoding: Decoding) -> None:
+    """Nothing to refuse: `persona.models.llm_kinds` and `persona.engines.rules` judge the LLM for every engine."""
+
+
+def identity(decoding: Decoding) -> str:
+    """Nothing: the search algorithms are those of transformers, and a seed gives the same draws."""
+    del decoding
+    return ""
+
 
 def load(folder: ModelFolder, settings: EngineSettings) -> Engine:
     """Loads the LLM of a folder, on a GPU if there is one. Raises InputError if it would not answer rightly."""
@@ -61,7 +73,8 @@ class LocalEngine:
         answers: dict[int, Answer] = {}
         for batch in self._batches(prompts):
             generated = self._generate([seeded[i] for i in batch], decoding)
-            answers |= zip(batch, map(self._answer, generated), strict=True)
+            found = [Answer.of(tokens, self.tokenizer, self.eos_ids) for tokens in generated]
+            answers |= zip(batch, found, strict=True)
         return [answers[i] for i in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
@@ -89,9 +102,3 @@ class LocalEngine:
             return beam_search(steps, rules, beams=decoding.beams)
         sampling = SeededSampling(decoding, [seed for _, seed in batch], self.device) if decoding.sample else None
         return sample(steps, rules, sampling)
-
-    def _answer(self, generated: list[int]) -> Answer:
-        end = next((i for i, token in enumerate(generated) if token in self.eos_ids), None)
-        tokens = generated[:end]
-        text = self.tokenizer.decode(tokens)
-        return Answer(text=text, n_tokens=len(tokens), finish_reason="length" if end is None else "stop")

@@ -11,11 +11,10 @@ from torch import Tensor
 from persona.engines.kv_cache import start_steps
 from persona.errors import InputError
 from persona.models.frozen_llm import FrozenLLM
-from persona.models.prompts import PromptIds
+from persona.models.prompts import PromptIds, PromptTokenizer
 
 _PROMPT_TOKENS, _TARGET_TOKENS = 7, 3
-# Largest difference, as a share of the difference that another input makes. Rounding in bf16 causes some percent; a
-# wrong position, mask or scale causes much more.
+# Rounding in bf16 causes some percent; a wrong position, mask or scale causes much more.
 _TOLERANCE = {torch.float32: 0.005}
 _COARSE_TOLERANCE = 0.15
 
@@ -29,9 +28,8 @@ def check_llm(llm: FrozenLLM) -> None:
     name, kind = llm.model.name_or_path, llm.model.config.model_type
     llm.eval()  # a cache and recomputed activations exclude each other
     try:
-        tolerance = _TOLERANCE.get(llm.dtype, _COARSE_TOLERANCE)
         for what, difference in _differences(llm):
-            if not difference <= tolerance:
+            if not difference <= tolerance(llm.dtype):
                 precision = "; try --precision fp32" if llm.dtype is not torch.float32 else ""
                 raise InputError(
                     f"--llm {name} ({kind}): the scores of {what} differ from those of plain transformers, by "
@@ -48,9 +46,25 @@ def check_llm(llm: FrozenLLM) -> None:
         llm.train()
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest difference that rounding causes, as a share of the difference that another text makes."""
+    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+
+
+def some_ids(tokenizer: PromptTokenizer, n_tokens: int) -> tuple[PromptIds, PromptIds]:
+    """Two prompts of ordinary tokens from all over a vocabulary of `n_tokens`."""
+    special = {*tokenizer.pretrained.all_special_ids, 0}
+    spread = torch.linspace(0, n_tokens - 1, min(n_tokens, 8 * _PROMPT_TOKENS)).long().tolist()
+    ids = [token for token in dict.fromkeys(spread) if token not in special]
+    rows = [ids[start :: max(len(ids) // _PROMPT_TOKENS, 1)][:_PROMPT_TOKENS] for start in (0, 1)]
+    first, second = (PromptIds(before=row[:2], after=row[2:]) for row in rows)
+    return first, second
+
+
 def _differences(llm: FrozenLLM) -> Iterator[tuple[str, float]]:
     """What was compared, and how different it is."""
-    first, second = _some_ids(llm)
+    n_tokens = min(llm.model.get_input_embeddings().num_embeddings, len(llm.tokenizer.pretrained))
+    first, second = some_ids(llm.tokenizer, n_tokens)
     short = PromptIds(before=second.before, after=second.after[: _PROMPT_TOKENS // 2])
     target = [*first.after[:_TARGET_TOKENS]]
     plain = {id(prompt): _plain_logits(llm, prompt, target) for prompt in (first, second, short)}
@@ -75,17 +89,6 @@ def _differences(llm: FrozenLLM) -> Iterator[tuple[str, float]]:
     for i, token in enumerate(target[:-1]):
         scores_RV = steps.step(torch.full_like(rows, token))
         yield "a later token of an answer", compare(scores_RV, expected_BNV[rows, i + 1])
-
-
-def _some_ids(llm: FrozenLLM) -> tuple[PromptIds, PromptIds]:
-    """Two prompts of ordinary tokens from all over the vocabulary."""
-    n_tokens = min(llm.model.get_input_embeddings().num_embeddings, len(llm.tokenizer.pretrained))
-    special = {*llm.tokenizer.pretrained.all_special_ids, 0}
-    spread = torch.linspace(0, n_tokens - 1, min(n_tokens, 8 * _PROMPT_TOKENS)).long().tolist()
-    ids = [token for token in dict.fromkeys(spread) if token not in special]
-    rows = [ids[start :: max(len(ids) // _PROMPT_TOKENS, 1)][:_PROMPT_TOKENS] for start in (0, 1)]
-    first, second = (PromptIds(before=row[:2], after=row[2:]) for row in rows)
-    return first, second
 
 
 def _plain_logits(llm: FrozenLLM, prompt: PromptIds, target: Sequence[int]) -> Tensor:

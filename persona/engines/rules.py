@@ -104,12 +104,14 @@ def check_rules(config: GenerationConfig, *, is_encoder_decoder: bool, flag: str
 
 def check_folder(folder: ModelFolder) -> None:
     """Raises InputError as `check_rules` does, for the LLM in a folder, without its weights."""
-    config = load_config(folder)
+    check_rules(generation_config(folder), is_encoder_decoder=bool(load_config(folder).is_encoder_decoder))
+
+
+def generation_config(folder: ModelFolder) -> GenerationConfig:
+    """What the LLM in a folder demands of its answers."""
     if (folder.path / "generation_config.json").is_file():
-        rules = GenerationConfig.from_pretrained(folder.path, local_files_only=True)
-    else:
-        rules = GenerationConfig.from_model_config(config)
-    check_rules(rules, is_encoder_decoder=bool(config.is_encoder_decoder))
+        return GenerationConfig.from_pretrained(folder.path, local_files_only=True)
+    return GenerationConfig.from_model_config(load_config(folder))
 
 
 def answer_rules(

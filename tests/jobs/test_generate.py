@@ -1,6 +1,7 @@
 """Tests for `generate` on a real Ray: which history a request sees, what is answered, and what is skipped."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from jobs import generate
 from jobs.runtime import plugs
 from jobs.runtime.job_options import PlugModels
 from jobs.runtime.tally import Tally
-from persona.engines.base import EngineSettings, new_engine
+from persona.engines import local
+from persona.engines.base import EngineSettings
+from persona.engines.options import EngineOptions
 from persona.errors import UsageError
 from persona.inputs import histories as persona_histories
 from persona.inputs.requests import SCHEMA
@@ -53,7 +56,7 @@ def expected(uri: str, plug: str, rows: list[Row], persona: Any, decoding: Decod
     settings = EngineSettings(
         max_input_tokens=record.max_input_tokens, prompt=record.prompt, precision="fp32", batch_size=1
     )
-    engine = new_engine("local", llm, settings)
+    engine = local.load(llm, settings)
     answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1)
     found = {}
     for row in rows:
@@ -101,10 +104,24 @@ def test_a_dry_run_shows_what_the_llm_reads(refuse: Job, flags: dict[str, Any]) 
 def test_an_unknown_engine_is_refused(refuse: Job, flags: dict[str, Any], plug: str) -> None:
     done = refuse(generate, engine="remote", **flags)
     assert (done.code, done.result) == (2, None)
-    assert "--engine 'remote': must be local" in done.said
-    config = generate.Config(requests="r", store="s", plug=plug, engine="remote")
+    assert "--engine 'remote': must be local or vllm" in done.said
+    config = generate.Config(requests="r", store="s", plug=plug, engine=EngineOptions(engine="remote"))
     with pytest.raises(UsageError, match="unknown name 'remote': persona.engines has no module"):
         generate.Generate(config, plugs.read_plug(plug), Tally(actor=None))
+
+
+def test_flags_of_vllm_need_vllm(refuse: Job, flags: dict[str, Any]) -> None:
+    done = refuse(generate, **flags, tensor_parallel=2)
+    assert (done.code, "--tensor-parallel 2 has no effect without --engine vllm" in done.said) == (2, True)
+    done = refuse(generate, **flags, engine="vllm", gpus_per_actor=2)
+    assert (done.code, "--gpus-per-actor 2 is for --engine local" in done.said) == (2, True)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_vllm_is_refused_where_it_is_not_installed(refuse: Job, flags: dict[str, Any]) -> None:
+    done = refuse(generate, **flags, engine="vllm")
+    assert (done.code, "--engine vllm: vLLM is not installed" in done.said) == (2, True)
+    assert "pip install 'persona-plug[vllm]'" in done.said
 
 
 def test_only_changed_requests_are_answered_again(do: Job, flags: dict[str, Any]) -> None:
@@ -138,7 +155,7 @@ def test_what_makes_an_answer_out_of_date(plug: str, models: dict[str, str], tmp
     same = [
         fingerprint({**row, "as_of": START}),
         fingerprint(config=replace(config, batch_size=1, requests="elsewhere")),
-        fingerprint(config=replace(config, engine="another", models=fp32)),
+        fingerprint(config=replace(config, engine=EngineOptions(engine="vllm"), models=fp32)),
     ]
     assert set(same) == {fingerprint()}
 
@@ -210,7 +227,7 @@ def test_retrieved_texts_are_the_best_of_the_visible_ones(
     settings = EngineSettings(
         max_input_tokens=record.max_input_tokens, prompt=record.prompt, precision="fp32", batch_size=1
     )
-    engine = new_engine("local", llm, settings)
+    engine = local.load(llm, settings)
     answerer = plug_folder.load_answerer(folder, encoder=encoder, engine=engine, batch_size=1, retrieved_tokens=24)
     reader = TextEncoder(encoder, pooling="cls", max_tokens=32, precision="fp32")
     n_stale = 0

@@ -41,3 +41,13 @@ def test_more_gpus_than_a_node_has_are_refused(machines, most):
 def test_on_cpus_cores_are_reserved():
     pool = ModelPool.plan(Machines(cores=8, gpus=0), LLMPool(cpus_per_actor=2))
     assert (pool.min_size, pool.max_size, pool.num_cpus, pool.all_gpus) == (2, 4, 2, 0)
+
+
+def test_an_engine_of_several_processes_reserves_devices_for_each():
+    pool = ModelPool.plan(EIGHT, LLMPool(), n_processes=4, n_calls=2)
+    assert (pool.max_size, pool.num_gpus, pool.n_calls) == (2, 4, 2)
+    said = "--tensor-parallel × --pipeline-parallel = 5: an actor's GPUs must be on one node"
+    with pytest.raises(UsageError, match=said):
+        ModelPool.plan(EIGHT, LLMPool(), n_processes=5)
+    pool = ModelPool.plan(Machines(cores=8, gpus=0), LLMPool(cpus_per_actor=2), n_processes=2)
+    assert (pool.max_size, pool.num_cpus) == (2, 4)

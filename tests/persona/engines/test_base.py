@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from persona.engines.base import Answer, Engine, EngineSettings, Prompt, new_engine
+from persona.engines.base import Answer, Engine, EngineSettings, Prompt, engine_module
 from persona.errors import PlugMismatch, UsageError
 from persona.models.prompts import PromptText, PromptTokenizer
 from persona.models.resolve import ModelFolder
@@ -54,7 +54,7 @@ def engine(llm_folder, monkeypatch) -> Engine:
     module = ModuleType("persona.engines.echo")
     module.load = load
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    return new_engine("echo", llm_folder, SETTINGS)
+    return engine_module("echo").load(llm_folder, SETTINGS)
 
 
 @pytest.fixture
@@ -111,6 +111,6 @@ def test_a_plug_of_another_width_is_refused(engine, encoder_folder, llm_folder, 
 
 
 @pytest.mark.parametrize("name", ["unheard_of", "base", "decoding", "a.b"])
-def test_a_name_that_is_no_engine_is_refused(llama_folder, name):
+def test_a_name_that_is_no_engine_is_refused(name):
     with pytest.raises(UsageError, match=f"unknown name '{name}': persona.engines has no module of this name"):
-        new_engine(name, llama_folder, SETTINGS)
+        engine_module(name)

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from persona.engines import local
-from persona.engines.base import Answer, EngineSettings, Prompt, new_engine
+from persona.engines.base import Answer, EngineSettings, Prompt, engine_module
 from persona.engines.local import LocalEngine
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptIds, PromptText
@@ -275,7 +275,7 @@ def test_retrieved_texts_change_the_answer_in_any_batch(llm):
 
 def test_the_engine_is_found_by_its_name_and_answers_like_its_llm(llm, llm_folder):
     settings = EngineSettings(max_input_tokens=256, prompt=PromptOptions(), precision="fp32", batch_size=2)
-    engine = new_engine("local", llm_folder, settings)
+    engine = engine_module("local").load(llm_folder, settings)
     prompts = prompts_of(llm, INPUTS)
     assert engine.answer(prompts, GREEDY, [0] * len(prompts)) == answer(llm, prompts, GREEDY)
     assert (engine.width, engine.dtype) == (llm.width, llm.dtype)

@@ -1,0 +1,6 @@
+"""Tests with vLLM itself, which needs an environment of its own: `make test-vllm`."""
+
+from importlib.util import find_spec
+
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*"]
