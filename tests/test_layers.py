@@ -35,7 +35,7 @@ ARROWS = {
     "exchange": {"inputs", "storage"},
     "store": {"errors", "field_types", "options", "inputs", "storage"},
     "models": {"errors", "options", "storage"},
-    "engines": {"errors", "extensions", "options", "models"},
+    "engines": {"errors", "extensions", "option_checks", "options", "models"},
     "plug": {"errors", "field_types", "options", "storage", "store", "models", "engines"},
     "training": {"errors", "options", "store", "models", "plug"},
     "demo": {"inputs"},

@@ -29,7 +29,7 @@ TEXTS = ["the movie is a comedy", "a", "it is of the title and it is a movie", "
 _HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 _GPT_HEADS = {"n_embd": 64, "n_head": 2}
 FAMILIES = {family.name: family for family in CAUSAL}
-EQUAL = ("Llama 3", "Qwen2.5-Instruct", "Qwen3", "Gemma 3", "Granite", "GPT-2")
+EQUAL = ("Llama 3", "Qwen2.5-Instruct", "Qwen3", "Gemma", "Granite", "GPT-2")
 
 
 def folder_of(name: str, target: Path) -> ModelFolder:
