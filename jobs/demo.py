@@ -18,6 +18,7 @@ from jobs import embed, evaluate, generate, import_lamp, train
 from jobs.runtime import cli
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import InputRows, PastTexts, check_limit
+from persona.engines.options import Engine, EngineOptions
 from persona.errors import UsageError
 from persona.options import Decoding, PersonaKind, PlugOptions, PromptOptions, TrainingOptions
 
@@ -42,6 +43,8 @@ class Config:
     """Seed of the made-up people and of the training; change it to see how much the result varies."""
     limit: int | None = None
     """Train on only this many requests, for a quick look at the steps; the plug then learns little."""
+    engine: Engine = "local"
+    """Engine that generates the answers; see jobs.generate."""
     dry_run: bool = False
     """Print what would be done, and start nothing."""
 
@@ -123,7 +126,7 @@ def _run_jobs(config: Config, setup: _Setup) -> Mapping[str, Any]:
     _run("import_lamp: convert a LaMP file to histories and requests", import_lamp.main, _importing(setup.out))
     _run("embed: encode each note, and store its vector", embed.main, _embedding(setup))
     _run("train: train the plug in front of the frozen LLM", train.main, _training(config, setup))
-    _run("generate: answer with the own persona, none, and someone else's", generate.main, _generating(setup))
+    _run("generate: answer with the own persona, none, and someone else's", generate.main, _generating(config, setup))
     return _run("evaluate: score the answers, and measure the losses", evaluate.main, _evaluating(setup))
 
 
@@ -183,13 +186,14 @@ def _training(config: Config, setup: _Setup) -> train.Config:
     )
 
 
-def _generating(setup: _Setup) -> generate.Config:
+def _generating(config: Config, setup: _Setup) -> generate.Config:
     return generate.Config(
         requests=setup.requests("test"),
         store=setup.store,
         plug=setup.plug,
         persona=tuple(_KINDS),
         decoding=Decoding(beams=1, max_new_tokens=8),
+        engine=EngineOptions(engine=config.engine),
         batch_size=48,
     )
 

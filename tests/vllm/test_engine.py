@@ -20,24 +20,17 @@ from persona.errors import InputError
 from persona.models.prompts import PromptText
 from persona.models.resolve import ModelFolder, resolve
 from persona.options import Decoding, PromptOptions
-from tests.llms import CAUSAL, Family, build
+from tests.vllm.models import tiny
 
 GREEDY = Decoding(max_new_tokens=12, beams=1)
 SAMPLED = Decoding(max_new_tokens=12, beams=1, sample=True, sampling_temperature=0.8, top_p=0.9)
 TEXTS = ["the movie is a comedy", "a", "it is of the title and it is a movie", "the the the", "of it"]
-# The smallest heads that vLLM has on CPUs.
-_HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
-_GPT_HEADS = {"n_embd": 64, "n_head": 2}
-FAMILIES = {family.name: family for family in CAUSAL}
-EQUAL = ("Llama 3", "Qwen2.5-Instruct", "Qwen3", "Gemma", "Granite", "GPT-2")
+# Plain, with rules in its generation_config.json, with scaled embeddings, with learned positions.
+EQUAL = ("Llama 3", "Qwen2.5-Instruct", "Gemma", "GPT-2")
 
 
 def folder_of(name: str, target: Path) -> ModelFolder:
-    """A tiny LLM of a family, with heads that vLLM supports."""
-    family: Family = FAMILIES[name]
-    heads = _GPT_HEADS if "n_head" in family.config else _HEADS
-    scale = {"query_pre_attn_scalar": 32} if "query_pre_attn_scalar" in family.config else {}
-    return resolve(str(build(replace(family, config={**family.config, **heads, **scale}), target)), flag="--llm")
+    return resolve(str(tiny(name, target)), flag="--llm")
 
 
 def settings(**options: Any) -> EngineSettings:
@@ -163,7 +156,7 @@ def kill_core(served: Any) -> None:
 
 
 def test_two_processes_share_each_layer(llama: ModelFolder, engine: Any) -> None:
-    served = start(replace(llama), tensor_parallel=2)
+    served = start(llama, tensor_parallel=2)
     try:
         prompts = prompts_of(served, TEXTS)
         assert served.answer(prompts, GREEDY, [0] * 5) == engine.answer(prompts, GREEDY, [0] * 5)
