@@ -1,5 +1,6 @@
 """The plug in front of an engine: requests with their histories become answers."""
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -29,13 +30,16 @@ class Answerer:
         self.query_text = query_text
         self.batch_size = batch_size
         self.retrieved_tokens = retrieved_tokens
+        # Threads overlap in the engine, if it allows that; tokenizers serve one at a time.
+        self._tokenizing = threading.Lock()
 
     def answer(
         self, rows: Sequence[Row], decoding: Decoding, *, persona: PersonaKind = PersonaKind.OWN
     ) -> list[Answer]:
         """Answers to any number of requests of one kind of persona, in their order."""
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        prompts = [prompt for batch in batches for prompt in self._prompts(batch, persona)]
+        with self._tokenizing:
+            prompts = [prompt for batch in batches for prompt in self._prompts(batch, persona)]
         return self.engine.answer(prompts, decoding, [decoding.row_seed(row["request_id"]) for row in rows])
 
     @torch.inference_mode()
