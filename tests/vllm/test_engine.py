@@ -74,7 +74,7 @@ def engine(llama: ModelFolder) -> Iterator[Any]:
 def small(llama: ModelFolder) -> Iterator[Any]:
     """The same with so small a cache that running requests are preempted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("persona.engines.vllm.engine.AsyncEngineArgs", _with(num_gpu_blocks_override=6, block_size=16))
+        patch.setattr("persona.engines.vllm.engine.AsyncEngineArgs", _with(num_gpu_blocks_override=6, block_size=32))
         started = start(llama, max_model_len=64)
     yield started
     started.client.close()

@@ -4,9 +4,11 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import psutil
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.inputs import EngineInput
 from vllm.outputs import CompletionOutput
@@ -59,7 +61,7 @@ class Client:
 
     def close(self) -> None:
         """Ends vLLM's processes."""
-        self._llm.shutdown()
+        _end(self._llm)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -108,5 +110,10 @@ class Client:
                     "short, lower --gpu-memory-utilization or --max-model-len, or raise --tensor-parallel"
                 ) from error
             self._n_restarts += 1
-            dead.shutdown()
+            _end(dead)
             self._llm = await self._start()
+
+
+def _end(llm: AsyncLLM) -> None:
+    with suppress(psutil.NoSuchProcess):  # a process that ends by itself while vLLM looks for it
+        llm.shutdown()
