@@ -57,7 +57,7 @@ def main() -> None:
     with Memory(os.getpid()) as memory:
         started = time.perf_counter()
         assert embed.main(config).result["committed"] == n_rows
-        report["embed"] = _rate(n_rows, started, cores)
+        _report(report, "embed", _rate(n_rows, started, cores), memory)
         input_bytes, store_bytes = _size(folder / "histories"), _size(folder / "store" / "behaviors")
 
         n_new = n_rows // 100
@@ -66,26 +66,31 @@ def main() -> None:
         started = time.perf_counter()
         refreshed = embed.main(config).result
         assert refreshed["committed"] == n_new
-        report["refresh"] = {
-            **_rate(n_new, started, cores),
+        shares = {
             "of_build": round((time.perf_counter() - started) / report["embed"]["seconds"], 4),
             "of_input": round(refreshed["bytes"] / input_bytes, 4),
             "of_store": round(refreshed["store_bytes_read"] / store_bytes, 4),
         }
+        _report(report, "refresh", {**_rate(n_new, started, cores), **shares}, memory)
 
         pq.write_table(_requests(arguments.users), folder / "requests.parquet")
         started = time.perf_counter()
-        report["join"] = {"requests": _join(folder), **_rate(arguments.users // 10, started, cores)}
-    report["peak_mib"] = {name: round(mib) for name, mib in sorted(memory.peaks_mib.items())}
-    for name in ("embed", "refresh", "join"):
-        print(f"{name:<10} {report[name]['seconds']:8.1f} s   {report[name]['per_s_core']:10,.0f} per second and core")
-    of = report["refresh"]
-    print(f"refresh    reads {of['of_input']:.2%} of the input and {of['of_store']:.2%} of the store's bytes,")
-    print(f"           and takes {of['of_build']:.2%} of the time of embed")
-    print(f"peak MiB   {report['peak_mib']}")
+        n_requests = _join(folder)
+        _report(report, "join", {**_rate(n_requests, started, cores), "requests": n_requests}, memory)
+    print(f"refresh    reads {shares['of_input']:.2%} of the input and {shares['of_store']:.2%} of the store's bytes,")
+    print(f"           and takes {shares['of_build']:.2%} of the time of embed")
     if arguments.folder is None:
         shutil.rmtree(folder)
     print(json.dumps(report))
+
+
+def _report(report: dict[str, Any], step: str, measured: dict[str, Any], memory: Memory) -> None:
+    """Add a step, and print it at once, because the next one may take long or fail."""
+    report[step] = measured
+    report["peak_mib"] = {name: round(mib) for name, mib in sorted(memory.peaks_mib.items())}
+    print(f"{step:<10} {measured['seconds']:8.1f} s   {measured['per_s_core']:10,.0f} per second and core", end="   ")
+    largest = max((mib, name) for name, mib in report["peak_mib"].items() if name != "driver")
+    print(f"driver {report['peak_mib']['driver']:,} MiB, largest worker {largest[0]:,} MiB ({largest[1]})", flush=True)
 
 
 def _rate(n: int, started: float, cores: int) -> dict[str, float]:
