@@ -91,6 +91,7 @@ def entrypoints() -> list[tuple[str, str]]:
             found += [(path.name, one) for one in every("entrypoint", document)]
             found += [(path.name, shlex.join(one)) for one in every("command", document) if "jobs.submit" in one]
     found += [("crontab", line) for line in crontab_commands()]
+    found += [("sky", line) for line in documents(CLUSTER / "sky.yaml")[0]["run"].splitlines()]
     for page in PAGES:
         found += [(name(page), line) for line in shell_lines(page) if calls_job(shlex.split(line))]
     return found

@@ -1,4 +1,4 @@
-"""`cluster/Dockerfile`: what the image is made of, and the arguments that it refuses."""
+"""`cluster/Dockerfile` and its workflow: what an image is made of, what it refuses, and when it gets a name."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.cluster.manifests import CLUSTER, ROOT
+from tests.cluster.manifests import CLUSTER, ROOT, documents
 from tests.pages import PAGES, shell_lines
 
 
@@ -39,3 +39,24 @@ def test_the_pages_build_the_image_for_cpus_with_that_index() -> None:
     for words in builds:
         arguments = {word.partition("=")[0] for word in words if "=" in word}
         assert arguments == ({"VARIANT", "TORCH_INDEX"} if "VARIANT=cpu" in words else set())
+
+
+def test_the_workflow_names_an_image_only_after_its_scan_and_pins_every_action() -> None:
+    workflow = documents(ROOT / ".github" / "workflows" / "image.yml")[0]
+    assert workflow["permissions"] == {}
+    job = workflow["jobs"]["build"]
+    assert job["permissions"] == {"contents": "read"}
+    steps = job["steps"]
+    for step in steps:
+        assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]), step
+    names = [step.get("uses", step.get("run", "")).split("@")[0].split("\n")[0] for step in steps]
+    build, scan = names.index("docker/build-push-action"), names.index("anchore/scan-action")
+    name = next(at for at, one in enumerate(names) if one.startswith("docker buildx imagetools create"))
+    assert build < scan < name
+    given = steps[build]["with"]
+    assert given["sbom"] is True and given["provenance"] == "mode=max" and "push-by-digest=true" in given["outputs"]
+    assert steps[scan]["with"]["fail-build"] is True and "outputs.digest" in steps[scan]["with"]["image"]
+    variants = {one["variant"]: one["suffix"] for one in job["strategy"]["matrix"]["include"]}
+    assert variants == {"cuda": "", "cpu": "-cpu"}
+    arguments = re.findall(r"^(\w+)=", given["build-args"], re.MULTILINE)
+    assert set(arguments) == set(re.findall(r"^ARG (\w+)", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE))

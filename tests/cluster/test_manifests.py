@@ -87,6 +87,27 @@ def test_the_jobs_accept_every_command(file: str, text: str) -> None:
     assert parse_job(text), file
 
 
+def test_skypilot_knows_every_field_of_its_file() -> None:
+    (task,) = documents(CLUSTER / "sky.yaml")
+    # Of SkyPilot's schema of a task (`sky/utils/schemas.py`).
+    assert task.keys() <= {
+        "name",
+        "workdir",
+        "num_nodes",
+        "resources",
+        "file_mounts",
+        "setup",
+        "run",
+        "envs",
+        "secrets",
+    }
+    resources = {"infra", "accelerators", "cpus", "memory", "disk_size", "use_spot", "image_id", "job_recovery"}
+    assert task["resources"].keys() <= resources
+    assert all(isinstance(value, str) for value in task["envs"].values())
+    # Without `job_recovery`, SkyPilot does not run a failed job again; it does so when a machine is lost.
+    assert "job_recovery" not in task["resources"]
+
+
 def test_a_renamed_flag_is_found() -> None:
     with pytest.raises(UsageError, match="--history"):
         parse_job("python -m jobs.embed --history a --store b")
