@@ -267,7 +267,8 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
         )
     )
     example = prompt_example(spec, inputs)
-    seen = first_look.look(inputs.requests, inputs.store, max_behaviors=config.max_behaviors)
+    must_see = config.training.empty_history < 1  # prompt tuning needs no history
+    seen = first_look.look(inputs.requests, inputs.store, max_behaviors=config.max_behaviors, must_see=must_see)
     table = [("would", would), *seen.rows(), *inputs.requests.rows(), *inputs.validation_rows()]
     result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt)}
     result |= {**seen.facts(), **inputs.requests.facts()}

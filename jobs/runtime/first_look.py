@@ -40,8 +40,11 @@ class FirstLook:
         }
 
 
-def look(requests: Requests, store: "Store", *, max_behaviors: int, flag: str = "--requests") -> FirstLook:
-    """Read the first requests with a target, and their users' behaviors. Raises UsageError if none sees a behavior."""
+def look(requests: Requests, store: "Store", *, max_behaviors: int, must_see: bool) -> FirstLook:
+    """Read the first requests with a target, and their users' behaviors.
+
+    Raises UsageError if none sees a behavior and `must_see`.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -58,10 +61,10 @@ def look(requests: Requests, store: "Store", *, max_behaviors: int, flag: str = 
             first.filter(pc.equal(first["bucket"], bucket)), store, bucket, max_behaviors=max_behaviors
         )
     ]
-    if not any(n_seen):
+    if must_see and not any(n_seen):
         raise UsageError(
-            f"{flag}: none of the first {len(n_seen):,} requests sees a behavior in {store.label}: the store has none "
-            "of their users, or nothing older than as_of; embed their histories first, or correct user_id or as_of"
+            f"--requests: none of the first {len(n_seen):,} requests sees a behavior in {store.label}: the store has "
+            "none of their users, or nothing older than as_of; embed their histories first, or correct user_id or as_of"
         )
     n_with_history = sum(n > 0 for n in n_seen)
     return FirstLook(n_requests=len(n_seen), n_with_history=n_with_history, mean_behaviors=sum(n_seen) / len(n_seen))

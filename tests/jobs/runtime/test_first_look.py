@@ -23,13 +23,13 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def look(folder: Path, store: Store, *users: str, **more: Any) -> first_look.FirstLook:
+def look(folder: Path, store: Store, *users: str, must_see: bool = True, **more: Any) -> first_look.FirstLook:
     rows = [
         {"request_id": f"r{i}", "user_id": user, "input": "i", "target": "t", **more} for i, user in enumerate(users)
     ]
     write(str(folder / "requests.jsonl"), rows)
     found = find_requests(str(folder / "requests.jsonl"), RequestFormat(), flag="--requests", needs_target=True)
-    return first_look.look(found, store, max_behaviors=4)
+    return first_look.look(found, store, max_behaviors=4, must_see=must_see)
 
 
 def test_requests_with_and_without_a_history_are_counted(tmp_path: Path, store: Store) -> None:
@@ -54,3 +54,11 @@ def test_a_store_from_which_no_request_sees_anything_is_refused(
     users = ("u0", "u1") if more else ("v0", "v1")
     with pytest.raises(UsageError, match=r"none of the first 2 requests sees a behavior in .*store.*embed their"):
         look(tmp_path, store, *users, **more)
+
+
+def test_prompt_tuning_may_see_nothing(tmp_path: Path, store: Store) -> None:
+    assert look(tmp_path, store, "v0", must_see=False).facts() == {
+        "looked_at": 1,
+        "with_history": 0,
+        "mean_behaviors": 0.0,
+    }
