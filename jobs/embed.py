@@ -147,7 +147,7 @@ def main(config: Config) -> Summary:
         machines = session.connect()
         pool = ModelPool.plan(machines, config.pool)
         tally, done = Tally.start(), Done()
-        with progress(tally, embed_summary.progress_line):
+        with progress(tally, "embed", embed_summary.stage_of):
             if inputs.has_work:
                 pool = _update(config, inputs, store, writers, machines, pool, tally, done)
             if inputs.plug is not None:
@@ -289,10 +289,12 @@ class Encode:
         """The column `text` becomes `vector`, see `encoding.encode`."""
         started = time.perf_counter()
         waited_s = started - self.idle_since
-        column, encoded = encoding.encode(self.encoder, behaviors)
-        if len(encoded.vectors):
-            first = behaviors.filter(behaviors["text"].is_valid()).slice(0, 1)
-            unit = f"{first['user_id'][0]}/{first['behavior_id'][0]}"
+        first = behaviors.filter(behaviors["text"].is_valid()).slice(0, 1)
+        unit = f"{first['user_id'][0]}/{first['behavior_id'][0]}" if first.num_rows else ""
+        column, encoded = encoding.encode(
+            self.encoder, behaviors, tell=lambda n_done: self.tally.note_soon("encoding", unit, {"rows": n_done})
+        )
+        if unit:
             counts = {"rows": len(encoded.vectors), "tokens": encoded.n_tokens, "padded": encoded.n_padded}
             times = {"seconds": time.perf_counter() - started, "tokenizing": encoded.tokenize_s, "waiting": waited_s}
             self.tally.note("encode", unit, {**counts, **times})

@@ -31,7 +31,7 @@ from jobs.runtime.job_options import FLAT, InputRows, LLMPool, PastTexts, PlugMo
 from jobs.runtime.losses import Losses
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
-from jobs.runtime.progress import progress
+from jobs.runtime.progress import Stage, progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import InputError, UsageError
 from persona.option_checks import check_at_least
@@ -124,7 +124,7 @@ def main(config: Config) -> Summary:
     machines = session.connect()
     pool = ModelPool.plan(machines, config.pool)
     tally = Tally.start()
-    with progress(tally, _progress_line), exchange.run_files(inputs.out, "evaluate") as folder:
+    with progress(tally, "evaluate", _stage_of), exchange.run_files(inputs.out, "evaluate") as folder:
         requests = _requests(config, inputs, store, variants, tally, folder)
         measured = losses.measure(requests.rows, _loss_settings(config, inputs.plug), pool, tally)
     if not measured["request_id"]:
@@ -332,10 +332,10 @@ def _percent(interval: Mapping[str, float]) -> str:
     return f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
 
 
-def _progress_line(counts: Counts, seconds: float) -> str:
-    joined = counts.get("join", {})
-    done = int(counts.get("loss", {}).get("rows", 0))
-    return f"evaluate: loss of {done:,} of {int(joined['kept']):,} rows, {done / seconds:,.1f}/s" if joined else ""
+def _stage_of(counts: Counts) -> Stage | None:
+    if not (joined := counts.get("join")):
+        return None
+    return Stage(name="loss", done=int(counts.get("loss", {}).get("rows", 0)), total=int(joined["kept"]), unit="rows")
 
 
 if __name__ == "__main__":

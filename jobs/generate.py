@@ -33,7 +33,7 @@ from jobs.runtime.inputs import Histories, Requests, find_requests
 from jobs.runtime.job_options import FLAT, InputRows, LLMPool, PastTexts, PlugModels, RequestFormat
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
-from jobs.runtime.progress import progress
+from jobs.runtime.progress import Stage, progress
 from jobs.runtime.tally import Counts, Tally
 from persona.engines.options import EngineOptions
 from persona.errors import UsageError
@@ -118,7 +118,7 @@ def main(config: Config) -> Summary:
         machines = session.connect()
         pool = engines.plan_pool(machines, config.pool, config.engine)
         tally = Tally.start()
-        with progress(tally, _progress_line), exchange.run_files(inputs.store.uri, "generations") as folder:
+        with progress(tally, "generate", _stage_of), exchange.run_files(inputs.store.uri, "generations") as folder:
             requests = _requests(config, inputs, tally, folder)
             with Committer(writer, tally) as committer:
                 for staged in _staged(config, inputs, requests, pool, tally):
@@ -247,12 +247,12 @@ class Generate:
         return rows
 
 
-def _progress_line(counts: Counts, seconds: float) -> str:
-    joined = counts.get("join", {})
-    if not joined:
-        return ""
-    done = int(counts.get("commit", {}).get("rows", 0))
-    return f"generate: {done:,} of {int(joined['kept']):,} answers committed, {done / seconds:,.1f}/s"
+def _stage_of(counts: Counts) -> Stage | None:
+    if not (joined := counts.get("join")):
+        return None
+    committed = f"{int(counts.get('commit', {}).get('rows', 0)):,} committed"
+    n_answers = int(counts.get("generate", {}).get("answers", 0))
+    return Stage(name="generate", done=n_answers, total=int(joined["kept"]), unit="answers", note=committed)
 
 
 def _summary(config: Config, inputs: _Inputs, found: reading.Found, counts: Counts, seconds: float) -> Summary:

@@ -16,7 +16,7 @@ from jobs.runtime import cli, exchange, reading, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Histories, find_histories
 from jobs.runtime.job_options import FLAT, InputFormat, check_buckets
-from jobs.runtime.progress import progress
+from jobs.runtime.progress import Stage, progress
 from jobs.runtime.receipts import Receipts, receipt
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import UsageError
@@ -89,7 +89,7 @@ def main(config: Config) -> Summary:
         return Summary(table=[("would", would), *histories.rows()], result=plan)
     session.connect()
     tally, receipts = Tally.start(), Receipts()
-    with progress(tally, _progress_line), exchange.run_files(out, "make_requests") as folder:
+    with progress(tally, "make_requests", _stage_of), exchange.run_files(out, "make_requests") as folder:
         for written in _written(config, histories, out, tally, folder):
             receipts.taken_from(written)
     counts = receipts.counts
@@ -167,13 +167,12 @@ def _left_out(config: Config, counts: Mapping[str, int]) -> str:
     return ", ".join(f"{counts.get(name, 0):,} {reason}" for name, reason in reasons.items())
 
 
-def _progress_line(counts: Counts, seconds: float) -> str:
-    done = counts.get("make", {})
-    if not done:
-        return ""
-    return (
-        f"make_requests: {int(done['requests']):,} requests from {int(done['behaviors']):,} behaviors, {seconds:,.0f} s"
-    )
+def _stage_of(counts: Counts) -> Stage | None:
+    n_read = int(counts.get("read", {}).get("rows", 0))
+    if made := counts.get("make"):
+        requests = f"{int(made['requests']):,} requests"
+        return Stage(name="make", done=int(made["behaviors"]), total=n_read, unit="behaviors", note=requests)
+    return Stage(name="read", done=n_read, total=None, unit="behaviors") if n_read else None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 `ray job submit` exits with 1 whatever the command's exit code was, with 0 for a job that was stopped, and with 0 when
 it merely loses the connection that follows the log. `jobs.submit` asks the cluster for the job's status until the job
-has ended. It does not start an id that exists already but waits for that job: a schedule that fires twice runs once.
+has ended. It does not start an id that exists already but waits for that job: a schedule that fires twice runs once. An
+id that belongs to another command is refused, because that job's success would say nothing about this command.
 """
 
 import json
@@ -34,7 +35,7 @@ class Config:
     entrypoint: str
     """The command, as for a shell: 'python -m jobs.embed --histories ... --store ...'."""
     id: str
-    """Id of the job, derived from the time it is due, like refresh-2026-01-31: an id is never started twice."""
+    """Id of the job, derived from the time it is due, like refresh-2026-01-31: an id never starts twice."""
     address: str = ""
     """Address of the cluster's dashboard, http://host:8265; default RAY_API_SERVER_ADDRESS."""
     working_dir: str | None = None
@@ -63,6 +64,8 @@ def main(config: Config) -> Summary:
     started = time.perf_counter()
     client = _answer(config, lambda: _client(config))
     is_new = _submit(client, config)
+    if not is_new:
+        _check_same_command(client, config)
     log.say(f"submit: {config.id} {'submitted' if is_new else 'exists and is not started again; waiting for it'}")
     details = _wait(client, config)
     lines = _answer(config, lambda: client.get_job_logs(config.id)).splitlines()
@@ -104,6 +107,16 @@ def _submit(client: "JobSubmissionClient", config: Config) -> bool:
         return True
 
     return _answer(config, submit)
+
+
+def _check_same_command(client: "JobSubmissionClient", config: Config) -> None:
+    """Raises UsageError if the id belongs to a job with another entrypoint."""
+    existing = _answer(config, lambda: client.get_job_info(config.id))
+    if existing.entrypoint != config.entrypoint:
+        raise UsageError(
+            f"--id {config.id!r} belongs to another command, {existing.entrypoint!r} ({existing.status.value}); "
+            "nothing was submitted: give this command an id of its own"
+        )
 
 
 def _wait(client: "JobSubmissionClient", config: Config) -> "JobDetails":

@@ -10,11 +10,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, plugs, profile, retrieval, session
+from jobs.runtime import cli, cost, first_look, plugs, profile, retrieval, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Requests, find_requests
 from jobs.runtime.job_options import FLAT, InputRows, PastTexts, RequestFormat
-from jobs.runtime.progress import progress
+from jobs.runtime.progress import Stage, progress
 from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.training.inputs import TrainingInputs, join_and_split, prompt_example
 from jobs.runtime.training.publish import publish, summary
@@ -137,7 +137,7 @@ def main(config: Config) -> Summary:
     requests = join_and_split(spec, inputs, run.behaviors_version, tally)
     requests.check(global_batch=config.training.global_batch, n_workers=n_workers)
     run.begin(requests.n_train)
-    with progress(tally, _progress_line):
+    with progress(tally, "train", _stage_of):
         result = fit(spec, inputs, requests, tally, machines, n_workers=n_workers, max_failures=config.max_failures)
     published = publish(spec, inputs, result, requests.n_train)
     counts, seconds = tally.totals(), time.perf_counter() - started
@@ -267,8 +267,11 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
         )
     )
     example = prompt_example(spec, inputs)
-    table = [("would", would), *inputs.requests.rows(), *inputs.validation_rows()]
-    result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), **inputs.requests.facts()}
+    must_see = config.training.empty_history < 1  # prompt tuning needs no history
+    seen = first_look.look(inputs.requests, inputs.store, max_behaviors=config.max_behaviors, must_see=must_see)
+    table = [("would", would), *seen.rows(), *inputs.requests.rows(), *inputs.validation_rows()]
+    result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt)}
+    result |= {**seen.facts(), **inputs.requests.facts()}
     return cost.planned(
         cli.with_prompt_example(Summary(table=table, result=result), example),
         config.cost,
@@ -295,13 +298,13 @@ def _with_profile(
     return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving="more CPUs for Ray would feed it")
 
 
-def _progress_line(counts: Counts, _seconds: float) -> str:
-    now = counts.get("train")
-    if not now:
-        return ""
+def _stage_of(counts: Counts) -> Stage | None:
+    if not (now := counts.get("train")):
+        return None
     held_out = f", held-out {now['validation']:.4f}" if now["validation"] else ""
-    step = f"train: step {int(now['step']):,} of {int(now['of']):,}, loss {now['loss']:.4f}{held_out}"
-    return f"{step}, {now['requests_per_s']:.1f} requests/s"
+    resumed = f", resumed at step {int(now['begun']):,}" if now["begun"] else ""
+    note = f"loss {now['mean_loss']:.4f}{held_out}{resumed}"
+    return Stage(name="train", done=int(now["step"]), total=int(now["of"]), unit="steps", note=note)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 from jobs.runtime import log
 from jobs.runtime.configuration import read_config
 from jobs.runtime.remote_errors import find_persona_error
+from jobs.runtime.session import TERMINATED
 
 ConfigT = TypeVar("ConfigT")
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+_CONTINUES = "what is committed stays, and the same command continues from there"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,13 @@ def run(
             if not ray_was_running and _ray_is_running():
                 sys.modules["ray"].shutdown()
     except KeyboardInterrupt:
-        log.say("interrupted", level="warning")
+        log.say(f"interrupted; {_CONTINUES}", level="warning")
         return INTERRUPTED
+    except SystemExit as end:
+        if end.code != TERMINATED:
+            raise
+        log.say(f"terminated; {_CONTINUES}", level="warning")
+        return TERMINATED
     except Exception as error:
         known = find_persona_error(error)
         if known is None and not log.in_json():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from jobs.runtime import cost, profile, reading
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Histories
+from jobs.runtime.progress import Stage
 from jobs.runtime.receipts import Receipts
 from jobs.runtime.session import Machines
 from jobs.runtime.sources import Planned
@@ -26,14 +27,19 @@ class Done:
     blocker: str = ""
 
 
-def progress_line(counts: Counts, seconds: float) -> str:
-    """The line while the job runs."""
+def stage_of(counts: Counts) -> Stage | None:
+    """What the job is doing."""
+    if updated := counts.get("personas"):
+        return Stage(name="personas", done=int(updated["rows"]), total=None, unit="users")
     compared = counts.get("compare", {})
-    if not compared:
-        return f"embed: read {int(counts.get('read', {}).get('rows', 0)):,} behaviors" if counts else ""
-    total = int(compared.get("new", 0) + compared.get("edited", 0))
-    done = int(counts.get("commit", {}).get("rows", 0))
-    return f"embed: {done:,} of {total:,} behaviors encoded and committed, {done / seconds:,.0f}/s"
+    if total := int(compared.get("new", 0) + compared.get("edited", 0)):
+        done = int(counts.get("encoding", {}).get("rows", 0))
+        committed = f"{int(counts.get('commit', {}).get('rows', 0)):,} committed"
+        return Stage(name="encode", done=done, total=total, unit="behaviors", note=committed)
+    if known := int(compared.get("known", 0)):
+        return Stage(name="compare", done=known, total=None, unit="behaviors")
+    n_read = int(counts.get("read", {}).get("rows", 0))
+    return Stage(name="read", done=n_read, total=None, unit="behaviors") if n_read else None
 
 
 def summary(

@@ -1,10 +1,13 @@
 """The encoder of a store: its identity, how workers load it, and how behaviors become vectors."""
 
+import time
 from typing import TYPE_CHECKING
 
 from persona.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pyarrow as pa
 
     from persona.models.encoder import Encoded, TextEncoder
@@ -60,10 +63,13 @@ def load_encoder(
     )
 
 
-def encode(encoder: "TextEncoder", behaviors: "pa.Table") -> "tuple[pa.BinaryArray, Encoded]":
+def encode(
+    encoder: "TextEncoder", behaviors: "pa.Table", *, tell: "Callable[[int], None]"
+) -> "tuple[pa.BinaryArray, Encoded]":
     """A column of vectors, 2·d bytes of little-endian float16 each and null where there is no text.
 
-    Also returns what the encoder returned for the behaviors that have a text.
+    Also returns what the encoder returned for the behaviors that have a text. `tell` hears how many of them are done:
+    once a second at most, since a GPU does hundreds of batches in that time, and at the end.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -72,9 +78,21 @@ def encode(encoder: "TextEncoder", behaviors: "pa.Table") -> "tuple[pa.BinaryArr
 
     has_text = behaviors["text"].is_valid()
     texts = behaviors["text"].filter(has_text).to_pylist()
-    encoded = encoder.encode(texts)
+    encoded = encoder.encode(texts, on_batch=_once_a_second(tell, len(texts)))
     column = vectors.to_column(encoded.vectors)
     if len(texts) < behaviors.num_rows:
         number = pc.cumulative_sum(has_text.cast(pa.int64()))  # of texts up to each row
         column = column.take(pc.if_else(has_text, pc.subtract(number, 1), None).combine_chunks())
     return column, encoded
+
+
+def _once_a_second(tell: "Callable[[int], None]", n_all: int) -> "Callable[[int], None]":
+    told_at = time.perf_counter()
+
+    def on_batch(n_done: int) -> None:
+        nonlocal told_at
+        if n_done == n_all or time.perf_counter() - told_at >= 1:
+            tell(n_done)
+            told_at = time.perf_counter()
+
+    return on_batch

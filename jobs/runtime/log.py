@@ -21,4 +21,10 @@ def say(message: str, *, level: str = "info", trace: str | None = None) -> None:
         line = json.dumps(fields if trace is None else {**fields, "traceback": trace})
     else:
         line = f"{trace or ''}{'error: ' if level == 'error' else ''}{message}"
-    print(line, file=sys.stderr, flush=True)
+    if "tqdm" in sys.modules:  # a bar may be on the terminal: write above it
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+    else:
+        print(line, file=sys.stderr, flush=True)

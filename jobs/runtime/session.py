@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from jobs.runtime import log
 from persona.errors import UsageError
 
+TERMINATED = 143  # what shells report for a process ended by SIGTERM
 # Ray's CPUs are slots for tasks: reads, joins and commits need some besides the actors, even on two cores.
 _MIN_LOCAL_CPUS = 6
 _POLL_S = 0.5
@@ -78,6 +82,7 @@ def connect() -> Machines:
             _attach()
         else:
             _start(n_local_cpus)
+    _end_on_sigterm()
     _configure_ray_data()
     _wait_for_gpus()
     resources = ray.cluster_resources()
@@ -89,6 +94,12 @@ def connect() -> Machines:
     return Machines(
         cores=cores, gpus=int(resources.get("GPU", 0)), node_gpus=node_gpus, is_ours=is_local and not attach
     )
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM end the job by SystemExit, so that leases are released; Ray's own handler prints a stack instead."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
 
 def _attach() -> None:

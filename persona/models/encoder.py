@@ -4,7 +4,7 @@ Shapes: N texts, T tokens, d width of vectors.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -93,13 +93,14 @@ class TextEncoder:
         return encoder_model.token_rows(self.tokenizer, list(texts), prompt=self.prompt, max_tokens=self.max_tokens)
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str]) -> Encoded:
+    def encode(self, texts: Sequence[str], *, on_batch: Callable[[int], None] | None = None) -> Encoded:
         """Encodes texts, in their order.
 
-        A thread tokenizes the next part of the texts while the model works on the current one.
+        A thread tokenizes the next part of the texts while the model works on the current one. `on_batch` is told how
+        many texts are done, after each batch.
         """
         vectors = np.empty((len(texts), self.width), dtype=np.float16)
-        n_tokens = n_padded = 0
+        n_tokens = n_padded = n_done = 0
         done = []
         parts = list(_parts(texts, max(_FIRST_TOKENS, 2 * self.token_budget)))
         with ThreadPoolExecutor(1) as pool_of_one:
@@ -113,6 +114,9 @@ class TextEncoder:
                 done.append(([number for number, _ in batch], pooled_Nd))
                 n_tokens += sum(len(row) for _, row in batch)
                 n_padded += n
+                n_done += len(batch)
+                if on_batch is not None:
+                    on_batch(n_done)
         # Only now, because a copy to the CPU waits for the device: all batches are queued by then.
         for numbers, pooled_Nd in done:
             vectors[numbers] = pooled_Nd.cpu().numpy()

@@ -13,6 +13,12 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _KEY = re.compile(r"[A-Za-z0-9!_.*'()/=+,:@&$;~-]*")
 
 
+_OTHER_CLOUDS = {
+    **dict.fromkeys(("gs", "gcs"), "Google Cloud Storage"),
+    **dict.fromkeys(("az", "azure", "abfs", "abfss", "adl", "wasb", "wasbs"), "Azure Storage"),
+}
+
+
 def is_s3(uri: str) -> bool:
     """Whether the URI is on an object store rather than on the local disk."""
     return uri.startswith(S3)
@@ -29,6 +35,12 @@ def check_uri(uri: str, *, flag: str) -> str:
     scheme, colon, rest = uri.partition("://")
     if not colon or scheme == "file":
         return os.path.normpath(Path(rest if colon else uri).expanduser().absolute())
+    if scheme in _OTHER_CLOUDS:
+        raise UsageError(
+            f"{flag}: {_OTHER_CLOUDS[scheme]} ({scheme}://) is not supported: commits rely on a store that refuses to "
+            "create an object twice, which is tested on S3 and S3-compatible stores only; give s3://bucket/prefix or a "
+            "local path"
+        )
     if scheme != "s3":
         raise UsageError(f"{flag}: unknown scheme {scheme}://; give a local path or s3://bucket/prefix")
     bucket, _, key = rest.partition("/")

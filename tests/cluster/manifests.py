@@ -1,26 +1,41 @@
-"""The files of `cluster/`, read once for all tests: documents, pods, and the commands that call jobs."""
+"""The files of `cluster/` as they are applied: documents, pods, and the commands that call jobs."""
 
+import functools
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from jobs.runtime.configuration import read_config
 from tests.pages import PAGES, ROOT, name, shell_lines
 
 CLUSTER = ROOT / "cluster"
-KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+KUBERAY = sorted(path.parent for path in (CLUSTER / "kuberay").glob("*/kustomization.yaml"))
+"""The folders that `kubectl apply -k` is given; those below `base` are parts of them."""
 RAY_KINDS = ("RayCluster", "RayJob", "RayCronJob")
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """The documents of a YAML file. Raises for a duplicate key."""
-    return list(yaml.load_all(path.read_text(), Loader=_Strict))
+    """The documents of a YAML file, or those that `kubectl apply -k` makes of a folder. Raises for a duplicate key."""
+    return list(yaml.load_all(_rendered(path) if path.is_dir() else path.read_text(), Loader=_Strict))
+
+
+@functools.cache
+def _rendered(folder: Path) -> str:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None and "CI" not in os.environ:
+        pytest.skip("kubectl is not installed, which renders the kustomizations", allow_module_level=True)
+    assert kubectl is not None, "CI needs kubectl, to render the kustomizations"
+    return subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=True).stdout
 
 
 class _Strict(yaml.SafeLoader):
@@ -45,20 +60,20 @@ def every(name: str, value: Any) -> Iterator[Any]:
 
 
 def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
-    """Every RayClusterSpec, with the name of its file."""
+    """Every RayClusterSpec, with the name of its folder."""
     found = []
     for path in KUBERAY:
         for document in documents(path):
             if document["kind"] == "RayCluster":
-                found.append((path.stem, document["spec"]))
-            found += [(path.stem, spec) for spec in every("rayClusterSpec", document)]
+                found.append((path.name, document["spec"]))
+            found += [(path.name, spec) for spec in every("rayClusterSpec", document)]
     return found
 
 
 def containers() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Every container, with the name of its file and the spec of its pod."""
+    """Every container, with the name of its folder and the spec of its pod."""
     return [
-        (path.stem, pod, container)
+        (path.name, pod, container)
         for path in KUBERAY
         for document in documents(path)
         for template in [*every("template", document)]
@@ -69,13 +84,14 @@ def containers() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
 
 
 def entrypoints() -> list[tuple[str, str]]:
-    """Every command that calls a job, in every file of cluster/ and in the pages, with the name of its file."""
+    """Every command that calls a job, in every file of cluster/ and in the pages, with the name of its folder."""
     found = []
     for path in KUBERAY:
         for document in documents(path):
-            found += [(path.stem, one) for one in every("entrypoint", document)]
-            found += [(path.stem, shlex.join(one)) for one in every("command", document) if "jobs.submit" in one]
+            found += [(path.name, one) for one in every("entrypoint", document)]
+            found += [(path.name, shlex.join(one)) for one in every("command", document) if "jobs.submit" in one]
     found += [("crontab", line) for line in crontab_commands()]
+    found += [("sky", line) for line in documents(CLUSTER / "sky.yaml")[0]["run"].splitlines()]
     for page in PAGES:
         found += [(name(page), line) for line in shell_lines(page) if calls_job(shlex.split(line))]
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.runtime.telemetry import BATCH_S, BEHIND, COUNTERS, GAUGES
-from tests.cluster.manifests import CLUSTER, ROOT, documents, every
+from tests.cluster.manifests import CLUSTER, ROOT, containers, documents, every
 
 MONITORING = CLUSTER / "monitoring"
 ELSEWHERE = {"kube_cronjob_status_last_successful_time"}  # kube-state-metrics
@@ -62,7 +62,7 @@ def exported_names() -> set[str]:
 
 def queries() -> list[str]:
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
-    alerts = documents(MONITORING / "alerts.yaml")
+    alerts = documents(MONITORING / "rules.yaml")
     return [*every("expr", dashboard), *every("expr", alerts)]
 
 
@@ -85,12 +85,24 @@ def test_every_metric_is_used() -> None:
 
 
 def test_every_alert_says_what_to_do() -> None:
-    alerts = [rule for group in documents(MONITORING / "alerts.yaml")[0]["groups"] for rule in group["rules"]]
+    alerts = [rule for group in documents(MONITORING / "rules.yaml")[0]["spec"]["groups"] for rule in group["rules"]]
     names = {alert["alert"] for alert in alerts}
     assert {"PersonaRefreshLate", "PersonaManyRejects", "PersonaNoProgress"} <= names
     for alert in alerts:
         assert alert["annotations"].keys() == {"summary", "action"}
         assert alert["labels"]["severity"] in {"page", "ticket"}
+
+
+def test_grafana_gets_the_dashboard_and_prometheus_the_port_that_pods_name() -> None:
+    found = {one["kind"]: one for one in documents(MONITORING)}
+    assert found.keys() == {"ConfigMap", "PodMonitor", "PrometheusRule"}
+    assert json.loads(found["ConfigMap"]["data"]["dashboard.json"])["uid"] == "persona-plug"
+    monitor = found["PodMonitor"]["spec"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    for name, pod, container in containers():
+        ports = {one["name"]: one["containerPort"] for one in container.get("ports", [])}
+        assert ports.get(endpoint["port"], 8080) == 8080, name
+        assert endpoint["port"] in ports or not container["name"].startswith("ray-"), pod
 
 
 def test_panels_do_not_overlap() -> None:

@@ -29,12 +29,13 @@ LINES = [(page, line) for page in PAGES for line in shell_lines(page)]
 WITH_LINKS = [*PAGES, RESULTS, ROOT / "CHANGELOG.md"]
 # Other programs have parsers of their own; here only the subcommand is checked, and that the files exist.
 KNOWN = {
-    "aws": {"iam", "s3"},
+    "aws": {"ec2", "iam", "s3"},
     "cluster/aws/bucket.sh": None,
     "cluster/local.sh": None,
     "docker": {"build"},
     "export": None,
-    "kubectl": {"apply", "config", "create", "get", "patch", "port-forward"},
+    "helm": {"install"},
+    "kubectl": {"apply", "config", "create", "delete", "get", "patch", "port-forward"},
     "source": None,
 }
 # In the text of a page, of the front door or of another program.
@@ -132,9 +133,8 @@ def test_every_file_of_the_folder_is_in_its_readme() -> None:
     text = (CLUSTER / "README.md").read_text()
     for path in CLUSTER.rglob("*"):
         if path.is_file() and path.name not in ("README.md", "Dockerfile.dockerignore"):
-            folder = path.parent.relative_to(CLUSTER)
-            named = path.name in text or f"`{folder}/`" in text
-            assert named, path
+            folders = path.relative_to(CLUSTER).parents
+            assert path.name in text or any(f"`{folder}/`" in text for folder in folders), path
 
 
 @pytest.mark.parametrize("page", WITH_LINKS, ids=pages.name)

@@ -136,15 +136,28 @@ def test_a_submission_without_the_token_is_refused(cluster: Cluster, tmp_path: P
         assert why in (refused.stdout + refused.stderr).lower()
 
 
-def test_submit_exits_with_the_jobs_exit_code_and_starts_an_id_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_submit_exits_with_the_jobs_exit_code_and_starts_an_id_of_one_command_once(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    def submit(entrypoint: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "jobs.submit", "--id", "night-1", "--entrypoint", entrypoint]
+        return subprocess.run(
+            [*command, "--address", cluster.api],
+            cwd=ROOT,
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
     entrypoint = f"sh -c 'echo ran >> {tmp_path}/log; echo {{}}; exit 7'"
     for started in (True, False):
-        command = [sys.executable, "-m", "jobs.submit", "--id", "night-1", "--entrypoint", entrypoint]
-        done = subprocess.run(
-            [*command, "--address", cluster.api], cwd=ROOT, env=cluster.environment, capture_output=True, check=False
-        )
+        done = submit(entrypoint)
         found = json.loads(done.stdout.splitlines()[-1])
         assert (done.returncode, found["status"], found["started"], found["result"]) == (7, "FAILED", started, {})
+    other = submit("true")
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "error: --id 'night-1' belongs to another command" in other.stderr and "(FAILED)" in other.stderr
     assert (tmp_path / "log").read_text() == "ran\n"
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.training.engine import local_model, start_engine, store_encoder
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from persona.models.encoder import TextEncoder
     from persona.plug.personalized import Row
     from persona.training.checkpoint import Progress
+
+
+_SMOOTHED_STEPS = 20  # that the loss on the progress line is the mean of: batches differ, so that of one step jumps
 
 
 def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
@@ -47,7 +51,7 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
         seconds = stopwatch.lap("step")
         progress.add_step(loss, n_tokens=n_tokens, seconds=seconds)
         if rank == 0:
-            tally.note_soon("train", "now", _status(settings, progress, loss=loss, seconds=seconds))
+            tally.note_soon("train", "now", _status(settings, progress, begun=begun, loss=loss, seconds=seconds))
         if progress.step % spec.validate_every == 0 or progress.step == settings.n_steps:
             progress.add_validation(validation_loss(engine, held_out, micro_batch=spec.training.micro_batch))
             stopwatch.lap("validate")
@@ -119,12 +123,16 @@ def _steps(
         )
 
 
-def _status(settings: WorkerSettings, progress: "Progress", *, loss: float, seconds: float) -> dict[str, float]:
+def _status(
+    settings: WorkerSettings, progress: "Progress", *, begun: int, loss: float, seconds: float
+) -> dict[str, float]:
     """What the progress line shows."""
     return {
         "step": progress.step,
         "of": settings.n_steps,
+        "begun": begun,
         "loss": loss,
+        "mean_loss": mean(one for _, one in progress.training_curve[-_SMOOTHED_STEPS:]),
         "validation": progress.validation_loss or 0.0,
         "requests_per_s": settings.spec.training.global_batch / seconds,
     }

@@ -326,7 +326,8 @@ def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    said = "interrupted; what is committed stays, and the same command continues from there\n"
+    assert (process.returncode, out, err) == (130, "", said)
 
 
 RAY_JOB = '''

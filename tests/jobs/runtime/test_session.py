@@ -1,12 +1,16 @@
-"""How many cores and threads a local run uses."""
+"""How many cores and threads a local run uses, and how a signal ends it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from jobs.runtime import session
+from jobs import embed
+from jobs.runtime import cli, session
+from jobs.runtime.cli import Summary
 
 PINNED = """
 import os
@@ -55,3 +59,24 @@ def test_on_gpus_the_cores_are_shared_out_for_tokenizing_and_on_cpus_one_thread_
 def test_a_process_tokenizes_with_the_given_number_of_threads(given: int, found: int) -> None:
     done = subprocess.run([sys.executable, "-c", TOKENIZING, str(given)], capture_output=True, text=True, check=True)
     assert int(done.stdout) == found
+
+
+def _end_itself(_config: embed.Config) -> Summary:
+    session.connect()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+    raise AssertionError("the signal was ignored")
+
+
+def test_sigterm_ends_a_job_in_order_and_with_one_line(local_ray: None, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    capfd.readouterr()
+    try:
+        assert cli.run(embed.Config, _end_itself, ["--histories", "a", "--store", "b"]) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capfd.readouterr()
+    assert (said.out, said.err) == (
+        "",
+        "terminated; what is committed stays, and the same command continues from there\n",
+    )

@@ -43,7 +43,9 @@ def test_an_s3_uri_loses_its_extra_slashes() -> None:
         ("s3://bucket/a\nb", r"\n"),
         ("s3://bucket/x?region=y", "'?'"),
         ("s3://bucket/../x", "contains . or .."),
-        ("gs://bucket/x", "gs://"),
+        ("gs://bucket/x", "Google Cloud Storage (gs://) is not supported"),
+        ("az://container/x", "Azure Storage (az://) is not supported"),
+        ("abfss://container@account/x", "Azure Storage (abfss://) is not supported"),
         ("s3a://bucket/x", "s3a://"),
     ],
 )

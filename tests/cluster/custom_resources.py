@@ -1,4 +1,4 @@
-"""The fields of KubeRay's resources (API reference of v1.7), and a check of a file against them.
+"""The fields of KubeRay's resources (v1.7) and the Prometheus operator's (v0.86), and a check of a file against them.
 
 A type is a name defined below, a plain type, `k8s:` and a type of Kubernetes itself, `map` (of text to text), a tuple
 of allowed words, or a list of one of these. Types that no file uses are named but not defined; define one from the
@@ -47,6 +47,16 @@ TYPES: dict[str, dict[str, Any]] = {
         "suspend": "boolean",
     },
     "SubmitterConfig": {"backoffLimit": "integer"},
+    "DeletionStrategy": {"deletionRules": ["DeletionRule"]},
+    "DeletionRule": {
+        "policy": ("DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone"),
+        "condition": "DeletionCondition",
+    },
+    "DeletionCondition": {
+        "jobStatus": ("SUCCEEDED", "FAILED"),
+        "jobDeploymentStatus": ("Failed",),
+        "ttlSeconds": "integer",
+    },
     "RayClusterSpec": {
         "upgradeStrategy": "RayClusterUpgradeStrategy",
         "authOptions": "AuthOptions",
@@ -112,6 +122,30 @@ TYPES: dict[str, dict[str, Any]] = {
         "scaleStrategy": "ScaleStrategy",
         "numOfHosts": "integer",
     },
+    "PodMonitor": {**_OBJECT, "spec": "PodMonitorSpec"},
+    "PodMonitorSpec": {
+        "selector": "k8s:LabelSelector",
+        "namespaceSelector": "NamespaceSelector",
+        "podMetricsEndpoints": ["PodMetricsEndpoint"],
+        "podTargetLabels": ["string"],
+        "jobLabel": "string",
+    },
+    "PodMetricsEndpoint": {"port": "string", "path": "string", "interval": "string", "scrapeTimeout": "string"},
+    "PrometheusRule": {**_OBJECT, "spec": "PrometheusRuleSpec"},
+    "PrometheusRuleSpec": {"groups": ["RuleGroup"]},
+    "RuleGroup": {"name": "string", "interval": "string", "labels": "map", "limit": "integer", "rules": ["Rule"]},
+    "Rule": {
+        "alert": "string",
+        "expr": "string",
+        "for": "string",
+        "keep_firing_for": "string",
+        "labels": "map",
+        "annotations": "map",
+    },
+}
+API_VERSIONS = {
+    **dict.fromkeys(("RayCluster", "RayJob", "RayCronJob"), "ray.io/v1"),
+    **dict.fromkeys(("PodMonitor", "PrometheusRule"), "monitoring.coreos.com/v1"),
 }
 REQUIRED = {
     "RayCluster": {"spec"},
@@ -121,6 +155,10 @@ REQUIRED = {
     "RayClusterSpec": {"headGroupSpec"},
     "HeadGroupSpec": {"template", "rayStartParams"},
     "WorkerGroupSpec": {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"},
+    "DeletionRule": {"policy", "condition"},
+    "PodMonitorSpec": {"selector"},
+    "RuleGroup": {"name"},
+    "Rule": {"alert", "expr"},
 }
 
 
@@ -167,6 +205,11 @@ def _kubernetes_problems(value: Any, kind: str, path: str) -> Iterator[str]:
         box = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": value}
     elif kind == "ResourceRequirements":
         box["spec"] = {"containers": [{**container, "resources": value}]}
+    elif kind == "SecurityContext":
+        box["spec"] = {"containers": [{**container, "securityContext": value}]}
+    elif kind == "LabelSelector":
+        box = {"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "a"}}
+        box["spec"] = {"selector": value}
     elif kind == "EnvVarSource":
         box["spec"] = {"containers": [{**container, "env": [{"name": "A", "valueFrom": value}]}]}
     else:
