@@ -16,7 +16,7 @@ def test_the_image_is_pinned_and_contains_what_the_package_needs() -> None:
     copied = {word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for word in line.split()[:-1]}
     assert copied and all((ROOT / name).exists() and f"!{name}" in allowed for name in copied)
     installs = re.findall(r"pip install [^\n&]*", text)
-    assert installs and all("--constraint constraints.txt" in install for install in installs)
+    assert installs and all("--constraint constraints${EXTRA:+-$EXTRA}.txt" in install for install in installs)
     assert "python:3.11" in text and "DS_BUILD_OPS=0" in text
     assert not re.search(r"^FROM \S+:latest|^FROM [^:\s$]+/[^:\s]+\s", text, re.MULTILINE)
 
@@ -35,10 +35,11 @@ def test_an_image_for_cpus_needs_torchs_cpu_builds(variant: str, index: str, cod
 
 def test_the_pages_build_the_image_for_cpus_with_that_index() -> None:
     builds = [shlex.split(line) for page in PAGES for line in shell_lines(page) if line.startswith("docker build")]
-    assert len(builds) == 2
+    assert len(builds) == 3
     for words in builds:
         arguments = {word.partition("=")[0] for word in words if "=" in word}
-        assert arguments == ({"VARIANT", "TORCH_INDEX"} if "VARIANT=cpu" in words else set())
+        wanted = {"VARIANT", "TORCH_INDEX"} if "VARIANT=cpu" in words else {"EXTRA"} if "EXTRA=vllm" in words else set()
+        assert arguments == wanted
 
 
 def test_the_workflow_names_an_image_only_after_its_scan_and_pins_every_action() -> None:
@@ -56,7 +57,7 @@ def test_the_workflow_names_an_image_only_after_its_scan_and_pins_every_action()
     given = steps[build]["with"]
     assert given["sbom"] is True and given["provenance"] == "mode=max" and "push-by-digest=true" in given["outputs"]
     assert steps[scan]["with"]["fail-build"] is True and "outputs.digest" in steps[scan]["with"]["image"]
-    variants = {one["variant"]: one["suffix"] for one in job["strategy"]["matrix"]["include"]}
-    assert variants == {"cuda": "", "cpu": "-cpu"}
+    suffixes = {(one["variant"], one["extra"]): one["suffix"] for one in job["strategy"]["matrix"]["include"]}
+    assert suffixes == {("cuda", ""): "", ("cuda", "vllm"): "-vllm", ("cpu", ""): "-cpu"}
     arguments = re.findall(r"^(\w+)=", given["build-args"], re.MULTILINE)
     assert set(arguments) == set(re.findall(r"^ARG (\w+)", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE))
