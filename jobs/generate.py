@@ -60,7 +60,7 @@ class Config:
     persona: tuple[PersonaKind, ...] = (PersonaKind.OWN,)
     """Histories to answer with: the own, none, another user's, the own weighted equally (mean); bare has no plug."""
     variant: str | None = None
-    """Name of the answers in the table; default the persona, with --retrieve a name like own-bm25-4."""
+    """Name of the answers in the table; default the persona, or a name like own-bm25-4 or own-sampled."""
     decoding: Annotated[Decoding, FLAT] = field(default_factory=Decoding)
     retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
     past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)

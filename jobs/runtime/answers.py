@@ -32,8 +32,9 @@ class AnswerSpec:
     """What the engine adds to that; see `persona.engines.base.EngineModule.identity`."""
 
     def variant_of(self, persona: str) -> str:
-        """The name of a persona's answers in the table."""
-        return self.variant or self.retrieval.answers_of(persona)
+        """The name of a persona's answers in the table; sampled answers do not replace greedy ones."""
+        default = self.retrieval.answers_of(persona)
+        return self.variant or (f"{default}-sampled" if self.decoding.sample else default)
 
     def fingerprint(self, row: Mapping[str, Any]) -> str:
         """Hash of everything the answer to a joined request depends on: an answer with another hash is out of date.

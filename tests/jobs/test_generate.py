@@ -178,13 +178,13 @@ def test_beams_and_sampling_with_one_seed_per_request(do: Job, flags: dict[str, 
     rows = sample_requests()
     do(generate, **{**flags, "beams": 3, "variant": "beams"})
     sampling = {"sample": True, "sampling_temperature": 2.0, "top_p": 0.9}
-    do(generate, **flags, **sampling, seed=1, variant="drawn")
+    do(generate, **flags, **sampling, seed=1)
     answers = stored(flags["store"], "generations")
     beams = Decoding(beams=3, max_new_tokens=8)
     assert outputs(answers, "beams") == expected(flags["store"], plug, rows, "own", beams)
     one, two = (Decoding(beams=1, max_new_tokens=8, **sampling, seed=seed) for seed in (1, 2))
-    assert outputs(answers, "drawn") == expected(flags["store"], plug, rows, "own", one)
-    assert outputs(answers, "drawn") != expected(flags["store"], plug, rows, "own", two)
+    assert outputs(answers, "own-sampled") == expected(flags["store"], plug, rows, "own", one)
+    assert outputs(answers, "own-sampled") != expected(flags["store"], plug, rows, "own", two)
 
 
 def test_bad_requests_are_rejected_and_a_repeated_id_is_answered_once(do: Job, flags: dict[str, Any]) -> None:
