@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 
 from jobs.runtime import log
-from persona.errors import UsageError
+from persona.errors import RunLost, UsageError
 
 TERMINATED = 143  # what shells report for a process ended by SIGTERM
 # Ray's CPUs are slots for tasks: reads, joins and commits need some besides the actors, even on two cores.
@@ -72,6 +72,7 @@ def connect() -> Machines:
 
     Raises:
         UsageError: there is no Ray at RAY_ADDRESS, or none of PERSONA_GPUS came in time.
+        RunLost: Ray does not start on this machine.
     """
     import ray
 
@@ -124,9 +125,15 @@ def _start(n_cpus: int) -> None:
     _set_environment({**_RAY_ENVIRONMENT, **_missing_worker_environment()})
     # Without it, Ray warns when more processes start at the same time than there are cores.
     _set_environment({"RAY_worker_maximum_startup_concurrency": str(n_cpus)})
-    ray.init(
-        address="local", num_cpus=n_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-    )
+    try:
+        ray.init(
+            address="local", num_cpus=n_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except Exception as error:  # a bare one, when a process of Ray does not start in time
+        raise RunLost(
+            f"Ray does not start on this machine ({str(error).splitlines()[0]}); it is very busy, or short of memory "
+            "or disk: try again when it is less so"
+        ) from error
 
 
 def _missing_worker_environment() -> dict[str, str]:

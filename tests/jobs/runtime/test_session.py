@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +81,17 @@ def test_sigterm_ends_a_job_in_order_and_with_one_line(local_ray: None, capfd: p
         "",
         "terminated; what is committed stays, and the same command continues from there\n",
     )
+
+
+def test_a_ray_that_does_not_start_is_told_in_one_sentence(tmp_path: Path) -> None:
+    code = (
+        "from jobs.runtime import session\n"
+        "from persona.errors import RunLost\n"
+        "try: session.connect()\n"
+        "except RunLost as error: print(error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["RAY_TMPDIR"] = str(tmp_path / ("a" * 100))  # longer than a socket's path may be
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.startswith("Ray does not start on this machine (")
+    assert "AF_UNIX path length" in done.stdout
