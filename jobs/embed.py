@@ -82,7 +82,7 @@ class Config:
     reread: bool = False
     """Read all files, also those that have been read before and not changed since."""
     plug: str | None = None
-    """Folder of a plug; the personas of users whose behaviors changed are recomputed with it."""
+    """Folder of a plug, or `live`; the personas of users whose behaviors changed are recomputed with it."""
     pool: Annotated[ActorPool, FLAT] = field(default_factory=ActorPool)
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
@@ -216,8 +216,8 @@ def _inputs(config: Config) -> _Inputs:
     files = find_files(config.histories, config.form, flag="--histories")
     encoder = models.resolve(config.encoder, revision=config.revision, flag="--encoder")
     identity = encoding.identity_of(encoder, config.vectors, max_tokens=config.max_tokens, precision=config.precision)
-    plug = personas.find_plug(config.plug, identity) if config.plug else None
     store = Store.find(store_uri, identity, config.buckets)
+    plug = personas.find_plug(config.plug, identity, store) if config.plug else None
     options = sources.Options(sync=config.sync, reread=config.reread, limited=config.rows.limit is not None)
     planned = sources.plan(files, columns, config.form, store, options)
     return _Inputs(

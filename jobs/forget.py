@@ -4,8 +4,8 @@ Reads and writes `<store>/behaviors`, `personas` and `generations`; if `--store`
 and of all earlier ones that still exist. Data files that hold rows of these users are rewritten without them. Then
 everything that the newest version does not need is deleted, so older versions can no longer be read, and so are the
 files that rows moved through on their way (`<store>/_exchange`). In the evaluations below `--reports`, the users' rows,
-examples and answers are removed, and pages and charts are drawn anew. The summary names what is not searched. Plugs and
-checkpoints hold weights, no rows of users.
+examples and answers are removed, and pages and charts are drawn anew; so they are in the evaluations that the table
+`plugs` names. The summary names what is not searched. Plugs and checkpoints hold weights, no rows of users.
 """
 
 import sys
@@ -68,10 +68,10 @@ def main(config: Config) -> Summary:
     storage.check_reachable(target, flag="--store", write=True)
     stores = Store.open_all(target)
     users = _users(config)
-    found = reports.find(_report_folders(config))
+    found = reports.find(report_folders(config, stores))
     # Reads every evaluation, so that one that cannot be read ends the job before it changes anything.
     in_reports = _count_in_reports(found, users)
-    unsearched = _unsearched(config, stores, found)
+    unsearched = _unsearched(stores, found)
     if config.dry_run:
         return _plan(stores, users, in_reports, unsearched)
     rows = _forget_rows(stores, users)
@@ -79,7 +79,8 @@ def main(config: Config) -> Summary:
         reports.remove_users(one, set(users))
     for uri in found.run_files:
         storage.delete(uri)
-    left = {**rows.after, "parts of evaluations": _count_in_reports(reports.find(_report_folders(config)), users)}
+    found_after = reports.find(report_folders(config, stores))
+    left = {**rows.after, "parts of evaluations": _count_in_reports(found_after, users)}
     if any(left.values()):
         raise PersonaError(f"rows of these users are still there: {_listed(left)}; run the same command again")
     result = {
@@ -154,10 +155,14 @@ def _plan(stores: "Sequence[Store]", users: list[str], in_reports: int, unsearch
     return Summary(table=table, result={**result, "report_parts": in_reports, "not_searched": unsearched})
 
 
-def _report_folders(config: Config) -> list[str]:
+def report_folders(config: Config, stores: "Sequence[Store]") -> list[str]:
+    """The folders of --reports, and the evaluations that plugs of these stores were promoted or refused with."""
     from persona import storage
+    from persona.store import registry
 
-    return [storage.check_uri(folder, flag="--reports") for folder in config.reports]
+    given = [storage.check_uri(folder, flag="--reports") for folder in config.reports]
+    of_plugs = [plug.evaluation for store in stores for plug in registry.read(store).versions]
+    return [*given, *(folder for folder in reports.existing(of_plugs) if folder not in given)]
 
 
 def _count_in_reports(found: reports.Found, users: Sequence[str]) -> int:
@@ -165,12 +170,12 @@ def _count_in_reports(found: reports.Found, users: Sequence[str]) -> int:
     return n_parts + len(found.run_files)
 
 
-def _unsearched(config: Config, stores: "Sequence[Store]", found: reports.Found) -> list[str]:
+def _unsearched(stores: "Sequence[Store]", found: reports.Found) -> list[str]:
     """The places that may hold these users and that this run does not search, for people."""
     places = list(_NOT_SEARCHED)
     if all(store.pointer is None for store in stores):
         places.append("other stores: --store is a store, not a pointer to stores")
-    others = "other evaluations than those of --reports" if config.reports else "evaluations: give --reports"
+    others = "evaluations that neither --reports nor the table plugs names"
     return [*places, others, *(f"{uri}: no file of jobs.evaluate" for uri in found.unknown)]
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _USERS_TOGETHER = 1024
 
 
-def find_plug(given: str, identity: "Identity") -> PlugRef:
+def find_plug(given: str, identity: "Identity", store: "Store | None") -> PlugRef:
     """The plug of `--plug`. Raises PlugMismatch if it was trained on another encoder's vectors."""
-    plug = read_plug(given)
+    plug = read_plug(given, store=store)
     if plug.record.encoder["fingerprint"] != identity.fingerprint:
         raise PlugMismatch(
             f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but --encoder is "

@@ -47,16 +47,28 @@ class PlugRef:
             yield folder
 
 
-def read_plug(given: str, models: PlugModels | None = None) -> PlugRef:
-    """The plug of `--plug`. Raises UsageError or InputError if there is none; does not look for its models."""
+def read_plug(given: str, models: PlugModels | None = None, *, store: "Store | None" = None) -> PlugRef:
+    """The plug of `--plug`: a folder, or `live` for the live plug of `store`; does not look for its models.
+
+    Raises:
+        UsageError, InputError: there is none.
+        PlugMismatch: the folder of the live plug has another plug than the one that was promoted.
+    """
     from persona import storage
     from persona.plug import record as plug_record
+    from persona.store import registry
 
-    uri = storage.check_uri(given, flag="--plug")
+    live = registry.find(given, store)
+    uri = live.uri if live else storage.check_uri(given, flag="--plug")
     storage.check_reachable(uri, flag="--plug")
     with storage.local_folder(uri) as folder:
         record = plug_record.read(folder)
         fingerprint = plug_record.fingerprint(folder)
+    if live and fingerprint != live.fingerprint:
+        raise PlugMismatch(
+            f"--plug {given}: version {live.version} was promoted as {live.fingerprint[:12]}, but {uri} now has "
+            f"{fingerprint[:12]}; put it back, or go back to the one before with python -m jobs.plugs rollback"
+        )
     models = models or PlugModels()
     return PlugRef(
         uri=uri,
@@ -93,13 +105,8 @@ def find_plug(
     """
     from persona.models.encoder_model import check_encoder
 
-    plug = read_plug(given, models)
-    if plug.record.encoder["fingerprint"] != store.identity.fingerprint:
-        raise PlugMismatch(
-            f"--plug {given} was trained on vectors of {plug.record.encoder['name']!r}, but the store has those of "
-            f"{store.identity.encoder!r}; give the store it was trained on, or train a plug on this one"
-        )
-    check_vectors(plug, store.identity)
+    plug = read_plug(given, models, store=store)
+    check_store(plug, store.identity)
     encoder, llm = models_of(plug)
     check_encoder(encoder)
     tokenizer = check_llm(
@@ -114,6 +121,16 @@ def find_plug(
     if requests.have_system:
         tokenizer.check_system_column()
     return plug
+
+
+def check_store(plug: PlugRef, identity: "Identity") -> None:
+    """Raises PlugMismatch when the plug was trained on other vectors than those of a store with this identity."""
+    if plug.record.encoder["fingerprint"] != identity.fingerprint:
+        raise PlugMismatch(
+            f"--plug {plug.uri} was trained on vectors of {plug.record.encoder['name']!r}, but the store has those of "
+            f"{identity.encoder!r}; give the store it was trained on, or train a plug on this one"
+        )
+    check_vectors(plug, identity)
 
 
 def check_vectors(plug: PlugRef, identity: "Identity") -> None:

@@ -72,6 +72,17 @@ def find(folders: Sequence[str]) -> Found:
     return Found(evaluations=list(evaluations.values()), run_files=sorted({*run_files}), unknown=sorted({*unknown}))
 
 
+def existing(folders: Sequence[str]) -> list[str]:
+    """Those of the folders that have an evaluation, each once."""
+    from persona import storage
+    from persona.evaluation.saved_run import LOSSES, METRICS
+
+    def has_one(folder: str) -> bool:
+        return any(storage.exists(storage.join(folder, name)) for name in (LOSSES, METRICS))
+
+    return [folder for folder in dict.fromkeys(folders) if has_one(folder)]
+
+
 def remove_users(one: Evaluation, users: Collection[str], *, dry_run: bool = False) -> int:
     """Remove these users from an evaluation; returns how many rows and parts of them its files had.
 

@@ -129,4 +129,26 @@ LAYOUTS = {
         key=("input", "uri"),
         order=("input", "uri"),
     ),
+    "plugs": Layout(
+        schema=pa.schema(
+            [
+                ("version", pa.int32()),
+                ("stage", pa.string()),
+                ("uri", pa.string()),
+                ("fingerprint", pa.string()),
+                ("run", pa.string()),
+                ("loss", pa.float64()),
+                ("saved_against_other", pa.float64()),
+                ("saved_against_live", pa.float64()),
+                ("metrics", pa.string()),
+                ("evaluation", pa.string()),
+                ("reason", pa.string()),
+                ("decided_at", TIME),
+                ("live_since", TIME),
+            ]
+        ),
+        partition="stage",
+        key=("stage", "version"),
+        order=("stage", "version"),
+    ),
 }

@@ -25,6 +25,7 @@ def files(
     seed: int = 0,
     rejected: dict[str, list[float]] | None = None,
     tokens: dict[str, int] = TOKENS,
+    users: dict[str, str] = USERS,
     training: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     **metrics: Any,
@@ -32,7 +33,7 @@ def files(
     """What `evaluate` writes: metrics.json and losses.parquet, the requests out of order."""
     ids = list(tokens)[::-1]
     rows = [
-        {"request_id": one, "user_id": USERS[one], "persona": persona, "n_behaviors": 1}
+        {"request_id": one, "user_id": users[one], "persona": persona, "n_behaviors": 1}
         | {"nats": values[list(tokens).index(one)], "tokens": tokens[one]}
         | ({} if rejected is None else {"rejected_nats": rejected[persona][list(tokens).index(one)]})
         for persona, values in nats.items()
