@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.runtime import cli, log
+from jobs.runtime import cli, log, tracked_results, tracking
 from jobs.runtime.cli import Summary
+from jobs.runtime.job_options import flat_settings
 from persona.errors import UsageError
+from persona.options import Track
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Config:
     """The reference row, NAME or NAME/PERSONA; the row `own` of the first evaluation by default."""
     seed: int = 0
     """Seed of the bootstrap."""
+    track: Track = "none"
+    """Report numbers and the page to this experiment tracker; the environment says where it is."""
     dry_run: bool = False
     """Print the comparison and write nothing."""
 
@@ -73,6 +77,8 @@ def main(config: Config) -> Summary:
     if not config.dry_run:
         for name, data in files.items():
             storage.write_bytes(storage.join(out, name), data)
+        with tracking.tracked(config.track, job="compare", place=out, settings=flat_settings(config)) as tracked:
+            tracked.results(tracked_results.comparison_numbers(found), files)
     for text in found["warnings"]:
         log.say(f"warning: {text}", level="warning")
     return Summary(table=_table(found), result={"job": "compare", "out": out, "dry_run": config.dry_run, **found})

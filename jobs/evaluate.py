@@ -16,6 +16,7 @@ from jobs.runtime import (
     answers as stored_answers,
     cli,
     cost,
+    evaluate_summary,
     exchange,
     inspection,
     joining,
@@ -24,6 +25,8 @@ from jobs.runtime import (
     reading,
     retrieval,
     session,
+    tracked_results,
+    tracking,
 )
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Histories, Requests, find_requests
@@ -35,14 +38,11 @@ from jobs.runtime.progress import Stage, progress
 from jobs.runtime.tally import Counts, Tally
 from persona.errors import InputError, UsageError
 from persona.option_checks import check_at_least
-from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions
+from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions, Track
 
 if TYPE_CHECKING:
     from persona.evaluation.one_run import Answers
     from persona.store.store import Store
-
-# Parts of `metrics.json` that are about single users.
-_PERSONAL = ("examples", "largest_gains", "largest_losses", "map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,8 @@ class Config:
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
+    track: Track = "none"
+    """Report numbers and a page without users to this experiment tracker; the environment says where it is."""
     dry_run: bool = False
     """Show what would be done and change nothing."""
 
@@ -118,6 +120,12 @@ def main(config: Config) -> Summary:
     if config.dry_run:
         return _plan(config, inputs)
 
+    settings = {**flat_settings(config), "plug_fingerprint": inputs.plug.fingerprint}
+    with tracking.tracked(config.track, job="evaluate", place=inputs.out, settings=settings) as tracked:
+        return _evaluate(config, inputs, tracked, started)
+
+
+def _evaluate(config: Config, inputs: _Inputs, tracked: tracking.Tracked, started: float) -> Summary:
     # The whole report describes one state of the tables, even if another job writes to them meanwhile.
     store = inputs.store.snapshot("behaviors", "generations")
     variants = [variant for variant in config.scored if variant in store.variants()]
@@ -136,6 +144,8 @@ def main(config: Config) -> Summary:
     metrics |= {"without_as_of": requests.found.total.timeless, **inputs.requests.facts()}
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     _write(inputs.out, _files(config, metrics, measured, answers))
+    if tracked.is_on:
+        tracked.results(tracked_results.evaluation_numbers(metrics), tracked_results.evaluation_files(metrics))
     summary = _summary(config, inputs, metrics, requests.found, counts)
     return cost.spent(summary, config.cost, machines, n_gpus=pool.all_gpus, seconds=metrics["seconds"])
 
@@ -291,10 +301,11 @@ def _summary(
     from persona import storage
 
     # The summary goes to logs, which should contain neither ids nor texts of users.
-    printed = {name: value for name, value in metrics.items() if name not in (*_PERSONAL, "training")}
+    unprinted = (*tracked_results.PERSONAL, "training")
+    printed = {name: value for name, value in metrics.items() if name not in unprinted}
     return Summary(
         table=[
-            *_table(metrics),
+            *evaluate_summary.table(metrics),
             *retrieval.summary_rows(counts),
             ("metrics", storage.join(inputs.out, "metrics.json")),
             ("report", storage.join(inputs.out, "report.html")),
@@ -303,33 +314,6 @@ def _summary(
         result={"job": "evaluate", "out": inputs.out, **printed},
         exit_code=found.exit_code(config.rows.max_reject_fraction),
     )
-
-
-def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    from persona.report.wording import RANKINGS
-
-    rows = [
-        ("requests", f"{metrics['requests']:,} of {metrics['users']:,} users"),
-        ("store", metrics["settings"]["store"]),
-    ]
-    if metrics["limited"]:
-        rows.append(("warning", "--limit was given: these numbers are not of all requests"))
-    for persona, loss in metrics["loss"].items():
-        saved = metrics["loss_saved_by_own"].get(persona)
-        note = f"; own saves {saved['mean']:+.4f} [{saved['low']:+.4f}, {saved['high']:+.4f}]" if saved else ""
-        text = f"{loss['mean']:.4f} nats a token [{loss['low']:.4f}, {loss['high']:.4f}]{note}"
-        rows.append((f"loss, {persona}", text))
-    rows += [(f"scores, {variant}", "no answers in the store") for variant in metrics["unanswered_variants"]]
-    for persona, found in metrics.get("ranking", {}).items():
-        shares = [f"{RANKINGS[way]} {100 * one['mean']:.1f} % {_percent(one)}" for way, one in found.items()]
-        rows.append((f"ranking, {persona}", f"target before rejected: {', '.join(shares)}"))
-    for variant, scores in metrics["scores"].items():
-        rows.append((f"scores, {variant}", ", ".join(f"{name} {value:.4f}" for name, value in scores.items())))
-    return rows
-
-
-def _percent(interval: Mapping[str, float]) -> str:
-    return f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
 
 
 def _stage_of(counts: Counts) -> Stage | None:

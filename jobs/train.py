@@ -10,10 +10,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, first_look, plugs, profile, retrieval, session
+from jobs.runtime import cli, cost, first_look, plugs, profile, retrieval, session, tracking
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Requests, find_requests
-from jobs.runtime.job_options import FLAT, InputRows, PastTexts, RequestFormat
+from jobs.runtime.job_options import FLAT, InputRows, PastTexts, RequestFormat, flat_settings
 from jobs.runtime.progress import Stage, progress
 from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.training.inputs import TrainingInputs, join_and_split, prompt_example
@@ -31,6 +31,7 @@ from persona.options import (
     Quantization,
     RetrievalOptions,
     Select,
+    Track,
     TrainingOptions,
 )
 
@@ -97,6 +98,8 @@ class Config:
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     form: Annotated[RequestFormat, FLAT] = field(default_factory=RequestFormat)
     cost: Annotated[CostOptions, FLAT] = field(default_factory=CostOptions)
+    track: Track = "none"
+    """Report settings, curves and the plug to this experiment tracker; the environment says where it is."""
     profile: bool = False
     """Show at the end where the time went, what the bottleneck was, and which flag would help."""
     dry_run: bool = False
@@ -130,6 +133,14 @@ def main(config: Config) -> Summary:
     run = Run.find(spec, inputs)
     if config.dry_run:
         return _plan(config, spec, inputs, resumes=run.record is not None)
+    place, settings = f"{inputs.runs}/{config.run}", flat_settings(config)
+    with tracking.tracked(config.track, job="train", place=place, settings=settings) as tracked:
+        return _train(config, spec, inputs, run, tracked, started)
+
+
+def _train(
+    config: Config, spec: RunSpec, inputs: TrainingInputs, run: Run, tracked: tracking.Tracked, started: float
+) -> Summary:
     machines = session.connect()
     n_workers = config.workers or machines.gpus or 1
     config.training.check_workers(n_workers)
@@ -137,9 +148,19 @@ def main(config: Config) -> Summary:
     requests = join_and_split(spec, inputs, run.behaviors_version, tally)
     requests.check(global_batch=config.training.global_batch, n_workers=n_workers)
     run.begin(requests.n_train)
-    with progress(tally, "train", _stage_of):
-        result = fit(spec, inputs, requests, tally, machines, n_workers=n_workers, max_failures=config.max_failures)
+    with progress(tally, "train", _stage_of), tracked.following(tally):
+        result = fit(
+            spec,
+            inputs,
+            requests,
+            tally,
+            machines,
+            n_workers=n_workers,
+            max_failures=config.max_failures,
+            reports_steps=tracked.is_on,
+        )
     published = publish(spec, inputs, result, requests.n_train)
+    tracked.plug(published.uri)
     counts, seconds = tally.totals(), time.perf_counter() - started
     found = summary(
         published,

@@ -6,6 +6,7 @@
     ├── StoreMismatch            exit 2   a store of another encoder or layout
     ├── PlugMismatch             exit 2   a plug for another encoder or LLM
     ├── StorageError             exit 1   a disk or object store that fails
+    ├── TrackingError            exit 1   an experiment tracker that cannot be reached
     ├── LeaseHeld                exit 1   a table that another run is writing to
     ├── LeaseLost                exit 1   a table that another run has taken over
     └── RunLost                  exit 1   a run that lost a process it cannot replace
@@ -46,6 +47,10 @@ class PlugMismatch(PersonaError):
 
 class StorageError(PersonaError):
     """A disk or object store that denied a request, failed, or did not respond in time."""
+
+
+class TrackingError(PersonaError):
+    """An experiment tracker that cannot be reached, or refuses."""
 
 
 class LeaseHeld(PersonaError):

@@ -24,6 +24,7 @@ SPREAD = "auto"
 Retriever = Literal["recency", "bm25", "dense"]
 Select = Literal["best", "last"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
+Track = Literal["none", "mlflow", "tensorboard"]
 MAX_ROW_MB = 64  # of an input, by default; a row may hold a user's whole history
 
 # What the chat template is given besides its own arguments.

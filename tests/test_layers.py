@@ -31,6 +31,7 @@ ARROWS = {
     "report": set(),  # its pages are made from JSON alone
     "evaluation": {"errors", "options"},
     "retrieval": {"extensions", "options"},
+    "tracking": {"errors", "extensions"},
     "inputs": {"errors", "options", "storage"},
     "exchange": {"inputs", "storage"},
     "store": {"errors", "field_types", "options", "inputs", "storage"},

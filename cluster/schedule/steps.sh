@@ -21,16 +21,21 @@ histories="$corp/histories"  # train/ and held-out/, split by user: no user is i
 store="$corp/persona/store"
 encoder="${ENCODER:-BAAI/bge-base-en-v1.5}"
 llm="${LLM:-Qwen/Qwen3-8B}"
+refresh_flags="${REFRESH_FLAGS:---sync}"
+requests_flags="${REQUESTS_FLAGS:-}"
 train_flags="${TRAIN_FLAGS:---config acl_next_title/best}"
+evaluate_flags="${EVALUATE_FLAGS:-}"
 generate_flags="${GENERATE_FLAGS:---beams 1}"
 
 refresh() {
-    submit refresh "jobs.embed --histories $histories/ --store $store --encoder $encoder --sync"
+    submit refresh "jobs.embed --histories $histories/ --store $store --encoder $encoder $refresh_flags"
 }
 
 make_requests() {
-    submit requests-train "jobs.make_requests --histories $histories/train/ --out $corp/persona/requests/$day/train" &&
-        submit requests-held-out "jobs.make_requests --histories $histories/held-out/ --out $corp/persona/requests/$day/held-out"
+    local requests="$corp/persona/requests/$day"
+    submit requests-train "jobs.make_requests --histories $histories/train/ --out $requests/train $requests_flags" &&
+        submit requests-held-out "jobs.make_requests --histories $histories/held-out/ --out $requests/held-out \
+            $requests_flags"
 }
 
 train() {
@@ -40,7 +45,7 @@ train() {
 
 evaluate() {
     submit evaluate "jobs.evaluate --requests $corp/persona/requests/$day/held-out --store $store --losses-only \
-        --plug $corp/persona/plugs/$day --out $corp/persona/evaluations/$day"
+        --plug $corp/persona/plugs/$day --out $corp/persona/evaluations/$day $evaluate_flags"
 }
 
 promote() {
@@ -54,10 +59,10 @@ generate() {
 
 submit() { # NAME JOB
     local command
-    command="python -m $(echo "$2" | tr -s ' ')"
+    command="python -m $(tr -s ' ' <<<"$2")"
     case "${WHERE:-cluster}" in
         cluster) python -m jobs.submit --id "$1-$day" --entrypoint "env PERSONA_GPUS=${GPUS:-0} $command" ;;
-        here) echo "$command" >&2 && $command ;;
+        here) echo "$command" >&2 && bash -c "$command" ;;
         print) echo "$command" ;;
     esac
 }

@@ -1,6 +1,6 @@
 """Counters of a run, kept by one actor: workers report what each unit of work did, the driver reads the sums."""
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _UNITS_KEPT = 10_000  # some 5 MB; a task that is retried reports again long before as many others have
+_POINTS_KEPT = 10_000  # far more steps than a run takes until the driver asks again
 
 Counts = dict[str, dict[str, float]]
 """Sums by stage and name: `counts["read"]["rows"]`. A stage that has reported nothing is absent."""
@@ -55,6 +56,14 @@ class Tally:
         """Sums over all units reported so far."""
         return _result(self.actor.totals.remote())
 
+    def point_soon(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Report the numbers of a training step, without waiting; they may be lost if this process exits."""
+        self.actor.add_point.remote(step, numbers)
+
+    def take_points(self) -> list[tuple[int, dict[str, float]]]:
+        """The steps reported since the last call, the latest ones if there were very many."""
+        return _result(self.actor.take_points.remote())
+
 
 class TallyActor:
     """The counters themselves, for one actor. It remembers the latest units only, and of the others just the sums."""
@@ -63,6 +72,7 @@ class TallyActor:
         self._units: OrderedDict[tuple[str, str], Mapping[str, float]] = OrderedDict()  # the latest report comes last
         self._sums: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._metrics = RunMetrics()
+        self._points: deque[tuple[int, dict[str, float]]] = deque(maxlen=_POINTS_KEPT)
 
     def add(self, stage: str, unit: str, counts: Mapping[str, float]) -> None:
         """Count a unit of a stage in place of what was reported on it before."""
@@ -74,6 +84,16 @@ class TallyActor:
         sums = self._sums[stage]
         for name in {**before, **counts}:
             sums[name] += counts.get(name, 0.0) - before.get(name, 0.0)
+
+    def add_point(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Keep the numbers of a step until they are taken."""
+        self._points.append((step, dict(numbers)))
+
+    def take_points(self) -> list[tuple[int, dict[str, float]]]:
+        """The steps since the last call."""
+        taken = list(self._points)
+        self._points.clear()
+        return taken
 
     def totals(self) -> Counts:
         """Sums over units, by stage and name."""

@@ -90,6 +90,7 @@ class WorkerSettings:
         behaviors: vectors of some behaviors that the requests see, in the store's bytes.
         windows: where the steps come from.
         tally: the counts of the run.
+        reports_steps: whether to report the numbers of every step for a tracker.
     """
 
     spec: RunSpec
@@ -102,6 +103,7 @@ class WorkerSettings:
     behaviors: bytes
     windows: "Windows"
     tally: "Tally"
+    reports_steps: bool
 
     @property
     def n_steps(self) -> int:

@@ -20,8 +20,9 @@ def fit(
     *,
     n_workers: int,
     max_failures: int,
+    reports_steps: bool,
 ) -> Any:
-    """Trains, or resumes the run, and returns Ray Train's result."""
+    """Trains, or resumes the run, and returns Ray Train's result; `reports_steps` as in WorkerSettings."""
     from ray.train import DataConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -38,6 +39,7 @@ def fit(
         behaviors=some_behaviors(requests, spec.max_behaviors),
         windows=run_windows(requests, spec, tally, n_workers=n_workers),
         tally=tally,
+        reports_steps=reports_steps,
     )
     trainer = TorchTrainer(
         train_worker,

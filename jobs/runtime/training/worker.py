@@ -9,8 +9,10 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from jobs.runtime.tracking import HELD_OUT_LOSS
 from jobs.runtime.training.engine import local_model, start_engine, store_encoder
 from jobs.runtime.training.spec import WorkerSettings
+from jobs.runtime.training.step_figures import step_figures
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,12 +54,19 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
         progress.add_step(loss, n_tokens=n_tokens, seconds=seconds)
         if rank == 0:
             tally.note_soon("train", "now", _status(settings, progress, begun=begun, loss=loss, seconds=seconds))
+            if settings.reports_steps:
+                tally.point_soon(
+                    progress.step,
+                    step_figures(spec.training.global_batch, stopwatch.seconds, loss=loss, seconds=seconds),
+                )
         if progress.step % spec.validate_every == 0 or progress.step == settings.n_steps:
             progress.add_validation(validation_loss(engine, held_out, micro_batch=spec.training.micro_batch))
             stopwatch.lap("validate")
             _report(engine, progress, write=rank == 0)
             stopwatch.lap("save")
             if rank == 0:
+                if settings.reports_steps and progress.validation_loss is not None:
+                    tally.point_soon(progress.step, {HELD_OUT_LOSS: progress.validation_loss})
                 tally.note("time", f"since step {begun}", stopwatch.seconds)
 
 
