@@ -62,7 +62,7 @@ class Tracked:
         with storage.local_folder(uri) as folder:
             training = plug_record.read(folder).training
             for name, curve in _CURVES.items():
-                self._log([(step, {name: loss}) for step, loss in training[curve]])
+                self.log([(step, {name: loss}) for step, loss in training[curve]])
             self._try(lambda tracker: tracker.log_files(folder, "plug"))
 
     def results(self, numbers: Mapping[str, float], files: Mapping[str, bytes]) -> None:
@@ -85,11 +85,11 @@ class Tracked:
         while not is_last:
             is_last = done.wait(_POLL_S)
             try:
-                self._log(tally.take_points())
+                self.log(tally.take_points())
             except RunLost:
                 return  # the main thread gets the same error and reports it
 
-    def _log(self, points: "Sequence[Point]") -> None:
+    def log(self, points: "Sequence[Point]") -> None:
         """Log numbers of steps, without those that are there already."""
         new = []
         for step, numbers in points:
