@@ -21,6 +21,7 @@ from jobs.runtime import (
     inspection,
     joining,
     losses,
+    plug_versions,
     plugs,
     reading,
     retrieval,
@@ -142,8 +143,10 @@ def _evaluate(config: Config, inputs: _Inputs, tracked: tracking.Tracked, starte
     counts = tally.totals()
     metrics["rejects"] = requests.found.total.rejects
     metrics |= {"without_as_of": requests.found.total.timeless, **inputs.requests.facts()}
+    numbers = losses.to_parquet(measured)
+    metrics["plug_versions"] = plug_versions.compared(store, inputs.plug, metrics, numbers, seed=config.seed)
     metrics["seconds"] = round(time.perf_counter() - started, 1)
-    _write(inputs.out, _files(config, metrics, measured, answers))
+    _write(inputs.out, _files(config, metrics, measured, numbers, answers))
     if tracked.is_on:
         tracked.results(tracked_results.evaluation_numbers(metrics), tracked_results.evaluation_files(metrics))
     summary = _summary(config, inputs, metrics, requests.found, counts)
@@ -265,7 +268,9 @@ def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
     }
 
 
-def _files(config: Config, metrics: Mapping[str, Any], measured: Losses, answers: "Answers") -> dict[str, bytes]:
+def _files(
+    config: Config, metrics: Mapping[str, Any], measured: Losses, numbers: bytes, answers: "Answers"
+) -> dict[str, bytes]:
     """The content of each file of the output folder, by name."""
     import json
     from urllib.parse import quote
@@ -275,7 +280,7 @@ def _files(config: Config, metrics: Mapping[str, Any], measured: Losses, answers
     from persona.report.pages import chart_files, evaluation_page
 
     files = {
-        "losses.parquet": losses.to_parquet(measured),
+        "losses.parquet": numbers,
         "metrics.json": (json.dumps(cli.plain(metrics), indent=2, allow_nan=False) + "\n").encode(),
         "report.html": evaluation_page(metrics),
         **chart_files(metrics),

@@ -22,6 +22,7 @@ _MARGIN = 0.06  # of an axis, around the values
 _LINE_POINTS = 200
 _LONGEST_LABEL, _LONGEST_SPAN = 26, 4  # characters
 _NATS = "nats a token"
+_STAGE_COLORS = {"live": "own", "retired": "none", "rolled_back": "other", "refused": "loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +193,26 @@ def forest(rows: Sequence[ForestRow], *, x: str) -> Chart | None:
     canvas.axes.grid(axis="x")
     canvas.axes.set(xlabel=x)
     return canvas.chart(x, {series(row.persona): row.persona for row in rows})
+
+
+@style()
+def plug_versions(found: Mapping[str, Any] | None) -> Chart | None:
+    """The loss of each version of a plug with its interval, from the first to the one of the page. Lower is better."""
+    if not found:
+        return None
+    canvas = _canvas()
+    values: list[float] = []
+    rows = found["rows"]
+    for i, row in enumerate(rows):
+        color = _STAGE_COLORS.get(row["stage"], "mean")
+        values += _mark(canvas, row["loss"], along="y", place=i, color=color, label=formats.version(row))
+    canvas.scale("y", values)
+    canvas.axes.set_xticks(range(len(rows)), [formats.version(row) for row in rows])
+    canvas.axes.set_xlim(-0.5, len(rows) - 0.5)
+    canvas.axes.grid(axis="y")
+    canvas.axes.set(xlabel="version of the plug", ylabel=f"{_NATS}, own persona")
+    legend = {_STAGE_COLORS.get(row["stage"], "mean"): formats.stage(row) for row in rows}
+    return canvas.chart("loss by version of the plug", legend)
 
 
 def leaves_out_bare(kinds: Iterable[str]) -> bool:

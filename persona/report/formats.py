@@ -61,3 +61,13 @@ def flat(value: Any) -> str:
 def model_name(model: str) -> str:
     """The hub id of a model, or the last part of the path of its folder."""
     return model.rstrip("/").rsplit("/", 1)[-1] if model.startswith(("/", ".", "s3://")) else model
+
+
+def stage(row: Mapping[str, Any]) -> str:
+    """The stage of a version of a plug in words."""
+    return str(row["stage"]).replace("_", " ")
+
+
+def version(row: Mapping[str, Any]) -> str:
+    """A version of a plug by its number, or as the one of the page."""
+    return "this one" if row["version"] is None else f"v{row['version']}"

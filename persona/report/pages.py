@@ -44,6 +44,7 @@ def evaluation_page(metrics: Mapping[str, Any]) -> bytes:
             "persona_map": charts.persona_map(users),
             "gain_by_user": charts.gain_by_user(users),
             "training_curves": charts.training_curves(training),
+            "plug_versions": charts.plug_versions(metrics.get("plug_versions")),
         },
         leaves_out_bare=charts.leaves_out_bare(metrics["loss_saved_by_own"]),
         origin={
@@ -128,8 +129,10 @@ def _environment() -> "Environment":
         "percent_bounds": formats.percent_bounds,
         "series": palette.series,
         "span": formats.span,
+        "stage": formats.stage,
         "svg": drawing.svg,
         "verdict": formats.verdict,
+        "version": formats.version,
     }
     found.globals |= {"wording": wording, "kinds": wording.KINDS, "light": palette.LIGHT, "dark": palette.DARK}
     return found

@@ -149,6 +149,19 @@ def score_text(metrics: Mapping[str, Any]) -> str:
     return f"{text} {metrics['requests']:,} requests of {metrics['users']:,} users."
 
 
+def plug_versions_text(found: Mapping[str, Any]) -> str:
+    """What the comparison of the versions of a plug shows."""
+    text = (
+        f"The plugs that were proposed for this store, under the users' own personas, on the {found['requests']:,} "
+        f"requests of {found['users']:,} users that all these evaluations have. Lower is better. “Saved by this one” "
+        "is paired: what the plug of this page saves on the same requests."
+    )
+    if found["left_out"]:
+        named = _listed([f"v{number}" for number in found["left_out"]])
+        text += f" Left out, for other requests or another LLM: {named}."
+    return text
+
+
 def weighs_all_the_same(examples: Sequence[Mapping[str, Any]]) -> bool:
     """Whether in none of the examples one behavior weighs more than another."""
     weights = [[one["weight"] for one in example["listened_to"]] for example in examples]

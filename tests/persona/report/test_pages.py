@@ -248,3 +248,20 @@ def test_the_comparison_shows_the_results_and_fetches_and_runs_nothing() -> None
 def test_rankings_have_the_same_names_everywhere() -> None:
     found = summarize(with_rejected(), PERSONAS, {}, Metric(kind="text"), seed=0)["ranking"]
     assert set(found["own"]) == set(wording.RANKINGS)
+
+
+def test_the_page_shows_plugs_over_time_when_there_are_several() -> None:
+    def row(number: int | None, stage: str, mean: float, saved: float | None) -> dict[str, Any]:
+        loss = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+        saved_by_newest = None if saved is None else {"mean": saved, "low": saved - 0.01, "high": saved + 0.01}
+        named = {"version": number, "stage": stage, "since": "2026-12-06", "fingerprint": f"f{number}"}
+        return {**named, "loss": loss, "saved_by_newest": saved_by_newest}
+
+    rows = [row(2, "rolled_back", 2.5, 0.3), row(3, "live", 2.25, 0.05), row(None, "this one", 2.2, None)]
+    versions = {"requests": 120, "users": 40, "left_out": [1], "rows": rows}
+    tags, words = read(evaluation_page(metrics(plug_versions=versions)))
+    assert "svg" in tags
+    for part in ("Plugs over time", "120 requests of 40 users", "another LLM: v1", "v2", "rolled back", "+0.3000"):
+        assert part in words
+    assert "Plugs over time" not in read(evaluation_page(metrics(plug_versions=None)))[1]
+    assert "Plugs over time" not in read(evaluation_page(metrics()))[1]
