@@ -32,7 +32,7 @@ from persona.plug import folder as plug_folder, record as plug_record
 from persona.plug.answerer import Answerer
 from persona.plug.personalized import PersonalizedLLM, plug_inputs, soft_tokens
 from persona.plug.record import PlugRecord
-from persona.store import vectors
+from persona.store import registry, vectors
 from persona.store.join import join_histories, seen_rows
 from persona.store.store import Store
 
@@ -96,7 +96,7 @@ def load_plug(
     """Loads a plug that jobs.train made, with its LLM and its query encoder.
 
     Args:
-        uri: the plug's folder, local or on s3://.
+        uri: the plug's folder, local or on s3://; or `live`, the live plug of `store`.
         store: where histories are read; without one, personas are made from texts only.
         llm: hub id or folder of the plug's LLM, when it is not where the plug was trained.
         encoder: the same for the encoder.
@@ -107,8 +107,11 @@ def load_plug(
         InputError: there is no complete plug, or a model is not found.
         PlugMismatch: the store, the LLM or the encoder is not the one that the plug was trained with.
     """
-    with storage.local_folder(storage.check_uri(str(uri), flag="uri")) as folder:
+    live = registry.find(str(uri), store)
+    with storage.local_folder(live.uri if live else storage.check_uri(str(uri), flag="uri")) as folder:
         record = plug_record.read(folder)
+        if live:
+            registry.check_unchanged(live, plug_record.fingerprint(folder))
         if store is not None and store.identity.fingerprint != record.encoder["fingerprint"]:
             raise PlugMismatch(
                 f"{uri}: the plug was trained on vectors of {record.encoder['name']!r}, but the store has those of "

@@ -64,11 +64,8 @@ def read_plug(given: str, models: PlugModels | None = None, *, store: "Store | N
     with storage.local_folder(uri) as folder:
         record = plug_record.read(folder)
         fingerprint = plug_record.fingerprint(folder)
-    if live and fingerprint != live.fingerprint:
-        raise PlugMismatch(
-            f"--plug {given}: version {live.version} was promoted as {live.fingerprint[:12]}, but {uri} now has "
-            f"{fingerprint[:12]}; put it back, or go back to the one before with python -m jobs.plugs rollback"
-        )
+    if live:
+        registry.check_unchanged(live, fingerprint)
     models = models or PlugModels()
     return PlugRef(
         uri=uri,

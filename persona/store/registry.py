@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import pyarrow as pa
 
-from persona.errors import InputError, UsageError
+from persona.errors import InputError, PlugMismatch, UsageError
 from persona.storage import join
 from persona.store.schema import LAYOUTS
 from persona.store.store import Store
@@ -150,6 +150,15 @@ def write(writer: Writer, before: Registry, after: Registry) -> None:
     removed = writer.table.files(stages)
     tables = [pa.Table.from_pylist(rows, LAYOUTS[NAME].schema) for stage in stages if (rows := _rows(after, stage))]
     writer.exchange([(file, None) for file in removed], [writer.table.write_file(rows) for rows in tables])
+
+
+def check_unchanged(live: PlugVersion, fingerprint: str) -> None:
+    """Raises PlugMismatch when the folder of the live plug has a plug with another fingerprint."""
+    if fingerprint != live.fingerprint:
+        raise PlugMismatch(
+            f"--plug {LIVE}: version {live.version} was promoted as {live.fingerprint[:12]}, but {live.uri} now has "
+            f"{fingerprint[:12]}; put it back, or go back to the one before with python -m jobs.plugs rollback"
+        )
 
 
 def _rows(registry: Registry, stage: Stage) -> list[dict[str, object]]:

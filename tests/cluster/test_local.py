@@ -16,6 +16,7 @@ import pytest
 from persona.storage import copy_folder
 from tests.cluster.manifests import CLUSTER, ROOT
 from tests.jobs.conftest import arguments, behaviors, requests, write
+from tests.jobs.test_schedule import FLAGS, texts
 from tests.models import tiny_encoder, tiny_llama
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
@@ -145,3 +146,39 @@ def test_all_jobs_and_a_repeated_schedule(local: Local, corp: str, tmp_path: Pat
     second = local.job("refresh-2", "embed", **refresh, max_tokens=32, block_rows=16)
     assert (second["encoded"], second["committed"], second["gone"]) == (0, 0, 0)
     assert second["known"] == first["committed"]
+
+
+def test_the_weekly_schedule_promotes_refuses_and_rolls_back(local: Local, corp: str, tmp_path: Path) -> None:
+    """Every step by `jobs.submit`: twice the same, a worse plug, a better one, and back."""
+    for name, make in (("encoder", tiny_encoder), ("llama", tiny_llama)):
+        copy_folder(str(make(tmp_path / name)), f"{corp}/models/{name}")
+    write(f"{corp}/histories/train/a.parquet", texts(range(24)))
+    write(f"{corp}/histories/held-out/a.parquet", texts(range(24, 40)))
+    asked = [{"request_id": f"q{user}", "user_id": f"user-{user}", "input": "What next?"} for user in range(4)]
+    write(f"{corp}/requests/today.jsonl", asked)
+    settings = {"CORP": corp, "ENCODER": f"{corp}/models/encoder", "LLM": f"{corp}/models/llama", **FLAGS}
+    store = f"{corp}/persona/store"
+
+    def week(day: str, rate: str) -> tuple[int, str, str]:
+        """Exit code, what was said, and the live plug."""
+        flags = settings["TRAIN_FLAGS"].replace("--learning-rate 0.03", f"--learning-rate {rate}")
+        environment = {**local.environment, **settings, "TRAIN_FLAGS": flags}
+        command = ["bash", str(CLUSTER / "schedule" / "steps.sh"), "weekly", day]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        live = local.job(f"list-{day}", "plugs", action="list", store=store)["plugs"]
+        print(day, done.returncode, [(one["version"], one["stage"], one["uri"]) for one in live])
+        return done.returncode, done.stdout + done.stderr, next(one["uri"] for one in live if one["stage"] == "live")
+
+    first, third, fourth = (f"{corp}/persona/plugs/2026-12-{day:02}" for day in (6, 20, 27))
+    code, said, live = week("2026-12-06", "0.01")
+    assert (code, live) == (0, first), said[-4000:]
+    code, said, live = week("2026-12-13", "0.01")  # nothing is new: the same plug, or one that is not ahead of it
+    assert (code in (0, 4), live) == (True, first), said[-4000:]
+    assert '"answered": 0' in said and '"committed": 0' in said
+    code, said, live = week("2026-12-20", "1e-6")
+    assert (code, live) == (4, first), said[-4000:]
+    assert "not promoted: " + third in said
+    code, said, live = week("2026-12-27", "0.03")
+    assert (code, live) == (0, fourth), said[-4000:]
+    back = local.job("back", "plugs", action="rollback", store=store)
+    assert (back["live"]["uri"], back["rolled_back"]["uri"]) == (first, fourth)

@@ -32,6 +32,7 @@ KNOWN = {
     "aws": {"ec2", "iam", "s3"},
     "cluster/aws/bucket.sh": None,
     "cluster/local.sh": None,
+    "cluster/schedule/steps.sh": {"nightly", "weekly", "promote"},
     "docker": {"build"},
     "export": None,
     "helm": {"install"},
@@ -78,7 +79,11 @@ def test_every_command_parses(page: Path, line: str, monkeypatch: pytest.MonkeyP
         assert program in KNOWN, f"{page.name}: no check for {program}"
         known = KNOWN[program]
         assert known is None or rest[0] in known
-        files = [word.removeprefix("file://") for word in words if "cluster/" in word and "://corp" not in word]
+        files = [
+            re.sub(r"^(file://|--from-file=)", "", word)
+            for word in words
+            if "cluster/" in word and "://corp" not in word
+        ]
         assert all((ROOT / file).exists() for file in files), files
 
 
