@@ -55,7 +55,7 @@ class Config:
     store: str
     """Folder of the tables with the answers of jobs.generate."""
     plug: str
-    """Folder of the plug made by jobs.train, local or s3://; or `live`, the live plug of the store (jobs.plugs)."""
+    """Folder of the plug made by jobs.train, local or s3://; hf://OWNER/NAME; or `live` (see jobs.plugs)."""
     out: str
     """Folder for metrics.json and report.html, local or s3://."""
     variants: tuple[str, ...] = ()

@@ -56,7 +56,7 @@ class Config:
     store: str
     """Folder of the tables made by jobs.embed; answers are written there too."""
     plug: str
-    """Folder of the plug made by jobs.train, local or s3://; or `live`, the live plug of the store (jobs.plugs)."""
+    """Folder of the plug made by jobs.train, local or s3://; hf://OWNER/NAME; or `live` (see jobs.plugs)."""
     persona: tuple[PersonaKind, ...] = (PersonaKind.OWN,)
     """Histories to answer with: the own, none, another user's, the own weighted equally (mean); bare has no plug."""
     variant: str | None = None

@@ -28,7 +28,7 @@ from persona.models.encoder import TextEncoder
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import Decoding, PersonaKind, Precision
-from persona.plug import folder as plug_folder, record as plug_record
+from persona.plug import folder as plug_folder, hub, record as plug_record
 from persona.plug.answerer import Answerer
 from persona.plug.personalized import PersonalizedLLM, plug_inputs, soft_tokens
 from persona.plug.record import PlugRecord
@@ -96,7 +96,7 @@ def load_plug(
     """Loads a plug that jobs.train made, with its LLM and its query encoder.
 
     Args:
-        uri: the plug's folder, local or on s3://; or `live`, the live plug of `store`.
+        uri: the plug's folder, local or on s3://; hf://OWNER/NAME; or `live`, the live plug of `store`.
         store: where histories are read; without one, personas are made from texts only.
         llm: hub id or folder of the plug's LLM, when it is not where the plug was trained.
         encoder: the same for the encoder.
@@ -108,7 +108,7 @@ def load_plug(
         PlugMismatch: the store, the LLM or the encoder is not the one that the plug was trained with.
     """
     live = registry.find(str(uri), store)
-    with storage.local_folder(live.uri if live else storage.check_uri(str(uri), flag="uri")) as folder:
+    with hub.local_plug_folder(hub.check_plug_uri(live.uri if live else str(uri), flag="uri")) as folder:
         record = plug_record.read(folder)
         if live:
             registry.check_unchanged(live, plug_record.fingerprint(folder))

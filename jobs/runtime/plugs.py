@@ -48,20 +48,18 @@ class PlugRef:
 
 
 def read_plug(given: str, models: PlugModels | None = None, *, store: "Store | None" = None) -> PlugRef:
-    """The plug of `--plug`: a folder, or `live` for the live plug of `store`; does not look for its models.
+    """The plug of `--plug`: a folder, hf://…, or `live` for the live plug of `store`; does not look for its models.
 
     Raises:
         UsageError, InputError: there is none.
         PlugMismatch: the folder of the live plug has another plug than the one that was promoted.
     """
-    from persona import storage
-    from persona.plug import record as plug_record
+    from persona.plug import hub, record as plug_record
     from persona.store import registry
 
     live = registry.find(given, store)
-    uri = live.uri if live else storage.check_uri(given, flag="--plug")
-    storage.check_reachable(uri, flag="--plug")
-    with storage.local_folder(uri) as folder:
+    uri = hub.check_plug_uri(live.uri if live else given, flag="--plug")
+    with hub.local_plug_folder(uri) as folder:
         record = plug_record.read(folder)
         fingerprint = plug_record.fingerprint(folder)
     if live:

@@ -18,7 +18,7 @@ from persona.errors import RunLost, TrackingError
 
 if TYPE_CHECKING:
     from persona.options import Track
-    from persona.tracking.base import Point, Tracker
+    from persona.tracking.tracker import Point, Tracker
 
 _POLL_S = 2.0
 TRAINING_LOSS, HELD_OUT_LOSS = "train/loss", "validation/loss"
@@ -122,7 +122,7 @@ def tracked(track: "Track", *, job: str, place: str, settings: Mapping[str, Any]
     if track == "none":
         yield Tracked(None)
         return
-    from persona.tracking.base import TrackedRun, start
+    from persona.tracking.tracker import TrackedRun, start
 
     key = hashlib.blake2b(f"{job} {place}".encode(), digest_size=8).hexdigest()
     tracker = start(track, TrackedRun(key=key, name=place.rsplit("/", 1)[-1], job=job))

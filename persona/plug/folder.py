@@ -22,9 +22,7 @@ from persona.plug import aggregation, record as plug_record
 from persona.plug.answerer import Answerer
 from persona.plug.module import Plug
 from persona.plug.personalized import PersonalizedLLM, QueryText, prepare_for_inference
-from persona.plug.record import RECORD, WEIGHTS, PlugRecord
-
-CARD = "README.md"
+from persona.plug.record import CARD, RECORD, WEIGHTS, PlugRecord
 
 
 def new_query_encoder(

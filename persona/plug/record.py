@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from persona import storage
 from persona.errors import InputError, PlugMismatch, UsageError
 from persona.field_types import check_field_types
 from persona.models import contents
 from persona.models.resolve import ModelFolder
 from persona.options import PlugOptions, PromptOptions, Quantization, Select, pooling_modes
+from persona.plug import hub
 
-WEIGHTS, RECORD = "plug.safetensors", "plug.json"
+WEIGHTS, RECORD, CARD = "plug.safetensors", "plug.json", "README.md"
 _SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
 _FORMAT = 3
 
@@ -142,7 +142,7 @@ def local_plug(uri: str, expected: str) -> Iterator[Path]:
 
     Raises PlugMismatch when the plug was replaced since the job started.
     """
-    with storage.local_folder(uri) as folder:
+    with hub.local_plug_folder(uri) as folder:
         found = fingerprint(folder)
         if found != expected:
             raise PlugMismatch(

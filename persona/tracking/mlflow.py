@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.errors import TrackingError, UsageError
-from persona.tracking.base import Point, TrackedRun
+from persona.tracking.tracker import Point, TrackedRun
 
 PACKAGE = "mlflow"
 _KEY = "persona_plug.key"
@@ -20,7 +20,7 @@ _SETTINGS_TOGETHER, _NUMBERS_TOGETHER = 100, 1000  # what a server accepts in on
 
 
 def start(run: TrackedRun) -> "MLflow":
-    """The run with this key, or a new one. Raises as `base.start`."""
+    """The run with this key, or a new one. Raises as `tracker.start`."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise UsageError("--track mlflow: set MLFLOW_TRACKING_URI to the address of the server, like http://host:5000")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.errors import TrackingError, UsageError
-from persona.tracking.base import Point, TrackedRun
+from persona.tracking.tracker import Point, TrackedRun
 
 PACKAGE = "tensorboard"
 _VARIABLE = "TENSORBOARD_LOGGING_DIR"
@@ -19,7 +19,7 @@ _FILES = "files"
 
 
 def start(run: TrackedRun) -> "TensorBoard":
-    """The folder of this run, where earlier event files stay. Raises as `base.start`."""
+    """The folder of this run, where earlier event files stay. Raises as `tracker.start`."""
     root = os.environ.get(_VARIABLE, "")
     if not root:
         raise UsageError(f"--track tensorboard: set {_VARIABLE} to the folder that TensorBoard shows")

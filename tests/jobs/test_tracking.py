@@ -8,8 +8,8 @@ import pytest
 
 from jobs import compare, evaluate, train
 from jobs.runtime.tracking import Tracked
-from persona.tracking import base
-from persona.tracking.base import TrackedRun
+from persona.tracking import tracker as trackers
+from persona.tracking.tracker import TrackedRun
 from tests.jobs.conftest import TRAINING, Job, requests, write
 from tests.jobs.test_compare import save
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_logs_no_step_twice_and_fills_gaps(board: Path, plug: str,
     curve = [(step, 5.0 - step) for step in range(1, 7)]
 
     def follow(*steps: int) -> None:
-        tracked = Tracked(base.start("tensorboard", run))
+        tracked = Tracked(trackers.start("tensorboard", run))
         tracked.log(
             [(step, {"train/loss": loss, "train/requests_per_s": 1.0}) for step, loss in curve if step in steps]
         )
@@ -102,7 +102,7 @@ def test_a_resumed_run_logs_no_step_twice_and_fills_gaps(board: Path, plug: str,
     record = json.loads((copy / "plug.json").read_text())
     record["training"] |= {"training_curve": curve, "validation_curve": [(6, 0.5)]}
     (copy / "plug.json").write_text(json.dumps(record))
-    tracked = Tracked(base.start("tensorboard", run))
+    tracked = Tracked(trackers.start("tensorboard", run))
     tracked.plug(str(copy))
     tracked.close(failed=False)
     (folder,) = board.iterdir()
@@ -114,7 +114,7 @@ def test_a_resumed_run_logs_no_step_twice_and_fills_gaps(board: Path, plug: str,
 def test_a_tracker_that_fails_costs_a_warning(
     board: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracker = base.start("tensorboard", TrackedRun(key="k" * 16, name="r", job="train"))
+    tracker = trackers.start("tensorboard", TrackedRun(key="k" * 16, name="r", job="train"))
     tracked = Tracked(tracker)
     (folder,) = board.iterdir()
     (folder / "files").write_text("where a folder should be")

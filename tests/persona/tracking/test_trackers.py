@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from persona.errors import TrackingError, UsageError
-from persona.tracking import base
-from persona.tracking.base import TrackedRun
+from persona.tracking import tracker as trackers
+from persona.tracking.tracker import TrackedRun
 
 RUN = TrackedRun(key="0123456789abcdef", name="weekly-47", job="train")
 
@@ -20,14 +20,14 @@ def plug(tmp_path: Path) -> Path:
     return folder
 
 
-def log_twice(track: str, plug: Path) -> base.Tracker:
+def log_twice(track: str, plug: Path) -> trackers.Tracker:
     """A run that ends after step 2, and goes on with step 3."""
-    first = base.start(track, RUN)
+    first = trackers.start(track, RUN)
     assert first.steps("train/loss") == set()
     first.log_settings({"learning_rate": "0.001", "system": "a | b"})
     first.log_numbers([(1, {"train/loss": 3.0}), (2, {"train/loss": 2.5, "train/requests_per_s": 8.0})])
     first.close(failed=True)
-    second = base.start(track, RUN)
+    second = trackers.start(track, RUN)
     assert second.steps("train/loss") == {1, 2}
     second.log_settings({"learning_rate": "0.001", "workers": "2"})
     second.log_numbers([(3, {"train/loss": 2.0})])
@@ -61,7 +61,7 @@ def test_mlflow_that_does_not_answer_is_an_error_of_ours(monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(TrackingError, match="MLflow at MLFLOW_TRACKING_URI"):
-        base.start("mlflow", RUN)
+        trackers.start("mlflow", RUN)
 
 
 def test_tensorboard_has_one_folder_with_settings_curve_and_plug(board: Path, plug: Path) -> None:
@@ -85,11 +85,11 @@ def test_the_environment_must_say_where_a_tracker_is(
 ) -> None:
     monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UsageError, match=f"set {variable} to"):
-        base.start(track, RUN)
+        trackers.start(track, RUN)
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
     with pytest.raises(UsageError, match=r"needs the package mlflow: pip install 'persona-plug\[mlflow\]'"):
-        base.start("mlflow", RUN)
+        trackers.start("mlflow", RUN)
