@@ -175,7 +175,7 @@ def _unsearched(stores: "Sequence[Store]", found: reports.Found) -> list[str]:
     places = list(_NOT_SEARCHED)
     if all(store.pointer is None for store in stores):
         places.append("other stores: --store is a store, not a pointer to stores")
-    others = "evaluations that neither --reports nor the table plugs names"
+    others = "other evaluations than those of --reports and of the table plugs"
     return [*places, others, *(f"{uri}: no file of jobs.evaluate" for uri in found.unknown)]
 
 
