@@ -26,6 +26,7 @@ def start(run: TrackedRun) -> "MLflow":
         raise UsageError("--track mlflow: set MLFLOW_TRACKING_URI to the address of the server, like http://host:5000")
     from mlflow import MlflowClient
 
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "1")  # stdout is for a job's result
     client = MlflowClient(uri)
     with _errors():
         experiment = _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME", "persona-plug"))
