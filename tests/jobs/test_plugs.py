@@ -1,5 +1,6 @@
 """`plugs` on a real store, with plugs of tiny models: what becomes live, what is refused, and the way back."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from jobs import forget, plugs
+from jobs.runtime import plug_versions
 from jobs.runtime.configuration import read_config
 from jobs.runtime.plugs import read_plug
 from persona.errors import InputError, PlugMismatch
@@ -127,6 +129,29 @@ def test_an_evaluation_must_be_of_the_plug_and_comparable(
     assert (dry.code, dry.result["promoted"], live(store)) == (0, True, first)
     assert refuse(plugs, **flags, evaluation=apart, allow_incomparable=True).code == 0
     assert live(store) == second
+
+
+def test_a_new_evaluation_is_shown_beside_those_of_the_other_plugs(
+    promote: Any, store: Path, tmp_path: Path, folders: list[str]
+) -> None:
+    first, second, third = folders
+    assert promote(first, 2.5).code == 0
+    assert promote(second, 2.6).code == 4
+    found = Path(evaluated(tmp_path, third, 2.0))
+    metrics, losses = json.loads((found / "metrics.json").read_text()), (found / "losses.parquet").read_bytes()
+    opened, plug = Store.open(str(store)), read_plug(third)
+    compared = plug_versions.compared(opened, plug, metrics, losses, seed=0)
+    assert compared is not None
+    assert [(row["version"], row["stage"]) for row in compared["rows"]] == [
+        (1, "live"),
+        (2, "refused"),
+        (None, "this one"),
+    ]
+    assert [row["saved_by_newest"]["mean"] for row in compared["rows"][:2]] == pytest.approx([0.5, 0.6])
+    for name in ("metrics.json", "losses.parquet"):
+        for version in registry.read(opened).versions:
+            Path(version.evaluation, name).unlink()
+    assert plug_versions.compared(opened, plug, metrics, losses, seed=0) is None
 
 
 def test_flags_go_with_their_action(refuse: Job, store: Path) -> None:
