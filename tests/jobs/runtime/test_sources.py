@@ -424,7 +424,7 @@ def test_a_store_without_the_table_gets_one(store: Store, folder: Path) -> None:
     shutil.rmtree(Path(store.uri) / "sources")
     opened = Store.open(store.uri)
     assert read_ledger(opened).sources == [] and not read_ledger(opened).is_exact
-    assert maintenance.tables(opened) == ["behaviors", "personas", "generations", "rejects"]
+    assert maintenance.tables(opened) == ["behaviors", "personas", "generations", "rejects", "plugs"]
     create(opened)
     assert embed(opened, folder).read == ["1.jsonl"]
     assert embed(opened, folder).read == []
