@@ -98,6 +98,7 @@ def schedule(local_ray: None, s3: str, models: dict[str, str], capsys: pytest.Ca
     return Schedule(corp=s3, environment={**paths, **FLAGS}, capsys=capsys)
 
 
+@pytest.mark.soak
 def test_the_weekly_schedule_promotes_a_plug_and_refuses_a_worse_one(schedule: Schedule, tmp_path: Path) -> None:
     untrained = new_plug(tmp_path / "plug", f"{schedule.corp}/models/encoder", f"{schedule.corp}/models/llama")
     first = {step: schedule.run(step, "2026-12-06") for step in weekly()}
