@@ -130,7 +130,7 @@ def test_persona_loads_neither_ray_nor_the_jobs():
         "import importlib, json, sys\n"
         f"for module in {PERSONA}:\n"
         "    try: importlib.import_module(module)\n"
-        "    except ModuleNotFoundError as error: assert error.name == 'vllm', error  # has an environment of its own\n"
+        "    except ModuleNotFoundError as error: assert error.name == 'vllm', error  # a separate environment\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

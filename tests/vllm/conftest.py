@@ -1,4 +1,4 @@
-"""Tests with vLLM itself, which needs an environment of its own: `make test-vllm`."""
+"""Tests with vLLM itself, which needs a separate environment: `make test-vllm`."""
 
 from importlib.util import find_spec
 

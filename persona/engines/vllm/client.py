@@ -1,4 +1,4 @@
-"""A vLLM engine in processes of its own, which is started again when it dies."""
+"""A vLLM engine in separate processes, which is started again when it dies."""
 
 import asyncio
 import itertools
