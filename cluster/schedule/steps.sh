@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The steps of the nightly and the weekly schedule, for cron, Airflow and Argo alike: the only file to edit for both.
+# The steps of the nightly and the weekly schedule, for cron, Kubernetes, Airflow and Argo: the only file to edit.
 #
 #   steps.sh nightly DAY      all steps of a schedule, one after the other; DAY is when it was due, like 2026-12-06
 #   steps.sh promote DAY      one step
@@ -87,5 +87,7 @@ case "$what" in
 esac
 [ "$1" != --list ] || { echo "$steps" | tr ' ' '\n' && exit 0; }
 day="${day%%T*}" # a scheduler may give a time
+# A CronJob of Kubernetes names its Job after the minute that it was due, counted since 1970.
+[[ ! "$day" =~ ^(nightly|weekly)-([0-9]{8})$ ]] || day="$(date -u -d "@$((BASH_REMATCH[2] * 60))" +%F)"
 [ -n "$day" ] || { echo "steps.sh: give the day that the schedule was due, like 2026-12-06" >&2 && exit 2; }
 schedule $steps

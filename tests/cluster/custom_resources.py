@@ -17,13 +17,6 @@ _OBJECT = {"apiVersion": "string", "kind": "string", "metadata": "k8s:ObjectMeta
 TYPES: dict[str, dict[str, Any]] = {
     "RayCluster": {**_OBJECT, "spec": "RayClusterSpec"},
     "RayJob": {**_OBJECT, "spec": "RayJobSpec"},
-    "RayCronJob": {**_OBJECT, "spec": "RayCronJobSpec"},
-    "RayCronJobSpec": {
-        "jobTemplate": "RayJobSpec",
-        "schedule": "string",
-        "timeZone": "string",
-        "suspend": "boolean",
-    },
     "RayJobSpec": {
         "activeDeadlineSeconds": "integer",
         "backoffLimit": "integer",
@@ -144,14 +137,12 @@ TYPES: dict[str, dict[str, Any]] = {
     },
 }
 API_VERSIONS = {
-    **dict.fromkeys(("RayCluster", "RayJob", "RayCronJob"), "ray.io/v1"),
+    **dict.fromkeys(("RayCluster", "RayJob"), "ray.io/v1"),
     **dict.fromkeys(("PodMonitor", "PrometheusRule"), "monitoring.coreos.com/v1"),
 }
 REQUIRED = {
     "RayCluster": {"spec"},
     "RayJob": {"spec"},
-    "RayCronJob": {"spec"},
-    "RayCronJobSpec": {"jobTemplate", "schedule"},
     "RayClusterSpec": {"headGroupSpec"},
     "HeadGroupSpec": {"template", "rayStartParams"},
     "WorkerGroupSpec": {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"},

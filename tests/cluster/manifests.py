@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -19,9 +18,8 @@ from jobs.runtime.configuration import read_config
 from tests.pages import PAGES, ROOT, name, shell_lines
 
 CLUSTER = ROOT / "cluster"
-KUBERAY = sorted(path.parent for path in (CLUSTER / "kuberay").glob("*/kustomization.yaml"))
-"""The folders that `kubectl apply -k` is given; those below `base` are parts of them."""
-RAY_KINDS = ("RayCluster", "RayJob", "RayCronJob")
+APPLIED = [*sorted(path.parent for path in (CLUSTER / "kuberay").glob("*/kustomization.yaml")), CLUSTER / "schedule"]
+"""The folders with pods that `kubectl apply -k` is given; those below `base` are parts of them."""
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -62,7 +60,7 @@ def every(name: str, value: Any) -> Iterator[Any]:
 def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
     """Every RayClusterSpec, with the name of its folder."""
     found = []
-    for path in KUBERAY:
+    for path in APPLIED:
         for document in documents(path):
             if document["kind"] == "RayCluster":
                 found.append((path.name, document["spec"]))
@@ -74,7 +72,7 @@ def containers() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Every container, with the name of its folder and the spec of its pod."""
     return [
         (path.name, pod, container)
-        for path in KUBERAY
+        for path in APPLIED
         for document in documents(path)
         for template in [*every("template", document)]
         for pod in [template["spec"]]
@@ -86,31 +84,13 @@ def containers() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
 def entrypoints() -> list[tuple[str, str]]:
     """Every command that calls a job, in every file of cluster/ and in the pages, with the name of its folder."""
     found = []
-    for path in KUBERAY:
+    for path in APPLIED:
         for document in documents(path):
             found += [(path.name, one) for one in every("entrypoint", document)]
-            found += [(path.name, shlex.join(one)) for one in every("command", document) if "jobs.submit" in one]
-    found += [("crontab", line) for line in crontab_commands()]
     found += [("sky", line) for line in documents(CLUSTER / "sky.yaml")[0]["run"].splitlines()]
     for page in PAGES:
         found += [(name(page), line) for line in shell_lines(page) if calls_job(shlex.split(line))]
     return found
-
-
-def crontab_commands() -> list[str]:
-    """What cron gives to the shell, with its variables filled in."""
-    commands, variables = [], {}
-    for line in (CLUSTER / "ray-up" / "crontab").read_text().splitlines():
-        if setting := re.fullmatch(r"([A-Z_]+)=(.*)", line):
-            variables[setting[1]] = setting[2]
-        elif line and not line.startswith("#"):
-            schedule = re.fullmatch(r"(?:\S+ ){5}(.*)", line)
-            assert schedule is not None, line
-            # An unescaped % ends the command.
-            assert not re.search(r"(?<!\\)%", schedule[1]), line
-            text = re.sub(r"\$\(.*?\)", "2026-11-21T02", schedule[1].replace("\\%", "%"))
-            commands.append(re.sub(r"\$([A-Z_]+)", lambda variable: variables[variable[1]], text))
-    return commands
 
 
 def calls_job(words: list[str]) -> tuple[int, str, list[str]] | None:

@@ -12,8 +12,8 @@ import pytest
 from persona.errors import UsageError
 from tests.cluster import custom_resources
 from tests.cluster.manifests import (
+    APPLIED,
     CLUSTER,
-    KUBERAY,
     containers,
     documents,
     entrypoints,
@@ -28,7 +28,7 @@ AWS = sorted((CLUSTER / "aws").glob("*.json"))
 NOT_IN_A_NAMESPACE = {"Namespace", "PriorityClass"}
 
 
-@pytest.mark.parametrize("path", [*KUBERAY, CLUSTER / "monitoring"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*APPLIED, CLUSTER / "monitoring"], ids=lambda path: path.name)
 def test_kubernetes_accepts_its_own_kinds_and_the_operators_theirs(path: Path) -> None:
     found = documents(path)
     assert found
@@ -144,17 +144,24 @@ def _limits(group: dict[str, Any]) -> dict[str, str]:
 
 
 def test_a_job_requests_no_more_gpus_than_its_cluster_may_have() -> None:
-    for path in KUBERAY:
+    for path in APPLIED:
         for document in documents(path):
-            for spec in [document.get("spec", {}), *every("jobTemplate", document)]:
-                requested = re.search(r"PERSONA_GPUS=(\d+)", spec.get("entrypoint", ""))
-                if requested:
-                    groups = spec["rayClusterSpec"]["workerGroupSpecs"]
-                    assert 0 < int(requested[1]) <= next(g["maxReplicas"] for g in groups if g["groupName"] == "gpu")
+            spec = document.get("spec", {})
+            if requested := re.search(r"PERSONA_GPUS=(\d+)", spec.get("entrypoint", "")):
+                assert 0 < int(requested[1]) <= _most_gpus(spec["rayClusterSpec"])
+    (cluster,) = [spec for name, spec in ray_clusters() if name == "long-lived"]
+    for scheduled in _scheduled().values():
+        (gpus,) = [one["value"] for one in every("env", scheduled) for one in one if one["name"] == "GPUS"]
+        assert 0 < int(gpus) <= _most_gpus(cluster)
+
+
+def _most_gpus(cluster: dict[str, Any]) -> int:
+    return next(int(group["maxReplicas"]) for group in cluster["workerGroupSpecs"] if group["groupName"] == "gpu")
 
 
 def test_every_ray_job_cleans_up_and_a_verdict_is_final() -> None:
-    jobs = [one for path in KUBERAY for document in documents(path) for one in _ray_jobs(document)]
+    found = [document for path in APPLIED for document in documents(path)]
+    jobs = [document["spec"] for document in found if document["kind"] == "RayJob"]
     assert {re.search(r"jobs\.(\w+)", job["entrypoint"])[1] for job in jobs} == {  # type: ignore[index]
         "embed",
         "train",
@@ -162,31 +169,9 @@ def test_every_ray_job_cleans_up_and_a_verdict_is_final() -> None:
         "evaluate",
     }
     for job in jobs:
-        # KubeRay retries every exit code, 2 and 3 included, each time with another GPU cluster.
+        # KubeRay retries every exit code, final ones included, each time with another GPU cluster.
         assert job["backoffLimit"] == 0 and job["submissionMode"] == "HTTPMode" and job["activeDeadlineSeconds"] > 0
-        rules = job.get("deletionStrategy", {}).get("deletionRules", [])
-        # KubeRay refuses both at once.
-        assert bool(rules) != (job.get("shutdownAfterJobFinishes", False) and job["ttlSecondsAfterFinished"] > 0)
-
-
-def test_a_ray_cron_job_ends_before_the_next_is_due_and_is_deleted_later() -> None:
-    (document,) = documents(CLUSTER / "kuberay" / "refresh")
-    assert document["spec"]["schedule"] == "0 2 * * *"
-    (job,) = _ray_jobs(document)
-    rules = job["deletionStrategy"]["deletionRules"]
-    after_s = {"DeleteCluster": set[int](), "DeleteSelf": set[int]()}
-    ends = {"DeleteCluster": set[str](), "DeleteSelf": set[str]()}
-    for rule in rules:
-        after_s[rule["policy"]].add(rule["condition"].pop("ttlSeconds"))
-        ends[rule["policy"]].add(*rule["condition"].values())
-    assert ends["DeleteCluster"] == ends["DeleteSelf"] == {"SUCCEEDED", "FAILED", "Failed"}
-    assert job["activeDeadlineSeconds"] + max(after_s["DeleteCluster"]) < 86400 <= min(after_s["DeleteSelf"])
-
-
-def _ray_jobs(document: dict[str, Any]) -> list[dict[str, Any]]:
-    if document["kind"] == "RayCronJob":
-        return [document["spec"]["jobTemplate"]]
-    return [document["spec"]] if document["kind"] == "RayJob" else []
+        assert job["shutdownAfterJobFinishes"] and job["ttlSecondsAfterFinished"] > 0
 
 
 def test_secrets_are_referenced_and_not_written_out() -> None:
@@ -196,22 +181,48 @@ def test_secrets_are_referenced_and_not_written_out() -> None:
                 assert "secretKeyRef" in variable["valueFrom"]
 
 
-def test_the_schedules_do_not_overlap_and_their_id_is_the_time_they_were_due() -> None:
-    cron = documents(CLUSTER / "kuberay" / "long-lived" / "refresh.yaml")[0]["spec"]
-    assert cron["concurrencyPolicy"] == "Forbid"
-    job = cron["jobTemplate"]["spec"]
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    source = next(one for one in container["env"] if one["name"] == "SUBMISSION_ID")["valueFrom"]
-    assert source == {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}}
-    assert container["command"][container["command"].index("--id") + 1] == "$(SUBMISSION_ID)"
-    # podFailurePolicy requires Never; it tells the job's own exit codes from lost machines.
-    assert pod["restartPolicy"] == "Never"
-    final = next(rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if rule["action"] == "FailJob")
-    assert final["values"] == [1, 2, 3] and final["containerName"] == container["name"]
-    by_kuberay = documents(CLUSTER / "kuberay" / "refresh")[0]["spec"]
-    assert (by_kuberay["schedule"], by_kuberay["timeZone"]) == (cron["schedule"], cron["timeZone"])
-    assert parse_job(by_kuberay["jobTemplate"]["entrypoint"]).sync
+def _scheduled() -> dict[str, dict[str, Any]]:
+    """The specs of the CronJobs, by name."""
+    found = documents(CLUSTER / "schedule")
+    return {one["metadata"]["name"]: one["spec"] for one in found if one["kind"] == "CronJob"}
+
+
+def test_the_cron_jobs_run_every_day_once_and_a_verdict_is_final() -> None:
+    scheduled = _scheduled()
+    assert {name: cron["schedule"] for name, cron in scheduled.items()} == {
+        "nightly": "0 2 * * 1-6",
+        "weekly": "0 2 * * 0",
+    }
+    for name, cron in scheduled.items():
+        job = cron["jobTemplate"]["spec"]
+        assert cron["concurrencyPolicy"] == "Forbid" and job["activeDeadlineSeconds"] < 86400
+        pod = job["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["args"] == [name, "$(JOB)"]
+        source = next(one for one in container["env"] if one["name"] == "JOB")["valueFrom"]
+        assert source == {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}}
+        # podFailurePolicy requires Never; it tells the steps' exit codes from lost machines.
+        assert pod["restartPolicy"] == "Never"
+        lost, final = job["podFailurePolicy"]["rules"]
+        assert (lost["action"], lost["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
+        codes = final["onExitCodes"]
+        assert (final["action"], codes["operator"], codes["containerName"]) == ("FailJob", "In", container["name"])
+        # Failed, wrong usage, bad rows, a refused plug (docs/operations.md).
+        assert codes["values"] == [1, 2, 3, 4]
+
+
+def test_the_pods_of_the_schedule_find_the_steps_and_the_cluster() -> None:
+    (steps,) = [one for one in documents(CLUSTER / "schedule") if one["kind"] == "ConfigMap"]
+    assert steps["data"] == {"steps.sh": (CLUSTER / "schedule" / "steps.sh").read_text()}
+    (cluster,) = [one for one in documents(CLUSTER / "kuberay" / "long-lived") if one["kind"] == "RayCluster"]
+    for cron in _scheduled().values():
+        pod = cron["jobTemplate"]["spec"]["template"]["spec"]
+        (container,), (volume,) = pod["containers"], pod["volumes"]
+        assert volume["configMap"]["name"] == steps["metadata"]["name"]
+        (mount,) = container["volumeMounts"]
+        assert container["command"] == ["bash", f"{mount['mountPath']}/steps.sh"] and mount["name"] == volume["name"]
+        address = next(one["value"] for one in container["env"] if one["name"] == "RAY_API_SERVER_ADDRESS")
+        assert address == f"http://{cluster['metadata']['name']}-head-svc:8265"
 
 
 @pytest.mark.parametrize("path", AWS, ids=lambda path: path.stem)

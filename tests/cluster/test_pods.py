@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.manifests import CLUSTER, KUBERAY, containers, documents, every, policy, ray_clusters
+from tests.cluster.manifests import APPLIED, CLUSTER, containers, documents, every, policy, ray_clusters
 
 CLUSTERS = pytest.mark.parametrize(("name", "spec"), ray_clusters(), ids=lambda value: str(value)[:10])
 SETUP = CLUSTER / "kuberay" / "setup"
@@ -58,7 +58,7 @@ def test_only_ray_the_operator_and_prometheus_reach_the_pods() -> None:
     assert "169.254.169.254/32" in outside["except"]
     labels = {
         template["metadata"]["labels"]["app"]
-        for path in KUBERAY
+        for path in APPLIED
         for document in documents(path)
         for template in every("template", document)
     }

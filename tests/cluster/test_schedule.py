@@ -62,6 +62,20 @@ def test_every_command_parses_and_has_the_day_in_it(schedule: str) -> None:
         assert generate.plug == "live"
 
 
+@pytest.mark.parametrize(
+    ("given", "day"),
+    [
+        (DAY, DAY),
+        (f"{DAY}T02:00:00Z", DAY),
+        ("weekly-29942040", DAY),  # the Job of a CronJob: minutes since 1970
+        ("weekly-by-hand-1", "weekly-by-hand-1"),
+    ],
+)
+def test_the_day_is_that_when_the_schedule_was_due(given: str, day: str) -> None:
+    (line,) = steps("train", given, WHERE="print").stdout.splitlines()
+    assert parse_job(line).run == day
+
+
 def test_what_is_not_a_schedule_or_lacks_its_day_is_refused() -> None:
     unknown = steps("monthly", DAY)
     assert unknown.returncode == 2 and "not 'monthly'" in unknown.stderr
