@@ -205,9 +205,9 @@ def _list_column(schema: pa.Schema, columns: Columns) -> str | None:
     """The column with a user's behaviors: the one of that name, or else the first list of structs with a text."""
     if columns.behaviors in schema.names:
         return columns.behaviors
-    return next(
-        (field.name for field in schema if columns.text in getattr(_item_fields(schema, field.name), "names", ())), None
-    )
+    others = {columns.user_id, columns.behavior_id, columns.timestamp}
+    names = (field.name for field in schema if field.name not in others)
+    return next((name for name in names if columns.text in getattr(_item_fields(schema, name), "names", ())), None)
 
 
 def _item_fields(schema: pa.Schema, name: str | None) -> pa.Schema | None:

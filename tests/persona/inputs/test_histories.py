@@ -74,6 +74,12 @@ def test_any_list_of_structs_with_the_text_column_is_found() -> None:
     assert (good[0]["user_id"], good[0]["behavior_id"], good[0]["text"], bad) == ("a", "7", "T", [])
 
 
+def test_the_column_of_another_field_is_no_list_of_behaviors(tmp_path: Path) -> None:
+    splits = file_of(tmp_path, {"user_id": "a", "timestamp": [{"text": "x"}, {"text": "y"}]})
+    (raw,) = read_split(splits[0])
+    assert check(raw) == ([], [(0, "there is neither 'text' nor a list of behaviors")])
+
+
 @pytest.mark.parametrize("user_id", [None, "", " \t"])
 def test_a_row_without_a_user_is_a_reject(user_id: str | None) -> None:
     good, bad = check(records(user_id=["a", user_id], text=["x", "y"]))
