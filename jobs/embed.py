@@ -20,6 +20,7 @@ from jobs.runtime import (
     embed_summary,
     encoding,
     exchange,
+    first_look,
     personas,
     pools,
     session,
@@ -304,7 +305,7 @@ class Encode:
 
 def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
-    from persona.cost import encoder_flops, tokens_of_text
+    from persona.cost import encoder_flops
 
     splits = inputs.histories.splits
     n_bytes = sum(split.end - split.start for split in splits)
@@ -313,19 +314,21 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         deleting = " and delete those that are not in --histories" if inputs.planned.refresh.deletes else ""
         would = f"add missing behaviors to the store{deleting}" if splits else "read nothing, as no file is new"
     identity = inputs.identity
+    behaviors = first_look.look_at_behaviors(inputs.histories, inputs.store)
     table = [
         ("would", would),
         ("store", inputs.store_uri if inputs.store is None else inputs.store.label),
         ("reads", f"{len(inputs.planned.refresh.to_read):,} files, {n_bytes:,} bytes, {len(splits):,} splits"),
+        *behaviors.rows(),
         *inputs.planned.rows(),
         *inputs.histories.rows(),
         ("encoder", f"{identity.encoder} ({identity.describe()})"),
     ]
-    result = {"dry_run": True, "would": would, **inputs.planned.facts(), **inputs.histories.facts()}
-    plan = Summary(table=table, result=result)
-    n_texts = tokens_of_text(n_bytes) / config.max_tokens
-    flops = cost.known(lambda: encoder_flops(inputs.encoder.config, n_texts=n_texts, tokens=config.max_tokens))
-    return cost.planned(plan, config.cost, flops=flops, if_all="if no behavior is in the store yet")
+    result = {"dry_run": True, "would": would, **behaviors.facts()}
+    plan = Summary(table=table, result={**result, **inputs.planned.facts(), **inputs.histories.facts()})
+    n_texts, n_tokens = behaviors.all.n, round(min(config.max_tokens, behaviors.all.mean_tokens))
+    flops = cost.known(lambda: encoder_flops(inputs.encoder.config, n_texts=n_texts, tokens=n_tokens))
+    return cost.planned(plan, config.cost, flops=flops, if_all="if the store lacks all of them")
 
 
 def _summary(config: Config, inputs: _Inputs, store: "Store", done: Done, counts: Counts, seconds: float) -> Summary:

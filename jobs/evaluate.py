@@ -178,9 +178,14 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
     scored = f"score {', '.join(config.scored)} and " if config.scored else ""
     would = f"{scored}measure the loss for {', '.join(config.personas)}"
-    if_all = "with inputs of full length"
     plan = cost.planned_requests(
-        would, config.cost, inputs.requests, inputs.plug, passes=len(config.personas), if_all=if_all
+        would,
+        config.cost,
+        inputs.requests,
+        inputs.plug,
+        needs_target=True,
+        passes=len(config.personas),
+        if_all="for all losses",
     )
     example = plugs.prompt_example(inputs.plug, retrieved=bool(config.retrieval.retrieve))
     return cli.with_prompt_example(plan, example)

@@ -159,10 +159,11 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         config.cost,
         inputs.requests,
         inputs.plug,
+        needs_target=False,
         passes=len(config.persona),
         outputs=config.decoding.max_new_tokens,
         beams=config.decoding.beams,
-        if_all="if no request has an answer yet, with inputs and answers of full length",
+        if_all="if no request has an answer yet, with answers of full length",
     )
     example = plugs.prompt_example(inputs.plug, retrieved=bool(config.retrieval.retrieve))
     return cli.with_prompt_example(plan, example)

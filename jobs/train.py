@@ -268,36 +268,44 @@ def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
 
 def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: bool) -> Summary:
     """The summary of a dry run."""
-    from persona.cost import tokens_of_text, training_flops
+    from persona.cost import training_flops
 
     verb = "resume" if resumes else "start"
     plug = config.plug_options
     would = f"{verb} run {config.run!r}: a {plug.weights} plug of {plug.persona_tokens} tokens for {config.llm}"
-    n_bytes = sum(split.end - split.start for split in inputs.requests.splits)
-    # An upper bound: counts all bytes of a row as input, cut to --max-input-tokens; targets are short in comparison.
+    requests = first_look.n_requests(inputs.requests, needs_target=True)
+    n_trained = requests.n if config.rows.limit is None else min(requests.n, config.rows.limit)
+    if inputs.validation is None:
+        n_trained = round(n_trained * (1 - config.validation_fraction))
+    options = config.training
+    n_steps = options.epochs * (n_trained // options.global_batch)
+    # Targets are short in comparison with inputs.
     flops = cost.known(
         lambda: training_flops(
             inputs.llm.config,
             inputs.encoder.config,
             # --contrast reads each request a second time, with another history.
-            n_requests=tokens_of_text(n_bytes) / config.max_input_tokens * (2 if config.training.contrast else 1),
-            inputs=config.max_input_tokens + config.retrieval.front_tokens,
+            n_requests=n_trained * (2 if options.contrast else 1),
+            inputs=round(min(config.max_input_tokens, requests.mean_tokens)) + config.retrieval.front_tokens,
             outputs=0,
-            query=config.max_query_tokens,
-            epochs=config.training.epochs,
+            query=round(min(config.max_query_tokens, requests.mean_tokens)),
+            epochs=options.epochs,
         )
     )
     example = prompt_example(spec, inputs)
     must_see = config.training.empty_history < 1  # prompt tuning needs no history
     seen = first_look.look(inputs.requests, inputs.store, max_behaviors=config.max_behaviors, must_see=must_see)
-    table = [("would", would), *seen.rows(), *inputs.requests.rows(), *inputs.validation_rows()]
-    result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt)}
+    about = "" if requests.is_exact and inputs.validation is not None else "about "
+    steps = f"{about}{n_steps:,}: {options.epochs:,} epochs in batches of {options.global_batch:,}"
+    table = [("would", would), ("requests", str(requests)), ("steps", steps), *seen.rows()]
+    table += [*inputs.requests.rows(), *inputs.validation_rows()]
+    result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), "requests": requests.n, "steps": n_steps}
     result |= {**seen.facts(), **inputs.requests.facts()}
     return cost.planned(
         cli.with_prompt_example(Summary(table=table, result=result), example),
         config.cost,
         flops=flops,
-        if_all="for the whole run, with inputs of full length",
+        if_all="for the whole run",
     )
 
 

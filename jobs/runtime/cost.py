@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from jobs.runtime import first_look
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Requests
 from jobs.runtime.plugs import PlugRef
@@ -25,28 +26,27 @@ def planned_requests(
     requests: Requests,
     plug: PlugRef,
     *,
+    needs_target: bool,
     passes: int,
     if_all: str,
     outputs: int = 0,
     beams: int = 1,
 ) -> Summary:
-    """The dry run of a job in which the plug's LLM reads each request `passes` times.
-
-    An upper bound: counts all bytes of a row as input, cut to the plug's `max_input_tokens`; the other columns are
-    short in comparison.
-    """
+    """The dry run of a job in which the plug's LLM reads each request `passes` times, with texts of the mean length."""
     from persona.models import resolve as models
 
     record = plug.record
     llm = models.resolve(plug.llm, revision=record.llm["revision"], flag="--llm")
-    n_read = record.max_input_tokens
-    n_requests = passes * cost.tokens_of_text(sum(split.end - split.start for split in requests.splits)) / n_read
+    found = first_look.n_requests(requests, needs_target=needs_target)
+    n_read = round(min(record.max_input_tokens, found.mean_tokens))
+    n_requests = passes * found.n
     flops = known(
         lambda: cost.llm_flops(llm.config, n_requests=n_requests, inputs=n_read, outputs=outputs, beams=beams)
     )
-    table = [("would", would), *requests.rows()]
-    plan = Summary(table=table, result={"dry_run": True, "would": would, **requests.facts()})
-    return planned(plan, options, flops=flops, if_all=if_all)
+    times = f"{found}, each read {passes} times" if passes > 1 else str(found)
+    table = [("would", would), ("requests", times), *requests.rows()]
+    result = {"dry_run": True, "would": would, "requests": found.n, **requests.facts()}
+    return planned(Summary(table=table, result=result), options, flops=flops, if_all=if_all)
 
 
 def planned(summary: Summary, options: CostOptions, *, flops: float, if_all: str) -> Summary:
@@ -55,7 +55,7 @@ def planned(summary: Summary, options: CostOptions, *, flops: float, if_all: str
         return summary
     hours = cost.gpu_hours(flops, options.tflops) if options.tflops else None
     found = {"tflop": round(flops / cost.TERA, 3), **_hours_and_price(hours, options)}
-    hint = "" if options.tflops else "; give --tflops, the measured speed of your GPU, to see hours"
+    hint = "" if options.tflops else "; give --tflops, the speed in the summary of a run of embed, to see hours"
     return _with_cost(summary, f"about {found['tflop']:,.0f} TFLOP {if_all}{hint}{_in_words(found)}", found)
 
 

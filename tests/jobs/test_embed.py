@@ -184,8 +184,24 @@ def test_small_blocks_are_committed_one_by_one(do: Job, flags: dict, root: str) 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(refuse: Job, flags: dict, root: str) -> None:
     write(join(root, "in.parquet"), behaviors(2, 2))
     done = refuse(embed, histories=join(root, "in.parquet"), dry_run=True, **flags)
-    assert (done.code, done.result["would"]) == (0, "create the store")
+    assert (done.code, done.result["would"], done.result["behaviors"]) == (0, "create the store", 4)
     assert not exists(str(flags["store"]))
+
+
+def test_a_dry_run_says_how_many_behaviors_the_store_lacks(
+    refuse: Job, models: dict[str, str], filled_store: Path, tmp_path: Path
+) -> None:
+    rows = behaviors(2, 4)
+    rows[0] |= {"text": "edited"}
+    rows[1:3] = [{**row, "behavior_id": f"new-{row['behavior_id']}"} for row in rows[1:3]]
+    flags = {"histories": write(str(tmp_path / "in.jsonl"), rows), "encoder": models["encoder"], "store": filled_store}
+    done = refuse(embed, **flags, max_tokens=32, dry_run=True)
+    assert {name: done.result[name] for name in ("behaviors", "compared", "missing")} == {
+        "behaviors": 8,
+        "compared": 8,
+        "missing": 3,
+    }
+    assert "8; the store lacks 3 of the first 8" in done.table
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(

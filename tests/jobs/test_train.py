@@ -289,6 +289,9 @@ def test_a_dry_run_shows_what_the_llm_reads(refuse: Job, inputs: dict, models: d
     assert plain.result["prompt"]["prompt_format"] == "plain"
     assert plain.result["prompt_example"] == "<s>[2 soft tokens][input]\n[target]</s>"
     assert r'"<s>[2 soft tokens][input]\n[target]</s>"' in plain.table
+    n_steps = SETTINGS["epochs"] * (len(requests()) // SETTINGS["global_batch"])
+    assert (plain.result["requests"], plain.result["steps"]) == (len(requests()), n_steps)
+    assert f"{n_steps}: {SETTINGS['epochs']} epochs in batches of {SETTINGS['global_batch']}" in plain.table
     chat = refuse(train, **{**flags, "llm": models["chat"]})
     assert chat.result["prompt"]["prompt_format"] == "chat"
     assert chat.result["prompt_example"] == "<s><|user|>\n[2 soft tokens][input]</s>\n<|assistant|>\n[target]</s>"

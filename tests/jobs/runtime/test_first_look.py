@@ -1,64 +1,41 @@
-"""What a dry run finds when it looks at the first requests: which of them see behaviors of their user."""
+"""What a dry run says of an input's size: counted when it is small, estimated when it is large."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from jobs.runtime import first_look
-from jobs.runtime.inputs import find_requests
+from jobs.runtime.inputs import Requests, find_requests
 from jobs.runtime.job_options import RequestFormat
-from persona.errors import UsageError
-from persona.store.store import Store
-from tests.jobs.conftest import write
-from tests.stores import IDENTITY, behaviors, refresh
-
-DAY = 24 * 3600 * 10**6  # microseconds; behaviors of 1970-01-02 to 1970-01-06
+from tests.jobs.conftest import requests, write
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = Store.create(str(tmp_path / "store"), IDENTITY, 4)
-    refresh(store, behaviors(*((f"u{u}", f"b{b}", f"text {u} {b}", (b + 1) * DAY) for u in range(3) for b in range(5))))
-    return store
+def found(folder: Path) -> Requests:
+    return find_requests(str(folder), RequestFormat(), flag="--requests", needs_target=True)
 
 
-def look(folder: Path, store: Store, *users: str, must_see: bool = True, **more: Any) -> first_look.FirstLook:
-    rows = [
-        {"request_id": f"r{i}", "user_id": user, "input": "i", "target": "t", **more} for i, user in enumerate(users)
-    ]
-    write(str(folder / "requests.jsonl"), rows)
-    found = find_requests(str(folder / "requests.jsonl"), RequestFormat(), flag="--requests", needs_target=True)
-    return first_look.look(found, store, max_behaviors=4, must_see=must_see)
+def test_the_rows_of_a_small_input_are_counted(tmp_path: Path) -> None:
+    rows = requests()
+    for part, name in ((rows[:5], "a.jsonl"), (rows[5:], "b.parquet")):
+        write(str(tmp_path / name), part)
+    amount = first_look.n_requests(found(tmp_path), needs_target=True)
+    assert (amount.n, amount.is_exact, str(amount)) == (len(rows), True, str(len(rows)))
+    assert amount.mean_tokens == pytest.approx(sum(len(row["input"]) for row in rows) / 4 / len(rows), abs=0.1)
 
 
-def test_requests_with_and_without_a_history_are_counted(tmp_path: Path, store: Store) -> None:
-    found = look(tmp_path, store, "u0", "u1", "u2", "stranger")
-    assert found.rows() == [("first 4 requests", "3 see behaviors of their user, 3.0 on average")]
-    assert found.facts() == {"looked_at": 4, "with_history": 3, "mean_behaviors": 3.0}
+def test_rows_without_a_target_are_not_counted_for_training(tmp_path: Path) -> None:
+    rows = [{**row, "target": row["target"] if number % 3 else None} for number, row in enumerate(requests())]
+    write(str(tmp_path / "a.jsonl"), rows)
+    with_target = sum(row["target"] is not None for row in rows)
+    assert first_look.n_requests(found(tmp_path), needs_target=True).n == with_target
+    assert first_look.n_requests(found(tmp_path), needs_target=False).n == len(rows)
 
 
-def test_a_request_sees_only_what_is_older(tmp_path: Path, store: Store) -> None:
-    assert look(tmp_path, store, "u0", "u1", as_of="1970-01-04").mean_behaviors == 2.0
-
-
-def test_only_the_first_requests_are_read(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_look, "_REQUESTS", 2)
-    assert look(tmp_path, store, "u0", "u1", "u2").n_requests == 2
-
-
-@pytest.mark.parametrize("more", [{}, {"as_of": "1970-01-01"}])
-def test_a_store_from_which_no_request_sees_anything_is_refused(
-    more: dict[str, str], tmp_path: Path, store: Store
-) -> None:
-    users = ("u0", "u1") if more else ("v0", "v1")
-    with pytest.raises(UsageError, match=r"none of the first 2 requests sees a behavior in .*store.*embed their"):
-        look(tmp_path, store, *users, **more)
-
-
-def test_prompt_tuning_may_see_nothing(tmp_path: Path, store: Store) -> None:
-    assert look(tmp_path, store, "v0", must_see=False).facts() == {
-        "looked_at": 1,
-        "with_history": 0,
-        "mean_behaviors": 0.0,
-    }
+def test_the_rows_of_a_large_input_are_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = requests()
+    for number in range(10):
+        write(str(tmp_path / f"{number}.jsonl"), rows)
+    monkeypatch.setattr(first_look, "_COUNTED_BYTES", (tmp_path / "0.jsonl").stat().st_size + 1)
+    amount = first_look.n_requests(found(tmp_path), needs_target=True)
+    assert (amount.n, amount.is_exact) == (10 * len(rows), False)
+    assert str(amount) == "about 240"
