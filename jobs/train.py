@@ -330,7 +330,8 @@ def _with_profile(
 def _stage_of(counts: Counts) -> Stage | None:
     if not (now := counts.get("train")):
         return None
-    held_out = f", held-out {now['validation']:.4f}" if now["validation"] else ""
+    none = f" (without persona {now['none']:.4f})" if now["none"] else ""
+    held_out = f", held-out {now['validation']:.4f}{none}" if now["validation"] else ""
     resumed = f", resumed at step {int(now['begun']):,}" if now["begun"] else ""
     note = f"loss {now['mean_loss']:.4f}{held_out}{resumed}"
     return Stage(name="train", done=int(now["step"]), total=int(now["of"]), unit="steps", note=note)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from persona.tracking.tracker import Point, Tracker
 
 _POLL_S = 2.0
-TRAINING_LOSS, HELD_OUT_LOSS = "train/loss", "validation/loss"
-_CURVES = {TRAINING_LOSS: "training_curve", HELD_OUT_LOSS: "validation_curve"}
+TRAINING_LOSS, HELD_OUT_LOSS, LOSS_OF_NONE = "train/loss", "validation/loss", "validation/loss_no_persona"
+_CURVES = {TRAINING_LOSS: "training_curve", HELD_OUT_LOSS: "validation_curve", LOSS_OF_NONE: "none_curve"}
 
 
 class Tracked:
@@ -62,7 +62,7 @@ class Tracked:
         with storage.local_folder(uri) as folder:
             training = plug_record.read(folder).training
             for name, curve in _CURVES.items():
-                self.log([(step, {name: loss}) for step, loss in training[curve]])
+                self.log([(step, {name: loss}) for step, loss in training.get(curve, [])])
             self._try(lambda tracker: tracker.log_files(folder, "plug"))
 
     def results(self, numbers: Mapping[str, float], files: Mapping[str, bytes]) -> None:

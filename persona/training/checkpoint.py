@@ -28,6 +28,7 @@ class Progress:
     Attributes:
         step: optimizer steps taken; seconds: time in them; tokens: target tokens seen.
         training_curve, validation_curve: pairs of step and loss in nats a token.
+        none_curve: the held-out loss without any persona, at the same steps as validation_curve.
         validation_loss: the latest one; None before the first validation.
         token_norm, scale: as in `Plug`, measured at the start: another machine may measure a little differently.
         llm_width: D.
@@ -38,6 +39,7 @@ class Progress:
     tokens: int = 0
     training_curve: list[tuple[int, float]] = field(default_factory=list)
     validation_curve: list[tuple[int, float]] = field(default_factory=list)
+    none_curve: list[tuple[int, float]] = field(default_factory=list)
     validation_loss: float | None = None
     token_norm: float
     scale: float
@@ -50,10 +52,12 @@ class Progress:
         self.tokens += n_tokens
         self.training_curve.append((self.step, round(loss, 5)))
 
-    def add_validation(self, loss: float) -> None:
-        """Records the held-out loss after the latest step."""
+    def add_validation(self, loss: float, *, none: float | None = None) -> None:
+        """Records the held-out loss after the latest step, and that of the same rows without any persona."""
         self.validation_loss = loss
         self.validation_curve.append((self.step, round(loss, 5)))
+        if none is not None:
+            self.none_curve.append((self.step, round(none, 5)))
 
     def to_json(self) -> str:
         """The text of `state.json`."""
@@ -63,9 +67,8 @@ class Progress:
     def read(cls, folder: Path) -> "Progress":
         """Reads the `state.json` of a checkpoint."""
         fields = json.loads((folder / STATE).read_text())
-        curves = {
-            name: [(step, loss) for step, loss in fields[name]] for name in ("training_curve", "validation_curve")
-        }
+        names = ("training_curve", "validation_curve", "none_curve")
+        curves = {name: [(step, loss) for step, loss in fields.get(name, [])] for name in names}
         return cls(**{**fields, **curves})
 
 

@@ -44,9 +44,13 @@ def test_training_and_its_evaluation_are_tracked(
     assert do(train, **flags).code == 0
     (folder,) = board.iterdir()
     training = json.loads(Path(plug, "plug.json").read_text())["training"]
-    for name, curve in (("train/loss", "training_curve"), ("validation/loss", "validation_curve")):
+    for name, curve, first in (
+        ("train/loss", "training_curve", 1),
+        ("validation/loss", "validation_curve", 0),
+        ("validation/loss_no_persona", "none_curve", 0),
+    ):
         logged = scalars(folder, name)
-        assert [step for step, _ in logged] == list(range(1, STEPS + 1))
+        assert [step for step, _ in logged] == list(range(first, STEPS + 1))
         assert dict(logged) == pytest.approx(dict(training[curve]), abs=2e-5)
     assert all(value > 1 for _, value in scalars(folder, "system/peak_memory_mib"))
     assert (folder / "files" / "plug" / "plug.safetensors").exists()

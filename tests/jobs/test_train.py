@@ -43,6 +43,7 @@ from tests.jobs.conftest import (
     stored,
     write,
 )
+from tests.jobs.test_tracking import scalars
 
 # 24 requests in batches of 4 are 6 steps an epoch.
 STEPS = 12
@@ -99,7 +100,11 @@ def test_the_plug_folder_is_complete_and_names_its_models(undisturbed: Path, mod
     assert found["encoder"]["name"] == models["encoder"]
     training = found["training"]
     assert [step for step, _ in training["training_curve"]] == list(range(1, STEPS + 1))
-    assert [step for step, _ in training["validation_curve"]] == list(range(1, STEPS + 1))
+    for curve in ("validation_curve", "none_curve"):
+        assert [step for step, _ in training[curve]] == list(range(STEPS + 1))
+    assert all(
+        own != none for (_, own), (_, none) in zip(training["validation_curve"], training["none_curve"], strict=True)
+    )
     assert training["validation_loss"] == pytest.approx(min(loss for _, loss in training["validation_curve"]), abs=1e-5)
     assert training["validation_curve"][0][1] > training["validation_loss"], "it has learned nothing"
     card = (undisturbed / "plug" / "README.md").read_text()
@@ -154,12 +159,13 @@ def killing_a_worker(runs: Path, n_checkpoints: int) -> Iterator[list[int]]:
         watcher.join()
 
 
-def test_a_run_with_killed_workers_trains_the_same_plug(
-    do: Job, inputs: dict, undisturbed: Path, tmp_path: Path
+def test_a_run_with_killed_workers_trains_the_same_plug_and_is_tracked_as_one(
+    do: Job, inputs: dict, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.train import TrainingFailedError
 
-    flags = {**SETTINGS, **inputs, **folders(tmp_path)}
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    flags = {**SETTINGS, **inputs, **folders(tmp_path), "track": "tensorboard"}
     with killing_a_worker(tmp_path / "runs", 2) as killed, pytest.raises(TrainingFailedError):
         do(train, **flags, max_failures=0)
     assert killed
@@ -180,6 +186,11 @@ def test_a_run_with_killed_workers_trains_the_same_plug(
     same = weights(undisturbed / "plug")
     for name, value in weights(tmp_path / "plug").items():
         np.testing.assert_array_equal(value, same[name], err_msg=name)
+    (tracked,) = (tmp_path / "board").iterdir()  # both commands, and the crash, are one run
+    logged = scalars(tracked, "train/loss")
+    assert sorted(step for step, _ in logged) == list(range(1, STEPS + 1))
+    assert dict(logged) == pytest.approx(dict(expected.tolist()), abs=2e-5)
+    assert sorted(step for step, _ in scalars(tracked, "validation/loss")) == list(range(STEPS + 1))
 
 
 def test_a_run_with_alignment_and_contrast_is_resumed(do: Job, inputs: dict, undisturbed: Path, tmp_path: Path) -> None:
@@ -382,6 +393,7 @@ def test_the_last_step_becomes_the_plug_when_selected_also_of_a_finished_run(
     last = do(train, **{**flags, "plug": str(tmp_path / "last")}, select="last").result
     assert (best["select"], last["select"], last["steps"], last["selected_step"]) == ("best", "last", 6, 6)
     losses = dict(record(tmp_path / "plug")["training"]["validation_curve"])
+    assert losses.pop(0) > 0  # before the first step, of which there is no checkpoint
     assert best["selected_step"] == min(losses, key=lambda step: losses[step]) < 6
     assert losses[6] == pytest.approx(last["validation_loss"], abs=1e-5)
     [checkpoint] = [

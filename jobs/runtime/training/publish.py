@@ -162,5 +162,6 @@ def _record(
             "seconds": round(latest.seconds, 1),
             "training_curve": latest.training_curve,
             "validation_curve": latest.validation_curve,
+            "none_curve": latest.none_curve,
         },
     )

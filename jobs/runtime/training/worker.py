@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime.tracking import HELD_OUT_LOSS
+from jobs.runtime.tracking import HELD_OUT_LOSS, LOSS_OF_NONE
 from jobs.runtime.training.engine import local_model, start_engine, store_encoder
 from jobs.runtime.training.spec import WorkerSettings
 from jobs.runtime.training.step_figures import step_figures
@@ -34,7 +34,7 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
 
     from persona.training.augmentation import aligned_steps
     from persona.training.order import one_ahead
-    from persona.training.step import train_step, validation_loss
+    from persona.training.step import train_step
 
     settings = loop_config["settings"]
     spec, tally = settings.spec, settings.tally
@@ -47,6 +47,9 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
     aligns = begun < aligned_steps(settings.n_steps, spec.training)
     encoder = store_encoder(encoder_folder, settings, engine.module.llm.device) if aligns else None
     stopwatch = Stopwatch()
+    if not progress.validation_curve:
+        _validate(engine, settings, held_out, progress, rank)
+        stopwatch.lap("validate")
     for step, rows in one_ahead(_steps(settings, rank, begun, encoder)):
         stopwatch.lap("waiting")
         loss, n_tokens = train_step(engine, rows, step=step, n_steps=settings.n_steps, options=spec.training)
@@ -60,13 +63,11 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
                     step_figures(spec.training.global_batch, stopwatch.seconds, loss=loss, seconds=seconds),
                 )
         if progress.step % spec.validate_every == 0 or progress.step == settings.n_steps:
-            progress.add_validation(validation_loss(engine, held_out, micro_batch=spec.training.micro_batch))
+            _validate(engine, settings, held_out, progress, rank)
             stopwatch.lap("validate")
             _report(engine, progress, write=rank == 0)
             stopwatch.lap("save")
             if rank == 0:
-                if settings.reports_steps and progress.validation_loss is not None:
-                    tally.point_soon(progress.step, {HELD_OUT_LOSS: progress.validation_loss})
                 tally.note("time", f"since step {begun}", stopwatch.seconds)
 
 
@@ -110,6 +111,20 @@ def _held_out_rows(settings: WorkerSettings, rank: int) -> "list[Row]":
     return [{**row, "history": b""} for row in mine] if settings.spec.training.empty_history == 1 else mine
 
 
+def _validate(engine: Any, settings: WorkerSettings, held_out: "list[Row]", progress: "Progress", rank: int) -> None:
+    """Measures the held-out loss, also without any persona, and reports both to a tracker."""
+    from persona.training.step import validation_loss
+
+    micro_batch = settings.spec.training.micro_batch
+    own, none = validation_loss(engine, held_out, micro_batch=micro_batch), None
+    if settings.spec.training.empty_history < 1:  # else both are the same
+        bare = [{**row, "history": b""} for row in held_out]
+        none = validation_loss(engine, bare, micro_batch=micro_batch)
+    progress.add_validation(own, none=none)
+    if rank == 0 and settings.reports_steps:
+        settings.tally.point_soon(progress.step, {HELD_OUT_LOSS: own} | ({} if none is None else {LOSS_OF_NONE: none}))
+
+
 def _steps(
     settings: WorkerSettings, rank: int, begun: int, encoder: "TextEncoder | None"
 ) -> "Iterator[tuple[int, list[Row]]]":
@@ -143,6 +158,7 @@ def _status(
         "loss": loss,
         "mean_loss": mean(one for _, one in progress.training_curve[-_SMOOTHED_STEPS:]),
         "validation": progress.validation_loss or 0.0,
+        "none": progress.none_curve[-1][1] if progress.none_curve else 0.0,
         "requests_per_s": settings.spec.training.global_batch / seconds,
     }
 

@@ -22,9 +22,9 @@ OLD = {
 def test_progress_of_an_older_run_is_read_and_written_in_the_same_form(tmp_path: Path):
     (tmp_path / STATE).write_text(json.dumps(OLD))
     progress = Progress.read(tmp_path)
-    assert json.loads(progress.to_json()) == OLD
+    assert json.loads(progress.to_json()) == {**OLD, "none_curve": []}
     progress.add_step(4.123456, n_tokens=10, seconds=0.5)
-    progress.add_validation(4.3)
+    progress.add_validation(4.3, none=4.4)
     expected = {
         **OLD,
         "step": 3,
@@ -32,6 +32,7 @@ def test_progress_of_an_older_run_is_read_and_written_in_the_same_form(tmp_path:
         "tokens": 50,
         "training_curve": [[1, 5.0], [2, 4.5], [3, 4.12346]],
         "validation_curve": [[2, 4.75], [3, 4.3]],
+        "none_curve": [[3, 4.4]],
         "validation_loss": 4.3,
     }
     assert json.loads(progress.to_json()) == expected
