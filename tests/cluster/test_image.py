@@ -3,8 +3,11 @@
 import re
 import shlex
 import subprocess
+from importlib.metadata import requires
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.cluster.manifests import CLUSTER, ROOT, documents
 from tests.pages import PAGES, shell_lines
@@ -19,6 +22,18 @@ def test_the_image_is_pinned_and_contains_what_the_package_needs() -> None:
     assert installs and all("--constraint constraints${EXTRA:+-$EXTRA}.txt" in install for install in installs)
     assert "python:3.11" in text and "DS_BUILD_OPS=0" in text
     assert not re.search(r"^FROM \S+:latest|^FROM [^:\s$]+/[^:\s]+\s", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-vllm.txt"])
+def test_the_image_reads_iceberg_tables_with_pinned_packages(constraints: str) -> None:
+    assert '".[iceberg${EXTRA:+,$EXTRA}]"' in (CLUSTER / "Dockerfile").read_text()
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / constraints).read_text(), re.MULTILINE)
+    needed = {
+        one.name
+        for one in map(Requirement, ["pyiceberg", *(requires("pyiceberg") or [])])
+        if one.marker is None or one.marker.evaluate({"extra": ""})
+    }
+    assert {canonicalize_name(name) for name in needed} <= {canonicalize_name(name) for name in pinned}
 
 
 @pytest.mark.parametrize(
