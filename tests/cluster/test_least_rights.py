@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from jobs import embed, forget
+from persona.errors import StorageError
 from persona.storage import copy_folder, join
 from tests.cluster.manifests import ROOT, policy
 from tests.cluster.policy_s3 import PolicyS3, action_of, actions, without
 from tests.jobs.conftest import TRAINING, Job, arguments, behaviors, requests, write
 
 POLICY = policy("store-policy.json")
-PERMISSIONS = [(one["Sid"], action) for one in POLICY["Statement"] for action in one["Action"]]
+ABORT = "s3:AbortMultipartUpload"  # only needed after a failure
+PERMISSIONS = [(one["Sid"], action) for one in POLICY["Statement"] for action in one["Action"] if action != ABORT]
 
 
 @pytest.fixture
@@ -44,6 +47,31 @@ def guarded(s3: str) -> Iterator[PolicyS3]:
 )
 def test_a_request_requires_a_permission(request_line: str, action: str) -> None:
     assert action_of(*request_line.split(" ", 1)) == action
+
+
+class Breaking(PolicyS3):
+    """Refuses the second part of any upload."""
+
+    def draw(self, method: str, path: str) -> str:
+        return "denied" if "partNumber=2" in path else super().draw(method, path)
+
+
+@pytest.mark.parametrize("may_abort", [True, False])
+def test_a_failed_upload_leaves_no_parts_with_the_permission_to_abort(
+    may_abort: bool, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, direct = s3.removeprefix("s3://"), boto3.client("s3")
+    large = tmp_path / "large"
+    large.write_bytes(bytes(20 * 2**20))
+    mine = json.loads(json.dumps(POLICY).replace(":::corp", f":::{bucket}"))
+    with Breaking(os.environ["AWS_ENDPOINT_URL"], mine) as proxy:
+        proxy.policy = mine if may_abort else without(mine, "ReadAndWriteOutputs", ABORT)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with pytest.raises(StorageError, match="UploadPart operation"):
+            copy_folder(str(tmp_path), join(s3, "persona/plug"))
+        assert (ABORT in actions(proxy.refused)) != may_abort
+    left = direct.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    assert bool(left) != may_abort
 
 
 @pytest.mark.parametrize(("sid", "action"), PERMISSIONS)
@@ -107,4 +135,4 @@ def test_all_jobs_pass_with_the_policy_and_use_every_permission(
     run(guarded, "forget", store=store, user="user-1")
     # Arrow requests a bucket that cannot exist, to find out what kind of server this is. S3 refuses that, too.
     assert {key for _, key in guarded.refused} <= {"$extremelyunlikelytoexist$"}
-    assert actions(guarded.allowed) == {action for _, action in PERMISSIONS}
+    assert actions(guarded.allowed) - {ABORT} == {action for _, action in PERMISSIONS}
