@@ -60,7 +60,7 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
                     step_figures(spec.training.global_batch, stopwatch.seconds, loss=loss, seconds=seconds),
                 )
         if progress.step % spec.validate_every == 0 or progress.step == settings.n_steps:
-            progress.add_validation(validation_loss(engine, held_out, micro_batch=spec.training.micro_batch))
+            progress.add_validation(validation_loss(engine, held_out, spec.training))
             stopwatch.lap("validate")
             _report(engine, progress, write=rank == 0)
             stopwatch.lap("save")
