@@ -112,7 +112,8 @@ def _check_settings(folder: str, llm: "ModelFolder", tokenizer: "PromptTokenizer
 
     try:
         measured = json.loads(storage.read_bytes(storage.join(folder, "metrics.json")))["settings"]
-        fingerprint, prompt, personas = measured["llm"]["fingerprint"], measured["prompt"], measured["personas"]
+        fingerprint, personas = measured["llm"]["fingerprint"], measured["personas"]
+        then = {**measured, **measured["prompt"]}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{_FLAG} {folder}: metrics.json is not from jobs.evaluate; {_AGAIN}") from error
     if PersonaKind.BARE not in personas:
@@ -123,7 +124,6 @@ def _check_settings(folder: str, llm: "ModelFolder", tokenizer: "PromptTokenizer
             "measure it with a plug of this LLM"
         )
     now = {**settings, **{name: asdict(tokenizer.options)[name] for name in _PROMPT_WITHOUT_SOFT_TOKENS}}
-    then = {**measured, **prompt}
     now = json.loads(json.dumps(now))  # tuples become lists
     different = [
         f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items() if then.get(name) != value
