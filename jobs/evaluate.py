@@ -9,7 +9,7 @@ golds and answers in the format that LaMP's own evaluation reads.
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jobs.runtime import (
@@ -37,6 +37,7 @@ from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import Stage, progress
 from jobs.runtime.tally import Counts, Tally
+from persona import strengths
 from persona.errors import InputError, UsageError
 from persona.option_checks import check_at_least
 from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions, Track
@@ -64,6 +65,8 @@ class Config:
     """Measure losses only and score no answers."""
     personas: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
     """Kinds of persona whose loss is measured: own, none, other, mean or bare."""
+    persona_strength: tuple[float, ...] = (1.0,)
+    """Strengths of own, other and mean personas: 0 is no persona, 1 as trained, more than 1 exaggerates."""
     metric: Literal["label", "rating", "text"] = "text"
     """How answers are scored: accuracy and F1, MAE and RMSE, or ROUGE."""
     task: Literal["LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"] | None = None
@@ -92,15 +95,21 @@ class Config:
         self.past_texts.check_enough_for(self.retrieval)
         if not self.personas:
             raise UsageError("--personas: give at least one of own, none, other, mean, bare")
+        strengths.check(self.personas, self.persona_strength)
         if self.losses_only and self.variants:
             raise UsageError("--variants names answers to score, and --losses-only scores none; remove one of them")
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of the personas at each strength."""
+        return strengths.names_at(self.personas, self.persona_strength)
 
     @property
     def scored(self) -> tuple[str, ...]:
         """Names of the answers to be scored."""
         if self.losses_only:
             return ()
-        return self.variants or tuple(self.retrieval.answers_of(persona) for persona in self.personas)
+        return self.variants or tuple(self.retrieval.answers_of(persona) for persona in self.measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +186,14 @@ def _inputs(config: Config) -> _Inputs:
 def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
     scored = f"score {', '.join(config.scored)} and " if config.scored else ""
-    would = f"{scored}measure the loss for {', '.join(config.personas)}"
+    would = f"{scored}measure the loss for {', '.join(config.measured)}"
     plan = cost.planned_requests(
         would,
         config.cost,
         inputs.requests,
         inputs.plug,
         needs_target=True,
-        passes=len(config.personas),
+        passes=len(config.measured),
         if_all="for all losses",
     )
     example = plugs.prompt_example(inputs.plug, retrieved=bool(config.retrieval.retrieve))
@@ -199,6 +208,7 @@ def _requests(
     plan = joining.JoinPlan(
         job="evaluate",
         personas=config.personas,
+        strengths=config.persona_strength,
         max_behaviors=inputs.plug.record.max_behaviors,
         needs_target=True,
         blank_targets=_kind(config) != "rating",
@@ -234,12 +244,17 @@ def _metrics(
         requests=inputs.requests, store=store, plug=inputs.plug, histories=inputs.histories, out=inputs.out
     )
     return {
-        **summarize(measured, config.personas, answers, metric, seed=config.seed),
+        **summarize(measured, config.measured, answers, metric, seed=config.seed),
         "limited": config.rows.limit is not None,
         "unanswered_variants": [variant for variant in config.scored if variant not in answers],
-        **inspection.report_parts(inspected, measured, config.personas, answers, tally),
+        **inspection.report_parts(inspected, measured, config.measured, answers, tally),
         "training": inputs.plug.record.training,
-        "settings": {**flat_settings(config), "variants": config.scored, **_origin(store, inputs.plug)},
+        "settings": {
+            **flat_settings(config),
+            "personas": config.measured,
+            "variants": config.scored,
+            **evaluate_summary.origin(store, inputs.plug),
+        },
         "versions": installed_versions(),
     }
 
@@ -258,19 +273,6 @@ def _kind(config: Config) -> str:
     from persona.inputs.lamp import TASKS
 
     return config.metric if config.task is None else TASKS[config.task].metric.kind
-
-
-def _origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
-    """The plug, models and table versions behind the numbers."""
-    return {
-        "store": store.uri,
-        "plug_fingerprint": plug.fingerprint,
-        "plug_options": asdict(plug.record.options),
-        "prompt": asdict(plug.record.prompt),
-        "llm": plug.record.llm,
-        "encoder": plug.record.encoder,
-        **{f"{table}_version": version for table, version in store.versions.items()},
-    }
 
 
 def _files(

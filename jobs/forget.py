@@ -29,7 +29,7 @@ _TABLES = ("behaviors", "personas", "generations")
 _NOT_SEARCHED = (
     "histories and requests that jobs read: remove these users there, or the next jobs.embed adds them again",
     "answers, texts or lists of differences that other programs or jobs.store have copied from the tables",
-    "what a killed jobs.train or jobs.make_requests left in _exchange below its --runs or --out: delete that folder",
+    "what a killed jobs.train, jobs.make_requests or jobs.pair left in _exchange below its --runs or --out: delete it",
     "the table rejects: it names files, rows and reasons, no texts",
     "backups, and old versions that a bucket keeps of deleted objects",
 )

@@ -35,6 +35,7 @@ from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.progress import Stage, progress
 from jobs.runtime.tally import Counts, Tally
+from persona import strengths
 from persona.engines.options import EngineOptions
 from persona.errors import UsageError
 from persona.option_checks import check_at_least
@@ -59,6 +60,8 @@ class Config:
     """Folder of the plug made by jobs.train, local or s3://; hf://OWNER/NAME; or `live` (see jobs.plugs)."""
     persona: tuple[PersonaKind, ...] = (PersonaKind.OWN,)
     """Histories to answer with: the own, none, another user's, the own weighted equally (mean); bare has no plug."""
+    persona_strength: tuple[float, ...] = (1.0,)
+    """Strengths of own, other and mean personas: 0 is no persona, 1 as trained, more than 1 exaggerates."""
     variant: str | None = None
     """Name of the answers in the table; default the persona, or a name like own-bm25-4 or own-sampled."""
     decoding: Annotated[Decoding, FLAT] = field(default_factory=Decoding)
@@ -89,12 +92,18 @@ class Config:
         if not self.persona or len(set(self.persona)) < len(self.persona):
             given = " ".join(self.persona)
             raise UsageError(f"--persona {given}: give one or more of own, none, other, mean, bare, each at most once")
-        if self.variant is not None and len(self.persona) > 1:
+        strengths.check(self.persona, self.persona_strength)
+        if self.variant is not None and len(self.personas) > 1:
             raise UsageError("--variant names the answers of one persona; with several, each has the persona's name")
         if self.engine.engine == "vllm" and self.pool.gpus_per_actor > 1:
             raise UsageError(
                 f"--gpus-per-actor {self.pool.gpus_per_actor} is for --engine local; with vllm give --tensor-parallel"
             )
+
+    @property
+    def personas(self) -> list[str]:
+        """Names of the personas at each strength."""
+        return strengths.names_at(self.persona, self.persona_strength)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +164,12 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
     n_files = len({split.uri for split in inputs.requests.splits})
     plan = cost.planned_requests(
-        f"answer the requests of {n_files} files for {', '.join(config.persona)}",
+        f"answer the requests of {n_files} files for {', '.join(config.personas)}",
         config.cost,
         inputs.requests,
         inputs.plug,
         needs_target=False,
-        passes=len(config.persona),
+        passes=len(config.personas),
         outputs=config.decoding.max_new_tokens,
         beams=config.decoding.beams,
         if_all="if no request has an answer yet, with answers of full length",
@@ -176,6 +185,7 @@ def _requests(config: Config, inputs: _Inputs, tally: Tally, folder: str) -> joi
     plan = joining.JoinPlan(
         job="generate",
         personas=config.persona,
+        strengths=config.persona_strength,
         max_behaviors=inputs.plug.record.max_behaviors,
         needs_target=False,
         limit=config.rows.limit,
@@ -258,13 +268,13 @@ def _stage_of(counts: Counts) -> Stage | None:
 
 def _summary(config: Config, inputs: _Inputs, found: reading.Found, counts: Counts, seconds: float) -> Summary:
     joined, generated = counts.get("join", {}), counts.get("generate", {})
-    n_wanted = int(joined.get("asked", 0)) * len(config.persona)
+    n_wanted = int(joined.get("asked", 0)) * len(config.personas)
     n_answers = int(counts.get("commit", {}).get("rows", 0))
     spec, store = _answer_spec(config, inputs.plug), inputs.store
     result = {
         "job": "generate",
         "store": store.uri,
-        "variants": [spec.variant_of(persona) for persona in config.persona],
+        "variants": [spec.variant_of(persona) for persona in config.personas],
         "requests": int(joined.get("asked", 0)),
         "answered": n_answers,
         "already_answered": n_wanted - int(joined.get("kept", 0)),
@@ -283,7 +293,7 @@ def _summary(config: Config, inputs: _Inputs, found: reading.Found, counts: Coun
     }
     stale = _stale_note(int(joined.get("stale", 0)), is_kept=config.keep_stale)
     table = [
-        ("requests", f"{result['requests']:,} for {', '.join(config.persona)}"),
+        ("requests", f"{result['requests']:,} for {', '.join(config.personas)}"),
         *retrieval.summary_rows(counts),
         ("already answered", f"{result['already_answered']:,}{stale}"),
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),

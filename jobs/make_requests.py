@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
-from jobs.runtime import cli, exchange, reading, session
+from jobs.runtime import cli, exchange, parts, reading, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Histories, find_histories
 from jobs.runtime.job_options import FLAT, InputFormat, check_buckets
@@ -82,7 +82,7 @@ def main(config: Config) -> Summary:
     storage.check_reachable(out, flag="--out", write=True)
     histories = find_histories(config.histories, config.columns, config.form, flag="--histories")
     splits = histories.splits
-    _check_empty(out, config.buckets)
+    parts.check_only_parts(out, config.buckets)
     if config.dry_run:
         would = f"make requests from the texts of {len({split.uri for split in splits})} files"
         plan = {"dry_run": True, "would": would, **histories.facts()}
@@ -117,20 +117,6 @@ def _written(config: Config, histories: Histories, out: str, tally: Tally, folde
     yield from written.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def _check_empty(out: str, n_buckets: int) -> None:
-    """Refuse a folder with files of another run: readers of the folder would see their requests, too."""
-    from persona import storage
-
-    ours = {storage.join(out, _name(bucket, n_buckets)) for bucket in range(n_buckets)}
-    others = [entry.uri for entry in storage.list_files(out) if entry.uri not in ours]
-    if others:
-        raise UsageError(f"--out {out}: has files that this run would not replace ({others[0]}); give an empty folder")
-
-
-def _name(bucket: int, n_buckets: int) -> str:
-    return f"part-{bucket:05}-of-{n_buckets:05}.parquet"
-
-
 def _write_buckets(
     windows: "Iterator[Window]", *, out: str, rule: "RequestRule", n_files: int, tally: Tally
 ) -> "Iterator[pa.Table]":
@@ -145,7 +131,7 @@ def _write_buckets(
     for bucket, of_bucket in groupby(filled, key=lambda window: window.bucket):
         found: Counter[str] = Counter()
         with (
-            storage.write_file(storage.join(out, _name(bucket, n_files))) as path,
+            storage.write_file(parts.part_uri(out, bucket, n_files)) as path,
             pq.ParquetWriter(path, REQUESTS) as file,
         ):
             for window in of_bucket:

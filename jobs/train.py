@@ -10,13 +10,15 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from jobs.runtime import cli, cost, first_look, plugs, profile, retrieval, session, tracking
+from jobs.runtime import cli, cost, first_look, plugs, retrieval, session, tracking
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Requests, find_requests
-from jobs.runtime.job_options import FLAT, InputRows, PastTexts, RequestFormat, flat_settings
+from jobs.runtime.job_options import FLAT, InputRows, PastTexts, PreferenceInputs, RequestFormat, flat_settings
 from jobs.runtime.progress import Stage, progress
+from jobs.runtime.reference import Reference, find_reference
 from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.training.inputs import TrainingInputs, join_and_split, prompt_example
+from jobs.runtime.training.profiling import with_profile
 from jobs.runtime.training.publish import publish, summary
 from jobs.runtime.training.run import Run
 from jobs.runtime.training.spec import RunSpec
@@ -36,6 +38,7 @@ from persona.options import (
 )
 
 if TYPE_CHECKING:
+    from persona.models.prompts import PromptTokenizer
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
 
@@ -91,6 +94,7 @@ class Config:
     training: Annotated[TrainingOptions, FLAT] = field(default_factory=TrainingOptions)
     retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
     past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
+    preferences: Annotated[PreferenceInputs, FLAT] = field(default_factory=PreferenceInputs)
     workers: int | None = None
     """Number of training workers; default one per GPU, or 1."""
     max_failures: int = 3
@@ -109,6 +113,7 @@ class Config:
         """Raises UsageError for values that cannot work."""
         self.past_texts.check_enough_for(self.retrieval)
         self.past_texts.check_used_by(self.retrieval)
+        self.preferences.check_used_by(self.training)
         check_at_least(self, 1, "workers")
         self.training.check_workers(self.workers or 1)
         check_at_least(self, 1, "validation_rows", "validate_every")
@@ -172,7 +177,7 @@ def _train(
         max_reject_fraction=config.rows.max_reject_fraction,
     )
     found = cost.spent(found, config.cost, machines, n_gpus=n_workers, seconds=seconds)
-    return _with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
+    return with_profile(found, counts, n_workers, machines, seconds) if config.profile else found
 
 
 def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
@@ -187,6 +192,7 @@ def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
         prompt=inputs.tokenizer.options,
         retrieval=config.retrieval,
         past_texts=config.past_texts,
+        preferences=config.preferences,
         requests=config.requests,
         form=config.form,
         limit=config.rows.limit,
@@ -241,6 +247,7 @@ def _inputs(config: Config) -> TrainingInputs:
         requests=requests,
         validation=held_out,
         histories=retrieval.plan(config.past_texts, config.form),
+        reference=_reference(config, llm, tokenizer),
         runs=runs,
         plug=plug,
     )
@@ -248,7 +255,17 @@ def _inputs(config: Config) -> TrainingInputs:
 
 def _requests(config: Config, uri: str, *, flag: str) -> Requests:
     """Requests with targets."""
-    return find_requests(uri, config.form, flag=flag, needs_target=True)
+    return find_requests(uri, config.form, flag=flag, needs_target=True, rejected=config.preferences.rejected)
+
+
+def _reference(config: Config, llm: "ModelFolder", tokenizer: "PromptTokenizer") -> Reference | None:
+    """The losses without the plug, measured with the lengths and the retrieval of this run."""
+    if not config.preferences.reference:
+        return None
+    names = ("max_input_tokens", "max_target_tokens", "llm_quantization")
+    retrieved = asdict(config.retrieval) if config.retrieval.retrieve else {"retrieve": 0}
+    settings = {name: getattr(config, name) for name in names} | retrieved
+    return find_reference(config.preferences.reference, llm, tokenizer, settings)
 
 
 def store_encoder(identity: "Identity", given: str | None) -> "ModelFolder":
@@ -284,8 +301,8 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
         lambda: training_flops(
             inputs.llm.config,
             inputs.encoder.config,
-            # --contrast reads each request a second time, with another history.
-            n_requests=n_trained * (2 if options.contrast else 1),
+            # --contrast and --preference read each request once more, with another history or another answer.
+            n_requests=n_trained * (1 + bool(options.contrast) + bool(options.preference)),
             inputs=round(min(config.max_input_tokens, requests.mean_tokens)) + config.retrieval.front_tokens,
             outputs=0,
             query=round(min(config.max_query_tokens, requests.mean_tokens)),
@@ -307,24 +324,6 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
         flops=flops,
         if_all="for the whole run",
     )
-
-
-def _with_profile(
-    summary: Summary, counts: Counts, n_workers: int, machines: session.Machines, seconds: float
-) -> Summary:
-    # Only the first worker reports its seconds; the others run in step with it.
-    noted = {"time": {name: n_workers * spent for name, spent in counts.get("time", {}).items()}}
-    faster = "more GPUs (--workers), a larger --micro-batch where memory allows, or fewer --max-input-tokens"
-    rarely = "validate less often (--validate-every) or on fewer rows (--validation-rows)"
-    stages = [
-        profile.stage(noted, "time", n_workers, faster, seconds="step", name="train"),
-        profile.stage(noted, "time", n_workers, rarely, seconds="validate", name="validate"),
-        profile.stage(noted, "time", n_workers, "save less often (--validate-every)", seconds="save", name="save"),
-        profile.stage(counts, "join", machines.cores, "more CPUs for Ray"),
-        profile.stage(counts, "windows", machines.cores, "more CPUs for Ray", name="read histories"),
-    ]
-    waited_s = noted["time"].get("waiting", 0.0)
-    return profile.added(summary, stages, wall_s=seconds, waited_s=waited_s, starving="more CPUs for Ray would feed it")
 
 
 def _stage_of(counts: Counts) -> Stage | None:

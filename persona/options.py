@@ -97,6 +97,8 @@ class PlugOptions:
     """Multiply similarities by this before the softmax; at 1 (the paper) unit vectors give nearly flat weights."""
     learn_temperature: bool = False
     """Train the temperature too, starting at --temperature."""
+    query_token: bool = False
+    """Add a soft token of the request itself behind the persona (PsPLUG, arXiv 2601.06362)."""
     recency: bool = False
     """Learn how much newer behaviors count more than older ones; has no effect before training."""
 
@@ -111,7 +113,7 @@ class PlugOptions:
     @property
     def n_soft(self) -> int:
         """Soft tokens in front of a request."""
-        return self.persona_tokens + (self.instruction != "none")
+        return self.persona_tokens + (self.instruction != "none") + self.query_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,10 @@ class TrainingOptions:
     """For this first share of steps, replace the history with the embedding of the target (xRAG, arXiv 2405.13792)."""
     contrast: float = 0.0
     """Weight of a loss that prefers the own history to another user's; costs a second forward and backward pass."""
+    preference: float = 0.0
+    """The β of a loss that prefers the target to --rejected (DPO); costs a second forward and backward pass."""
+    nll_weight: float = 1.0
+    """Weight of the targets' own loss (PPlug eq. 6) beside --preference; 0 leaves it out, as PsPLUG does."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage 1, 2 or 3; take 3 when the LLM does not fit one GPU."""
     warm_start: Literal["none", "vocabulary"] = "none"
@@ -199,10 +205,11 @@ class TrainingOptions:
         check_above_zero(self, "learning_rate", "query_learning_rate")
         if not 0 <= self.max_gradient_norm < math.inf:
             raise UsageError(f"--max-gradient-norm {self.max_gradient_norm}: must be 0 (clips nothing) or more")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"--weight-decay {self.weight_decay}: must be 0 or more")
-        if not 0 <= self.contrast < math.inf:
-            raise UsageError(f"--contrast {self.contrast}: must be 0 (off) or more")
+        for name in ("weight_decay", "contrast", "preference", "nll_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{given(self, name)}: must be 0 or more")
+        if not self.preference:
+            check_default(self, "nll_weight", needs="--preference")
         if self.contrast and self.micro_batch < 2:
             raise UsageError(
                 f"--contrast {self.contrast} takes the other history from the same micro-batch: --micro-batch must be "

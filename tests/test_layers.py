@@ -27,6 +27,7 @@ ARROWS = {
     "extensions": {"errors"},
     "option_checks": {"errors"},
     "options": {"errors", "option_checks"},
+    "strengths": {"errors", "options"},
     "storage": {"errors"},
     "report": set(),  # its pages are made from JSON alone
     "evaluation": {"errors", "options"},
@@ -37,7 +38,7 @@ ARROWS = {
     "store": {"errors", "field_types", "options", "inputs", "storage"},
     "models": {"errors", "options", "storage"},
     "engines": {"errors", "extensions", "option_checks", "options", "models"},
-    "plug": {"errors", "field_types", "options", "storage", "store", "models", "engines"},
+    "plug": {"errors", "field_types", "options", "storage", "store", "models", "engines", "strengths"},
     "training": {"errors", "options", "store", "models", "plug"},
     "demo": {"inputs"},
     "api": {"errors", "options", "storage", "inputs", "store", "models", "engines", "plug"},

@@ -84,7 +84,7 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
         losses.append(loss)
         if step + 1 == STOP and "save" in case:
             checkpoint.save(engine, Path(case["save"]), PROGRESS, write=rank == 0)
-    held_out = validation_loss(engine, HELD_OUT[rank::n_workers], micro_batch=MICRO_BATCH)
+    held_out = validation_loss(engine, HELD_OUT[rank::n_workers], options)
     engine.empty_partition_cache()  # some weights are still being gathered for a backward pass
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         plain = new_case_model(case)

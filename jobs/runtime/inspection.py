@@ -39,7 +39,7 @@ class InspectionInputs:
 
 
 def report_parts(
-    inputs: InspectionInputs, losses: "Losses", personas: Sequence[PersonaKind], answers: "Answers", tally: Tally
+    inputs: InspectionInputs, losses: "Losses", personas: Sequence[str], answers: "Answers", tally: Tally
 ) -> dict[str, Any]:
     """The parts of `metrics.json` that show single requests and users."""
     import numpy as np

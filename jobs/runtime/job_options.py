@@ -10,8 +10,8 @@ from typing import Any
 from cyclopts import Parameter
 
 from persona.errors import UsageError
-from persona.option_checks import check_at_least
-from persona.options import MAX_ROW_MB, SPREAD, Precision, RetrievalOptions, TimeUnit
+from persona.option_checks import check_at_least, check_default
+from persona.options import MAX_ROW_MB, SPREAD, Precision, RetrievalOptions, TimeUnit, TrainingOptions
 
 FLAT = Parameter(name="*")
 """Annotates a field that holds a group: `--beams` instead of `--decoding.beams`."""
@@ -138,6 +138,24 @@ class PastTexts:
         """Raises UsageError for texts that nothing is retrieved from."""
         if self.texts is not None and not retrieval.retrieve:
             raise UsageError("--texts has no effect without --retrieve; give a number of texts, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceInputs:
+    """What the preference loss compares the targets with."""
+
+    rejected: str | None = None
+    """Column of --requests with a worse answer, for --preference; jobs.pair takes it from stored answers."""
+    reference: tuple[str, ...] = ()
+    """Folders of jobs.evaluate --personas bare --rejected COLUMN: the losses without the plug, for --preference."""
+
+    def check_used_by(self, training: TrainingOptions) -> None:
+        """Raises UsageError for a preference without its inputs, and for inputs without a preference."""
+        if training.preference and not (self.rejected and self.reference):
+            missing = "--reference" if self.rejected else "--rejected"
+            raise UsageError(f"--preference {training.preference} needs {missing}; see docs/style.md")
+        if not training.preference:
+            check_default(self, "rejected", "reference", needs="--preference")
 
 
 def flat_settings(config: Any) -> dict[str, Any]:

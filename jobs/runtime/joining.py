@@ -3,7 +3,7 @@
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,9 +11,11 @@ from jobs.runtime import exchange, reading
 from jobs.runtime.exchange import Source
 from jobs.runtime.inputs import Requests
 from jobs.runtime.reading import Found
+from jobs.runtime.reference import Reference
 from jobs.runtime.tally import Tally
-from jobs.runtime.texts import Texts, union_schema
+from jobs.runtime.texts import Texts, WithAllColumns, request_columns, union_schema
 from persona.options import PersonaKind
+from persona.strengths import names_at, parse
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +45,9 @@ class JoinPlan:
     job: str
     """Name of the job, for its rejects."""
     personas: Sequence[PersonaKind]
-    """Each request appears once per kind."""
+    """Each request appears once per kind and strength."""
+    strengths: Sequence[float] = (1.0,)
+    """Strengths of the personas that have a history (`persona.strengths`)."""
     max_behaviors: int
     """A request sees at most this many behaviors, the latest ones."""
     needs_target: bool
@@ -60,6 +64,8 @@ class JoinPlan:
     """Whether the requests get the column `history`."""
     texts: Texts | None = None
     """Texts of the histories, to be used where requests are joined."""
+    reference: Reference | None = None
+    """Losses of targets and rejected texts under the LLM alone, which become `requests.REFERENCE`."""
     stage: str = "join"
     """Under which name the tally counts."""
 
@@ -73,7 +79,7 @@ class Joined:
 
 
 def requests_with_histories(requests: Requests, store: "Store", tally: Tally, plan: JoinPlan, *, folder: str) -> Joined:
-    """The requests with the columns of `persona.store.join.join_histories` and `persona`, the kind.
+    """The requests with the columns of `persona.store.join.join_histories`, and `persona` (see `persona.strengths`).
 
     `store` must be a snapshot of the tables that are read, so that a retried task joins the same rows. The run files in
     `folder` (`exchange.run_files`) must exist until the rows have been consumed.
@@ -97,8 +103,9 @@ def join(requests: Source, store: "Store", tally: Tally, plan: JoinPlan, *, fold
 
     from persona.inputs.requests import REJECTED, SCHEMA
 
-    if plan.texts is not None:
-        sources, schema = plan.texts.sources(requests, store.n_buckets), union_schema()
+    others = [one.source(store.n_buckets) for one in (plan.texts, plan.reference) if one is not None]
+    if others:
+        sources, schema = [replace(requests, read=WithAllColumns(requests.read)), *others], union_schema()
     else:
         sources, schema = [requests], SCHEMA if plan.rejected is None else pa.schema([*SCHEMA, REJECTED])
     exchanged = exchange.exchange(sources, store.n_buckets, schema, key=None, folder=folder)
@@ -114,8 +121,12 @@ def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: Joi
     since = time.perf_counter()
     bucket: int = requests["bucket"][0].as_py()
     first_user = requests["user_id"][0].as_py()
+    if plan.reference is not None:
+        requests = plan.reference.joined(requests)
     if plan.texts is not None:
         requests = plan.texts.joined(requests, store)
+    elif plan.reference is not None:
+        requests = requests.select(request_columns())
     n_rows, requests = requests.num_rows, _first_of_each_id(requests)
     counts: dict[str, float] = {"asked": requests.num_rows, "repeated": n_rows - requests.num_rows}
     counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}
@@ -149,24 +160,26 @@ class _Chosen:
 def _joined(
     requests: "pa.Table", store: "Store", bucket: int, plan: JoinPlan, counts: dict[str, float]
 ) -> "Iterator[pa.Table]":
-    """Reads the keys of the histories once, for all kinds of persona, if something depends on them.
+    """Reads the keys of the histories once, for all personas, if something depends on them.
 
-    Vectors are read of a few hundred requests at a time that go on: those of each user once, for all kinds.
+    Vectors are read of a few hundred requests at a time that go on: those of each user once, for all personas.
     """
     import pyarrow as pa
 
     from persona.store.join import Histories, sources, with_histories
 
     max_behaviors = plan.max_behaviors
-    # Kinds that see the own history all see the same one, so only the first of them is counted.
-    counted = next((persona for persona in plan.personas if persona.sees_own_history), None)
-    seen = {persona: sources(requests, store, bucket, persona) for persona in plan.personas}
+    names = names_at(plan.personas, plan.strengths)
+    of_kind = {kind: sources(requests, store, bucket, kind) for kind in plan.personas}
+    seen = {name: of_kind[parse(name)[0]] for name in names}
+    # Personas that see the own history all see the same one, so only the first of them is counted.
+    counted = next((name for name in names if parse(name)[0].sees_own_history), None)
     keys = None
     if plan.selection is not None or not plan.with_vectors:
-        keys = Histories.read(store, chain(*seen.values()), with_vectors=False)
+        keys = Histories.read(store, chain(*of_kind.values()), with_vectors=False)
     chosen: list[_Chosen] = []
     for persona, found in seen.items():
-        rows = requests.append_column("persona", pa.repeat(persona.value, requests.num_rows))
+        rows = requests.append_column("persona", pa.repeat(persona, requests.num_rows))
         if keys is not None:
             joined = with_histories(rows, found, keys, max_behaviors=max_behaviors)
             if persona == counted:

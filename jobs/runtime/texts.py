@@ -4,7 +4,7 @@ Rows of the histories go to the task that joins the requests of their bucket.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.runtime.exchange import Reader, Source
@@ -34,34 +34,36 @@ class Texts:
     use: TextUse
     users: frozenset[str] | None = None
 
-    def sources(self, requests: Source, n_buckets: int) -> list[Source]:
-        """Requests and texts as sources of one exchange (`union_schema`); a row without `request_id` is a text."""
+    def source(self, n_buckets: int) -> Source:
+        """The texts as a source of the exchange of requests (`union_schema`); a row without `request_id` is a text."""
         read = _Texts(columns=self.histories.columns, users=self.users, n_buckets=n_buckets)
-        return [
-            replace(requests, read=_WithAllColumns(requests.read)),
-            Source(splits=self.histories.splits, read=_WithAllColumns(read)),
-        ]
+        return Source(splits=self.histories.splits, read=WithAllColumns(read))
 
     def joined(self, rows: "pa.Table", store: "Store") -> "pa.Table":
         """The requests among the rows of some users of one bucket, with the columns that `use` adds."""
         import pyarrow as pa
 
-        from persona.inputs.requests import REJECTED, SCHEMA
-
         is_request = rows["request_id"].is_valid()
-        requests = rows.filter(is_request).select([*SCHEMA.names, REJECTED.name])
+        requests = rows.filter(is_request).select(request_columns())
         texts = rows.filter(pa.compute.invert(is_request)).select(["user_id", "behavior_id", "text", "text_hash"])
         return self.use(requests, texts, store, rows["bucket"][0].as_py()) if requests.num_rows else requests
 
 
 def union_schema() -> "pa.Schema":
-    """The columns of both requests and texts."""
+    """The columns of requests, of what is known of them, and of texts."""
     import pyarrow as pa
 
     from persona.inputs import histories, requests
 
-    text_columns = ("behavior_id", "text", "text_hash")
-    return pa.schema([*requests.SCHEMA, requests.REJECTED, *(histories.SCHEMA.field(name) for name in text_columns)])
+    text_columns = [histories.SCHEMA.field(name) for name in ("behavior_id", "text", "text_hash")]
+    return pa.schema([*requests.SCHEMA, requests.REJECTED, *requests.REFERENCE, *text_columns])
+
+
+def request_columns() -> list[str]:
+    """The columns of `union_schema` that requests have."""
+    from persona.inputs.requests import REFERENCE, REJECTED, SCHEMA
+
+    return [*SCHEMA.names, REJECTED.name, *REFERENCE.names]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +86,13 @@ class _Texts:
 
 
 @dataclass(frozen=True)
-class _WithAllColumns:
-    """Reads rows and gives them the columns of both requests and texts; missing ones are null."""
+class WithAllColumns:
+    """Reads rows and gives them the columns of `union_schema`; missing ones are null."""
 
     read: Reader
 
     def __call__(self, split: "Split", found: SplitFound, limit: int | None) -> Iterator["pa.Table"]:
+        """The rows of a split, as `read` finds them."""
         import pyarrow as pa
 
         all_columns = union_schema()

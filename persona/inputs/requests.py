@@ -28,6 +28,15 @@ SCHEMA = pa.schema(
 )
 # A wrong answer to compare the target with, read only if the caller names its column.
 REJECTED = pa.field("rejected", pa.large_string())
+# Nats and tokens of target and rejected text under the LLM without a plug, which the preference loss compares with.
+REFERENCE = pa.schema(
+    [
+        ("reference_nats", pa.float64()),
+        ("reference_tokens", pa.int32()),
+        ("reference_rejected_nats", pa.float64()),
+        ("reference_rejected_tokens", pa.int32()),
+    ]
+)
 _KINDS = {
     "request_id": cells.ID,
     "user_id": cells.ID,

@@ -19,13 +19,13 @@ NEEDS_QUERY = ("log_temperature",)
 
 
 def uses_query(options: PlugOptions) -> bool:
-    """Whether the weights depend on the request, so that the plug has a query encoder."""
-    return options.weights == "attention"
+    """Whether weights or a query token depend on the request, so that the plug has a query encoder."""
+    return options.weights == "attention" or options.query_token
 
 
 def without_query(options: PlugOptions) -> PlugOptions:
     """The options of the same plug when there is no request: weights depend on recency at most."""
-    return replace(options, weights="mean", learn_temperature=False)
+    return replace(options, weights="mean", learn_temperature=False, query_token=False)
 
 
 def new_parameters(options: PlugOptions) -> dict[str, nn.Parameter]:
@@ -78,7 +78,7 @@ def _scores(
     requests_M: Tensor,
 ) -> Iterator[Tensor]:
     """The terms (M,) of a behavior's score; none when all have equal weight."""
-    if query_Bd is not None:
+    if query_Bd is not None and options.weights == "attention":
         yield (query_Bd[requests_M] * history_Md).sum(-1) * temperature(options, parameters)
     if options.recency:
         # Weights fall by a power law of how many behaviors are newer, as memory does (Wixted & Ebbesen 1991).

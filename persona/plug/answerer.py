@@ -34,17 +34,22 @@ class Answerer:
         self._tokenizing = threading.Lock()
 
     def answer(
-        self, rows: Sequence[Row], decoding: Decoding, *, persona: PersonaKind = PersonaKind.OWN
+        self,
+        rows: Sequence[Row],
+        decoding: Decoding,
+        *,
+        persona: PersonaKind = PersonaKind.OWN,
+        strength: float = 1.0,
     ) -> list[Answer]:
-        """Answers to any number of requests of one kind of persona, in their order."""
+        """Answers to any number of requests of one kind of persona at one strength, in their order."""
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         with self._tokenizing:
-            prompts = [prompt for batch in batches for prompt in self._prompts(batch, persona)]
+            prompts = [prompt for batch in batches for prompt in self._prompts(batch, persona, strength)]
         return self.engine.answer(prompts, decoding, [decoding.row_seed(row["request_id"]) for row in rows])
 
     @torch.inference_mode()
-    def _prompts(self, rows: Sequence[Row], persona: PersonaKind) -> list[Prompt]:
+    def _prompts(self, rows: Sequence[Row], persona: PersonaKind, strength: float) -> list[Prompt]:
         ids = self.engine.tokenizer.prompts(prompt_texts(rows), retrieved_tokens=self.retrieved_tokens)
-        inputs = plug_inputs(self.plug, self.query_text, rows, persona, self.engine.device)
+        inputs = plug_inputs(self.plug, self.query_text, rows, persona, self.engine.device, strength=strength)
         soft_BSD = soft_tokens(self.plug, inputs)
         return [Prompt(ids=row, soft_SD=soft_SD) for row, soft_SD in zip(ids, soft_BSD, strict=True)]

@@ -2,7 +2,7 @@
 
 Equations are those of PPlug (arXiv 2409.11901). Shapes: B requests, M behaviors of all B requests in one packed row,
 N any number of rows, d encoder width, F hidden width of the projector, K persona tokens, S soft tokens of a request
-(instruction first, then K persona tokens), D LLM width.
+(instruction first, then K persona tokens, then the query token if there is one), D LLM width.
 """
 
 import torch
@@ -36,7 +36,7 @@ class Plug(nn.Module):
     """All trained parts: query encoder, projector, instruction token and what aggregation learns.
 
     Args:
-        query_encoder: the transformer of PPlug eq. 2; None exactly when the weights do not depend on the request.
+        query_encoder: the transformer of PPlug eq. 2; None exactly when nothing depends on the request.
         query_head: makes unit vectors of what the query encoder gives; None exactly when there is none.
         width: d; llm_width: D.
         token_norm: mean L2 norm of the LLM's token embeddings. Soft tokens start at that norm, for any LLM.
@@ -60,7 +60,8 @@ class Plug(nn.Module):
         super().__init__()
         if (query_encoder is not None) != aggregation.uses_query(options):
             needed = "needs a query encoder" if query_encoder is None else "takes no query encoder"
-            raise UsageError(f"a plug with {options.weights} weights {needed}")
+            with_token = " and a query token" if options.query_token else ""
+            raise UsageError(f"a plug with {options.weights} weights{with_token} {needed}")
         self.options = options
         self.width, self.llm_width, self.token_norm = width, llm_width, token_norm
         self.query_encoder, self.query_head = query_encoder, query_head
@@ -75,6 +76,8 @@ class Plug(nn.Module):
         elif options.instruction == "projected":
             self.instruction = nn.Parameter(_random_tokens(1, width, 1.0))
             self.instruction_projector = Projector(width, llm_width, llm_width)
+        if options.query_token:
+            self.query_projector = Projector(width, llm_width, llm_width)
         for name, parameter in aggregation.new_parameters(options).items():
             self.register_parameter(name, parameter)
 
@@ -105,27 +108,31 @@ class Plug(nn.Module):
         """The factor on x·h in PPlug eq. 3."""
         return aggregation.temperature(self.options, dict(self.named_parameters(recurse=False)))
 
-    def persona(self, history_Md: Tensor, lengths_B: Tensor, weights_M: Tensor) -> Tensor:
+    def persona(self, history_Md: Tensor, lengths_B: Tensor, weights_M: Tensor, *, strength: float = 1.0) -> Tensor:
         """PPlug eq. 4: persona tokens (B, K, D). A request without history gets those of the typical behavior.
+
+        At strength α they are P_typical + α·(P − P_typical) (`persona.strengths`).
 
         Since the weights of a request sum to 1, W2·(Σ w GELU(W1 h + b1)) + b2 equals Σ w Proj(h), with one product by
         W2 a request instead of one a behavior.
         """
         mixed_BF = aggregation.mix(self.projector.activate(history_Md), weights_M, lengths_B)
         typical_F = self.projector.activate(self.typical_behavior)
-        mixed_BF = torch.where((lengths_B == 0).unsqueeze(-1), typical_F, self.scale_deviation(mixed_BF, typical_F))
+        scaled_BF = self.scale_deviation(mixed_BF, typical_F, strength)
+        mixed_BF = torch.where((lengths_B == 0).unsqueeze(-1), typical_F, scaled_BF)
         personas_BKD: Tensor = self.projector.outer(mixed_BF).unflatten(-1, (-1, self.llm_width))
         return self.scale * personas_BKD
 
-    def scale_deviation(self, hidden_NF: Tensor, typical_F: Tensor) -> Tensor:
-        """Multiplies the deviation of activations (N, F) from those of the typical behavior by `persona_gain`.
+    def scale_deviation(self, hidden_NF: Tensor, typical_F: Tensor, strength: float = 1.0) -> Tensor:
+        """Multiplies the deviation of activations (N, F) from those of the typical behavior by `persona_gain`·strength.
 
         W2 could learn this factor. But AdamW's steps have about the same size for every weight, and histories deviate
         little from their mean: with a gain, the same step of W2 changes more of what is specific to a user.
         """
-        if self.options.persona_gain == 1:
+        factor = self.options.persona_gain * strength
+        if factor == 1:
             return hidden_NF
-        return typical_F + self.options.persona_gain * (hidden_NF - typical_F)
+        return typical_F + factor * (hidden_NF - typical_F)
 
     def forward(
         self,
@@ -134,14 +141,17 @@ class Plug(nn.Module):
         query: tuple[Tensor, Tensor] | None,
         *,
         uniform_weights: bool = False,
+        strength: float = 1.0,
     ) -> Tensor:
-        """The soft tokens [I; P] (B, S, D) of PPlug eq. 5.
+        """The soft tokens [I; P] (B, S, D) of PPlug eq. 5, or [I; P; q] with a query token.
 
         Args:
             history_Md: unit vectors of all requests' behaviors, request after request, oldest first, no padding.
             lengths_B: number of behaviors of each request; may be 0.
-            query: token ids and mask, both (B, T), for eq. 2; None leaves the requests out of the weights.
+            query: token ids and mask, both (B, T), for eq. 2; None leaves the requests out of the weights, and is not
+                allowed with a query token.
             uniform_weights: weight all behaviors of a history equally, whatever was learned.
+            strength: of the persona; it leaves instruction and query token as they are.
 
         Raises:
             ValueError: `history_Md` does not have the shape that lengths and width imply.
@@ -152,14 +162,18 @@ class Plug(nn.Module):
             )
         query_Bd = None if query is None else self.encode_query(*query)
         weights_M = self.weigh(history_Md, lengths_B, query_Bd, uniform_weights=uniform_weights)
-        personas_BKD = self.persona(history_Md, lengths_B, weights_M)
-        if self.options.instruction == "none":
-            return personas_BKD
-        raw = self.instruction
-        if self.options.instruction == "projected":
-            raw = self.instruction_projector(raw)
-        instruction_B1D = (self.scale * raw).expand(len(lengths_B), 1, self.llm_width)
-        return torch.cat([instruction_B1D, personas_BKD], dim=1)
+        tokens = [self.persona(history_Md, lengths_B, weights_M, strength=strength)]
+        if self.options.instruction != "none":
+            raw = self.instruction
+            if self.options.instruction == "projected":
+                raw = self.instruction_projector(raw)
+            tokens.insert(0, (self.scale * raw).expand(len(lengths_B), 1, self.llm_width))
+        if self.options.query_token:
+            assert query_Bd is not None
+            # The query encoder may run in bf16.
+            query_BD = self.query_projector(query_Bd.to(self.query_projector.inner.weight.dtype))
+            tokens.append(self.scale * query_BD.unsqueeze(1))
+        return torch.cat(tokens, dim=1)
 
 
 def _random_tokens(n: int, width: int, norm: float) -> Tensor:

@@ -49,6 +49,8 @@ class PlugInputs:
     query: tuple[Tensor, Tensor] | None
     """Token ids and mask, both (B, T); None if the queries are not needed."""
     persona: PersonaKind
+    strength: float = 1.0
+    """Of the persona, as in `persona.strengths`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,14 +75,21 @@ def pack_histories(histories: Sequence[bytes], width: int, device: torch.device)
 
 
 def plug_inputs(
-    plug: Plug, query_text: QueryText | None, rows: Sequence[Row], persona: PersonaKind, device: torch.device
+    plug: Plug,
+    query_text: QueryText | None,
+    rows: Sequence[Row],
+    persona: PersonaKind,
+    device: torch.device,
+    *,
+    strength: float = 1.0,
 ) -> PlugInputs:
     """Rows of one kind of persona, on `device`; `query_text` is None for a plug that reads no queries."""
     history_Md, lengths_B = pack_histories([row["history"] for row in rows], plug.width, device)
     query = None
-    if query_text is not None and plug.query_encoder is not None and persona is not PersonaKind.MEAN:
+    is_read = plug.query_encoder is not None and (persona is not PersonaKind.MEAN or plug.options.query_token)
+    if query_text is not None and is_read:
         query = query_text.tokens([row["query"] for row in rows], device)
-    return PlugInputs(history_Md=history_Md, lengths_B=lengths_B, query=query, persona=persona)
+    return PlugInputs(history_Md=history_Md, lengths_B=lengths_B, query=query, persona=persona, strength=strength)
 
 
 def prompt_texts(rows: Sequence[Row]) -> list[PromptText]:
@@ -91,11 +100,16 @@ def prompt_texts(rows: Sequence[Row]) -> list[PromptText]:
 
 
 def soft_tokens(plug: Plug, inputs: PlugInputs) -> Tensor:
-    """[I; P] of each request, (B, S, D); S is 0 for `PersonaKind.BARE`."""
+    """What `Plug.forward` makes of each request, (B, S, D); S is 0 for `PersonaKind.BARE`."""
     if inputs.persona is PersonaKind.BARE:
         return torch.empty(len(inputs.lengths_B), 0, plug.llm_width, device=inputs.lengths_B.device)
-    uniform_weights = inputs.persona is PersonaKind.MEAN
-    soft_BSD: Tensor = plug(inputs.history_Md, inputs.lengths_B, inputs.query, uniform_weights=uniform_weights)
+    soft_BSD: Tensor = plug(
+        inputs.history_Md,
+        inputs.lengths_B,
+        inputs.query,
+        uniform_weights=inputs.persona is PersonaKind.MEAN,
+        strength=inputs.strength,
+    )
     return soft_BSD
 
 
@@ -131,15 +145,16 @@ class PersonalizedLLM(nn.Module):
         self.query_text = query_text
         self.retrieved_tokens = retrieved_tokens
 
-    def collate(self, rows: Sequence[Row], *, persona: PersonaKind = PersonaKind.OWN) -> Batch:
-        """A batch of rows with targets, all of one kind of persona, on the LLM's device."""
+    def collate(self, rows: Sequence[Row], *, persona: PersonaKind = PersonaKind.OWN, strength: float = 1.0) -> Batch:
+        """A batch of rows with targets, all of one kind of persona at one strength, on the LLM's device."""
         tokenizer = self.llm.tokenizer
-        of_plug = plug_inputs(self.plug, self.query_text, rows, persona, self.llm.device)
+        of_plug = plug_inputs(self.plug, self.query_text, rows, persona, self.llm.device, strength=strength)
         return Batch(
             history_Md=of_plug.history_Md,
             lengths_B=of_plug.lengths_B,
             query=of_plug.query,
             persona=persona,
+            strength=strength,
             prompts=tokenizer.prompts(prompt_texts(rows), retrieved_tokens=self.retrieved_tokens),
             targets=tokenizer.targets([row["target"] for row in rows]),
         )

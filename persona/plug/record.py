@@ -21,6 +21,7 @@ from persona.plug import hub
 WEIGHTS, RECORD, CARD = "plug.safetensors", "plug.json", "README.md"
 _SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
 _FORMAT = 3
+_NO_QUERY_TOKEN = ("query_token", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,8 @@ def fingerprint(folder: Path) -> str:
             "again in a minute, then copy the whole folder again or repeat the training"
         )
     facts = {name: value for name, value in asdict(record).items() if name not in ("training", "weights_digest")}
+    # A plug without a query token keeps the fingerprint that it had before there were any.
+    facts["options"] = {name: value for name, value in facts["options"].items() if (name, value) != _NO_QUERY_TOKEN}
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return str(digest.hexdigest())
 

@@ -9,18 +9,19 @@ from persona.engines.base import Answer
 from persona.options import Decoding, PersonaKind
 from persona.plug.answerer import Answerer
 from persona.plug.personalized import PersonalizedLLM, Row
+from persona.strengths import parse
 
 
 def answer_all(answerer: Answerer, requests: pa.Table, decoding: Decoding) -> pa.Table:
-    """Answers to joined requests (`persona.store.join`, and the column `persona`), in their order.
+    """Answers to joined requests (`persona.store.join`, and `persona`, a name of `persona.strengths`), in their order.
 
     Returns:
         a table of `output`, `n_tokens`, `finish_reason`.
     """
     rows = requests.to_pylist()
     by_row: dict[int, Answer] = {}
-    for numbers, kind in _by_kind(rows):
-        found = answerer.answer([rows[number] for number in numbers], decoding, persona=kind)
+    for numbers, kind, strength in _by_persona(rows):
+        found = answerer.answer([rows[number] for number in numbers], decoding, persona=kind, strength=strength)
         by_row |= zip(numbers, found, strict=True)
     answers = [by_row[number] for number in range(len(rows))]
     return pa.table(
@@ -42,24 +43,25 @@ def loss_of_all(model: PersonalizedLLM, requests: pa.Table, *, batch_size: int) 
     nats = [0.0] * requests.num_rows
     tokens = [0] * requests.num_rows
     rows = requests.to_pylist()
-    for all_numbers, kind in _by_kind(rows):
+    for all_numbers, kind, strength in _by_persona(rows):
         for start in range(0, len(all_numbers), batch_size):
             numbers = all_numbers[start : start + batch_size]
-            batch = model.collate([rows[number] for number in numbers], persona=kind)
+            batch = model.collate([rows[number] for number in numbers], persona=kind, strength=strength)
             for number, nll, target in zip(numbers, model(batch).tolist(), batch.targets, strict=True):
                 nats[number], tokens[number] = nll, len(target)
     return pa.table({"nats": pa.array(nats, pa.float64()), "tokens": pa.array(tokens, pa.int32())})
 
 
-def _by_kind(rows: Sequence[Row]) -> Iterator[tuple[list[int], PersonaKind]]:
-    """Row numbers that may share batches, and their kind of persona; longest texts first, to save padding.
+def _by_persona(rows: Sequence[Row]) -> Iterator[tuple[list[int], PersonaKind, float]]:
+    """Row numbers that may share batches, their kind of persona and its strength; longest texts first, to save padding.
 
     `own`, `none` and `other` differ only in their histories, so they share batches.
     """
     separate = (PersonaKind.MEAN, PersonaKind.BARE)
-    kinds = [kind if (kind := PersonaKind(row["persona"])) in separate else PersonaKind.OWN for row in rows]
-    for kind in (PersonaKind.OWN, *separate):
-        numbers = [number for number, found in enumerate(kinds) if found is kind]
+    found: dict[tuple[PersonaKind, float], list[int]] = {}
+    for number, row in enumerate(rows):
+        kind, strength = parse(row["persona"])
+        found.setdefault((kind if kind in separate else PersonaKind.OWN, strength), []).append(number)
+    for (kind, strength), numbers in found.items():
         numbers.sort(key=lambda number: -len(rows[number]["input"]) - len(rows[number].get("target") or ""))
-        if numbers:
-            yield numbers, kind
+        yield numbers, kind, strength

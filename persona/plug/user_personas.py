@@ -41,7 +41,7 @@ class UserPersonas:
             token_norm=record.token_norm,
             scale=record.scale,
         )
-        unused = ("query_encoder.", "query_head.", *aggregation.NEEDS_QUERY)
+        unused = ("query_encoder.", "query_head.", "query_projector.", *aggregation.NEEDS_QUERY)
         try:
             weights = load_file(folder / plug_record.WEIGHTS)
             plug.load_state_dict({name: value for name, value in weights.items() if not name.startswith(unused)})

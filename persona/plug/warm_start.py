@@ -77,6 +77,18 @@ def fit(
         # The LLM knows its separator between request and answer; a random vector would disturb it more.
         separator_D = llm.embed(torch.tensor(llm.tokenizer.separator, device=llm.device)).mean(0)
         plug.instruction.copy_((separator_D.to(device) / plug.scale).unsqueeze(0))
+    if plug.options.query_token:
+        _start_query_token(plug)
+
+
+def _start_query_token(plug: Plug) -> None:
+    """Makes the query token that of a persona whose only behavior is the query, since both are read by one encoder."""
+    fitted, gain = plug.projector, plug.options.persona_gain
+    weight_DF, bias_D = fitted.outer.weight[: plug.llm_width], fitted.outer.bias[: plug.llm_width]
+    typical_F = fitted.activate(plug.typical_behavior)
+    plug.query_projector.inner.load_state_dict(fitted.inner.state_dict())
+    plug.query_projector.outer.weight.copy_(gain * weight_DF)
+    plug.query_projector.outer.bias.copy_(bias_D + (1 - gain) * weight_DF @ typical_F)
 
 
 def _features(plug: Plug, vectors_Nd: NDArray[np.float16]) -> Tensor:

@@ -78,6 +78,11 @@ def align(rows: Sequence[Row], encoder: TextEncoder) -> list[Row]:
     return aligned
 
 
+def with_rejected(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their rejected texts as targets."""
+    return [{**row, "target": row["rejected"]} for row in rows]
+
+
 def with_other_histories(rows: Sequence[Row]) -> tuple[list[int], list[Row]]:
     """The pairs of the contrast loss: rows of a micro-batch, each with the history of the next row.
 

@@ -1,6 +1,9 @@
 """One training step, and the loss on held-out requests.
 
 Shapes: B requests of a micro-batch, C of those that are also read with another user's history.
+
+With `options.preference`, each row has a `rejected` text, and nats and tokens of both texts under the LLM without the
+plug: `reference_nats`, `reference_tokens`, `reference_rejected_nats` and `reference_rejected_tokens`.
 """
 
 from collections.abc import Sequence
@@ -9,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from persona.errors import InputError
 from persona.options import TrainingOptions
-from persona.plug.personalized import PersonalizedLLM, Row
-from persona.training.augmentation import with_other_histories
+from persona.plug.personalized import Batch, PersonalizedLLM, Row
+from persona.training.augmentation import with_other_histories, with_rejected
 from persona.training.deepspeed import max_over_workers, sum_over_workers
 from persona.training.schedule import learning_rate_factor
 
@@ -21,17 +25,17 @@ def train_step(
 ) -> tuple[float, int]:
     """One optimizer step over this worker's rows of a global batch; all workers call it together.
 
-    The loss is PPlug eq. 6 plus `options.contrast` times `contrast_loss`, divided by the target tokens of the *global*
+    The loss is `objective` plus `options.contrast` times `contrast_loss`, divided by the target tokens of the *global*
     batch, so that the step does not depend on the number of workers.
 
     Returns:
-        the global batch's loss by eq. 6 alone, in nats a token, and its number of target tokens.
+        the global batch's loss without contrast, in nats a token, and its number of target tokens.
     """
     model: PersonalizedLLM = engine.module
     parts = [rows[start : start + options.micro_batch] for start in range(0, len(rows), options.micro_batch)]
     pairs = [with_other_histories(part) if options.contrast else ([], []) for part in parts]
-    # The engine is called once a micro-batch, so rows with other histories are appended to it.
-    batches = [model.collate([*part, *others]) for part, (_, others) in zip(parts, pairs, strict=True)]
+    # The engine is called once a micro-batch, so rows with rejected texts and with other histories are appended to it.
+    batches = [_collate(model, part, options, others=others) for part, (_, others) in zip(parts, pairs, strict=True)]
     own_targets = [batch.targets[: len(part)] for part, batch in zip(parts, batches, strict=True)]
     n_tokens = sum_over_workers(sum(len(target) for part in own_targets for target in part), model.llm.device)
     factor = learning_rate_factor(step, n_steps, options.warmup)
@@ -42,14 +46,72 @@ def train_step(
     total = 0.0
     for part, (numbers, _), batch in zip(parts, pairs, batches, strict=True):
         nll = engine(batch)
-        own_B, other_C = nll[: len(part)], nll[len(part) :]
-        loss = own_B.sum()
+        loss = objective(nll, part, options)
+        total += float(loss.detach())
         if numbers:
-            loss = loss + options.contrast * contrast_loss(own_B[numbers], other_C)
+            loss = loss + options.contrast * contrast_loss(nll[numbers], nll[-len(numbers) :])
         engine.backward(loss * scale)
         engine.step()
-        total += float(own_B.detach().sum())
     return sum_over_workers(total, model.llm.device) / n_tokens, int(n_tokens)
+
+
+def _collate(
+    model: PersonalizedLLM, rows: Sequence[Row], options: TrainingOptions, *, others: Sequence[Row] = ()
+) -> Batch:
+    """One batch of the rows, then the same with their rejected texts if there is a preference, then `others`."""
+    rejected = with_rejected(rows) if options.preference else []
+    batch = model.collate([*rows, *rejected, *others])
+    if options.preference:
+        _check_reference(rows, [len(target) for target in batch.targets])
+    return batch
+
+
+def _check_reference(rows: Sequence[Row], n_tokens: Sequence[int]) -> None:
+    """Raises InputError when the reference of a row was measured on other texts; `n_tokens` are of both, B and B."""
+    n_rows = len(rows)
+    for row, *read in zip(rows, n_tokens[:n_rows], n_tokens[n_rows : 2 * n_rows], strict=True):
+        measured = [row["reference_tokens"], row["reference_rejected_tokens"]]
+        if measured != read:
+            raise InputError(
+                f"--reference: target and rejected text of request {row['request_id']!r} had {measured[0]} and "
+                f"{measured[1]} tokens when they were measured, and have {read[0]} and {read[1]} now; measure them "
+                "again with jobs.evaluate --personas bare"
+            )
+
+
+def objective(nll: Tensor, rows: Sequence[Row], options: TrainingOptions) -> Tensor:
+    """The loss of B rows in nats, without contrast: PPlug eq. 6 and `preference_loss`, each with its weight.
+
+    Args:
+        nll: of the rows' targets (B,), and with a preference behind them of their rejected texts (B,); what follows is
+            not read.
+        rows: with the nats of the reference if there is a preference.
+        options: with the weights.
+    """
+    target_B = nll[: len(rows)]
+    if not options.preference:
+        return target_B.sum()
+    rejected_B = nll[len(rows) : 2 * len(rows)]
+    reference_B, reference_rejected_B = (
+        torch.tensor([row[name] for row in rows], dtype=nll.dtype, device=nll.device)
+        for name in ("reference_nats", "reference_rejected_nats")
+    )
+    preferred = preference_loss(target_B - reference_B, rejected_B - reference_rejected_B, beta=options.preference)
+    return options.nll_weight * target_B.sum() + preferred
+
+
+def preference_loss(target_B: Tensor, rejected_B: Tensor, *, beta: float) -> Tensor:
+    """-Σ log σ(r(target) - r(rejected)) over B requests, with the reward r(y) = β·(log p(y) - log p_reference(y)).
+
+    This is DPO (arXiv 2305.18290, eq. 7). The reference is the same frozen LLM without the plug (PsPLUG, arXiv
+    2601.06362), so the reward of a text is what the plug adds to its likelihood.
+
+    Args:
+        target_B: nll of the targets minus that under the reference, in nats.
+        rejected_B: the same for the rejected texts.
+        beta: β; the larger it is, the sooner a pair counts as told apart.
+    """
+    return nn.functional.softplus(beta * (target_B - rejected_B)).sum()
 
 
 def contrast_loss(own_C: Tensor, other_C: Tensor) -> Tensor:
@@ -68,8 +130,8 @@ def contrast_loss(own_C: Tensor, other_C: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(engine: Any, rows: Sequence[Row], *, micro_batch: int) -> float:
-    """Loss in nats a token over all workers' held-out rows; all workers call it together.
+def validation_loss(engine: Any, rows: Sequence[Row], options: TrainingOptions) -> float:
+    """Loss without contrast in nats a token, over all workers' held-out rows; all workers call it together.
 
     Every worker makes as many forward passes as the one with the most rows, as ZeRO-3 requires; those beyond its own
     rows do not count.
@@ -77,12 +139,14 @@ def validation_loss(engine: Any, rows: Sequence[Row], *, micro_batch: int) -> fl
     model: PersonalizedLLM = engine.module
     device = model.llm.device
     ordered = sorted(rows, key=lambda row: len(row["input"]) + len(row["target"]))
-    batches = [ordered[start : start + micro_batch] for start in range(0, len(ordered), micro_batch)]
+    size = options.micro_batch
+    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     total, n_tokens = 0.0, 0
-    for i in range(int(max_over_workers(len(batches), device))):
-        batch = model.collate(batches[min(i, len(batches) - 1)])
-        nll = float(engine(batch).sum())
-        if i < len(batches):
-            total += nll
-            n_tokens += batch.n_target_tokens
+    for i in range(int(max_over_workers(len(parts), device))):
+        part = parts[min(i, len(parts) - 1)]
+        batch = _collate(model, part, options)
+        loss = float(objective(engine(batch), part, options))
+        if i < len(parts):
+            total += loss
+            n_tokens += sum(map(len, batch.targets[: len(part)]))
     return sum_over_workers(total, device) / sum_over_workers(n_tokens, device)

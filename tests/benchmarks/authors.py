@@ -91,7 +91,7 @@ class Run:
             )
             if not requests["request_id"] == which["request_id"] == next_title["request_id"]:
                 raise SystemExit(f"the {split} tables in {self.acl} do not have the same requests in the same order")
-            requests = _with_rejected(requests, which, label=self.experiment.tables == "which")
+            requests = with_rejected(requests, which, label=self.experiment.tables == "which")
             sample = self._sample(split, requests.num_rows)
             if self.experiment.oracle:
                 requests = requests.drop_columns(["user_id", "as_of"]).append_column("user_id", requests["request_id"])
@@ -207,7 +207,7 @@ def _oracle_histories(next_title: pa.Table) -> pa.Table:
     return pa.table({"user_id": ids, "behavior_id": ids, "text": next_title["target"]})
 
 
-def _with_rejected(requests: pa.Table, which: pa.Table, *, label: bool) -> pa.Table:
+def with_rejected(requests: pa.Table, which: pa.Table, *, label: bool) -> pa.Table:
     """Add the column `rejected`: the wrong title of the `which` question, or with `label` its label."""
     questions = zip(which["input"].to_pylist(), which["target"].to_pylist(), strict=True)
     labels = {"[1]": "[2]", "[2]": "[1]"}

@@ -124,6 +124,28 @@ def test_vllm_is_refused_where_it_is_not_installed(refuse: Job, flags: dict[str,
     assert "pip install 'persona-plug[vllm]'" in done.said
 
 
+def test_strengths_are_variants_beside_the_answers_of_before(do: Job, flags: dict[str, Any]) -> None:
+    do(generate, **flags, persona=("own", "none"))
+    before = stored(flags["store"], "generations")
+    done = do(generate, **flags, persona=("own", "none"), persona_strength=(0, 1, 3))
+    assert (done.result["answered"], done.result["already_answered"]) == (2 * 8, 2 * 8)
+    assert done.result["variants"] == ["own-strength-0", "own", "own-strength-3", "none"]
+    after = stored(flags["store"], "generations")
+    assert {key: after[key] for key in before} == before
+    none, own, strong = (outputs(after, variant) for variant in ("own-strength-0", "own", "own-strength-3"))
+    assert none == outputs(after, "none") != own != strong
+    of_one = {variant: after["r0-0", variant]["fingerprint"] for variant in done.result["variants"]}
+    assert len(set(of_one.values())) == 4
+    assert do(generate, **flags, persona_strength=(0, 3)).result["answered"] == 0
+
+
+def test_a_strength_without_a_history_and_a_name_for_several_are_refused(refuse: Job, flags: dict[str, Any]) -> None:
+    done = refuse(generate, **flags, persona="none", persona_strength=2)
+    assert (done.code, "--persona-strength 2.0 has no effect on personas without a history" in done.said) == (2, True)
+    done = refuse(generate, **flags, persona_strength=(1, 2), variant="mine")
+    assert (done.code, "--variant names the answers of one persona" in done.said) == (2, True)
+
+
 def test_only_changed_requests_are_answered_again(do: Job, flags: dict[str, Any]) -> None:
     do(generate, **flags)
     before = stored(flags["store"], "generations")

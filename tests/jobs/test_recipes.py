@@ -1,5 +1,6 @@
 """Recipes: every job accepts its section, `paper` has the settings of PPlug, and a name finds its file."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import yaml
 from transformers import BertConfig
 
-from jobs import embed, evaluate, generate, import_lamp, train
+from jobs import embed, evaluate, generate, import_lamp, pair, style, train
 from jobs.runtime import catalog
 from jobs.runtime.configuration import read_config
 from jobs.runtime.job_options import flat_settings
@@ -27,7 +28,10 @@ PLACES = {
     train: ["--requests", "r", "--store", "s", "--plug", "p", "--run", "n", "--runs", "k"],
     generate: ["--requests", "r", "--store", "s", "--plug", "p"],
     evaluate: ["--requests", "r", "--store", "s", "--plug", "p", "--out", "o"],
+    style: ["--requests", "r", "--styles", "i", "--out", "o"],
+    pair: ["--requests", "r", "--store", "s", "--out", "o"],
 }
+OF_STYLE = "acl_style/preference"
 
 
 def name(recipe: Path) -> str:
@@ -35,13 +39,15 @@ def name(recipe: Path) -> str:
 
 
 def read(job: ModuleType, recipe: Path, *flags: str) -> Any:
-    return read_config(job.Config, ["--config", str(recipe), *PLACES[job], *flags])
+    reference = ["--reference", "f"] if (job, name(recipe)) == (train, OF_STYLE) else []
+    return read_config(job.Config, ["--config", str(recipe), *PLACES[job], *reference, *flags])
 
 
 def test_every_task_and_the_acl_set_have_both_recipes() -> None:
     folders = [f"lamp_{task.removeprefix('LaMP_')}" for task in TASKS] + ["acl_next_title", "acl_which"]
     assert {name(recipe) for recipe in RECIPES} == {
-        f"{folder}/{how}" for folder in folders for how in ("paper", "best")
+        OF_STYLE,
+        *(f"{folder}/{how}" for folder in folders for how in ("paper", "best")),
     }
 
 
@@ -51,11 +57,17 @@ def test_every_job_accepts_its_section_of_every_recipe(job: ModuleType, recipe: 
     section = job.__name__.removeprefix("jobs.")
     written = yaml.safe_load(recipe.read_text())
     if section not in written:
-        assert (section, recipe.parent.name[:3]) == ("import_lamp", "acl")
+        assert section in (["import_lamp"] if recipe.parent.name[:3] == "acl" else []) + ["style", "pair"]
         return
     settings = flat_settings(read(job, recipe))
     for key, value in written[section].items():
         assert settings[key] == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_the_recipe_for_styles_is_that_of_titles_with_a_preference() -> None:
+    titles, styles = (read(train, FOLDER / f"{one}.yaml") for one in ("acl_next_title/best", OF_STYLE))
+    assert styles.plug_options == titles.plug_options
+    assert replace(styles.training, preference=0.0, nll_weight=1.0) == titles.training
 
 
 @pytest.mark.parametrize("task", TASKS)

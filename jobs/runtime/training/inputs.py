@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.runtime import exchange, joining, retrieval
 from jobs.runtime.inputs import Histories, Requests
 from jobs.runtime.reading import Found
+from jobs.runtime.reference import Reference
 from jobs.runtime.tally import Tally
 from jobs.runtime.training import windows
 from persona.errors import InputError
@@ -36,6 +37,7 @@ class TrainingInputs:
         tokenizer: of the LLM; it writes the prompts.
         requests, validation: what to train on; `validation` is None when it is taken from `requests`.
         histories: the texts for retrieval, if any.
+        reference: the losses without the plug for the preference loss, if there is one.
         runs, plug: URIs of the folders for checkpoints and for the plug.
     """
 
@@ -46,6 +48,7 @@ class TrainingInputs:
     requests: Requests
     validation: Requests | None
     histories: Histories | None
+    reference: Reference | None
     runs: str
     plug: str
 
@@ -115,6 +118,8 @@ def _join_and_split(
             personas=[PersonaKind.OWN],
             max_behaviors=spec.max_behaviors,
             needs_target=True,
+            rejected=spec.preferences.rejected,
+            reference=inputs.reference,
             limit=limit,
             texts=retrieval.best_of(retrieval_spec, tally, stage=f"texts{held_out}"),
             stage=f"join{held_out}",

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime.job_options import PastTexts, RequestFormat
+from jobs.runtime.job_options import PastTexts, PreferenceInputs, RequestFormat
 from persona.options import (
     PlugOptions,
     Precision,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from persona.store.identity import Identity
 
 # Options whose defaults mean "off", so that a run from before one of them can be resumed.
-OPTIONS = (PlugOptions, TrainingOptions, PromptOptions, RetrievalOptions, PastTexts, RequestFormat)
+OPTIONS = (PlugOptions, TrainingOptions, PromptOptions, RetrievalOptions, PastTexts, PreferenceInputs, RequestFormat)
 # What else must stay the same when a run is resumed.
 _FIXED = (
     "requests",
@@ -53,6 +53,7 @@ class RunSpec:
     prompt: PromptOptions
     retrieval: RetrievalOptions
     past_texts: PastTexts
+    preferences: PreferenceInputs
     requests: str
     form: RequestFormat
     limit: int | None
@@ -72,8 +73,8 @@ class RunSpec:
 
     def fixed(self) -> dict[str, Any]:
         """What must stay the same when the run is resumed, by name, as it is read back from JSON."""
-        options = (self.plug_options, self.training, self.prompt, self.retrieval, self.past_texts, self.form)
-        values = {name: value for part in options for name, value in asdict(part).items()}
+        options = (self.plug_options, self.training, self.prompt, self.retrieval, self.past_texts, self.preferences)
+        values = {name: value for part in (*options, self.form) for name, value in asdict(part).items()}
         values |= {name: getattr(self, name) for name in _FIXED}
         return {name: read_back(value) for name, value in values.items()}
 

@@ -115,11 +115,11 @@ def _validate(engine: Any, settings: WorkerSettings, held_out: "list[Row]", prog
     """Measures the held-out loss, also without any persona, and reports both to a tracker."""
     from persona.training.step import validation_loss
 
-    micro_batch = settings.spec.training.micro_batch
-    own, none = validation_loss(engine, held_out, micro_batch=micro_batch), None
-    if settings.spec.training.empty_history < 1:  # else both are the same
+    options = settings.spec.training
+    own, none = validation_loss(engine, held_out, options), None
+    if options.empty_history < 1:  # else both are the same
         bare = [{**row, "history": b""} for row in held_out]
-        none = validation_loss(engine, bare, micro_batch=micro_batch)
+        none = validation_loss(engine, bare, options)
     progress.add_validation(own, none=none)
     if rank == 0 and settings.reports_steps:
         settings.tally.point_soon(progress.step, {HELD_OUT_LOSS: own} | ({} if none is None else {LOSS_OF_NONE: none}))

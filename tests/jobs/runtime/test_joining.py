@@ -120,6 +120,20 @@ def test_a_bucket_is_joined_as_its_requests_are_and_each_history_read_once(
     assert of_vectors[1] > 0 and max(of_vectors) == 2 and of_vectors[2] <= N_REQUESTS / 8
 
 
+def test_a_persona_at_several_strengths_has_one_history_that_is_read_once(store: ReadCounter) -> None:
+    rows, counts = run(store, strengths=[0.5, 1])
+    by_persona: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["request_id"]):
+        by_persona.setdefault(row.pop("persona"), []).append(row)
+    scaled = ["own", "other", "mean"]
+    assert set(by_persona) == {"none", *scaled, *(f"{name}-strength-0.5" for name in scaled)}
+    for name in scaled:
+        assert by_persona[f"{name}-strength-0.5"] == by_persona[name]
+    assert counts["kept"] == len(rows) == 7 * N_REQUESTS
+    assert counts["empty"] == [row["n_behaviors"] for row in by_persona["own"]].count(0)
+    assert max(n for (_, with_vectors), n in store.reads.items() if with_vectors) == 1
+
+
 def test_a_later_window_of_a_bucket_does_not_look_for_users_again(store: ReadCounter) -> None:
     run(store)
     run(store)

@@ -1,5 +1,6 @@
 """Plugs as folders: a loaded plug answers as the saved one, and mismatches are refused."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -30,6 +31,8 @@ VARIANTS = [
     {"persona_gain": 4.0},
     {"learn_temperature": True, "instruction": "projected"},
     {"instruction": "none"},
+    {"query_token": True},
+    {"weights": "mean", "query_token": True},
 ]
 GREEDY = Decoding(max_new_tokens=6, beams=1)
 
@@ -74,6 +77,22 @@ def test_the_record_is_read_as_it_was_saved(saved, encoder_folder, llm_folder, l
     model = plug_folder.load(saved, encoder=encoder_folder, llm=llm)
     record = plug_record.with_digest(record_of(model, encoder_folder, llm_folder), saved)
     assert plug_record.read(saved) == record
+
+
+def test_a_plug_from_before_query_tokens_keeps_its_fingerprint(saved):
+    fields = json.loads((saved / "plug.json").read_text())
+    found = plug_record.fingerprint(saved)
+    assert fields["options"].pop("query_token") is False
+    (saved / "plug.json").write_text(json.dumps(fields))
+    assert plug_record.fingerprint(saved) == found
+    # What the fingerprint was before there were query tokens.
+    facts = {name: value for name, value in fields.items() if name not in ("format", "training", "weights_digest")}
+    digest = hashlib.blake2b((saved / "plug.safetensors").read_bytes(), digest_size=16)
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    assert digest.hexdigest() == found
+    fields["options"]["query_token"] = True
+    (saved / "plug.json").write_text(json.dumps(fields))
+    assert plug_record.fingerprint(saved) != found
 
 
 def test_how_prompts_are_written_is_part_of_the_record_and_the_fingerprint(saved):

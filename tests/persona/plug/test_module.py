@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -265,6 +266,30 @@ def test_a_gain_scales_the_deviation_from_the_typical_persona_and_not_empty_hist
     typical_KD = without[LENGTHS == 0][0]
     assert torch.equal(with_gain[LENGTHS == 0], without[LENGTHS == 0])
     torch.testing.assert_close(with_gain - typical_KD, 4 * (without - typical_KD), **EXACT)
+
+
+def test_the_query_token_is_the_projected_query_behind_the_persona():
+    plug, plain = new_plug(query_token=True), new_plug()
+    for one in (plug, plain):
+        one.encode_query = lambda given: given  # type: ignore[method-assign]
+    found = plug(HISTORY, LENGTHS, (QUERIES,))
+    torch.testing.assert_close(found[:, :-1], plain(HISTORY, LENGTHS, (QUERIES,)), **EXACT)
+    expected = [[plug.scale * value for value in proj(plug.query_projector, query)] for query in QUERIES.tolist()]
+    torch.testing.assert_close(found[:, -1], torch.tensor(expected, dtype=torch.float64), **EXACT)
+    # The strength of the persona leaves it as it is; so do equal weights.
+    for other in (
+        plug(HISTORY, LENGTHS, (QUERIES,), strength=0.0),
+        plug(HISTORY, LENGTHS, (QUERIES,), uniform_weights=True),
+    ):
+        assert torch.equal(other[:, -1], found[:, -1])
+        assert not torch.equal(other[:, 1:-1], found[:, 1:-1])
+
+
+def test_equal_weights_stay_equal_beside_a_query_token():
+    plug, plain = new_plug(query_token=True), new_plug(weights="mean")
+    mean = Plug(replace(plug.options, weights="mean"), query_encoder=FixedQueries(), width=3, llm_width=2, token_norm=1)
+    torch.testing.assert_close(mean.weigh(HISTORY, LENGTHS, QUERIES), plain.weigh(HISTORY, LENGTHS, None), **EXACT)
+    assert not torch.equal(plug.weigh(HISTORY, LENGTHS, QUERIES), plain.weigh(HISTORY, LENGTHS, None))
 
 
 def test_setting_the_typical_behavior_from_no_behaviors_changes_nothing():

@@ -109,6 +109,29 @@ def test_every_persona_token_of_a_word_is_near_its_embedding(encoder):
     assert ranks(plug, llm, vectors).double().mean(0).max() < len(WORDS) / 20
 
 
+@pytest.mark.parametrize("gain", [1.0, 4.0])
+def test_a_query_token_starts_as_the_persona_of_someone_who_wrote_the_query(encoder, gain):
+    llm = llm_that_knows(WORDS, encoder)
+    options = PlugOptions(weights="mean", persona_tokens=2, query_token=True, persona_gain=gain)
+    plug = Plug(
+        options,
+        query_encoder=torch.nn.Identity(),
+        query_head=None,
+        width=ENCODER_WIDTH,
+        llm_width=LLM_WIDTH,
+        token_norm=llm.token_norm(),
+    )
+    behaviors = torch.from_numpy(some_behaviors(encoder).astype(np.float32))
+    plug.set_typical_behavior(behaviors)
+    warm_start.fit(plug, encoder, llm, some_behaviors(encoder))
+    lengths = torch.ones(len(behaviors), dtype=torch.long)
+    with torch.no_grad():
+        persona = plug.persona(behaviors, lengths, plug.weigh(behaviors, lengths, None))[:, 0]
+        query = plug.scale * plug.query_projector(behaviors)
+    # float32 sums in another order, multiplied by the gain.
+    torch.testing.assert_close(query, persona, rtol=1e-4, atol=1e-4 * float(persona.abs().max()))
+
+
 def test_only_whole_words_are_fitted(encoder):
     """Neither fragments nor words without a leading space."""
     ids, words = warm_start.common_words(encoder, llm_that_knows(WORDS, encoder), 5000)

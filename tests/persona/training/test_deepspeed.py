@@ -43,6 +43,10 @@ TRAINED = {
     ),
     "recency": ({"recency": True}, [*ALWAYS, "plug.instruction", "plug.recency_slope", *QUERY_ENCODER]),
     "mean and recency": ({"weights": "mean", "recency": True}, [*ALWAYS, "plug.instruction", "plug.recency_slope"]),
+    "query token": (
+        {"weights": "mean", "query_token": True},
+        [*ALWAYS, "plug.instruction", *(f"plug.query_projector.{name}" for name in PROJECTOR), *QUERY_ENCODER],
+    ),
     "projected instruction": (
         {"instruction": "projected"},
         [*ALWAYS, "plug.instruction", *(f"plug.instruction_projector.{name}" for name in PROJECTOR), *QUERY_ENCODER],

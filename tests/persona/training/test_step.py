@@ -1,14 +1,150 @@
-"""The contrast loss of a training step; whole steps are tested in test_zero.py."""
+"""The preference and contrast losses of a training step; whole steps are tested in test_zero.py."""
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
-from persona.training.augmentation import with_other_histories
+from persona.errors import InputError
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.resolve import ModelFolder
+from persona.options import TrainingOptions
+from persona.plug.personalized import PersonalizedLLM
+from persona.training.augmentation import with_other_histories, with_rejected
 from persona.training.deepspeed import trainable
-from persona.training.step import contrast_loss
+from persona.training.step import contrast_loss, objective, preference_loss, train_step, validation_loss
 from tests.plugs import ROWS, losses, new_model
+
+BETA, NLL_WEIGHT = 0.3, 0.25
+PREFERS = TrainingOptions(
+    global_batch=len(ROWS), micro_batch=2, preference=BETA, nll_weight=NLL_WEIGHT, max_gradient_norm=0, warmup=0
+)
+
+
+def with_preferences(model: PersonalizedLLM) -> list[dict[str, Any]]:
+    """Rows with rejected texts, and a reference that differs from row to row."""
+    rows = []
+    for number, row in enumerate(ROWS):
+        rejected = "bad " * (1 + number % 3)
+        n_tokens = [len(ids) for ids in model.llm.tokenizer.targets([row["target"], rejected])]
+        reference = {"reference_nats": 11.0 + number, "reference_rejected_nats": 13.0 - 0.5 * number}
+        lengths = {"reference_tokens": n_tokens[0], "reference_rejected_tokens": n_tokens[1]}
+        rows.append({**row, "rejected": rejected, **reference, **lengths})
+    return rows
+
+
+def float64_model(encoder: ModelFolder, llm: ModelFolder, **options: Any) -> PersonalizedLLM:
+    """What `new_model` makes, in float64."""
+    return new_model(encoder, FrozenLLM.load(llm, precision="fp32", device="cpu"), **options).double()
+
+
+def float64_loop(model: PersonalizedLLM, rows: list[dict[str, Any]], *, nll_weight: float) -> torch.Tensor:
+    """The loss of PsPLUG and PPlug eq. 6, text by text, from the logits of the plain model."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        nll = {}
+        for name in ("target", "rejected"):
+            batch = model.collate([{**row, "target": row[name]}])
+            nll[name] = _nll(model, replace(batch, history_Md=batch.history_Md.double()))
+        reward = {
+            "target": BETA * (row["reference_nats"] - nll["target"]),
+            "rejected": BETA * (row["reference_rejected_nats"] - nll["rejected"]),
+        }
+        total = total - torch.log(1 / (1 + torch.exp(reward["rejected"] - reward["target"])))
+        total = total + nll_weight * nll["target"]
+    return total
+
+
+def _nll(model: PersonalizedLLM, batch: Any) -> torch.Tensor:
+    """Minus the sum of the log-probabilities of one target, from the logits of the plain model."""
+    soft_SD, prompt, target = model.soft_tokens(batch)[0], batch.prompts[0], batch.targets[0]
+    plain, ids = model.llm.model, torch.tensor(target)
+    embed = plain.get_input_embeddings()
+    before, after = (embed(torch.tensor(part, dtype=torch.long)) for part in (prompt.before, prompt.after))
+    read = torch.cat([before, soft_SD.to(before.dtype), after]).unsqueeze(0)
+    if plain.config.is_encoder_decoder:
+        logits = plain(inputs_embeds=read, labels=ids.unsqueeze(0)).logits[0]
+    else:
+        logits = plain(inputs_embeds=torch.cat([read, embed(ids).unsqueeze(0)], 1)).logits[0]
+        logits = logits[read.shape[1] - 1 : -1]
+    return -logits.log_softmax(-1)[torch.arange(len(ids)), ids].sum()
+
+
+@pytest.mark.parametrize("nll_weight", [NLL_WEIGHT, 0.0])
+def test_loss_and_gradients_of_a_preference_are_those_of_a_float64_loop(encoder_folder, llm_folder, llm, nll_weight):
+    model = new_model(encoder_folder, llm, query_token=True)
+    rows, options = with_preferences(model), replace(PREFERS, nll_weight=nll_weight)
+    found = objective(model(model.collate([*rows, *with_rejected(rows)])), rows, options)
+    found.backward()
+    exact = float64_model(encoder_folder, llm_folder, query_token=True)
+    expected = float64_loop(exact, rows, nll_weight=nll_weight)
+    expected.backward()
+    # Losses are made from float32 logits, which have 24 bits.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    largest = max(float(parameter.grad.abs().max()) for parameter in trainable(exact).values())
+    assert largest > 0
+    for (name, one), other in zip(trainable(model).items(), trainable(exact).values(), strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+def test_a_preference_starts_at_log_2_where_the_plug_equals_the_reference():
+    same = torch.tensor([3.0, -70.0])
+    assert float(preference_loss(same, same, beta=0.1)) == pytest.approx(2 * math.log(2))
+    # A thousand nats apart, the loss is linear and finite.
+    far = torch.tensor([1e3])
+    assert float(preference_loss(far, -far, beta=0.1)) == pytest.approx(200.0)
+    assert float(preference_loss(-far, far, beta=0.1)) == 0.0
+
+
+@dataclass
+class PlainEngine:
+    """What a step uses of DeepSpeed's engine, on one worker; it keeps the gradients."""
+
+    module: PersonalizedLLM
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.SGD([{"params": list(trainable(self.module).values()), "peak_lr": 0.0, "lr": 0.0}])
+
+    def __call__(self, batch: Any) -> torch.Tensor:
+        return self.module(batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self._n_parts).backward()  # DeepSpeed averages over micro-batches
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    @property
+    def _n_parts(self) -> int:
+        return len(ROWS) // PREFERS.micro_batch
+
+
+def test_a_step_and_a_validation_have_that_loss_and_a_step_its_gradients(encoder_folder, llm_folder, llm):
+    model = new_model(encoder_folder, llm)
+    rows = with_preferences(model)
+    engine = PlainEngine(model)
+    loss, n_tokens = train_step(engine, rows, step=0, n_steps=2, options=PREFERS)
+    assert n_tokens == sum(row["reference_tokens"] for row in rows)
+    gradients = [parameter.grad.clone() for parameter in trainable(model).values()]
+    exact = float64_model(encoder_folder, llm_folder)
+    expected = float64_loop(exact, rows, nll_weight=NLL_WEIGHT) / n_tokens
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    largest = max(float(parameter.grad.abs().max()) for parameter in trainable(exact).values())
+    for found, parameter in zip(gradients, trainable(exact).values(), strict=True):
+        torch.testing.assert_close(found.double(), parameter.grad, rtol=1e-3, atol=1e-4 * largest)
+    assert validation_loss(engine, rows, PREFERS) == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_reference_of_other_texts_is_refused(encoder_folder, llm):
+    model = new_model(encoder_folder, llm)
+    rows = with_preferences(model)
+    rows[3] = {**rows[3], "rejected": "bad bad bad bad bad"}
+    with pytest.raises(InputError, match="--reference: target and rejected text of request 'r3' had"):
+        train_step(PlainEngine(model), rows, step=0, n_steps=1, options=PREFERS)
 
 
 def test_contrast_loss_is_minus_log_probability_of_the_own_history():
