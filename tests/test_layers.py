@@ -37,6 +37,7 @@ ARROWS = {
     "store": {"errors", "field_types", "options", "inputs", "storage"},
     "models": {"errors", "options", "storage"},
     "engines": {"errors", "extensions", "option_checks", "options", "models"},
+    "chat": {"errors", "extensions", "option_checks", "options", "storage", "models", "engines"},
     "plug": {"errors", "field_types", "options", "storage", "store", "models", "engines"},
     "training": {"errors", "options", "store", "models", "plug"},
     "demo": {"inputs"},
