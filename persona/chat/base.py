@@ -3,11 +3,12 @@
 To add one, write `persona/chat/NAME.py` with what `ChatModule` lists, and add NAME to `persona.chat.options.Chat`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from persona.chat.options import ChatOptions
+from persona.extensions import find
 
 Role = Literal["system", "user", "assistant"]
 
@@ -62,15 +63,19 @@ class ChatReply:
     problem: str = ""
 
 
+Take = Callable[[int, ChatReply], None]
+"""Takes the reply to the prompt of that number as soon as it has come; called from one thread at a time."""
+
+
 class ChatModel(Protocol):
-    """A model that is ready to reply."""
+    """A model that is ready to reply. Several threads may call it at the same time."""
 
     @property
     def identity(self) -> str:
         """The model and all settings that its replies depend on besides the prompt; part of the cache's key."""
 
-    def complete(self, prompts: Sequence[ChatPrompt]) -> list[ChatReply]:
-        """Replies to any number of prompts, in their order.
+    def complete(self, prompts: Sequence[ChatPrompt], take: Take | None = None) -> list[ChatReply]:
+        """Replies to any number of prompts, in their order; `take` is given each one when it comes.
 
         A reply that cannot be used has a `problem`; it is never dropped. Raises PersonaError when the model as a whole
         cannot be reached.
@@ -88,3 +93,18 @@ class ChatModule(Protocol):
 
     def load(self, options: ChatOptions) -> ChatModel:
         """The model, loaded in this process."""
+
+
+def chat_module(name: str) -> ChatModule:
+    """The module of a chat model (`persona.chat.options.Chat`). Raises UsageError if there is none."""
+    return cast(ChatModule, find("persona.chat", name, required="load"))
+
+
+def check_chat(options: ChatOptions) -> None:
+    """Raises UsageError or InputError, before any work begins, when the model cannot be asked."""
+    chat_module(options.chat).check(options)
+
+
+def open_chat(options: ChatOptions) -> ChatModel:
+    """The model, ready in this process."""
+    return chat_module(options.chat).load(options)
