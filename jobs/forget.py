@@ -1,11 +1,12 @@
 """Delete users: their rows leave every table, their bytes and all old versions are deleted, and a search checks it.
 
 Reads and writes all tables with a column `user_id`: behaviors, personas, answers, replies of chat models and what was
-made of them. If `--store` is a pointer, those of the store in use and of all earlier ones that still exist. Data files that hold rows of these users are rewritten without them. Then
-everything that the newest version does not need is deleted, so older versions can no longer be read, and so are the
-files that rows moved through on their way (`<store>/_exchange`). In the evaluations below `--reports`, the users' rows,
-examples and answers are removed, and pages and charts are drawn anew; so they are in the evaluations that the table
-`plugs` names. The summary names what is not searched. Plugs and checkpoints hold weights, no rows of users.
+made of them. If `--store` is a pointer, those of the store in use and of all earlier ones that still exist. Data files
+that hold rows of these users are rewritten without them. Then everything that the newest version does not need is
+deleted, so older versions can no longer be read, and so are the files that rows moved through on their way
+(`<store>/_exchange`). In the evaluations below `--reports`, the users' rows, examples and answers are removed, and
+pages and charts are drawn anew; so they are in the evaluations that the table `plugs` names. The summary names what is
+not searched. Plugs and checkpoints hold weights, no rows of users.
 """
 
 import sys

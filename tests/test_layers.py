@@ -38,6 +38,7 @@ ARROWS = {
     "models": {"errors", "options", "storage"},
     "engines": {"errors", "extensions", "option_checks", "options", "models"},
     "chat": {"errors", "extensions", "option_checks", "options", "storage", "models", "engines"},
+    "judging": {"errors", "inputs", "evaluation", "chat"},
     "plug": {"errors", "field_types", "options", "storage", "store", "models", "engines"},
     "training": {"errors", "options", "store", "models", "plug"},
     "demo": {"inputs"},

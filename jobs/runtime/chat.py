@@ -217,7 +217,6 @@ def usage_facts(counts: Counts, options: ChatOptions) -> dict[str, Any]:
     """What a run asked the model, for programs; with prices, also its cost."""
     found = {name: int(n) for name, n in counts.get("chat", {}).items()}
     usage = {
-        "chat_model": options.model,
         "calls": found.get("calls", 0),
         "reused_replies": found.get("reused", 0),
         "unusable_replies": found.get("failed", 0),
@@ -225,7 +224,7 @@ def usage_facts(counts: Counts, options: ChatOptions) -> dict[str, Any]:
         "answer_tokens": found.get("answer_tokens", 0),
     }
     cost = options.cost(usage["prompt_tokens"], usage["answer_tokens"])
-    return usage if cost is None else {**usage, "chat_cost": round(cost, 6)}
+    return {"chat_model": options.model, **usage, **({} if cost is None else {"chat_cost": round(cost, 6)})}
 
 
 def usage_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -243,7 +242,7 @@ def planned_facts(options: ChatOptions, *, calls: int, prompt_bytes: int, max_to
     answer_tokens = calls * max_tokens
     facts = {"calls": calls, "prompt_tokens": prompt_bytes, "answer_tokens": answer_tokens}
     cost = options.cost(prompt_bytes, answer_tokens)
-    return facts if cost is None else {**facts, "chat_cost": round(cost, 6)}
+    return {**facts, **({} if cost is None else {"chat_cost": round(cost, 6)})}
 
 
 def planned_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -47,7 +47,8 @@ class ChatReply:
 
     Attributes:
         text: the reply as it came.
-        finish_reason: `stop`, `length` (cut at `max_tokens`), or what else the server says.
+        finish_reason: `stop`, `length` (cut at `max_tokens`), `refused` (this prompt cannot be read, and nothing was
+            paid), or what else the server says.
         n_prompt_tokens, n_answer_tokens: as the server counted them; they are what is paid for.
         model: the model that the server says it used.
         value: the parsed JSON, where the prompt has a schema and the reply holds to it.

@@ -4,6 +4,7 @@ Replies are kept as rows of the table `completions`: `known` has those of earlie
 The text of a prompt is not kept, only its key; the text of a reply is, so `user_id` says whom it is about.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,9 @@ class CachedChat:
     Args:
         model: what is asked.
         known: looks up kept replies.
-        record: takes each new one. A reply without any token, to a prompt that the server refused, is not kept.
+        record: takes each new one. A prompt that the model refused is not kept: nothing was paid for it.
+
+    Several threads may call it at the same time.
     """
 
     def __init__(self, model: ChatModel, known: Known, record: Record) -> None:
@@ -80,6 +83,7 @@ class CachedChat:
         self.usage = Usage()
         self._known = known
         self._record = record
+        self._counting = threading.Lock()
 
     @property
     def identity(self) -> str:
@@ -93,17 +97,20 @@ class CachedChat:
         of_key = dict(zip(keys, asked, strict=True))
         kept = self._known(list(of_key), list(dict.fromkeys(user_ids)))
         replies = {key: kept[key].reply(prompt) for key, (prompt, _) in of_key.items() if key in kept}
-        self.usage.reused += len(replies)
+        n_reused = len(replies)
         missing = [key for key in of_key if key not in replies]
         replies |= self._asked([(key, *of_key[key]) for key in missing])
-        self.usage.failed += sum(bool(replies[key].problem) for key in missing)
+        with self._counting:
+            self.usage.reused += n_reused
+            self.usage.failed += sum(bool(replies[key].problem) for key in missing)
         return [replies[key] for key in keys]
 
     def _asked(self, missing: Sequence[tuple[str, ChatPrompt, str]]) -> dict[str, ChatReply]:
         def take(number: int, reply: ChatReply) -> None:
             key, _, user_id = missing[number]
-            self.usage.add(reply)
-            if reply.n_answer_tokens or reply.text:
+            with self._counting:
+                self.usage.add(reply)
+            if reply.finish_reason != "refused":
                 self._record(Completion.of(key, user_id, reply))
 
         replies = self.model.complete([prompt for _, prompt, _ in missing], take) if missing else []

@@ -56,7 +56,7 @@ def _settings(options: ChatOptions, folder: ModelFolder) -> EngineSettings:
     return EngineSettings(
         max_input_tokens=_positions(folder) or options.chat_max_model_len or 2048,
         prompt=replace(_NO_PLUG, template_date=_DATE if dated else ""),
-        precision="auto",
+        precision=options.chat_precision,
         batch_size=options.chat_batch_size,
         options=engine,
     )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from persona.errors import UsageError
 from persona.option_checks import check_above_zero, check_at_least, check_default, given
+from persona.options import Precision
 
 Chat = Literal["http", "local", "vllm"]
 
@@ -23,6 +24,8 @@ class ChatOptions:
     """With http: a reply that takes longer than this many seconds is given up and asked for again."""
     chat_retry_s: float = 600.0
     """With http: end the job when one request has failed for this many seconds, retries included."""
+    chat_precision: Precision = "auto"
+    """With local and vllm: precision of the model; auto is bf16 where the hardware supports it."""
     chat_batch_size: int = 8
     """With local: prompts per forward pass; lower it when memory runs out."""
     chat_gpus: int = 1
@@ -38,6 +41,8 @@ class ChatOptions:
         """Raises UsageError for values that cannot work."""
         if self.chat != "http":
             check_default(self, "chat_concurrency", "chat_timeout_s", "chat_retry_s", needs="--chat http")
+        else:
+            check_default(self, "chat_precision", needs="--chat local or vllm")
         if self.chat != "local":
             check_default(self, "chat_batch_size", needs="--chat local")
         if self.chat != "vllm":

@@ -29,9 +29,8 @@ def checked(prompt: ChatPrompt, reply: ChatReply) -> ChatReply:
         value = _object_in(reply.text)
     except ValueError as error:
         return replace(reply, problem=_one_line(f"not JSON: {error}"))
-    error = next(iter(validator(prompt.schema).iter_errors(value)), None)
-    if error is not None:
-        return replace(reply, problem=_one_line(f"not as the schema says: {error.json_path}: {error.message}"))
+    for wrong in validator(prompt.schema).iter_errors(value):
+        return replace(reply, problem=_one_line(f"not as the schema says: {wrong.json_path}: {wrong.message}"))
     return replace(reply, value=value)
 
 
