@@ -1,4 +1,4 @@
-"""The pages of jobs.evaluate and jobs.compare: one HTML file each, made from the job's JSON alone.
+"""The pages of jobs.evaluate, jobs.compare and jobs.judge: one HTML file each, made from the job's JSON alone.
 
 A page has no script and no address of anything outside. Texts of users are escaped by the templates.
 """
@@ -88,6 +88,11 @@ def comparison_page(found: Mapping[str, Any]) -> bytes:
         saved_by_own=wording.saved_by_own(found["rows"]),
         score_names=list(dict.fromkeys(name for row in found["rows"] for name in row["scores"])),
     )
+
+
+def judged_page(found: Mapping[str, Any]) -> bytes:
+    """The report of judged answers, from the content of `judged.json`."""
+    return _page("judged.html.j2", title=found["settings"]["out"], found=found)
 
 
 def _scores(metrics: Mapping[str, Any]) -> Iterator[_Score]:
