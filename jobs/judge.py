@@ -1,9 +1,9 @@
-"""Have a chat model judge stored answers: does an answer fit the persona that should have given it?
+"""Have a chat model judge how well stored answers fit the persona that should have given them.
 
 Reads `--requests` (of jobs.import_gym) and `<store>/generations`; writes `<store>/judgements`, `<store>/completions`,
-`<store>/rejects`, `<out>/judged.json` and `<out>/judged.html`. Each answer is judged under its persona and under another
-one. The judge reads nothing that tells the variant. Run it again with another --chat-model to add a judge: the page shows
-all judges of the table. An answer that has been judged is not judged again.
+`<store>/rejects`, `<out>/judged.json` and `<out>/judged.html`. Each answer is judged under its persona and under
+another one, and nothing that the judge reads tells the variant. To add a judge, run it again with another --chat-model:
+the page shows all judges of the table. An answer that has been judged is not judged again.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from jobs.runtime import chat, cli, exchange, judging, pools, reading, session, staging
+from jobs.runtime import chat, cli, exchange, judging, pools, session, staging
 from jobs.runtime.chat import ChatRef
 from jobs.runtime.cli import Summary
 from jobs.runtime.commits import Committer
@@ -189,7 +189,7 @@ def _current(inputs: _Inputs, requests: exchange.Exchanged) -> list[dict[str, An
     """What all judges of the table say of these answers."""
     store = inputs.store.snapshot("generations", judging.TABLE)
     rows = exchange.by_window(requests, judging.current, store=store, plan=replace(inputs.plan, swap=True))
-    batches = rows.iter_batches(batch_size=None, batch_format="pyarrow")
+    batches: Iterator[pa.Table] = rows.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[assignment]
     return [row for batch in batches for row in batch.to_pylist()]
 
 
@@ -226,7 +226,7 @@ def _write(out: str, judged: Mapping[str, Any]) -> None:
 
 def _summary(config: Config, inputs: _Inputs, judged: Mapping[str, Any], found: Found, counts: Counts) -> Summary:
     from persona import storage
-    from persona.report.wording import judged_lines
+    from persona.report.judged_wording import lines
 
     paired = {name: int(n) for name, n in counts.get("pairs", {}).items()}
     n_judged = int(counts.get("commit", {}).get("rows", 0))
@@ -243,7 +243,7 @@ def _summary(config: Config, inputs: _Inputs, judged: Mapping[str, Any], found: 
     table = [
         ("judged", f"{n_judged:,} now, {result['already_judged']:,} before, by {inputs.plan.judge}"),
         *chat.usage_rows(judged),
-        *judged_lines(judged),
+        *lines(judged),
         ("page", storage.join(inputs.out, "judged.html")),
         ("seconds", f"{judged['seconds']:,}"),
         *found.reject_rows(),

@@ -195,11 +195,12 @@ def current(requests: "pa.Table", *, store: "Store", plan: JudgePlan) -> "Iterat
     of_pair: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in _stored(store, plan.variants, bucket).to_pylist():
         of_pair.setdefault((row["variant"], row["request_id"], row["persona"]), []).append(row)
-    rows = []
-    for pair in pairs(requests, store, plan):
-        for row in of_pair.get((pair.variant, pair.request["request_id"], pair.kind), ()):
-            if row["fingerprint"] == fingerprint(row["judge"], pair.prompt):
-                rows.append({**row, "user_id": pair.request["user_id"], "task": pair.request["task"]})
+    rows = [
+        {**row, "user_id": pair.request["user_id"], "task": pair.request["task"]}
+        for pair in pairs(requests, store, plan)
+        for row in of_pair.get((pair.variant, pair.request["request_id"], pair.kind), ())
+        if row["fingerprint"] == fingerprint(row["judge"], pair.prompt)
+    ]
     yield pa.Table.from_pylist(rows, _schema(_SHOWN))
 
 

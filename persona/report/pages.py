@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from persona.report import charts, drawing, formats, palette, wording
+from persona.report import charts, drawing, formats, judged_wording, palette, wording
 from persona.report.formats import Interval
 
 if TYPE_CHECKING:
@@ -139,5 +139,11 @@ def _environment() -> "Environment":
         "verdict": formats.verdict,
         "version": formats.version,
     }
-    found.globals |= {"wording": wording, "kinds": wording.KINDS, "light": palette.LIGHT, "dark": palette.DARK}
+    found.globals |= {
+        "wording": wording,
+        "judged_wording": judged_wording,
+        "kinds": wording.KINDS,
+        "light": palette.LIGHT,
+        "dark": palette.DARK,
+    }
     return found

@@ -1,0 +1,136 @@
+"""`import_gym` on small files of every form, on disk and on an object store."""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import import_gym
+from persona.judging.rubrics import TASKS
+from persona.storage import exists, join, open_filesystem, write_bytes
+from tests.jobs.conftest import Job, Row
+
+NURSE = {"persona": "A nurse from Glasgow", "persona_id": "nurse", "texts": ["Night shift again.", "Feet like lead."]}
+CAPTAIN = {"persona": "A captain from Bergen"}
+CHEF = {
+    "persona": "A chef from Lima",
+    "questions": [
+        {"task": "Expected Action", "question": "What do you cook?", "environment": "A camp fire"},
+        {"task": "toxicity", "question": "Whom do you despise?"},
+    ],
+}
+
+
+def rows(out: str, name: str) -> list[Row]:
+    filesystem, path = open_filesystem(join(out, name))
+    return pq.read_table(path, filesystem=filesystem).to_pylist()
+
+
+def write(uri: str, content: Any) -> str:
+    if uri.endswith(".parquet"):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(content), sink)
+        write_bytes(uri, sink.getvalue().to_pybytes())
+    elif uri.endswith(".jsonl"):
+        write_bytes(uri, b"\n".join(json.dumps(row).encode() for row in content))
+    else:
+        write_bytes(uri, json.dumps(content).encode())
+    return uri
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json"])
+def test_personas_become_requests_told_requests_and_histories(refuse: Job, root: str, suffix: str) -> None:
+    source = write(join(root, f"personas.{suffix}"), [NURSE, CAPTAIN, CHEF])
+    out = join(root, "out")
+    done = refuse(import_gym, personas=source, out=out, questions=3)
+    assert done.code == 0, done.said
+    assert (done.result["personas"], done.result["requests"], done.result["rejects"]) == (3, 2 * 15 + 2, 0)
+    requests, told = rows(out, "requests.parquet"), rows(out, "told.parquet")
+    assert [row["request_id"] for row in requests] == [row["request_id"] for row in told]
+    assert len({row["request_id"] for row in requests}) == len(requests)
+    assert {row["task"] for row in requests if row["user_id"] == "nurse"} == set(TASKS)
+    for plain, with_persona in zip(requests, told, strict=True):
+        assert plain["persona"] not in plain["input"]
+        assert plain["persona"] in with_persona["input"]
+        assert with_persona["input"].endswith(plain["input"])
+        assert with_persona["query"] == plain["input"]
+        assert plain["other_persona"] not in (None, plain["persona"])
+    # Nobody is the wrong persona of two others.
+    others = {(row["user_id"], row["other_user_id"]) for row in requests}
+    assert len(others) == len({other for _, other in others}) == 3
+    cooked = next(row for row in requests if "cook" in row["input"])
+    assert (cooked["input"], cooked["task"]) == ("A camp fire. What do you cook?", "action")
+    histories = rows(out, "histories.parquet")
+    assert [row["text"] for row in histories if row["user_id"] == "nurse"] == NURSE["texts"]
+    assert [row["text"] for row in histories if "captain" in row["text"]] == [CAPTAIN["persona"]]
+    assert not exists(join(out, "rejects.parquet"))
+
+
+def test_the_question_files_of_the_benchmark_are_read_as_they_are(refuse: Job, root: str) -> None:
+    content = {
+        "Expected Action": ["a?", "b?"],
+        "Linguistic Habits": ["c?"],
+        "Persona Consistency": ["d?"],
+        "Toxicity": ["e?"],
+        "Action Justification": ["f?"],
+    }
+    for name in ("A baker from Rome", "A spy, retired"):
+        write(join(root, f"questions/{name}.json"), content)
+    done = refuse(import_gym, personas=join(root, "questions"), out=join(root, "out"))
+    assert done.code == 0, done.said
+    assert done.result["requests_by_task"] == {
+        "action": 4,
+        "consistency": 2,
+        "justification": 2,
+        "language": 2,
+        "toxicity": 2,
+    }
+    assert {row["persona"] for row in rows(join(root, "out"), "requests.parquet")} == {
+        "A baker from Rome",
+        "A spy, retired",
+    }
+
+
+def test_a_bad_row_is_a_reject_with_its_reason_and_the_others_are_kept(refuse: Job, tmp_path) -> None:
+    source = tmp_path / "personas.jsonl"
+    bad = [
+        '{"persona": " "}',
+        "{",
+        '"text"',
+        '{"persona": "A", "questions": [{"task": "singing", "question": "?"}]}',
+        '{"persona": "B", "texts": "one"}',
+        json.dumps(NURSE),
+    ]
+    source.write_text("\n".join([json.dumps(NURSE), *bad, json.dumps(CAPTAIN)]))
+    done = refuse(import_gym, personas=source, out=tmp_path / "out")
+    assert (done.code, done.result["personas"], done.result["rejects"]) == (3, 2, 6)
+    reasons = [row["reason"] for row in rows(str(tmp_path / "out"), "rejects.parquet")]
+    for part in (
+        "persona must be a text",
+        "is not JSON",
+        "not an object",
+        "singing",
+        "texts must be a list",
+        "repeated",
+    ):
+        assert any(part in reason for reason in reasons), part
+
+
+def test_a_single_persona_has_no_other(refuse: Job, tmp_path) -> None:
+    source = write(str(tmp_path / "personas.json"), [NURSE])
+    assert refuse(import_gym, personas=source, out=tmp_path / "out").code == 0
+    assert {row["other_persona"] for row in rows(str(tmp_path / "out"), "requests.parquet")} == {None}
+
+
+def test_what_cannot_work_is_refused_and_a_dry_run_writes_nothing(refuse: Job, tmp_path) -> None:
+    source = write(str(tmp_path / "personas.json"), [NURSE, CAPTAIN])
+    out = tmp_path / "out"
+    plan = refuse(import_gym, personas=source, out=out, dry_run=True)
+    assert (plan.code, plan.result["requests"]) == (0, 20)
+    assert refuse(import_gym, personas=source, out=out, questions=4).code == 2
+    assert "has no file that ends in" in refuse(import_gym, personas=tmp_path / "none", out=out).said
+    empty = write(str(tmp_path / "empty.json"), [])
+    assert "has no usable persona" in refuse(import_gym, personas=empty, out=out).said
+    assert not out.exists()
