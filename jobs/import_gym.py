@@ -31,10 +31,10 @@ _MOST_STATIC = 3
 class Config:
     """Configuration of jobs.import_gym."""
 
-    personas: str
-    """File or folder of personas: Parquet, JSONL or JSON, local or s3://."""
     out: str
     """Folder for requests, histories and rejects, local or s3://."""
+    personas: str | None = None
+    """File or folder of personas: Parquet, JSONL or JSON, local or s3://; default ten that come with this program."""
     questions: int = 2
     """Static questions of each of the five tasks for a persona without questions of its own: 1 to 3."""
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
@@ -60,9 +60,10 @@ def main(config: Config) -> Summary:
     from persona import storage
 
     started = time.perf_counter()
-    given = storage.check_uri(config.personas, flag="--personas")
+    given = None if config.personas is None else storage.check_uri(config.personas, flag="--personas")
     out = storage.check_uri(config.out, flag="--out")
-    storage.check_reachable(given, flag="--personas")
+    if given is not None:
+        storage.check_reachable(given, flag="--personas")
     storage.check_reachable(out, flag="--out", write=True)
     found = _personas(config, given)
     if not found.personas:
@@ -75,7 +76,7 @@ def main(config: Config) -> Summary:
     return _summary(config, found, out, time.perf_counter() - started)
 
 
-def _personas(config: Config, uri: str) -> _Found:
+def _personas(config: Config, uri: str | None) -> _Found:
     """The personas of all files; of a repeated id, the first counts."""
     from persona.judging.gym import GymPersona, with_static_questions
 
@@ -97,10 +98,14 @@ def _personas(config: Config, uri: str) -> _Found:
     return _Found(personas=list(personas.values()), rejects=rejects)
 
 
-def _rows(config: Config, uri: str) -> Iterator[tuple[str, int, Any]]:
+def _rows(config: Config, uri: str | None) -> Iterator[tuple[str, int, Any]]:
     """File, number and content of each row; in place of a row that cannot be read, the error."""
     from persona import storage
+    from persona.judging.gym import own_personas
 
+    if uri is None:
+        yield from (("", number, row) for number, row in enumerate(own_personas()))
+        return
     entries = sorted(storage.list_files(uri, _FORMATS), key=lambda entry: entry.uri)
     if not entries:
         raise InputError(f"--personas {config.personas}: has no file that ends in {', '.join(_FORMATS)}")

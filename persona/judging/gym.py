@@ -92,6 +92,12 @@ def static_questions() -> Mapping[str, Sequence[str]]:
     return found
 
 
+def own_personas() -> list[Any]:
+    """Rows of the personas that come with this package."""
+    found: list[Any] = json.loads(files("persona.judging").joinpath("personas.json").read_text("utf-8"))
+    return found
+
+
 def with_static_questions(persona: GymPersona, n_each: int) -> GymPersona:
     """The persona with `n_each` static questions of each task, if they have none of their own."""
     if persona.questions:

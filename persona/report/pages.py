@@ -82,7 +82,7 @@ def comparison_page(found: Mapping[str, Any]) -> bytes:
     return _page(
         "comparison.html.j2",
         title="comparison",
-        found=found,
+        found={"judged": [], **found},
         forest=charts.forest(rows, x="nats a token, difference to the reference"),
         leaves_out_bare=charts.leaves_out_bare(row.persona for row in rows),
         saved_by_own=wording.saved_by_own(found["rows"]),

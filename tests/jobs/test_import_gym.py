@@ -31,7 +31,8 @@ def rows(out: str, name: str) -> list[Row]:
 def write(uri: str, content: Any) -> str:
     if uri.endswith(".parquet"):
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(content), sink)
+        names = list(dict.fromkeys(name for row in content for name in row))
+        pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in content]), sink)
         write_bytes(uri, sink.getvalue().to_pybytes())
     elif uri.endswith(".jsonl"):
         write_bytes(uri, b"\n".join(json.dumps(row).encode() for row in content))
@@ -130,7 +131,16 @@ def test_what_cannot_work_is_refused_and_a_dry_run_writes_nothing(refuse: Job, t
     plan = refuse(import_gym, personas=source, out=out, dry_run=True)
     assert (plan.code, plan.result["requests"]) == (0, 20)
     assert refuse(import_gym, personas=source, out=out, questions=4).code == 2
-    assert "has no file that ends in" in refuse(import_gym, personas=tmp_path / "none", out=out).said
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "personas.csv").write_text("persona")
+    assert "has no file that ends in" in refuse(import_gym, personas=tmp_path / "other", out=out).said
+    assert refuse(import_gym, personas=tmp_path / "none", out=out).code == 2
     empty = write(str(tmp_path / "empty.json"), [])
     assert "has no usable persona" in refuse(import_gym, personas=empty, out=out).said
     assert not out.exists()
+
+
+def test_without_a_file_there_are_ten_personas_of_our_own(refuse: Job, tmp_path) -> None:
+    done = refuse(import_gym, out=tmp_path / "out")
+    assert (done.code, done.result["personas"], done.result["requests"], done.result["rejects"]) == (0, 10, 100, 0)
+    assert all(row["text"] for row in rows(str(tmp_path / "out"), "histories.parquet"))
