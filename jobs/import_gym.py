@@ -3,7 +3,8 @@
 Reads `--personas`: Parquet, JSONL or JSON with a row a persona, or a folder of PersonaGym's own question files. Writes
 into `--out`: requests.parquet (nothing in the prompt tells who is asked), told.parquet (the same requests with the
 persona in front of each question), histories.parquet (what the personas have written, for jobs.embed) and, if a row is
-left out, rejects.parquet. Personas without questions get static ones, so no LLM is needed.
+left out, rejects.parquet. Personas without questions get static ones, so no LLM is needed, or with --write-questions
+those that a chat model writes for them.
 """
 
 import io
@@ -12,16 +13,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from jobs.runtime import cli, reading
+from jobs.runtime import chat, cli, gym_questions, reading
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import FLAT, InputRows
+from persona.chat.options import ChatOptions
 from persona.errors import InputError, UsageError
+from persona.option_checks import check_at_least, check_default
 
 if TYPE_CHECKING:
     from persona.judging.gym import GymPersona
+    from persona.store.store import Store
 
 _FORMATS = (".parquet", ".jsonl", ".json")
 _MOST_STATIC = 3
@@ -36,15 +40,29 @@ class Config:
     personas: str | None = None
     """File or folder of personas: Parquet, JSONL or JSON, local or s3://; default ten that come with this program."""
     questions: int = 2
-    """Static questions of each of the five tasks for a persona without questions of its own: 1 to 3."""
+    """Questions of each of the five tasks for a persona without questions of its own; static ones are at most 3."""
+    write_questions: bool = False
+    """Have a chat model write these questions for each persona, instead of static ones; needs --store."""
+    store: str | None = None
+    """With --write-questions: a store, where the model's replies are kept."""
+    chat: Annotated[ChatOptions, FLAT] = field(default_factory=ChatOptions)
     rows: Annotated[InputRows, FLAT] = field(default_factory=InputRows)
     dry_run: bool = False
     """Read and check everything, and write nothing."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        if not 1 <= self.questions <= _MOST_STATIC:
-            raise UsageError(f"--questions {self.questions}: must be from 1 to {_MOST_STATIC}")
+        check_at_least(self, 1, "questions")
+        if not self.write_questions:
+            check_default(self, "store", needs="--write-questions")
+            check_default(self.chat, "chat", "chat_model", needs="--write-questions")
+            if self.questions > _MOST_STATIC:
+                raise UsageError(
+                    f"--questions {self.questions}: there are {_MOST_STATIC} static ones of each task; give "
+                    "--write-questions for more"
+                )
+        elif self.store is None:
+            raise UsageError("--write-questions needs --store, where the replies of the chat model are kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +83,36 @@ def main(config: Config) -> Summary:
     if given is not None:
         storage.check_reachable(given, flag="--personas")
     storage.check_reachable(out, flag="--out", write=True)
+    store = _store(config)
     found = _personas(config, given)
     if not found.personas:
         reason = found.rejects[0][2] if found.rejects else "it has no rows"
         raise InputError(f"--personas {config.personas}: has no usable persona; the first reason: {reason}")
+    usage: dict[str, Any] = {}
+    if store is not None and config.dry_run:
+        usage = gym_questions.planned(found.personas, config.questions, config.chat)
+    elif store is not None:
+        written, usage = gym_questions.written(found.personas, config.questions, store, config.chat)
+        found = replace(found, personas=written)
     files = _files(found)
     if not config.dry_run:
         for name, data in files.items():
             storage.write_bytes(storage.join(out, name), data)
-    return _summary(config, found, out, time.perf_counter() - started)
+    return _summary(config, found, out, usage, time.perf_counter() - started)
+
+
+def _store(config: Config) -> "Store | None":
+    """Where replies are kept, if a chat model writes the questions; checked before it is asked anything."""
+    from persona import storage
+    from persona.chat.base import check_chat
+    from persona.store.store import Store
+
+    if config.store is None:
+        return None
+    uri = storage.check_uri(config.store, flag="--store")
+    storage.check_reachable(uri, flag="--store", write=True)
+    check_chat(config.chat)
+    return Store.open(uri)
 
 
 def _personas(config: Config, uri: str | None) -> _Found:
@@ -94,7 +133,7 @@ def _personas(config: Config, uri: str | None) -> _Found:
         except InputError as error:
             rejects.append((source, number, str(error)))
         else:
-            personas[one.persona_id] = with_static_questions(one, config.questions)
+            personas[one.persona_id] = one if config.write_questions else with_static_questions(one, config.questions)
     return _Found(personas=list(personas.values()), rejects=rejects)
 
 
@@ -180,7 +219,7 @@ def _parquet(table: Any) -> bytes:
     return sink.getvalue()
 
 
-def _summary(config: Config, found: _Found, out: str, seconds: float) -> Summary:
+def _summary(config: Config, found: _Found, out: str, usage: Mapping[str, Any], seconds: float) -> Summary:
     tasks = Counter(question.task for one in found.personas for question in one.questions)
     reasons = Counter(reason for _, _, reason in found.rejects)
     result = {
@@ -191,11 +230,13 @@ def _summary(config: Config, found: _Found, out: str, seconds: float) -> Summary
         "requests": tasks.total(),
         "requests_by_task": dict(sorted(tasks.items())),
         "rejects": len(found.rejects),
+        **usage,
         "seconds": round(seconds, 1),
     }
     table = [
         ("personas", f"{len(found.personas):,}"),
         ("requests", ", ".join(f"{n:,} {task}" for task, n in sorted(tasks.items()))),
+        *([] if not usage else chat.planned_rows(usage) if config.dry_run else chat.usage_rows(usage)),
         ("rejects", f"{len(found.rejects):,}"),
         *((f"  {n:,}", reason) for reason, n in reasons.most_common(5)),
         ("out", f"{out} (nothing written)" if config.dry_run else out),

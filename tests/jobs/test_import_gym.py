@@ -10,7 +10,10 @@ import pytest
 from jobs import import_gym
 from persona.judging.rubrics import TASKS
 from persona.storage import exists, join, open_filesystem, write_bytes
+from persona.store.store import Store
+from tests.chat_server import ChatServer
 from tests.jobs.conftest import Job, Row
+from tests.stores import IDENTITY
 
 NURSE = {"persona": "A nurse from Glasgow", "persona_id": "nurse", "texts": ["Night shift again.", "Feet like lead."]}
 CAPTAIN = {"persona": "A captain from Bergen"}
@@ -144,3 +147,47 @@ def test_without_a_file_there_are_ten_personas_of_our_own(refuse: Job, tmp_path)
     done = refuse(import_gym, out=tmp_path / "out")
     assert (done.code, done.result["personas"], done.result["requests"], done.result["rejects"]) == (0, 10, 100, 0)
     assert all(row["text"] for row in rows(str(tmp_path / "out"), "histories.parquet"))
+
+
+def test_a_chat_model_writes_questions_once_and_only_where_there_are_none(do: Job, tmp_path, monkeypatch) -> None:
+    store = Store.create(str(tmp_path / "store"), IDENTITY, 4)
+    source = write(str(tmp_path / "personas.json"), [NURSE, CAPTAIN, CHEF])
+
+    def rule(body: Row) -> str:
+        if "insult" in body["messages"][-1]["content"]:
+            return "I would rather not"
+        return json.dumps({"questions": ["What now?", "And then?"]})
+
+    flags = {"personas": source, "out": tmp_path / "out", "write_questions": True, "chat_model": "strong"}
+    with ChatServer(rule) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        plan = do(import_gym, **flags, store=store.uri, dry_run=True)
+        assert (plan.result["calls"], server.n_calls) == (10, 0)
+        first = do(import_gym, **flags, store=store.uri).result
+        again = do(import_gym, **flags, store=store.uri).result
+        assert (first["calls"], first["unusable_replies"], server.n_calls) == (10, 2, 10)
+        assert (again["calls"], again["reused_replies"]) == (0, 10)
+    assert first["requests_by_task"] == {
+        "action": 5,
+        "consistency": 4,
+        "justification": 4,
+        "language": 4,
+        "toxicity": 1,
+    }
+    asked = [row["input"] for row in rows(str(tmp_path / "out"), "requests.parquet") if row["user_id"] == "nurse"]
+    assert asked == ["What now?", "And then?"] * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"write_questions": True}, "--write-questions needs --store"),
+        ({"store": "run/store"}, "has no effect without --write-questions"),
+        ({"chat_model": "strong"}, "has no effect without --write-questions"),
+    ],
+)
+def test_questions_are_written_by_a_model_into_a_store_or_not_at_all(
+    refuse: Job, tmp_path, flags: Row, said: str
+) -> None:
+    done = refuse(import_gym, out=tmp_path / "out", **flags)
+    assert (done.code, said in done.said) == (2, True)
