@@ -22,7 +22,8 @@ from jobs.runtime.tally import Counts, Tally
 from persona.chat.options import ChatOptions
 
 if TYPE_CHECKING:
-    from persona.chat.cache import CachedChat, Completion
+    from persona.chat.base import ChatModel
+    from persona.chat.cache import CachedChat, Completion, Record
     from persona.store.store import Store
 
 TABLE = "completions"
@@ -89,7 +90,7 @@ class Replies:
             session.quiet_models(n_threads)
         return self.cached(open_chat(chat.options))
 
-    def cached(self, model: Any, *, record: Any = None) -> "CachedChat":
+    def cached(self, model: "ChatModel", *, record: "Record | None" = None) -> "CachedChat":
         """A model behind the replies that are known; `record` in place of keeping them as they are."""
         from persona.chat.cache import CachedChat
 
@@ -171,11 +172,11 @@ class _Taker:
     def __enter__(self) -> None:
         self._thread.start()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._ending.set()
         self._thread.join()
-        if kind is None and self._error is not None:
-            raise self._error
+        if self._error is not None:
+            raise self._error from error
 
     def _run(self) -> None:
         try:
@@ -183,7 +184,10 @@ class _Taker:
                 self._take()
             self._take()
         except BaseException as error:  # noqa: BLE001 - raised again in the driver's main thread
+            import ray
+
             self._error = error
+            ray.kill(self._relay)  # no actor may go on paying for replies that nobody keeps
 
     def _take(self) -> None:
         import pyarrow as pa

@@ -25,6 +25,7 @@ _TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}
 _REFUSED_STATUS = {400, 413, 422}  # this prompt, rather than all of them
 _PAUSES_S = (0.5, 30.0)
 _CONNECT_S = 10.0
+_KNOCK_S = 5.0
 _MAX_REPLY_BYTES = 16 * 2**20
 _MAX_PAUSE_S = 120.0  # of a Retry-After
 _SHOWN = 300  # characters of what a server says
@@ -44,10 +45,22 @@ class _Broken(Exception):
 
 
 def check(options: ChatOptions) -> None:
-    """Raises UsageError without an address or a model's name; asks nothing."""
+    """Raises UsageError without a model's name or an address, or if nothing answers there. Asks no model."""
     _ = options.model
-    _base_url()
-    _api_key()
+    base_url, _ = _base_url(), _api_key()
+
+    def knock() -> None:
+        # Whatever is answered, also that there is no such page: something is there.
+        httpx2.get(f"{base_url}/models", timeout=_CONNECT_S)
+
+    retry_transient(
+        knock,
+        f"nothing answers at the address in {BASE_URL}; start the endpoint, or correct the address",
+        is_transient=_is_transient,
+        give_up_s=_KNOCK_S,
+        pauses_s=(0.5, 2.0),
+        error_class=UsageError,
+    )
 
 
 def identity(options: ChatOptions) -> str:
@@ -57,7 +70,6 @@ def identity(options: ChatOptions) -> str:
 
 def load(options: ChatOptions) -> "HttpChat":
     """The endpoint of this process's environment."""
-    check(options)
     return HttpChat(options, base_url=_base_url(), api_key=_api_key())
 
 

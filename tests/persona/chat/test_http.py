@@ -153,6 +153,17 @@ def test_an_address_that_cannot_work_is_refused_before_anything_is_sent(monkeypa
     assert "secret" not in str(found.value)
 
 
+def test_an_address_where_nothing_answers_is_refused_before_work_begins(monkeypatch):
+    monkeypatch.setattr("persona.chat.http._KNOCK_S", 0.0)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(UsageError, match="nothing answers at the address in OPENAI_BASE_URL"):
+        check_chat(ChatOptions(chat_model="strong"))
+    with ChatServer(echo) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        check_chat(ChatOptions(chat_model="strong"))
+        assert not server.requests
+
+
 def test_a_model_must_be_named(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     with pytest.raises(UsageError, match="--chat-model"):
