@@ -1,6 +1,7 @@
 """Compare evaluations of the same requests: several plugs, seeds, controls and ways to retrieve.
 
-Reads `metrics.json` and `losses.parquet`, which `jobs.evaluate` wrote, from each of `--evaluations`. Writes
+Reads `metrics.json` and `losses.parquet`, which `jobs.evaluate` wrote, from each of `--evaluations`, and `judged.json`,
+which `jobs.judge` wrote, from each of `--judged`. Writes
 `<out>/comparison.json` and `<out>/comparison.html`. Plugs that differ only in the seed of their training share a row,
 with their mean and their spread. Needs neither Ray nor a model.
 """
@@ -13,7 +14,7 @@ from typing import Any
 from jobs.runtime import cli, log, tracked_results, tracking
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import flat_settings
-from persona.errors import UsageError
+from persona.errors import InputError, UsageError
 from persona.options import Track
 
 
@@ -25,6 +26,8 @@ class Config:
     """Folders that jobs.evaluate wrote (its --out), local or s3://."""
     out: str
     """Folder for comparison.json and comparison.html, local or s3://."""
+    judged: tuple[str, ...] = ()
+    """Folders that jobs.judge wrote (its --out); what judges say of the answers is shown on the page as well."""
     names: tuple[str, ...] = ()
     """One name for each evaluation; the names of their folders by default."""
     against: str | None = None
@@ -69,7 +72,7 @@ def main(config: Config) -> Summary:
         )
         for name, folder in zip(names, folders, strict=True)
     ]
-    found = compare(evaluations, against=config.against, seed=config.seed)
+    found = {**compare(evaluations, against=config.against, seed=config.seed), "judged": _judged(config)}
     files = {
         "comparison.json": (json.dumps(cli.plain(found), indent=2, allow_nan=False) + "\n").encode(),
         "comparison.html": comparison_page(found),
@@ -82,6 +85,26 @@ def main(config: Config) -> Summary:
     for text in found["warnings"]:
         log.say(f"warning: {text}", level="warning")
     return Summary(table=_table(found), result={"job": "compare", "out": out, "dry_run": config.dry_run, **found})
+
+
+def _judged(config: Config) -> list[dict[str, Any]]:
+    """What judges say of each variant, by folder. Raises InputError for a folder that jobs.judge did not write."""
+    import json
+
+    from persona import storage
+
+    found = []
+    for given in config.judged:
+        uri = storage.join(storage.check_uri(given, flag="--judged"), "judged.json")
+        storage.check_reachable(uri, flag="--judged")
+        try:
+            content = json.loads(storage.read_bytes(uri))
+            found.append({"name": given.rstrip("/").rsplit("/", 1)[-1], "scores": content["scores"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--judged {given}: judged.json is not from jobs.judge ({type(error).__name__})"
+            ) from error
+    return found
 
 
 def _table(found: Mapping[str, Any]) -> list[Sequence[str]]:

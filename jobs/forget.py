@@ -1,11 +1,12 @@
 """Delete users: their rows leave every table, their bytes and all old versions are deleted, and a search checks it.
 
-Reads and writes `<store>/behaviors`, `personas` and `generations`; if `--store` is a pointer, those of the store in use
-and of all earlier ones that still exist. Data files that hold rows of these users are rewritten without them. Then
-everything that the newest version does not need is deleted, so older versions can no longer be read, and so are the
-files that rows moved through on their way (`<store>/_exchange`). In the evaluations below `--reports`, the users' rows,
-examples and answers are removed, and pages and charts are drawn anew; so they are in the evaluations that the table
-`plugs` names. The summary names what is not searched. Plugs and checkpoints hold weights, no rows of users.
+Reads and writes all tables with a column `user_id`: behaviors, personas, answers, replies of chat models and what was
+made of them. If `--store` is a pointer, those of the store in use and of all earlier ones that still exist. Data files
+that hold rows of these users are rewritten without them. Then everything that the newest version does not need is
+deleted, so older versions can no longer be read, and so are the files that rows moved through on their way
+(`<store>/_exchange`). In the evaluations below `--reports`, the users' rows, examples and answers are removed, and
+pages and charts are drawn anew; so they are in the evaluations that the table `plugs` names. The summary names what is
+not searched. Plugs and checkpoints hold weights, no rows of users.
 """
 
 import sys
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from persona.store.store import Store
     from persona.store.writer import Rewritten
 
-_TABLES = ("behaviors", "personas", "generations")
 _NOT_SEARCHED = (
     "histories and requests that jobs read: remove these users there, or the next jobs.embed adds them again",
     "answers, texts or lists of differences that other programs or jobs.store have copied from the tables",
@@ -123,6 +123,7 @@ class _Forgotten:
 def _forget_rows(stores: "Sequence[Store]", users: list[str]) -> _Forgotten:
     """Delete the rows of these users from all tables, while no other job can write to them."""
     from persona.exchange import leftovers
+    from persona.store import maintenance
 
     rewritten: Counter[str] = Counter()
     deleted: Counter[str] = Counter()
@@ -130,7 +131,7 @@ def _forget_rows(stores: "Sequence[Store]", users: list[str]) -> _Forgotten:
         writers = [
             (store, name, leases.enter_context(store.writer(name, job="jobs.forget")))
             for store in stores
-            for name in _TABLES
+            for name in maintenance.tables_of_users(store)
         ]
         session.connect()
         before = _count(stores, users)
@@ -216,13 +217,14 @@ def _read_users(given: str) -> set[str]:
 
 def _count(stores: "Sequence[Store]", users: list[str]) -> dict[str, int]:
     """How many rows of these users the tables of all stores hold, by a search of all files that may hold any."""
-    return {
-        name: sum(
-            sum(exchange.results(_files(store, name, users), _n_rows, store=store, table=name, users=users))
-            for store in stores
-        )
-        for name in _TABLES
-    }
+    from persona.store import maintenance
+
+    found: Counter[str] = Counter()
+    for store in stores:
+        for name in maintenance.tables_of_users(store):
+            files = _files(store, name, users)
+            found[name] += sum(exchange.results(files, _n_rows, store=store, table=name, users=users))
+    return dict(found)
 
 
 def _files(store: "Store", table: str, users: Sequence[str]) -> "list[DataFile]":

@@ -145,13 +145,14 @@ def _verify(config: Config, store: "Store") -> Outcome:
 
     problems = [] if config.encoder is None else _encoder_problems(config.encoder, store)
     session.connect()
-    store = store.snapshot(*maintenance.OF_USERS)
+    tables = maintenance.tables_of_users(store)
+    store = store.snapshot(*tables)
     partitions = [
         _Partition(table=name, value=value)
-        for name in maintenance.OF_USERS
+        for name in tables
         for value in maintenance.facts(store, name)["rows_by_partition"]
     ]
-    checked = dict.fromkeys(maintenance.OF_USERS, 0)
+    checked = dict.fromkeys(tables, 0)
     for found in exchange.results(partitions, _verify_partition, store=store):
         checked[found.partition.table] += found.n_rows
         problems += found.problems

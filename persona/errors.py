@@ -7,6 +7,7 @@
     ├── PlugMismatch             exit 2   a plug for another encoder or LLM
     ├── StorageError             exit 1   a disk or object store that fails
     ├── TrackingError            exit 1   an experiment tracker that cannot be reached
+    ├── ChatError                exit 1   a chat model that cannot be reached, or fails
     ├── LeaseHeld                exit 1   a table that another run is writing to
     ├── LeaseLost                exit 1   a table that another run has taken over
     └── RunLost                  exit 1   a run that lost a process it cannot replace
@@ -51,6 +52,10 @@ class StorageError(PersonaError):
 
 class TrackingError(PersonaError):
     """An experiment tracker that cannot be reached, or refuses."""
+
+
+class ChatError(PersonaError):
+    """A chat model that cannot be reached, fails, or does not reply in time."""
 
 
 class LeaseHeld(PersonaError):

@@ -38,6 +38,8 @@ ARROWS = {
     "store": {"errors", "field_types", "options", "inputs", "storage"},
     "models": {"errors", "options", "storage"},
     "engines": {"errors", "extensions", "option_checks", "options", "models"},
+    "chat": {"errors", "extensions", "option_checks", "options", "storage", "models", "engines"},
+    "judging": {"errors", "inputs", "evaluation", "chat"},
     "plug": {"errors", "field_types", "options", "storage", "store", "models", "engines", "strengths"},
     "training": {"errors", "options", "store", "models", "plug"},
     "demo": {"inputs"},

@@ -11,7 +11,8 @@ from persona.errors import InputError
 ParsedT = TypeVar("ParsedT")
 
 _PAGE, _CHARTS = "report.html", ("gain.png", "curves.png", "map.png")
-_TOTALS = ("comparison.json", "comparison.html")  # of jobs.compare; they have no part about a single user
+# Of jobs.compare and jobs.judge; they have no part about a single user.
+_TOTALS = ("comparison.json", "comparison.html", "judged.json", "judged.html")
 _LAMP = "lamp"
 
 

@@ -111,6 +111,11 @@ class ChatTemplate:
         whole = frame.before + content
         return Turn(text=whole + frame.after, start=start, end=len(whole))
 
+    def conversation(self, turns: Sequence[tuple[str, str]]) -> str:
+        """Turns of (role, text) up to where the LLM answers, for `PlainText.tokens`."""
+        chat = [_message(role, self._plain_text.protected(self.typed(text))) for role, text in turns]
+        return self._plain_text.written(self._render(chat))
+
     def _explore(self, system: str) -> _Frame:
         before, after, strips_left, strips_right = self._around(self._system_messages(system))
         written = self._plain_text.written

@@ -146,6 +146,16 @@ class PromptTokenizer:
             for text, row in zip(texts, rows, strict=True)
         ]
 
+    def conversations(self, chats: Sequence[Sequence[tuple[str, str]]]) -> list[PromptIds]:
+        """Ids of whole conversations, each a sequence of (role, text), up to where the LLM answers; nothing is cut.
+
+        Raises UsageError without a chat template, or where it cannot write these turns.
+        """
+        if self._chat is None:
+            raise UsageError("a conversation needs an LLM with a chat template, and this one has none")
+        rows = self._plain_text.tokens([self._chat.conversation(chat) for chat in chats]) if chats else []
+        return [PromptIds(before=(), after=row.ids) for row in rows]
+
     def targets(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each target, cut to `max_target_tokens`, the token that ends an answer included.
 

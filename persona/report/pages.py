@@ -1,4 +1,4 @@
-"""The pages of jobs.evaluate and jobs.compare: one HTML file each, made from the job's JSON alone.
+"""The pages of jobs.evaluate, jobs.compare and jobs.judge: one HTML file each, made from the job's JSON alone.
 
 A page has no script and no address of anything outside. Texts of users are escaped by the templates.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from persona.report import charts, drawing, formats, palette, wording
+from persona.report import charts, drawing, formats, judged_wording, palette, wording
 from persona.report.formats import Interval
 
 if TYPE_CHECKING:
@@ -82,12 +82,17 @@ def comparison_page(found: Mapping[str, Any]) -> bytes:
     return _page(
         "comparison.html.j2",
         title="comparison",
-        found=found,
+        found={"judged": [], **found},
         forest=charts.forest(rows, x="nats a token, difference to the reference"),
         leaves_out_bare=charts.leaves_out_bare(row.persona for row in rows),
         saved_by_own=wording.saved_by_own(found["rows"]),
         score_names=list(dict.fromkeys(name for row in found["rows"] for name in row["scores"])),
     )
+
+
+def judged_page(found: Mapping[str, Any]) -> bytes:
+    """The report of judged answers, from the content of `judged.json`."""
+    return _page("judged.html.j2", title=found["settings"]["out"], found=found)
 
 
 def _scores(metrics: Mapping[str, Any]) -> Iterator[_Score]:
@@ -134,5 +139,11 @@ def _environment() -> "Environment":
         "verdict": formats.verdict,
         "version": formats.version,
     }
-    found.globals |= {"wording": wording, "kinds": wording.KINDS, "light": palette.LIGHT, "dark": palette.DARK}
+    found.globals |= {
+        "wording": wording,
+        "judged_wording": judged_wording,
+        "kinds": wording.KINDS,
+        "light": palette.LIGHT,
+        "dark": palette.DARK,
+    }
     return found

@@ -88,6 +88,7 @@ def retry_transient(
     is_transient: Callable[[BaseException], bool] = is_transient,
     give_up_s: float | None = None,
     pauses_s: tuple[float, float] = (0.1, 8.0),
+    asked_pause_s: Callable[[BaseException], float] = lambda _: 0.0,
     error_class: type[PersonaError] = StorageError,
 ) -> T:
     """Call `work` until it returns, and return its result. `work` must be safe to repeat.
@@ -107,6 +108,7 @@ def retry_transient(
         is_transient: Which errors to retry; by default those of object stores.
         give_up_s: The time limit in seconds; None for `timeout_s()`. With 0 there is one attempt.
         pauses_s: The first and the longest pause between attempts. Pauses double and are randomized by half.
+        asked_pause_s: The pause that an error asks for at least, such as `Retry-After`.
         error_class: What to raise on giving up.
 
     Raises:
@@ -125,7 +127,7 @@ def retry_transient(
                 raise
             now = time.monotonic()
             longest_s = max(longest_s, now - started)
-            wait_s = random.uniform(pause_s / 2, pause_s)
+            wait_s = max(random.uniform(pause_s / 2, pause_s), asked_pause_s(error))
             expected_s = now - began + wait_s + (longest_s if attempt > 1 else 0)
             if expected_s > limit_s:
                 message = f"{what}: retried for {now - began:.0f} s; last error: {in_one_line(error)}"

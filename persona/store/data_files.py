@@ -22,7 +22,7 @@ from persona.store.schema import Layout
 
 _PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 1}
 _ROW_GROUP = 16_384
-_UNIQUE_VALUES = ("vector", "persona", "output")
+_UNIQUE_VALUES = ("vector", "persona", "output", "text", "reason")
 
 
 @dataclass(frozen=True, kw_only=True)

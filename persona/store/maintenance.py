@@ -21,7 +21,6 @@ from persona.store.store import Store
 from persona.store.table import Table
 from persona.store.writer import Rewritten
 
-OF_USERS = ("behaviors", "personas", "generations")  # tables with rows of users
 _BATCH_ROWS = 65_536
 # Rounding to float16 changes each component of a unit vector by at most a factor of 1 ± 2^-11, and so does its norm.
 _NORM_TOLERANCE = 2e-3
@@ -40,6 +39,11 @@ class TableFacts(TypedDict):
 def tables(store: Store) -> list[str]:
     """The tables that a store has; one made by an earlier version has no `sources` before the next `embed`."""
     return [name for name in LAYOUTS if Table.find(storage.join(store.uri, name), name) is not None]
+
+
+def tables_of_users(store: Store) -> list[str]:
+    """Those of them with rows of users."""
+    return [name for name in tables(store) if "user_id" in LAYOUTS[name].schema.names]
 
 
 def facts(store: Store, name: str) -> TableFacts:

@@ -107,6 +107,47 @@ LAYOUTS = {
         key=("variant", "bucket", "request_id"),
         order=("variant", "bucket", "request_id"),
     ),
+    # What chat models replied. A key is a hash of model, prompt, settings and user; the prompts are not kept.
+    "completions": Layout(
+        schema=pa.schema(
+            [
+                ("key", pa.string()),
+                ("user_id", pa.string()),
+                ("text", pa.string()),
+                ("finish_reason", pa.string()),
+                ("n_prompt_tokens", pa.int32()),
+                ("n_answer_tokens", pa.int32()),
+                ("model", pa.string()),
+                ("served_model", pa.string()),
+                ("created_at", TIME),
+                ("bucket", pa.int32()),
+            ]
+        ),
+        partition="model",
+        key=("model", "bucket", "key"),
+        order=("model", "bucket", "key"),
+    ),
+    "judgements": Layout(
+        schema=pa.schema(
+            [
+                ("variant", pa.string()),
+                ("request_id", pa.string()),
+                ("user_id", pa.string()),
+                ("task", pa.string()),
+                ("judge", pa.string()),
+                ("persona", pa.string()),
+                ("score", pa.int32()),
+                ("reason", pa.string()),
+                ("problem", pa.string()),
+                ("fingerprint", pa.string()),
+                ("created_at", TIME),
+                ("bucket", pa.int32()),
+            ]
+        ),
+        partition="variant",
+        key=("variant", "bucket", "request_id", "judge", "persona"),
+        order=("variant", "bucket", "request_id", "judge", "persona"),
+    ),
     "rejects": Layout(schema=REJECTS, partition="job", key=(), order=("job", "source", "row")),
     "sources": Layout(
         schema=pa.schema(

@@ -3,6 +3,8 @@
     <store>/behaviors    a row per behavior with its vector, by bucket
     <store>/personas     a row per user and plug, by bucket
     <store>/generations  a row per answer, by variant
+    <store>/completions  a row per reply of a chat model, by model
+    <store>/judgements   a row per judged answer, by variant
     <store>/rejects      a row per bad input row, by job
 
 A user's bucket is `histories.bucket_of`. A worker reads one bucket at a time. A folder may also be a pointer to a store
@@ -141,6 +143,11 @@ class Store:
             uri, files = join(self.uri, name), self._files.get(name)
             self._tables[name] = Table(uri, name, self.versions.get(name), files)
         return self._tables[name]
+
+    def create_missing(self, *tables: str) -> None:
+        """Create tables that a store from an earlier version does not have."""
+        for name in tables:
+            Table.create(join(self.uri, name), name, {})
 
     def missing(
         self, bucket: int, rows: pa.Table, *, absent: tuple[int, int] | None = None, keeps_later: bool = False

@@ -66,3 +66,24 @@ def test_it_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert (tmp_path / "out" / "comparison.html").exists()
+
+
+def test_what_judges_say_is_on_the_page(refuse: Job, tmp_path: Path) -> None:
+    interval = {"mean": 3.5, "low": 3.0, "high": 4.0}
+    row = {"judge": "http/strong", "variant": "own", "judgements": 20, "unparsed": 3, "tasks": {}}
+    no_score = {"persona_score": None, "without_toxicity": None, "no_score_because": "its swap gap is not above 0"}
+    scores = [
+        {**row, "persona_score": interval, "without_toxicity": interval, "swap_gap": interval, "no_score_because": ""},
+        {**row, "variant": "bare", "swap_gap": {"mean": 0.0, "low": -1.0, "high": 1.0}, **no_score},
+    ]
+    write_bytes(str(tmp_path / "judged" / "judged.json"), json.dumps({"scores": scores}).encode())
+    flags: dict[str, Any] = {"evaluations": save(tmp_path, "a"), "out": str(tmp_path / "out")}
+    done = refuse(compare, **flags, judged=str(tmp_path / "judged"))
+    assert done.result["judged"] == [{"name": "judged", "scores": scores}]
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "3.50" in page
+    assert "none: its swap gap is not above 0" in page
+    assert "3 of 20" in page
+    write_bytes(str(tmp_path / "judged" / "judged.json"), b"[]")
+    done = refuse(compare, **flags, judged=str(tmp_path / "judged"))
+    assert (done.code, "is not from jobs.judge" in done.said) == (2, True)

@@ -23,6 +23,7 @@ from persona.inputs.histories import Columns
 from persona.inputs.reader import read_split
 from persona.inputs.splits import cut
 from persona.store import maintenance
+from persona.store.schema import LAYOUTS
 from persona.store.sources import create, read as read_ledger
 from persona.store.store import Store
 from tests.stores import IDENTITY, commit_staged, encode, places_of_bucket
@@ -424,7 +425,7 @@ def test_a_store_without_the_table_gets_one(store: Store, folder: Path) -> None:
     shutil.rmtree(Path(store.uri) / "sources")
     opened = Store.open(store.uri)
     assert read_ledger(opened).sources == [] and not read_ledger(opened).is_exact
-    assert maintenance.tables(opened) == ["behaviors", "personas", "generations", "rejects", "plugs"]
+    assert maintenance.tables(opened) == [name for name in LAYOUTS if name != "sources"]
     create(opened)
     assert embed(opened, folder).read == ["1.jsonl"]
     assert embed(opened, folder).read == []
