@@ -13,6 +13,7 @@ from jobs.runtime.inputs import Requests
 from jobs.runtime.reading import Found
 from jobs.runtime.tally import Tally
 from jobs.runtime.texts import Texts, union_schema
+from jobs.runtime.user_profiles import AddProfiles
 from persona.options import PersonaKind
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class JoinPlan:
     """Whether the requests get the column `history`."""
     texts: Texts | None = None
     """Texts of the histories, to be used where requests are joined."""
+    front: AddProfiles | None = None
+    """Texts in front of the requests that need no histories; they become the column `retrieved`."""
     stage: str = "join"
     """Under which name the tally counts."""
 
@@ -116,6 +119,8 @@ def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: Joi
     first_user = requests["user_id"][0].as_py()
     if plan.texts is not None:
         requests = plan.texts.joined(requests, store)
+    if plan.front is not None and requests.num_rows:
+        requests = plan.front(requests, store, bucket)
     n_rows, requests = requests.num_rows, _first_of_each_id(requests)
     counts: dict[str, float] = {"asked": requests.num_rows, "repeated": n_rows - requests.num_rows}
     counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}
