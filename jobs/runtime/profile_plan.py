@@ -18,7 +18,6 @@ _LOOKED_AT = 100_000  # pairs of the input
 def plan(requests: Requests, options: ProfileOptions, chat: ChatOptions, *, rejected: str, n_buckets: int) -> Summary:
     """The summary of a dry run."""
     from persona.profiling import questions
-    from persona.profiling.likelihood import max_answers
     from persona.profiling.pairs import sizes
     from persona.profiling.search import max_calls
 
@@ -29,6 +28,8 @@ def plan(requests: Requests, options: ProfileOptions, chat: ChatOptions, *, reje
     table = [("would", would), (f"first {first.share:.0%}", seen), *requests.rows()]
     result: dict[str, Any] = {"dry_run": True, "would": would, "users": len(parts), "share": round(first.share, 4)}
     if options.by == "likelihood":
+        from persona.profiling.likelihood import max_answers
+
         result["answers_to_measure"] = round(sum(max_answers(one, options) for one in parts) / first.share)
         table.append(("measures", f"the likelihood of at most {result['answers_to_measure']:,} answers"))
     else:

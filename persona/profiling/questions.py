@@ -6,7 +6,7 @@ The prompts are our own. The steps are those of SynthesizeMe (arXiv 2506.05598).
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from persona.chat.base import ChatPrompt, ChatReply, Message
@@ -98,7 +98,7 @@ def describe(traces: Sequence[Demonstration]) -> ChatPrompt:
 
 def max_prompt_tokens(pair_bytes: float, n_shown: int) -> int:
     """The most tokens of a prompt with so many pairs shown, each of so many bytes: a token has at least one byte."""
-    nothing = Pair(request_id="", input="", target="", rejected="", as_of=datetime.min)
+    nothing = Pair(request_id="", input="", target="", rejected="", as_of=datetime.min.replace(tzinfo=UTC))
     shown = [Demonstration(pair=nothing, reasoning=" ")] * n_shown
     longest = Question(pair=nothing, target_first=True, shown=shown, description=" ").prompt()
     own = sum(len(message.content.encode()) for message in longest.messages)
