@@ -107,13 +107,7 @@ def main(config: Config) -> Summary:
     started = time.perf_counter()
     inputs = _inputs(config)
     if config.dry_run:
-        return profile_plan.plan(
-            inputs.requests,
-            config.options,
-            config.chat,
-            rejected=config.rejected,
-            n_buckets=inputs.store.n_buckets,
-        )
+        return _plan(config, inputs)
     inputs.store.create_missing("profiles")
     with inputs.store.writer("profiles", job="jobs.profile") as writer:
         machines = session.connect()
@@ -130,6 +124,16 @@ def main(config: Config) -> Summary:
     found, counts, seconds = exchanged.found[0], tally.totals(), time.perf_counter() - started
     summary = _summary(config, inputs, found, counts, seconds)
     return cost.spent(summary, config.cost, machines, n_gpus=making.pool.all_gpus, seconds=seconds)
+
+
+def _plan(config: Config, inputs: _Inputs) -> Summary:
+    """The summary of a dry run."""
+    options = config.options
+    first = profile_plan.look(inputs.requests, rejected=config.rejected, n_buckets=inputs.store.n_buckets)
+    plan = first.summary(f"make profiles by {options.by}, as recipe {options.name}", options, inputs.requests)
+    if inputs.llm is not None:
+        return profile_plan.of_likelihood(first, options, inputs.llm, config.cost, plan)
+    return profile_plan.of_chat(first, options, config.chat, plan)
 
 
 def _inputs(config: Config) -> _Inputs:

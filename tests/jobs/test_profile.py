@@ -15,7 +15,7 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
 from persona.profiling.likelihood import LikelihoodJudge, choose
 from persona.profiling.options import ProfileOptions
-from persona.profiling.pairs import Pair, split
+from persona.profiling.pairs import Pair, Sizes, split
 from persona.profiling.profile import texts_in_front
 from persona.profiling.search import max_calls
 from persona.storage import delta_options, join
@@ -199,10 +199,25 @@ def test_a_dry_run_bounds_the_calls_and_their_price(
     rows = [*pairs(ANN, 10), *pairs(BOB, 10), *pairs(FEW, 2)]
     flags = {"requests": write(str(tmp_path / "pairs.parquet"), rows), "store": store, "by": "chat", "dry_run": True}
     done = refuse(profile, **flags, chat_model="big", chat_price_in=1.0, chat_price_out=0.0)
-    assert (done.code, done.result["users"], done.result["calls"]) == (0, 2, 2 * max_calls((7, 3, 0), ProfileOptions()))
+    assert (done.code, done.result["users"], done.result["calls"]) == (
+        0,
+        2,
+        2 * max_calls(Sizes(7, 3, 0), ProfileOptions()),
+    )
     assert done.result["chat_cost"] == pytest.approx(done.result["prompt_tokens"] / 1e6)
     assert server.n_calls == 0
     assert not (store / "profiles" / "recipe=chat").exists()
+
+
+def test_a_dry_run_bounds_the_work_of_a_frozen_llm(
+    refuse: Job, models: dict[str, str], store: Path, tmp_path: Path
+) -> None:
+    source = write(str(tmp_path / "pairs.parquet"), [*pairs(ANN, 10), *pairs(FEW, 2)])
+    flags = {"requests": source, "store": store, "llm": models["llama"], **READS, "holdout": 0.2, "tflops": 1.0}
+    done = refuse(profile, **flags, dry_run=True)
+    assert (done.code, done.result["users"]) == (0, 1)
+    assert done.result["answers_to_measure"] == 2 * (12 * 3 + 2 * 2)
+    assert done.result["cost"]["gpu_hours"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -214,6 +229,7 @@ def test_a_dry_run_bounds_the_calls_and_their_price(
         ({"llm": "x", "chat_model": "big"}, "--chat-model big has no effect without --by chat"),
         ({"llm": "{llama}", "rejected": "worse"}, "--rejected"),
         ({"llm": "{llama}", "user_profile_tokens": 0}, "--user-profile-tokens 0"),
+        ({"llm": "{llama}", "user_profile_tokens": 4096}, "4096"),
         ({"llm": "{llama}", "prompt_format": "chat"}, "--prompt-format"),
     ],
 )
