@@ -167,7 +167,7 @@ def test_a_strong_llm_finds_hidden_rules_and_no_call_is_paid_twice(
     # The endpoint refuses the key in the middle of the run.
     server.faults = [*[Fault()] * 30, *[Fault(status=401)] * 100]
     broken = do(profile, **flags)
-    assert broken.code == 1
+    assert broken.code == 2
     assert 30 <= server.n_calls <= 34
     assert not profiles(store)
     server.faults.clear()
