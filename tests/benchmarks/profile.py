@@ -1,18 +1,21 @@
 """Choose demonstrations by likelihood on ACL authors: chosen on earlier pairs, tested on later ones.
 
-    python -m tests.benchmarks.profile --acl FOLDER --split test --users 128
+    python -m tests.benchmarks.profile --acl FOLDER --out margins.jsonl --split test --users 128
 
 A pair is an author's next title against the wrong title of the `which` question for the same request: a title of
 another author and the same year. Each author's newest pairs are the test; the older ones train and validate. Prints,
 for each kind of text in front of the request, how often the author's title wins, with intervals over authors:
-`likelier` compares the nats of the two titles, `calibrated` the nats that the texts in front save on each.
+`likelier` compares the nats of the two titles, `calibrated` the nats that the texts in front save on each. Authors that
+`--out` already has are kept, so the same command resumes.
 """
 
 import argparse
+import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,7 +32,8 @@ from persona.profiling.profile import demonstration_text
 from tests.benchmarks.authors import candidates
 
 NONE, RANDOM = "none", "random own"
-ROWS = ("chosen own", "newest own", RANDOM, "another author's", NONE)
+Measured = dict[str, Any]
+"""Of one author: `validation` (share right), `margins` (by row of the table, a value per held-out pair), `cpu_s`."""
 
 
 def main() -> None:
@@ -48,7 +52,6 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=10, help="random sets of demonstrations per author")
     parser.add_argument("--demonstrations", type=int, default=4, help="most demonstrations")
     arguments = parser.parse_args()
-    started = time.perf_counter()
     options = ProfileOptions(
         holdout=arguments.holdout, candidates=arguments.candidates, demonstrations=arguments.demonstrations
     )
@@ -57,15 +60,26 @@ def main() -> None:
     judge = LikelihoodJudge(FrozenLLM.load(folder, prompt=prompt), front_tokens=512)
     pairs = pairs_by_author(arguments.acl, arguments.split)
     splits = {author: found for author, of_author in pairs.items() if (found := split(of_author, options))}
-    chosen = dict(list(splits.items())[: arguments.users])
-    margins, validation = measure(chosen, judge, options)
-    n_pairs = sum(len(of_author.held_out) for of_author in chosen.values())
-    seconds = time.perf_counter() - started
-    print(f"{len(chosen)} authors, {n_pairs} held-out pairs, {seconds:.0f} s, {arguments.prompt_format} prompts")
-    print(
-        f"right on the validation pairs that chose: {_cell(bootstrap(list(validation.values()), list(validation)))}\n"
-    )
-    print(table(margins, [author for author, found in chosen.items() for _ in found.held_out]))
+    splits = dict(list(splits.items())[: arguments.users])
+    known = read(arguments.out)
+    with arguments.out.open("a") as file:
+        for author, another in zip(splits, [*list(splits)[1:], *splits], strict=False):
+            if author not in known:
+                known[author] = measure(author, splits[author], splits[another], judge, options)
+                print(json.dumps({"author": author, **known[author]}), file=file, flush=True)
+    measured = {author: known[author] for author in splits}
+    n_pairs = sum(len(one["margins"][NONE]) for one in measured.values())
+    validation = bootstrap([one["validation"] for one in measured.values()], list(measured))
+    print(f"{len(measured)} authors, {n_pairs} held-out pairs, {arguments.prompt_format} prompts")
+    print(f"CPU seconds: {sum(one['cpu_s'] for one in measured.values()):.0f}")
+    print(f"right on the validation pairs that chose: {_cell(validation)}\n")
+    print(table(measured))
+
+
+def read(out: Path) -> dict[str, Measured]:
+    """What earlier runs have measured, by author."""
+    lines = map(json.loads, out.read_text().splitlines()) if out.exists() else ()
+    return {line.pop("author"): line for line in lines}
 
 
 def pairs_by_author(acl: Path, split_name: str) -> dict[str, list[Pair]]:
@@ -82,36 +96,33 @@ def pairs_by_author(acl: Path, split_name: str) -> dict[str, list[Pair]]:
     return dict(sorted(found.items()))
 
 
-def measure(
-    splits: Mapping[str, Split], judge: LikelihoodJudge, options: ProfileOptions
-) -> tuple[dict[str, Floats], dict[str, float]]:
-    """The margins of all held-out pairs for each row of the table, and each author's score on validation."""
-    profiles = {author: choose(author, found, judge, options) for author, found in splits.items()}
-    shown = {author: tuple(one.pair for one in profile.demonstrations) for author, profile in profiles.items()}
-    authors = list(splits)
-    found: defaultdict[str, list[Floats]] = defaultdict(list)
-    for number, (author, of_author) in enumerate(splits.items()):
-        sets = demonstration_sets(author, of_author.train, options)
-        # Some author has no demonstrations: the next one who has some.
-        others = (authors[(number + step) % len(authors)] for step in range(1, len(authors)))
-        another = next((shown[other] for other in others if shown[other]), ())
-        fronts: dict[str, tuple[Pair, ...]] = dict(
-            zip(ROWS, (shown[author], sets[1], sets[min(2, len(sets) - 1)], another, ()), strict=True)
-        )
-        for row, front in fronts.items():
-            texts = [demonstration_text(pair.input, pair.target) for pair in front]
-            found[row].append(judge.margins(texts, of_author.held_out))
-    scores = {author: profile.validation_score for author, profile in profiles.items()}
-    return {row: np.concatenate(parts) for row, parts in found.items()}, scores
+def measure(author: str, own: Split, another: Split, judge: LikelihoodJudge, options: ProfileOptions) -> Measured:
+    """The margins of an author's held-out pairs for each row of the table, and the score on validation."""
+    started = time.process_time()
+    profile = choose(author, own, judge, options)
+    none, newest, *random = demonstration_sets(author, own.train, options)
+    fronts = {
+        "chosen own": tuple(one.pair for one in profile.demonstrations),
+        "newest own": newest,
+        RANDOM: random[0] if random else newest,
+        "another author's newest": another.train[-options.demonstrations :],
+        NONE: none,
+    }
+    margins = {
+        row: judge.margins([demonstration_text(p.input, p.target) for p in front], own.held_out).tolist()
+        for row, front in fronts.items()
+    }
+    cpu_s = time.process_time() - started
+    return {"validation": profile.validation_score, "margins": margins, "cpu_s": cpu_s}
 
 
-def table(margins: Mapping[str, Floats], authors: Sequence[str]) -> str:
+def table(measured: Mapping[str, Measured]) -> str:
     """Markdown, a row for each kind of texts in front."""
-    lines = [
-        "| texts in front | likelier | calibrated | margin minus random own, nats |",
-        "|---|---|---|---|",
-    ]
-    for row in ROWS:
+    authors = [author for author, one in measured.items() for _ in one["margins"][NONE]]
+    rows = next(iter(measured.values()))["margins"]
+    margins = {row: np.concatenate([one["margins"][row] for one in measured.values()]) for row in rows}
+    lines = ["| texts in front | likelier | calibrated | margin minus random own, nats |", "|---|---|---|---|"]
+    for row in rows:
         likelier = _cell(bootstrap(_wins(margins[row]), authors))
         calibrated = "" if row == NONE else _cell(bootstrap(_wins(margins[row] - margins[NONE]), authors))
         gain = "" if row == RANDOM else _gain(paired_bootstrap(margins[row], margins[RANDOM], authors))
