@@ -40,6 +40,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--acl", type=Path, required=True, help="folder with the requests")
+    parser.add_argument("--out", type=Path, required=True, help="file for the numbers of each author")
     parser.add_argument(
         "--split", choices=("dev", "test"), default="test", help="dev to choose settings, test at the end"
     )
