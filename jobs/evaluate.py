@@ -28,6 +28,7 @@ from jobs.runtime import (
     session,
     tracked_results,
     tracking,
+    user_profiles,
 )
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Histories, Requests, find_requests
@@ -39,8 +40,9 @@ from jobs.runtime.progress import Stage, progress
 from jobs.runtime.tally import Counts, Tally
 from persona import strengths
 from persona.errors import InputError, UsageError
+from persona.front_texts import FrontTexts
 from persona.option_checks import check_at_least
-from persona.options import CostOptions, Metric, PersonaKind, RetrievalOptions, Track
+from persona.options import CostOptions, Metric, PersonaKind, Track
 
 if TYPE_CHECKING:
     from persona.evaluation.one_run import Answers
@@ -73,7 +75,7 @@ class Config:
     """Score by the official metric of this LaMP task instead of --metric."""
     rejected: str | None = None
     """Column of --requests with a worse answer; reports how often the target is likelier than that."""
-    retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
+    front: Annotated[FrontTexts, FLAT] = field(default_factory=FrontTexts)
     past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
     models: Annotated[PlugModels, FLAT] = field(default_factory=PlugModels)
     batch_size: int = 16
@@ -92,7 +94,7 @@ class Config:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "batch_size")
-        self.past_texts.check_enough_for(self.retrieval)
+        self.past_texts.check_enough_for(self.front)
         if not self.personas:
             raise UsageError("--personas: give at least one of own, none, other, mean, bare")
         strengths.check(self.personas, self.persona_strength)
@@ -109,7 +111,7 @@ class Config:
         """Names of the answers to be scored."""
         if self.losses_only:
             return ()
-        return self.variants or tuple(self.retrieval.answers_of(persona) for persona in self.measured)
+        return self.variants or tuple(self.front.answers_of(persona) for persona in self.measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ def main(config: Config) -> Summary:
 
 def _evaluate(config: Config, inputs: _Inputs, tracked: tracking.Tracked, started: float) -> Summary:
     # The whole report describes one state of the tables, even if another job writes to them meanwhile.
-    store = inputs.store.snapshot("behaviors", "generations")
+    store = inputs.store.snapshot("behaviors", "generations", *user_profiles.tables(config.front))
     variants = [variant for variant in config.scored if variant in store.variants()]
     machines = session.connect()
     pool = ModelPool.plan(machines, config.pool)
@@ -151,7 +153,11 @@ def _evaluate(config: Config, inputs: _Inputs, tracked: tracking.Tracked, starte
     metrics = _metrics(config, inputs, store, measured, answers, tally)
     counts = tally.totals()
     metrics["rejects"] = requests.found.total.rejects
-    metrics |= {"without_as_of": requests.found.total.timeless, **inputs.requests.facts()}
+    metrics |= {
+        "without_as_of": requests.found.total.timeless,
+        **inputs.requests.facts(),
+        **user_profiles.facts(counts),
+    }
     numbers = losses.to_parquet(measured)
     metrics["plug_versions"] = plug_versions.compared(store, inputs.plug, metrics, numbers, seed=config.seed)
     metrics["seconds"] = round(time.perf_counter() - started, 1)
@@ -178,7 +184,8 @@ def _inputs(config: Config) -> _Inputs:
         rejected=config.rejected,
     )
     store = Store.open(target)
-    plug = plugs.find_plug(store, config.plug, config.models, requests, retrieved_tokens=config.retrieval.front_tokens)
+    user_profiles.check(config.front, store)
+    plug = plugs.find_plug(store, config.plug, config.models, requests, retrieved_tokens=config.front.front_tokens)
     histories = retrieval.plan(config.past_texts, config.form)
     return _Inputs(requests=requests, store=store, plug=plug, histories=histories, out=out)
 
@@ -196,7 +203,7 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         passes=len(config.measured),
         if_all="for all losses",
     )
-    example = plugs.prompt_example(inputs.plug, retrieved=bool(config.retrieval.retrieve))
+    example = plugs.prompt_example(inputs.plug, retrieved=bool(config.front.front_tokens))
     return cli.with_prompt_example(plan, example)
 
 
@@ -204,7 +211,7 @@ def _requests(
     config: Config, inputs: _Inputs, store: "Store", variants: Sequence[str], tally: Tally, folder: str
 ) -> joining.Joined:
     """The requests with the histories that they see under each kind of persona."""
-    spec = retrieval.RetrievalSpec.of_plug(inputs.plug, config.retrieval, inputs.histories)
+    spec = retrieval.RetrievalSpec.of_plug(inputs.plug, config.front, inputs.histories)
     plan = joining.JoinPlan(
         job="evaluate",
         personas=config.personas,
@@ -215,6 +222,7 @@ def _requests(
         limit=config.rows.limit,
         selection=stored_answers.AllAnswered(variants, inputs.plug),
         texts=retrieval.best_of(spec, tally),
+        front=user_profiles.of(config.front, tally),
         rejected=config.rejected,
     )
     return joining.requests_with_histories(inputs.requests, store, tally, plan, folder=folder)
@@ -226,7 +234,7 @@ def _loss_settings(config: Config, plug: PlugRef) -> losses.LossSettings:
         precision=config.models.precision,
         device=config.pool.device,
         batch_size=config.batch_size,
-        retrieved_tokens=config.retrieval.front_tokens,
+        retrieved_tokens=config.front.front_tokens,
         with_rejected=config.rejected is not None,
         n_threads=config.pool.cpus_per_actor,
     )
@@ -319,6 +327,7 @@ def _summary(
         table=[
             *evaluate_summary.table(metrics),
             *retrieval.summary_rows(counts),
+            *user_profiles.summary_rows(counts),
             ("metrics", storage.join(inputs.out, "metrics.json")),
             ("report", storage.join(inputs.out, "report.html")),
             *reading.request_rows(inputs.requests, found),

@@ -24,6 +24,7 @@ from jobs.runtime import (
     retrieval,
     session,
     staging,
+    user_profiles,
 )
 from jobs.runtime.answers import AnswerSpec, Unanswered
 from jobs.runtime.busy import BusyTime
@@ -38,8 +39,9 @@ from jobs.runtime.tally import Counts, Tally
 from persona import strengths
 from persona.engines.options import EngineOptions
 from persona.errors import UsageError
+from persona.front_texts import FrontTexts
 from persona.option_checks import check_at_least
-from persona.options import CostOptions, Decoding, PersonaKind, RetrievalOptions
+from persona.options import CostOptions, Decoding, PersonaKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,7 +67,7 @@ class Config:
     variant: str | None = None
     """Name of the answers in the table; default the persona, or a name like own-bm25-4 or own-sampled."""
     decoding: Annotated[Decoding, FLAT] = field(default_factory=Decoding)
-    retrieval: Annotated[RetrievalOptions, FLAT] = field(default_factory=RetrievalOptions)
+    front: Annotated[FrontTexts, FLAT] = field(default_factory=FrontTexts)
     past_texts: Annotated[PastTexts, FLAT] = field(default_factory=PastTexts)
     models: Annotated[PlugModels, FLAT] = field(default_factory=PlugModels)
     engine: Annotated[EngineOptions, FLAT] = field(default_factory=EngineOptions)
@@ -87,8 +89,8 @@ class Config:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "batch_size", "block_rows")
-        self.past_texts.check_enough_for(self.retrieval)
-        self.past_texts.check_used_by(self.retrieval)
+        self.past_texts.check_enough_for(self.front)
+        self.past_texts.check_used_by(self.front)
         if not self.persona or len(set(self.persona)) < len(self.persona):
             given = " ".join(self.persona)
             raise UsageError(f"--persona {given}: give one or more of own, none, other, mean, bare, each at most once")
@@ -148,12 +150,13 @@ def _inputs(config: Config) -> _Inputs:
     storage.check_reachable(target, flag="--store", write=True)
     requests = find_requests(config.requests, config.form, flag="--requests", needs_target=False)
     store = Store.open(target)
+    user_profiles.check(config.front, store)
     plug = plugs.find_plug(
         store,
         config.plug,
         config.models,
         requests,
-        retrieved_tokens=config.retrieval.front_tokens,
+        retrieved_tokens=config.front.front_tokens,
         max_new_tokens=config.decoding.max_new_tokens,
     )
     engines.check(plug, _engine_settings(config, plug), config.decoding)
@@ -174,14 +177,14 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         beams=config.decoding.beams,
         if_all="if no request has an answer yet, with answers of full length",
     )
-    example = plugs.prompt_example(inputs.plug, retrieved=bool(config.retrieval.retrieve))
+    example = plugs.prompt_example(inputs.plug, retrieved=bool(config.front.front_tokens))
     return cli.with_prompt_example(plan, example)
 
 
 def _requests(config: Config, inputs: _Inputs, tally: Tally, folder: str) -> joining.Joined:
     """The requests that have no answer yet, joined with their visible histories."""
-    store = inputs.store.snapshot("behaviors", "generations")
-    spec = retrieval.RetrievalSpec.of_plug(inputs.plug, config.retrieval, inputs.histories)
+    store = inputs.store.snapshot("behaviors", "generations", *user_profiles.tables(config.front))
+    spec = retrieval.RetrievalSpec.of_plug(inputs.plug, config.front, inputs.histories)
     plan = joining.JoinPlan(
         job="generate",
         personas=config.persona,
@@ -191,6 +194,7 @@ def _requests(config: Config, inputs: _Inputs, tally: Tally, folder: str) -> joi
         limit=config.rows.limit,
         selection=Unanswered(_answer_spec(config, inputs.plug), keep_stale=config.keep_stale),
         texts=retrieval.best_of(spec, tally),
+        front=user_profiles.of(config.front, tally),
     )
     return joining.requests_with_histories(inputs.requests, store, tally, plan, folder=folder)
 
@@ -209,7 +213,7 @@ def _answer_spec(config: Config, plug: PlugRef) -> AnswerSpec:
     return AnswerSpec(
         plug=plug,
         decoding=config.decoding,
-        retrieval=config.retrieval,
+        front=config.front,
         variant=config.variant,
         engine=engines.identity(config.engine, config.decoding),
     )
@@ -231,7 +235,7 @@ class Generate:
     def __init__(self, config: Config, plug: PlugRef, tally: Tally) -> None:
         session.quiet_models(config.pool.cpus_per_actor)
         self.answerer = engines.load_answerer(
-            plug, _engine_settings(config, plug), retrieved_tokens=config.retrieval.front_tokens
+            plug, _engine_settings(config, plug), retrieved_tokens=config.front.front_tokens
         )
         self.decoding = config.decoding
         self.plug = plug
@@ -283,6 +287,7 @@ def _summary(config: Config, inputs: _Inputs, found: reading.Found, counts: Coun
         "without_history": int(joined.get("empty", 0)),
         "without_as_of": found.total.timeless,
         "untimed_behaviors": int(joined.get("untimed", 0)),
+        **user_profiles.facts(counts),
         **inputs.requests.facts(),
         "rejects": found.total.rejects,
         "tokens": int(generated.get("tokens", 0)),
@@ -295,6 +300,7 @@ def _summary(config: Config, inputs: _Inputs, found: reading.Found, counts: Coun
     table = [
         ("requests", f"{result['requests']:,} for {', '.join(config.personas)}"),
         *retrieval.summary_rows(counts),
+        *user_profiles.summary_rows(counts),
         ("already answered", f"{result['already_answered']:,}{stale}"),
         ("answered", f"{n_answers:,} ({result['answers_per_s']:,} a second), {result['tokens']:,} tokens"),
         ("seconds", f"{seconds:,.1f}"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.plugs import PlugRef
 from persona.errors import InputError
-from persona.options import Decoding, RetrievalOptions
+from persona.front_texts import FrontTexts
+from persona.options import Decoding
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,14 +27,14 @@ class AnswerSpec:
 
     plug: PlugRef
     decoding: Decoding
-    retrieval: RetrievalOptions
+    front: FrontTexts
     variant: str | None = None
     engine: str = ""
     """What the engine adds to that; see `persona.engines.base.EngineModule.identity`."""
 
     def variant_of(self, persona: str) -> str:
         """The name of a persona's answers in the table; sampled answers do not replace greedy ones."""
-        default = self.retrieval.answers_of(persona)
+        default = self.front.answers_of(persona)
         return self.variant or (f"{default}-sampled" if self.decoding.sample else default)
 
     def fingerprint(self, row: Mapping[str, Any]) -> str:
@@ -50,8 +51,8 @@ class AnswerSpec:
         }
         if self.engine:
             content["engine"] = self.engine
-        if self.retrieval.retrieve:
-            content |= {"retrieved": row["retrieved"], "retrieve_tokens": self.retrieval.retrieve_tokens}
+        if self.front.front_tokens:
+            content |= {"retrieved": row["retrieved"], "retrieve_tokens": self.front.front_tokens}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -69,7 +70,7 @@ class Unanswered:
         import pyarrow as pa
 
         columns = [*_OF_REQUEST]
-        if self.spec.retrieval.retrieve:
+        if self.spec.front.front_tokens:
             columns.append("retrieved")
         fingerprints = [self.spec.fingerprint(row) for row in joined.select(columns).to_pylist()]
         variant = self.spec.variant_of(joined["persona"][0].as_py())

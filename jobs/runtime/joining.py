@@ -14,6 +14,7 @@ from jobs.runtime.reading import Found
 from jobs.runtime.reference import Reference
 from jobs.runtime.tally import Tally
 from jobs.runtime.texts import Texts, WithAllColumns, request_columns, union_schema
+from jobs.runtime.user_profiles import AddProfiles
 from persona.options import PersonaKind
 from persona.strengths import names_at, parse
 
@@ -66,6 +67,8 @@ class JoinPlan:
     """Texts of the histories, to be used where requests are joined."""
     reference: Reference | None = None
     """Losses of targets and rejected texts under the LLM alone, which become `requests.REFERENCE`."""
+    front: AddProfiles | None = None
+    """Texts in front of the requests that need no histories; they become the column `retrieved`."""
     stage: str = "join"
     """Under which name the tally counts."""
 
@@ -127,6 +130,8 @@ def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: Joi
         requests = plan.texts.joined(requests, store)
     elif plan.reference is not None:
         requests = requests.select(request_columns())
+    if plan.front is not None and requests.num_rows:
+        requests = plan.front(requests, store, bucket)
     n_rows, requests = requests.num_rows, _first_of_each_id(requests)
     counts: dict[str, float] = {"asked": requests.num_rows, "repeated": n_rows - requests.num_rows}
     counts |= {"kept": 0, "untimed": 0, "empty": 0, "seconds": 0.0}

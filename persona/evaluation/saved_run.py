@@ -10,11 +10,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from persona.errors import InputError
-from persona.options import PlugOptions, RetrievalOptions, TrainingOptions
+from persona.front_texts import FrontTexts
+from persona.options import PlugOptions, TrainingOptions
 
 METRICS, LOSSES = "metrics.json", "losses.parquet"
 _NEEDED = ("request_id", "user_id", "persona", "nats", "tokens")
 _RETRIEVAL = ("retrieve", "retriever", "retrieve_tokens")
+_PROFILE = ("user_profile", "user_profile_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,12 @@ class Evaluation:
         settings, training = self.metrics["settings"], self.metrics["training"]
         of_plug = {one.name: settings["plug_options"].get(one.name, one.default) for one in fields(PlugOptions)}
         of_run = {one.name: training.get(one.name, one.default) for one in fields(TrainingOptions)}
-        found = self._retrieval()
-        retrieval = {name: getattr(found, name) for name in _RETRIEVAL} if found.retrieve else {"retrieve": 0}
+        found = self._front_texts()
+        named = _RETRIEVAL if found.retrieve else ("retrieve",)
+        front = {name: getattr(found, name) for name in (*named, *(_PROFILE if found.user_profile else ()))}
         models = {kind: settings[kind]["fingerprint"] for kind in ("llm", "encoder")}
         del of_run["seed"]
-        return {**of_plug, **of_run, "requests": training.get("requests"), **retrieval, **models}
+        return {**of_plug, **of_run, "requests": training.get("requests"), **front, **models}
 
     @property
     def trained_without_history(self) -> bool:
@@ -75,9 +78,9 @@ class Evaluation:
 
     def variant(self, persona: str) -> str:
         """The name of the answers under that persona, as `jobs.generate` names them."""
-        return self._retrieval().answers_of(persona)
+        return self._front_texts().answers_of(persona)
 
-    def _retrieval(self) -> RetrievalOptions:
-        """How it retrieved texts; not at all if it is older than retrieval."""
+    def _front_texts(self) -> FrontTexts:
+        """The texts in front of its requests; none if it is older than such texts."""
         settings = self.metrics["settings"]
-        return RetrievalOptions(**{name: settings[name] for name in _RETRIEVAL if name in settings})
+        return FrontTexts(**{name: settings[name] for name in (*_RETRIEVAL, *_PROFILE) if name in settings})

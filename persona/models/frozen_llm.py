@@ -267,11 +267,17 @@ class FrozenLLM(nn.Module):
     ) -> Tensor:
         """With a separate pass over `before`, which needs no gradients: nothing trained comes before it.
 
-        It is padded on the left and the rest on the right, so that no padding is between them. A batch in which all
-        are empty is read, too: under ZeRO-3 all workers must call the LLM equally often.
+        It is padded on the left and the rest on the right, so that no padding is between them; one that all rows share
+        is read once. A batch in which all are empty is read, too: under ZeRO-3 all workers must call the LLM equally
+        often.
         """
         befores = [PromptIds(before=prompt.before, after=()) for prompt in prompts]
-        kv_cache, mask_BF = self._read(befores)
+        if all(prompt.before == prompts[0].before for prompt in prompts):
+            kv_cache, mask_BF = self._read(befores[:1])
+            kv_cache.batch_repeat_interleave(len(prompts))
+            mask_BF = mask_BF.expand(len(prompts), -1)
+        else:
+            kv_cache, mask_BF = self._read(befores)
         afters = [PromptIds(before=(), after=prompt.after) for prompt in prompts]
         embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, afters, targets)
         logits_NV, _ = self.forward_at(

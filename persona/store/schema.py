@@ -17,6 +17,10 @@ from persona.inputs.records import REJECTS
 FORMAT_VERSION = 2
 
 
+# A preference pair that a profile shows as an example, and the reasoning that led to the right choice.
+DEMONSTRATION = pa.struct([(name, pa.string()) for name in ("request_id", "input", "target", "rejected", "reasoning")])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The layout of one table. `order` sorts the rows of a file; tables without a `key` only grow."""
@@ -147,6 +151,31 @@ LAYOUTS = {
         partition="variant",
         key=("variant", "bucket", "request_id", "judge", "persona"),
         order=("variant", "bucket", "request_id", "judge", "persona"),
+    ),
+    "profiles": Layout(
+        schema=pa.schema(
+            [
+                ("recipe", pa.string()),
+                ("bucket", pa.int32()),
+                ("user_id", pa.string()),
+                ("text", pa.string()),
+                ("demonstrations", pa.list_(DEMONSTRATION)),
+                ("n_pairs", pa.int32()),
+                ("newest_pair_at", TIME),
+                ("validation_score", pa.float64()),
+                ("n_held_out", pa.int32()),
+                ("held_out_score", pa.float64()),
+                ("held_out_none", pa.float64()),
+                ("n_calls", pa.int32()),
+                ("n_unusable", pa.int32()),
+                ("model", pa.string()),
+                ("fingerprint", pa.string()),
+                ("created_at", TIME),
+            ]
+        ),
+        partition="recipe",
+        key=("recipe", "bucket", "user_id"),
+        order=("recipe", "bucket", "user_id"),
     ),
     "rejects": Layout(schema=REJECTS, partition="job", key=(), order=("job", "source", "row")),
     "sources": Layout(

@@ -139,7 +139,7 @@ class Run:
         for bucket in np.unique(buckets).tolist():
             part = requests.filter(buckets == bucket)
             histories = seen_rows(part, store, bucket, max_behaviors=_MAX_BEHAVIORS, with_vectors=True)
-            pairs = [_candidates(row["input"], row["target"]) for row in part.to_pylist()]
+            pairs = [candidates(row["input"], row["target"]) for row in part.to_pylist()]
             titles_R2d = encoder.encode([title for pair in pairs for title in pair]).vectors.reshape(len(pairs), 2, -1)
             for pair_2d, history in zip(titles_R2d.astype(np.float32), histories, strict=True):
                 behaviors_Nd = vectors.from_column(history["vector"], pair_2d.shape[1]).astype(np.float32)
@@ -211,11 +211,11 @@ def with_rejected(requests: pa.Table, which: pa.Table, *, label: bool) -> pa.Tab
     """Add the column `rejected`: the wrong title of the `which` question, or with `label` its label."""
     questions = zip(which["input"].to_pylist(), which["target"].to_pylist(), strict=True)
     labels = {"[1]": "[2]", "[2]": "[1]"}
-    rejected = [labels[target] if label else _candidates(question, target)[1] for question, target in questions]
+    rejected = [labels[target] if label else candidates(question, target)[1] for question, target in questions]
     return requests.append_column("rejected", pa.array(rejected))
 
 
-def _candidates(question: str, target: str) -> tuple[str, str]:
+def candidates(question: str, target: str) -> tuple[str, str]:
     """The author's title and the other title of a `which` question."""
     found = _TITLES.search(question)
     if found is None:
