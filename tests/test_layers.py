@@ -39,6 +39,7 @@ ARROWS = {
     "engines": {"errors", "extensions", "option_checks", "options", "models"},
     "plug": {"errors", "field_types", "options", "storage", "store", "models", "engines"},
     "training": {"errors", "options", "store", "models", "plug"},
+    "locating": {"errors", "options", "inputs", "storage", "models", "plug"},
     "demo": {"inputs"},
     "api": {"errors", "options", "storage", "inputs", "store", "models", "engines", "plug"},
     "persona": {"options", "store", "engines", "api"},  # `persona/__init__.py`, which exports the Python API

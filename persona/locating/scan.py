@@ -82,12 +82,11 @@ def scan(
     finds a local maximum; which of the maxima depends on where it starts.
     """
     draw = np.random.default_rng(seed)
-    n_rows, n_units = p_ND.shape
+    n_rows = len(p_ND)
     # The first threshold that each p-value is at or below; those above all are in the last place.
     levels_ND = np.searchsorted(thresholds, p_ND, side="left")
     starts = [np.arange(n_rows)]
-    for _ in range(restarts):
-        starts.append(np.flatnonzero(draw.random(n_rows) < draw.uniform(0.1, 0.9)))
+    starts += [np.flatnonzero(draw.random(n_rows) < draw.uniform(0.1, 0.9)) for _ in range(restarts)]
     best = Found(score=0.0, threshold=float(thresholds[0]), rows=np.arange(0), units=np.arange(0))
     for rows in starts:
         found = _ascend(levels_ND, rows if len(rows) else np.array([draw.integers(n_rows)]), thresholds, score)

@@ -32,9 +32,7 @@ def last_hidden_states(llm: FrozenLLM, soft_BSD: Tensor, prompts: Sequence[Promp
     embeds_BLD, mask_BL = llm.embed_prompts(soft_BSD, prompts)
     model: Any = llm.model
     if llm.is_encoder_decoder:
-        output = model.get_encoder()(
-            inputs_embeds=embeds_BLD, attention_mask=mask_BL.long(), output_hidden_states=True
-        )
+        output = model.get_encoder()(inputs_embeds=embeds_BLD, attention_mask=mask_BL.long(), output_hidden_states=True)
     else:
         output = model.base_model(inputs_embeds=embeds_BLD, use_cache=False, output_hidden_states=True)
     last_B = torch.tensor([soft_BSD.shape[1] + len(prompt) - 1 for prompt in prompts])

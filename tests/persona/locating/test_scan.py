@@ -80,7 +80,7 @@ def test_the_best_units_for_given_rows_are_those_of_brute_force(score):
 def test_the_scan_finds_the_best_subset_of_small_arrays(score):
     draw = np.random.default_rng(4)
     n_best = 0
-    for seed in range(20):
+    for seed in range(10):
         p_ND = draw.random((5, 6))
         p_ND[:2, :3] **= 4
         found = scan(p_ND, score=score, restarts=20, seed=seed, thresholds=FEW)
@@ -91,7 +91,7 @@ def test_the_scan_finds_the_best_subset_of_small_arrays(score):
         assert found.score == pytest.approx(of_found)
         assert found.score <= best + 1e-9
         n_best += found.score == pytest.approx(best)
-    assert n_best >= 18  # an ascent may end at a local maximum
+    assert n_best >= 9  # an ascent may end at a local maximum
 
 
 def test_a_scan_of_nothing_unusual_finds_nothing():
@@ -131,7 +131,7 @@ def test_the_same_run_finds_the_same_and_other_runs_draw_other_rows():
 
 def test_without_a_signal_the_stated_rate_of_scans_is_significant():
     options = ScanOptions(score="berk-jones", tails="both", restarts=0, seed=0)
-    n_layers, n_runs, rate = 100, 9, 0.1
+    n_layers, n_runs, rate = 60, 9, 0.1
     ps = []
     for layer in range(n_layers):
         sample = planted(0.0, n_units=12, seed=100 + layer)
@@ -146,7 +146,9 @@ def test_without_a_signal_the_stated_rate_of_scans_is_significant():
 def test_no_block_is_in_both_the_background_and_the_scan():
     draw = np.random.default_rng(6)
     blocks = np.repeat(np.arange(15), 8)
-    sample = Sample(hidden_ND=np.arange(120, dtype=np.float32)[:, None], labels_N=np.arange(120) % 2 == 0, blocks_N=blocks)
+    sample = Sample(
+        hidden_ND=np.arange(120, dtype=np.float32)[:, None], labels_N=np.arange(120) % 2 == 0, blocks_N=blocks
+    )
     background, scanned = split(sample, draw)
     in_background = {blocks[int(value)] for value in background.ravel()}
     assert not in_background & set(scanned.blocks_N.tolist())
