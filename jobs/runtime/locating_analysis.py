@@ -169,7 +169,10 @@ def _scan(scans: Scans, *, analysis: Analysis, tally: Tally) -> None:
 
     sample = comparison.read(_sample_uri(analysis, scans.layer))
     found = [runs.run(sample, number, analysis.scan) for number in range(scans.first, scans.end)]
-    rows = [{**asdict(one), "units": one.units.tolist()} for one in found if one is not None]
+    lists = ("units", "units_shuffled")
+    rows = [
+        {**asdict(one), **{name: getattr(one, name).tolist() for name in lists}} for one in found if one is not None
+    ]
     table = pa.Table.from_pylist(rows, schema=_runs_schema())
     with storage.write_file(storage.join(analysis.results, scans.file)) as path:
         pq.write_table(table, path)
@@ -190,5 +193,6 @@ def _runs_schema() -> "pa.Schema":
             ("n_scanned", pa.int32()),
             ("precision", pa.float64()),
             ("recall", pa.float64()),
+            ("units_shuffled", pa.list_(pa.int32())),
         ]
     )

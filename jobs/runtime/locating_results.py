@@ -47,7 +47,7 @@ def write(out: str, analysis: Analysis, about: Mapping[str, Any], *, width: int)
     overlaps = findings.overlaps(rows, width)
     _write_table(storage.join(out, "layers.parquet"), rows, findings.LAYERS)
     _write_table(storage.join(out, "overlaps.parquet"), overlaps, findings.OVERLAPS)
-    printed = [{**{k: v for k, v in row.items() if k != "units"}, "n_units": _n_units(row)} for row in rows]
+    printed = [_with_numbers_of_units(row) for row in rows]
     found: dict[str, Any] = cli.plain(
         {**about, "width": width, "groups": findings.headlines(rows), "layers": printed, "overlaps": overlaps}
     )
@@ -84,5 +84,8 @@ def _write_table(uri: str, rows: Sequence[Mapping[str, Any]], schema: "pa.Schema
         pq.write_table(pa.Table.from_pylist([*rows], schema=schema), path)
 
 
-def _n_units(row: Mapping[str, Any]) -> int | None:
-    return len(row["units"]) if "units" in row else None
+def _with_numbers_of_units(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with `n_units` in place of `units`, and so for those of shuffled labels."""
+    lists = ("units", "units_shuffled")
+    numbers = {f"n_{name}": len(row[name]) if name in row else None for name in lists}
+    return {**{name: value for name, value in row.items() if name not in lists}, **numbers}

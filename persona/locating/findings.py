@@ -27,6 +27,7 @@ LAYERS = pa.schema(
         *((name, pa.float64()) for name in ("scan_score", "scan_score_shuffled", "scan_p")),
         *((name, pa.float64()) for name in ("scan_precision", "scan_recall")),
         ("units", pa.list_(pa.int32())),
+        ("units_shuffled", pa.list_(pa.int32())),
     ]
 )
 SCAN = pa.schema(
@@ -38,6 +39,7 @@ SCAN = pa.schema(
         ("units", pa.list_(pa.int32())),
         *((name, pa.int32()) for name in ("rows_found", "rows_scanned")),
         *((name, pa.float64()) for name in ("precision", "recall")),
+        ("units_shuffled", pa.list_(pa.int32())),
     ]
 )
 OVERLAPS = pa.schema(
@@ -46,6 +48,8 @@ OVERLAPS = pa.schema(
         *((name, pa.string()) for name in ("first", "second")),
         *((name, pa.int32()) for name in ("units_first", "units_second", "shared")),
         *((name, pa.float64()) for name in ("expected", "p")),
+        ("shared_shuffled", pa.int32()),
+        ("expected_shuffled", pa.float64()),
     ]
 )
 _RUN_NAMES = {"number": "run", "n_found": "rows_found", "n_scanned": "rows_scanned"}
@@ -64,7 +68,11 @@ def scan_rows(group: str, layer: int, runs: pa.Table) -> pa.Table:
 def scan_summary(runs: pa.Table, n_units: int) -> dict[str, Any]:
     """The part of a row of `LAYERS` that its runs give; `units` are those that at least half of the runs find."""
     scores, shuffled = runs["score"].to_numpy(), runs["score_shuffled"].to_numpy()
-    frequency_D = unit_frequency([np.array(units) for units in runs["units"].to_pylist()], n_units)
+
+    def frequent(column: str) -> list[int]:
+        frequency_D = unit_frequency([np.array(units, np.int64) for units in runs[column].to_pylist()], n_units)
+        return np.flatnonzero(frequency_D >= FREQUENT).tolist()
+
     precisions = [one for one in runs["precision"].to_pylist() if not math.isnan(one)]
     return {
         "scan_score": float(np.median(scores)),
@@ -72,12 +80,17 @@ def scan_summary(runs: pa.Table, n_units: int) -> dict[str, Any]:
         "scan_p": chance_p(scores.tolist(), shuffled.tolist()),
         "scan_precision": float(np.mean(precisions)) if precisions else None,
         "scan_recall": float(np.mean(runs["recall"].to_numpy())),
-        "units": np.flatnonzero(frequency_D >= FREQUENT).tolist(),
+        "units": frequent("units"),
+        "units_shuffled": frequent("units_shuffled"),
     }
 
 
 def overlaps(rows: Sequence[Mapping[str, Any]], n_units: int) -> list[dict[str, Any]]:
-    """Rows of `OVERLAPS`: for each layer and pair of groups that both have units, how many they share."""
+    """Rows of `OVERLAPS`: for each layer and pair of groups that both have units, how many they share.
+
+    `expected` takes units for independent. `shared_shuffled` and `expected_shuffled` are the same two numbers with
+    shuffled labels: what they differ by has nothing to do with the groups.
+    """
     by_layer: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("units"):
@@ -89,7 +102,9 @@ def overlaps(rows: Sequence[Mapping[str, Any]], n_units: int) -> list[dict[str, 
             one = overlap(*units, n_units)
             sizes = {"units_first": len(units[0]), "units_second": len(units[1])}
             of_pair = {"layer": layer, "first": first["group"], "second": second["group"], **sizes}
-            found.append({**of_pair, "shared": one.shared, "expected": one.expected, "p": one.p})
+            by_chance = overlap(set(first["units_shuffled"]), set(second["units_shuffled"]), n_units)
+            shuffled = {"shared_shuffled": by_chance.shared, "expected_shuffled": by_chance.expected}
+            found.append({**of_pair, "shared": one.shared, "expected": one.expected, "p": one.p, **shuffled})
     return found
 
 
@@ -114,7 +129,7 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             scanned = min((row for row in mine if row.get("scan_p") is not None), key=_unlikeliness)
             names = ("scan_p", "scan_precision", "scan_recall")
             one |= {**{name: scanned[name] for name in names}, "scan_layer": scanned["layer"]}
-            one["n_units"] = len(scanned["units"])
+            one |= {"n_units": len(scanned["units"]), "n_units_shuffled": len(scanned["units_shuffled"])}
         found.append(one)
     return found
 

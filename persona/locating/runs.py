@@ -1,7 +1,8 @@
 """Repeated scans of one layer: each run draws its own background and scanned rows, and scans them once more shuffled.
 
-What a single scan finds depends on its draw. So units count by the share of runs that find them, and the score of the
-runs is compared with that of the same runs after shuffling the labels.
+What a single scan finds depends on its draw. So units count by the share of runs that find them, and both the score and
+the units are compared with those of the same runs after shuffling the labels. That matters, because units of an LLM
+depend on each other: where some rows are unusual in hundreds of units, for whatever reason, a scan finds those units.
 
 Shapes: N rows, D units, R runs.
 """
@@ -47,7 +48,7 @@ class Run:
         n_scanned: rows that were scanned, half of them with the label.
         precision: share of the found rows that have the label; 0.5 by chance, NaN if none was found.
         recall: share of the scanned rows with the label that were found.
-        score_shuffled: the score with shuffled labels.
+        score_shuffled, units_shuffled: the same of a scan with shuffled labels.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Run:
     precision: float
     recall: float
     score_shuffled: float
+    units_shuffled: NDArray[np.int64]
 
 
 def run(sample: Sample, number: int, options: ScanOptions) -> Run | None:
@@ -80,6 +82,7 @@ def run(sample: Sample, number: int, options: ScanOptions) -> Run | None:
         precision=float(is_labelled.mean()) if len(is_labelled) else float("nan"),
         recall=float(is_labelled.sum() / labels_N.sum()),
         score_shuffled=shuffled[0].score,
+        units_shuffled=shuffled[0].units,
     )
 
 

@@ -26,8 +26,8 @@ def group_reading(one: Mapping[str, Any]) -> list[str]:
     if one.get("scan_p") is not None:
         precision = "" if one["scan_precision"] is None else f", precision {one['scan_precision']:.2f}"
         sentences.append(
-            f"the scan finds {one['n_units']:,} units in layer {one['scan_layer']}{precision}, recall "
-            f"{one['scan_recall']:.2f}, p ≤ {one['scan_p']:.3f}."
+            f"half of the scans of layer {one['scan_layer']} find {one['n_units']:,} units (shuffled "
+            f"{one['n_units_shuffled']:,}){precision}, recall {one['scan_recall']:.2f}, p ≤ {one['scan_p']:.3f}."
         )
     return sentences or ["too few rows."]
 

@@ -23,7 +23,7 @@ _LAYER_CHARTS = {
     "user_in_nearest": ("nearest request is of the same user", "user_in_nearest_shuffled"),
     "scan_precision": ("precision of the scan", None),
     "scan_recall": ("recall of the scan", None),
-    "n_units": ("units in half of the runs", None),
+    "n_units": ("units in half of the runs", "n_units_shuffled"),
 }
 _MOST_OVERLAPS = 30
 # The plain mean has the interval; the median next to it is LaMP's official number.

@@ -20,11 +20,12 @@ def test_the_overlap_by_chance_is_that_of_all_sets_of_that_size():
 
 def test_only_groups_with_units_in_the_same_layer_are_compared():
     rows = [
-        {"group": "a", "layer": 1, "units": [0, 1]},
-        {"group": "b", "layer": 1, "units": [1, 2]},
-        {"group": "c", "layer": 1, "units": []},
-        {"group": "a", "layer": 2, "units": [1]},
+        {"group": "a", "layer": 1, "units": [0, 1], "units_shuffled": [5]},
+        {"group": "b", "layer": 1, "units": [1, 2], "units_shuffled": [5, 6]},
+        {"group": "c", "layer": 1, "units": [], "units_shuffled": []},
+        {"group": "a", "layer": 2, "units": [1], "units_shuffled": [1]},
         {"group": "b", "layer": 2},
     ]
     [found] = overlaps(rows, 10)
     assert (found["layer"], found["first"], found["second"], found["shared"]) == (1, "a", "b", 1)
+    assert (found["shared_shuffled"], found["expected_shuffled"]) == (1, pytest.approx(0.2))

@@ -22,6 +22,7 @@ NUMBERS = {
     "scan_precision": 0.75,
     "scan_recall": 0.5,
     "n_units": 17,
+    "n_units_shuffled": 3,
 }
 MOVED = {
     "moved": 0.375,
@@ -46,6 +47,7 @@ HEADLINE = {
     "scan_recall": 0.5,
     "scan_layer": 2,
     "n_units": 17,
+    "n_units_shuffled": 3,
 }
 
 
@@ -67,7 +69,9 @@ def result(*groups: str, paired: bool = False, **changes: Any) -> dict[str, Any]
         "versions": installed_versions(),
         "groups": [{"group": group, **HEADLINE} for group in groups],
         "layers": rows,
-        "overlaps": [{**overlap, "shared": 5, "expected": 3.25, "p": 0.125}],
+        "overlaps": [
+            {**overlap, "shared": 5, "expected": 3.25, "p": 0.125, "shared_shuffled": 2, "expected_shuffled": 1.5}
+        ],
         **changes,
     }
 
@@ -102,7 +106,7 @@ def test_every_group_has_its_curve_also_where_there_are_more_than_colors():
 
 
 def test_numbers_that_are_not_there_are_left_out():
-    rows = [{"group": "a", "layer": 0, "rows": 1, "rows_other": 1, "n_units": None}]
+    rows = [{"group": "a", "layer": 0, "rows": 1, "rows_other": 1, "n_units": None, "n_units_shuffled": None}]
     _, page = read(result("a", layers=rows, overlaps=[], groups=[{"group": "a", "rows": 1, "rows_other": 1}]))
     assert "too few rows." in page
     assert "<figure>" not in page
@@ -120,4 +124,5 @@ def test_each_sentence_has_what_chance_gives():
         "0.90 to",
     ):
         assert number in sentences
+    assert "17 units (shuffled 3)" in sentences
     assert "p ≤ 0.048" in sentences
