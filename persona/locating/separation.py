@@ -17,7 +17,6 @@ from persona.locating.samples import Sample
 
 FOLDS = 5
 SHUFFLES = 5
-_RIDGE = 1e-2  # C of the logistic regression: there are more units than rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Separation:
         silhouette: mean silhouette coefficient, from -1 to 1.
         calinski_harabasz: variance between the labels over that within them.
         davies_bouldin: spread of the labels over their distance; lower is better.
-        auc: area under the ROC curve of a logistic regression on rows that it was not fitted on; 0.5 by chance.
+        auc: area under the ROC curve of a ridge regression on rows that it was not fitted on; 0.5 by chance.
         explained: share of the variance that the principal components hold.
     """
 
@@ -77,11 +76,12 @@ def principal_components(hidden_ND: NDArray[np.float32], n_components: int) -> t
 
 
 def probe_auc(sample: Sample, seed: int) -> float:
-    """The AUC of a logistic regression on standardized states: the mean over the held-out rows of `FOLDS` folds.
+    """The AUC of a ridge regression of the labels on standardized states: the mean over held-out rows of `FOLDS` folds.
 
-    NaN if one label is in fewer blocks than there are folds.
+    With more units than rows, it costs a product of rows by rows. The penalty equals the number of units, so it weighs
+    the same whatever the width. NaN if one label is in fewer blocks than there are folds.
     """
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import RidgeClassifier
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
@@ -95,7 +95,7 @@ def probe_auc(sample: Sample, seed: int) -> float:
     for fitted, held_out in folds.split(hidden_ND, sample.labels_N, sample.blocks_N):
         if len(np.unique(sample.labels_N[fitted])) < 2 or len(np.unique(sample.labels_N[held_out])) < 2:
             continue  # a block may be larger than a fold
-        probe: Any = make_pipeline(StandardScaler(), LogisticRegression(C=_RIDGE, max_iter=1000))
+        probe: Any = make_pipeline(StandardScaler(), RidgeClassifier(alpha=hidden_ND.shape[1]))
         probe.fit(hidden_ND[fitted], sample.labels_N[fitted])
         aucs.append(roc_auc_score(sample.labels_N[held_out], probe.decision_function(hidden_ND[held_out])))
     return float(np.mean(aucs)) if aucs else float("nan")

@@ -38,7 +38,7 @@ def main() -> None:
 
 def _locate(statements: Path, out: Path, *flags: str) -> None:
     command = [sys.executable, "-m", "jobs.locate", "--statements", str(statements), "--llm", str(packaged.smollm2())]
-    command += ["--out", str(out), "--precision", "fp32", "--restarts", "1", *flags]
+    command += ["--out", str(out), "--restarts", "1", *flags]
     print("$", *command, flush=True)
     subprocess.run(command, check=True)
 
