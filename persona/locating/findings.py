@@ -116,7 +116,7 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         read, dominant = _highest(mine, "auc"), _highest(mine, "silhouette")
         one: dict[str, Any] = {"group": group, "rows": mine[0]["rows"], "rows_other": mine[0]["rows_other"]}
         if read is not None:
-            enough = 0.5 + _MOST_OF_IT * (read["auc"] - 0.5)
+            enough = 0.5 + _MOST_OF_IT * (read["auc"] - 0.5) if read["auc"] > 0.5 else read["auc"]
             readable = next(row["layer"] for row in mine if row.get("auc") is not None and row["auc"] >= enough)
             one |= {"auc": read["auc"], "auc_layer": read["layer"], "auc_shuffled_high": read["auc_shuffled_high"]}
             one["readable_from"] = readable
