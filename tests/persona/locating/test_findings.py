@@ -41,7 +41,7 @@ def test_most_units_that_one_run_finds_are_not_those_of_most_runs():
     runs = [run(planted(0.0), number, options) for number in range(12)]
     union = set().union(*(one.units.tolist() for one in runs))
     by_run = pa.table({"units": [one.units.tolist() for one in runs]})
-    lists = {name: by_run["units"] for name in ("units", "units_shuffled")}
+    lists = dict.fromkeys(("units", "units_shuffled"), by_run["units"])
     numbers = {
         name: [getattr(one, name) for one in runs] for name in ("score", "score_shuffled", "precision", "recall")
     }
