@@ -30,6 +30,7 @@ _NOT_SEARCHED = (
     "histories and requests that jobs read: remove these users there, or the next jobs.embed adds them again",
     "answers, texts or lists of differences that other programs or jobs.store have copied from the tables",
     "what a killed jobs.train, jobs.make_requests or jobs.pair left in _exchange below its --runs or --out: delete it",
+    "hidden states that jobs.locate keeps, or left when it was killed: delete the folder states below its --out",
     "the table rejects: it names files, rows and reasons, no texts",
     "backups, and old versions that a bucket keeps of deleted objects",
 )

@@ -44,6 +44,7 @@ ARROWS = {
     "profiling": {"errors", "option_checks", "models", "chat"},
     "plug": {"errors", "field_types", "options", "storage", "store", "models", "engines", "strengths"},
     "training": {"errors", "options", "store", "models", "plug"},
+    "locating": {"errors", "options", "inputs", "storage", "models", "plug"},
     "demo": {"inputs"},
     "api": {"errors", "options", "storage", "inputs", "store", "models", "engines", "plug"},
     "persona": {"options", "store", "engines", "api"},  # `persona/__init__.py`, which exports the Python API

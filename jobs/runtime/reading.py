@@ -168,7 +168,7 @@ def keep_good(
     found: SplitFound,
     limit: int | None,
     *,
-    time_column: str,
+    time_column: str | None,
     store: "Store | None",
 ) -> "Iterator[pa.Table]":
     """The first `limit` valid rows of a split, or all, as they are read; its rejects are committed at the end.
@@ -185,7 +185,7 @@ def keep_good(
         if limit is not None:
             good = good.slice(0, limit - found.rows)
         found.rows += good.num_rows
-        found.timeless += good[time_column].null_count
+        found.timeless += good[time_column].null_count if time_column is not None else 0
         found.unreadable += records.rejects.num_rows
         found.rejects += bad.num_rows + records.n_lost
         if bad.num_rows:

@@ -22,6 +22,8 @@ _MARGIN = 0.06  # of an axis, around the values
 _LINE_POINTS = 200
 _LONGEST_LABEL, _LONGEST_SPAN = 26, 4  # characters
 _NATS = "nats a token"
+_CURVE_COLORS = ("own", "other", "mean", "bare", "gain", "loss")
+CURVES_A_CHART = len(_CURVE_COLORS)
 _STAGE_COLORS = {"live": "own", "retired": "none", "rolled_back": "other", "refused": "loss"}
 
 
@@ -193,6 +195,30 @@ def forest(rows: Sequence[ForestRow], *, x: str) -> Chart | None:
     canvas.axes.grid(axis="x")
     canvas.axes.set(xlabel=x)
     return canvas.chart(x, {series(row.persona): row.persona for row in rows})
+
+
+@style()
+def layer_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], *, y: str, chance: Mapping[str, Sequence[tuple[float, float]]]
+) -> Chart | None:
+    """A number by layer, a curve each of at most `CURVES_A_CHART` groups, and thin grey curves of what chance gives."""
+    found = {name: points for name, points in curves.items() if points}
+    if not found:
+        return None
+    canvas = _canvas()
+    by_chance = [points for points in chance.values() if points]
+    for points in by_chance:
+        _curve(canvas, points, color="quiet", width=0.8)
+    legend = {}
+    for color, (name, points) in zip(_CURVE_COLORS, found.items(), strict=False):
+        _curve(canvas, points, color=color, width=2)
+        legend[color] = name
+    every = [point for points in (*found.values(), *by_chance) for point in points]
+    canvas.scale("x", [x for x, _ in every], margin=0.02)
+    canvas.scale("y", [y for _, y in every])
+    canvas.axes.grid(axis="y")
+    canvas.axes.set(xlabel="layer", ylabel=y)
+    return canvas.chart(f"{y} by layer", legend | ({"quiet": "by chance"} if by_chance else {}))
 
 
 @style()

@@ -1,4 +1,4 @@
-"""The pages of jobs.evaluate, jobs.compare and jobs.judge: one HTML file each, made from the job's JSON alone.
+"""The pages of jobs.evaluate, jobs.compare, jobs.judge and jobs.locate: one HTML file each, made from the job's JSON.
 
 A page has no script and no address of anything outside. Texts of users are escaped by the templates.
 """
@@ -8,12 +8,24 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from persona.report import charts, drawing, formats, judged_wording, palette, wording
+from persona.report import charts, drawing, formats, judged_wording, layer_wording, palette, wording
 from persona.report.formats import Interval
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+# Numbers by layer: what the page calls them, and which of their columns says what chance gives.
+_LAYER_CHARTS = {
+    "auc": ("AUC of a linear probe", "auc_shuffled"),
+    "silhouette": ("silhouette", "silhouette_shuffled"),
+    "moved": ("movement of the last token", "moved_shuffled"),
+    "cosine": ("cosine of the last token", "cosine_shuffled"),
+    "user_in_nearest": ("nearest request is of the same user", "user_in_nearest_shuffled"),
+    "scan_precision": ("precision of the scan", None),
+    "scan_recall": ("recall of the scan", None),
+    "n_units": ("units in half of the runs", "n_units_shuffled"),
+}
+_MOST_OVERLAPS = 30
 # The plain mean has the interval; the median next to it is LaMP's official number.
 _PLAIN_MEAN = {"rouge1": "rouge1_mean", "rougeL": "rougeL_mean"}
 
@@ -93,6 +105,35 @@ def comparison_page(found: Mapping[str, Any]) -> bytes:
 def judged_page(found: Mapping[str, Any]) -> bytes:
     """The report of judged answers, from the content of `judged.json`."""
     return _page("judged.html.j2", title=found["settings"]["out"], found=found)
+
+
+def locating_page(found: Mapping[str, Any]) -> bytes:
+    """The report of jobs.locate, from the content of `locate.json`."""
+    names = [one["group"] for one in found["groups"]]
+    shown = [names[start : start + charts.CURVES_A_CHART] for start in range(0, len(names), charts.CURVES_A_CHART)]
+    drawn = [
+        charts.layer_curves(
+            {name: _points(found, name, column) for name in some},
+            y=title,
+            chance={name: _points(found, name, chance) for name in some} if chance else {},
+        )
+        for column, (title, chance) in _LAYER_CHARTS.items()
+        for some in shown
+    ]
+    return _page(
+        "locating.html.j2",
+        title=found["settings"]["out"],
+        found=found,
+        readings={one["group"]: layer_wording.group_reading(one) for one in found["groups"]},
+        charts=[chart for chart in drawn if chart is not None],
+        overlaps=sorted(found["overlaps"], key=lambda one: one["p"])[:_MOST_OVERLAPS],
+        is_paired=any(row.get("moved") is not None for row in found["layers"]),
+    )
+
+
+def _points(found: Mapping[str, Any], group: str, column: str) -> list[tuple[float, float]]:
+    rows = [row for row in found["layers"] if row["group"] == group and row.get(column) is not None]
+    return [(row["layer"], row[column]) for row in rows]
 
 
 def _scores(metrics: Mapping[str, Any]) -> Iterator[_Score]:
