@@ -64,8 +64,8 @@ class Config:
     """Measure losses only and score no answers."""
     personas: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
     """Kinds of persona whose loss is measured: own, none, other, mean or bare."""
-    metric: Literal["label", "rating", "text"] = "text"
-    """How answers are scored: accuracy and F1, MAE and RMSE, or ROUGE."""
+    metric: Literal["label", "rating", "text", "long_text"] = "text"
+    """How answers are scored: accuracy and F1, MAE and RMSE, ROUGE, or ROUGE and METEOR."""
     task: Literal["LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"] | None = None
     """Score by the official metric of this LaMP task instead of --metric."""
     rejected: str | None = None
