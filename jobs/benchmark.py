@@ -9,9 +9,10 @@ words. The same command again goes on where it stopped.
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Literal
 
 from jobs import compare, embed, evaluate, make_requests, train
 from jobs.runtime import benchmark_plan, cli, configuration, inputs
@@ -130,7 +131,7 @@ def main(config: Config) -> Summary:
     parts.steps.begin(settings)
     try:
         for name, _, work in parts.jobs():
-            _, summary = parts.steps.run(name, lambda name=name, work=work: _said(name, work()))
+            _, summary = parts.steps.run(name, partial(_said, name, work))
             if summary is None:
                 print(f"── {name}: done before", flush=True)
     except StepFailed as failed:
@@ -139,8 +140,9 @@ def main(config: Config) -> Summary:
     return _compared(config, parts, time.perf_counter() - started)
 
 
-def _said(name: str, summary: Summary) -> Summary:
-    print(f"── {name}")
+def _said(name: str, work: Callable[[], Summary]) -> Summary:
+    print(f"── {name}", flush=True)
+    summary = work()
     for row in summary.table:
         print(f"    {'  '.join(row)}")
     sys.stdout.flush()
@@ -186,12 +188,12 @@ class _Parts:
         models.resolve(first.llm, revision=first.llm_revision, flag="--llm")
         return parts
 
-    def jobs(self) -> "Iterator[tuple[str, str, Any]]":
+    def jobs(self) -> Iterator[tuple[str, str, Callable[[], Summary]]]:
         """Each step in order: its name, what it does, and the work."""
         if self.embedding is not None:
-            yield "embed", "encode the histories", lambda: embed.main(self.embedding)
+            yield "embed", "encode the histories", partial(embed.main, self.embedding)
         if self.making is not None:
-            yield "make_requests", "make requests", lambda: make_requests.main(self.making)
+            yield "make_requests", "make requests", partial(make_requests.main, self.making)
         else:
             yield (
                 "check_users",
@@ -202,12 +204,8 @@ class _Parts:
             for seed in self.config.seeds:
                 name = f"{row.name}-{seed}"
                 training = self.trainings[name]
-                yield f"train-{name}", row.describes, lambda training=training: train.main(training)
-                yield (
-                    f"evaluate-{name}",
-                    f"measure {', '.join(row.personas)}",
-                    lambda row=row, training=training: evaluate.main(self._evaluation(row, training)),
-                )
+                yield f"train-{name}", row.describes, partial(train.main, training)
+                yield f"evaluate-{name}", f"measure {', '.join(row.personas)}", partial(self._evaluate, row, training)
 
     def evaluations(self) -> dict[str, str]:
         """The folder of each evaluation, by row and seed."""
@@ -215,11 +213,10 @@ class _Parts:
 
         return {name: storage.join(self.out, "evaluations", name) for name in self.trainings}
 
-    def _evaluation(self, row: Row, training: train.Config) -> evaluate.Config:
+    def _evaluate(self, row: Row, training: train.Config) -> Summary:
         config = self.config
-        test = config.test_requests or f"{self.out}/requests/held_out"
-        return evaluate.Config(
-            requests=test,
+        found = evaluate.Config(
+            requests=config.test_requests or f"{self.out}/requests/held_out",
             store=training.store,
             plug=training.plug,
             out=self.evaluations()[training.run],
@@ -231,6 +228,7 @@ class _Parts:
             rows=InputRows(limit=config.test_rows, max_reject_fraction=config.max_reject_fraction),
             form=config.request_form,
         )
+        return evaluate.main(found)
 
     def _requests(self) -> list[inputs.Requests]:
         """Those that were given, to train on and to measure."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jobs.runtime import cost
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Requests
+from jobs.runtime.job_options import InputRows
 from persona.errors import UsageError
 from persona.options import CostOptions, PlugOptions, RetrievalOptions, TrainingOptions
 
@@ -62,18 +63,27 @@ ROWS = (
 )
 
 
-class Training(Protocol):
+class _Training(Protocol):
     """What an estimate needs of the configuration of jobs.train."""
 
-    llm: str
-    llm_revision: str
-    max_input_tokens: int
-    max_target_tokens: int
-    validation_fraction: float
-    plug_options: PlugOptions
-    training: TrainingOptions
-    retrieval: RetrievalOptions
-    rows: Any
+    @property
+    def llm(self) -> str: ...
+    @property
+    def llm_revision(self) -> str: ...
+    @property
+    def max_input_tokens(self) -> int: ...
+    @property
+    def max_target_tokens(self) -> int: ...
+    @property
+    def validation_fraction(self) -> float: ...
+    @property
+    def plug_options(self) -> PlugOptions: ...
+    @property
+    def training(self) -> TrainingOptions: ...
+    @property
+    def retrieval(self) -> RetrievalOptions: ...
+    @property
+    def rows(self) -> InputRows: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +104,7 @@ class Estimate:
 
 
 def estimate(
-    training: Training, n_requests: int | None, *, known: Mapping[str, Any] | None, rates: Sequence[float]
+    training: _Training, n_requests: int | None, *, known: Mapping[str, Any] | None, rates: Sequence[float]
 ) -> Estimate | None:
     """What a training will take; None as long as the number of requests is not known.
 
@@ -134,7 +144,7 @@ def estimate(
 def plan(
     out: str,
     steps: Mapping[str, tuple[str, Mapping[str, Any] | None]],
-    trainings: Mapping[str, Training],
+    trainings: Mapping[str, _Training],
     options: CostOptions,
 ) -> Summary:
     """The summary of a dry run.

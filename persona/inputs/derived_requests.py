@@ -170,7 +170,8 @@ class _Others:
 
     def near(self, text: _Text, own: set[str], n: int) -> list[str]:
         """The targets of `n` other users' texts, nearest in time first, each of another user and none in `own`."""
-        users, found = {text.row["user_id"]}, []
+        users = {text.row["user_id"]}
+        found: list[str] = []
         for other in self._outwards(text.row["timestamp"]):
             if len(found) == n:
                 break
