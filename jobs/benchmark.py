@@ -149,6 +149,10 @@ def _said(name: str, work: Callable[[], Summary]) -> Summary:
     return summary
 
 
+def _made(making: make_requests.Config) -> Summary:
+    return benchmark_plan.checked_requests(make_requests.main(making))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
     """The jobs of a benchmark, with their configurations; those of training are by name and seed."""
@@ -193,7 +197,7 @@ class _Parts:
         if self.embedding is not None:
             yield "embed", "encode the histories", partial(embed.main, self.embedding)
         if self.making is not None:
-            yield "make_requests", "make requests", partial(make_requests.main, self.making)
+            yield "make_requests", "make requests", partial(_made, self.making)
         else:
             yield (
                 "check_users",
@@ -254,8 +258,7 @@ def _embedding(config: Config, out: str) -> embed.Config:
     )
     found = configuration.read_config(embed.Config, flags)
     assert found is not None
-    rows = replace(found.rows, max_reject_fraction=config.max_reject_fraction)
-    return replace(found, form=config.input_format, rows=rows)
+    return replace(found, form=config.input_format, rows=InputRows(max_reject_fraction=config.max_reject_fraction))
 
 
 def _making(config: Config, out: str, n_bytes: int) -> make_requests.Config:
@@ -287,7 +290,6 @@ def _training(config: Config, out: str, row: Row, seed: int) -> train.Config:
         llm=config.llm,
         encoder=config.encoder if config.store is None else None,
         epochs=config.epochs,
-        limit=config.train_rows,
         seed=seed,
     )
     found = configuration.read_config(train.Config, flags)
@@ -298,7 +300,7 @@ def _training(config: Config, out: str, row: Row, seed: int) -> train.Config:
         plug_options=row.plug(found.plug_options),
         retrieval=config.retrieval if row.texts else RetrievalOptions(),
         past_texts=PastTexts(texts=config.histories, columns=config.columns) if row.texts else PastTexts(),
-        rows=replace(found.rows, max_reject_fraction=config.max_reject_fraction),
+        rows=InputRows(limit=config.train_rows, max_reject_fraction=config.max_reject_fraction),
         form=config.request_form,
     )
 

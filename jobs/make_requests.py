@@ -190,7 +190,8 @@ def _titled(table: "pa.Table", text: str, title: str) -> "pa.Table":
     titles = column(table, title)
     titles = titles.cast(pa.large_string()) if _is_text(titles.type) else pa.nulls(len(titles), pa.large_string())
     one_line = pc.replace_substring(pc.fill_null(titles, ""), "\n", " ")
-    texts = pc.binary_join_element_wise(one_line, column(table, text).cast(pa.large_string()), "\n")
+    line_end = pa.scalar("\n", pa.large_string())
+    texts = pc.binary_join_element_wise(one_line, column(table, text).cast(pa.large_string()), line_end)
     return table.set_column(table.column_names.index(text), text, texts)
 
 

@@ -186,6 +186,17 @@ def _in_words(one: Estimate | None) -> str:
     return f"; about {one.steps:,} steps, at most {one.tokens:,} tokens{seconds}"
 
 
+def checked_requests(made: Summary) -> Summary:
+    """The summary of jobs.make_requests. Raises `UsageError` if there is nothing to train on or to measure."""
+    n_train, n_held_out = (made.result.get(f"{part}_requests", 0) for part in ("train", "held_out"))
+    if not n_train or not n_held_out:
+        raise UsageError(
+            f"--histories: give {n_train:,} requests to train on and {n_held_out:,} to measure, but both are needed; "
+            "take more users, a lower --min-history, or another --held-out (in a new --out)"
+        )
+    return made
+
+
 def check_users(train: Requests, test: Requests) -> Summary:
     """Raises `UsageError` if a measured user is trained on; holds the users of `test`."""
     if n_shared := _n_shared_users(train, test):
