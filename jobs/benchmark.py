@@ -331,16 +331,12 @@ def _compared(config: Config, parts: _Parts, seconds: float) -> Summary:
     }
     for name, data in files.items():
         storage.write_bytes(storage.join(parts.out, name), data)
-    table = [
-        *compare.table(found),
-        *(
-            (check["question"], f"{check['sentence']} {check['advice']}".strip())
-            for check in found["verdict"]["checks"]
-        ),
-        *(("note", note) for note in (*found["verdict"]["notes"], *found["warnings"])),
-        ("verdict", found["verdict"]["conclusion"]),
-        ("page", storage.join(parts.out, "comparison.html")),
-    ]
+    print("── verdict")
+    for check in found["verdict"]["checks"]:
+        print(f"    {check['question']}\n        {check['sentence']} {check['advice']}".rstrip())
+    for text in (found["verdict"]["conclusion"], *found["verdict"]["notes"], *found["warnings"]):
+        print(f"    {text}", flush=True)
+    table = [*compare.table(found), ("page", storage.join(parts.out, "comparison.html"))]
     result = {"job": "benchmark", "out": parts.out, "seconds": round(seconds, 1), **found}
     return Summary(table=table, result=result)
 

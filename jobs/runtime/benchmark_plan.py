@@ -164,7 +164,8 @@ def plan(
     }
     table = [("would", f"compare {len(trainings)} plugs in {out}")]
     for name, (what, result) in steps.items():
-        table.append((name, f"{'to do' if result is None else 'done'}: {what}{_in_words(estimates.get(name))}"))
+        state = f"done: {what}" if result is not None else f"to do: {what}{_in_words(estimates.get(name))}"
+        table.append((name, state))
     found = {
         "job": "benchmark",
         "dry_run": True,

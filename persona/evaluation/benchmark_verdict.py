@@ -4,7 +4,7 @@ Rests on what `many_runs.compare` found for four plugs of equal steps: `plug` an
 history), and both with recent texts in front of each prompt.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -38,6 +38,11 @@ _ADVICE = {
         "Use texts or the persona, not both; or train longer, as a plug learns to read the texts first. Long texts "
         "(--retrieve-tokens) already say much of what a persona could."
     ),
+}
+
+_AHEAD_OF_TEXTS = {
+    "texts": "can replace recent texts in the prompt",
+    "added": "adds to recent texts in the prompt",
 }
 
 
@@ -129,13 +134,11 @@ def _check(name: str, saved: Mapping[str, float], n_users: int) -> Check:
 
 def _users_needed(saved: Mapping[str, float], n_users: int) -> str:
     """How many users would show a difference of this size: an interval shrinks with the root of their number."""
-    half = (saved["high"] - saved["low"]) / 2
-    times = (half / abs(saved["mean"])) ** 2 if saved["mean"] else float("inf")
+    half = saved["mean"] - saved["low"] if saved["mean"] > 0 else saved["high"] - saved["mean"]
+    times = (half / saved["mean"]) ** 2 if saved["mean"] else float("inf")
     if times > _FEASIBLE:
         return "A difference as small as this does not matter."
-    return (
-        f"If the difference is real, about {round(times * n_users, -1) or n_users:,.0f} held-out users would show it."
-    )
+    return f"If the difference is real, about {float(f'{times * n_users:.2g}'):,.0f} held-out users would show it."
 
 
 def _conclusion(results: Mapping[str, Result]) -> str:
@@ -143,12 +146,6 @@ def _conclusion(results: Mapping[str, Result]) -> str:
         return "These requests do not show that a user's own history helps."
     if results["tuning"] != "ahead":
         return "The history is read, but the plug as a whole is not shown to be worth more than prompt tuning."
-    if "texts" not in results:
-        return "The persona is worth more than the same training without histories."
-    ahead = _listed([name for name in ("texts", "added") if results[name] == "ahead"])
-    return f"The persona is worth more than the same training without histories{ahead}."
-
-
-def _listed(ahead: Sequence[str]) -> str:
-    words = {"texts": "more than recent texts in the prompt", "added": "adds to recent texts in the prompt"}
-    return "".join(f", and {words[name]}" for name in ahead)
+    ahead = ["is worth more than the same training without histories"]
+    ahead += [words for name, words in _AHEAD_OF_TEXTS.items() if results.get(name) == "ahead"]
+    return f"The persona {', '.join(ahead[:-1])}{' and ' if ahead[:-1] else ''}{ahead[-1]}."
