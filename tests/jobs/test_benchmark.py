@@ -11,12 +11,11 @@ from jobs import benchmark, evaluate
 from persona.storage import exists, list_files, read_bytes
 from tests.jobs.conftest import TRAINING, Job, behaviors, requests, write
 
-ROWS = [
-    *(f"plug/{persona}" for persona in ("own", "none", "other", "bare")),
-    "tuning/none",
-    *(f"plug-texts/{persona}" for persona in ("own", "none", "other", "bare")),
-    "tuning-texts/none",
-]
+KINDS = ("own", "none", "other", "bare")
+ROWS = {
+    0: [*(f"plug/{kind}" for kind in KINDS), "tuning/none"],
+    1: [*(f"plug-texts/{kind}" for kind in KINDS), "tuning-texts/none"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +32,16 @@ def recipe(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def flags(out: str, recipe: str, histories: str, **changes: Any) -> dict[str, Any]:
     given: dict[str, Any] = {"histories": histories, "out": out, "recipe": recipe, "held_out": 0.3, "min_history": 1}
-    return {**given, "max_a_user": 2, "retrieve": 1, "retrieve_tokens": 8, **changes}
+    return {**given, "max_a_user": 2, **changes}
 
 
+@pytest.mark.parametrize("retrieve", [0, pytest.param(1, marks=pytest.mark.soak)], ids=["without texts", "with texts"])
 def test_the_whole_table_and_its_verdict_after_a_run_that_was_cut_off(
-    do: Job, s3: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+    do: Job, s3: str, recipe: str, monkeypatch: pytest.MonkeyPatch, retrieve: int
 ) -> None:
     histories = write(f"{s3}/histories.jsonl", behaviors(n_users=12, n_each=4))
     out = f"{s3}/benchmark"
-    run = flags(out, recipe, histories)
+    run = flags(out, recipe, histories, **({"retrieve": 1, "retrieve_tokens": 8} if retrieve else {"retrieve": 0}))
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "main", lambda config: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -61,14 +61,11 @@ def test_the_whole_table_and_its_verdict_after_a_run_that_was_cut_off(
     assert "── train-plug-0: done before" in done.table
     assert {file.uri: file.tag for file in list_files(f"{out}/plugs/plug-0")} == before
     found = json.loads(read_bytes(f"{out}/comparison.json"))
-    assert [f"{row['name']}/{row['persona']}" for row in found["rows"]] == ROWS
-    assert [row["trained_without_history"] for row in found["rows"] if row["persona"] == "none"] == [
-        False,
-        True,
-        False,
-        True,
-    ]
-    assert [check["name"] for check in found["verdict"]["checks"]] == ["other", "tuning", "texts", "added"]
+    assert [f"{row['name']}/{row['persona']}" for row in found["rows"]] == ROWS[0] + (ROWS[1] if retrieve else [])
+    assert {row["name"] for row in found["rows"] if row["trained_without_history"]} <= {"tuning", "tuning-texts"}
+    assert found["against"] == "tuning/none"
+    asked = [check["name"] for check in found["verdict"]["checks"]]
+    assert asked == ["other", "tuning", *(["texts", "added"] if retrieve else [])]
     assert found["verdict"] == done.result["verdict"]
     assert all(row["ranking"] for row in found["rows"] if row["name"] == "plug" and row["persona"] == "own")
     assert found["verdict"]["conclusion"].encode() in read_bytes(f"{out}/comparison.html")

@@ -63,8 +63,8 @@ def test_below_the_control_is_ahead_and_needs_no_advice() -> None:
     assert [check["advice"] for check in one["checks"]] == [""] * 4
     assert one["checks"][1]["sentence"] == "Yes: it saves +0.0900 nats a token [+0.0700, +0.1200]."
     assert one["conclusion"] == (
-        "The persona is worth more than the same training without histories, can replace recent texts in the prompt and "
-        "adds to recent texts in the prompt."
+        "The persona is worth more than the same training without histories, can replace recent texts in the prompt "
+        "and adds to recent texts in the prompt."
     )
     assert judged((0.17, 0.14, 0.21), (-0.09, -0.12, -0.07))["conclusion"].endswith("training without histories.")
     assert "A persona takes 17 positions of the prompt, the texts up to 256." in one["notes"]
