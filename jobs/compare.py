@@ -9,13 +9,16 @@ with their mean and their spread. Needs neither Ray nor a model.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.runtime import cli, log, tracked_results, tracking
 from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import flat_settings
 from persona.errors import InputError, UsageError
 from persona.options import Track
+
+if TYPE_CHECKING:
+    from persona.evaluation.saved_run import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ def main(config: Config) -> Summary:
 
     from persona import storage
     from persona.evaluation.many_runs import compare
-    from persona.evaluation.saved_run import LOSSES, METRICS, Evaluation
+    from persona.evaluation.saved_run import LOSSES, METRICS
     from persona.report.pages import comparison_page
 
     out = storage.check_uri(config.out, flag="--out")
@@ -66,12 +69,7 @@ def main(config: Config) -> Summary:
         for file in (METRICS, LOSSES):
             storage.check_reachable(storage.join(folder, file), flag="--evaluations")
     names = config.names or [folder.rstrip("/").rsplit("/", 1)[-1] for folder in folders]
-    evaluations = [
-        Evaluation.read(
-            name, *(storage.read_bytes(storage.join(folder, file)) for file in (METRICS, LOSSES)), source=folder
-        )
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    evaluations = read_evaluations(folders, names)
     found = {**compare(evaluations, against=config.against, seed=config.seed), "judged": _judged(config)}
     files = {
         "comparison.json": (json.dumps(cli.plain(found), indent=2, allow_nan=False) + "\n").encode(),
@@ -84,7 +82,7 @@ def main(config: Config) -> Summary:
             tracked.results(tracked_results.comparison_numbers(found), files)
     for text in found["warnings"]:
         log.say(f"warning: {text}", level="warning")
-    return Summary(table=_table(found), result={"job": "compare", "out": out, "dry_run": config.dry_run, **found})
+    return Summary(table=table(found), result={"job": "compare", "out": out, "dry_run": config.dry_run, **found})
 
 
 def _judged(config: Config) -> list[dict[str, Any]]:
@@ -107,7 +105,21 @@ def _judged(config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def _table(found: Mapping[str, Any]) -> list[Sequence[str]]:
+def read_evaluations(folders: Sequence[str], names: Sequence[str]) -> "list[Evaluation]":
+    """The evaluations in some folders."""
+    from persona import storage
+    from persona.evaluation.saved_run import LOSSES, METRICS, Evaluation
+
+    return [
+        Evaluation.read(
+            name, *(storage.read_bytes(storage.join(folder, file)) for file in (METRICS, LOSSES)), source=folder
+        )
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def table(found: Mapping[str, Any]) -> list[Sequence[str]]:
+    """The table of a summary: a row for each plug and kind of persona."""
     from persona.report.wording import RANKINGS, rankings_of
 
     scores = list(dict.fromkeys(name for row in found["rows"] for name in row["scores"]))

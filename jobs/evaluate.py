@@ -69,8 +69,8 @@ class Config:
     """Kinds of persona whose loss is measured: own, none, other, mean or bare."""
     persona_strength: tuple[float, ...] = (1.0,)
     """Strengths of own, other and mean personas: 0 is no persona, 1 as trained, more than 1 exaggerates."""
-    metric: Literal["label", "rating", "text"] = "text"
-    """How answers are scored: accuracy and F1, MAE and RMSE, or ROUGE."""
+    metric: Literal["label", "rating", "text", "long_text"] = "text"
+    """How answers are scored: accuracy and F1, MAE and RMSE, ROUGE, or ROUGE and METEOR."""
     task: Literal["LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"] | None = None
     """Score by the official metric of this LaMP task instead of --metric."""
     rejected: str | None = None

@@ -326,10 +326,10 @@ class Metric:
     """How the answers of a task are scored.
 
     `label`: one of `labels`, by accuracy and macro-F1. `rating`: a number from 1 to 5, by MAE and RMSE. `text`: free
-    text, by ROUGE-1 and ROUGE-L.
+    text, by ROUGE-1 and ROUGE-L. `long_text`: the same, and METEOR.
     """
 
-    kind: Literal["label", "rating", "text"]
+    kind: Literal["label", "rating", "text", "long_text"]
     labels: tuple[str, ...] = ()
 
 

@@ -27,6 +27,7 @@ def score(
     answer that is no label equals a blank gold, and no other.
     `rating` gives `mae` and `rmse`. `text` gives `rouge1` and `rougeL`, the median of a bootstrap over requests (LaMP's
     number, here with a seed), and `rouge1_mean` and `rougeL_mean`, the plain means, which depend on no seed.
+    `long_text` adds `meteor_stem`, the mean of METEOR without synonyms.
 
     Raises `InputError` if the ids differ or the metric does not allow a gold.
     """
@@ -36,9 +37,9 @@ def score(
             return {"accuracy": float(rows["accuracy"].mean()), "f1": _macro_f1(metric, predictions, golds)}
         case "rating":
             return {"mae": float(rows["mae"].mean()), "rmse": float(np.sqrt((rows["mae"] ** 2).mean()))}
-        case "text":
+        case "text" | "long_text":
             medians = _bootstrap_median(np.stack([rows["rouge1"], rows["rougeL"]]), seed)
-            means = {f"{name}_mean": float(values_R.mean()) for name, values_R in rows.items()}
+            means = {_mean_name(name): float(values_R.mean()) for name, values_R in rows.items()}
             return {"rouge1": float(medians[0]), "rougeL": float(medians[1])} | means
     assert_never(metric.kind)
 
@@ -46,7 +47,8 @@ def score(
 def score_requests(metric: Metric, predictions: Mapping[str, str], golds: Mapping[str, str]) -> dict[str, Floats]:
     """The score of each request (R,), in the order of sorted ids, for `bootstrap` and `paired_bootstrap`.
 
-    `accuracy` (0 or 1), `mae` (the absolute error), or `rouge1` and `rougeL`. Raises `InputError` as `score` does.
+    `accuracy` (0 or 1), `mae` (the absolute error), or `rouge1`, `rougeL` and `meteor_stem`. Raises
+    `InputError` as `score` does.
     """
     _check_same_ids(predictions, golds)
     pairs = [(predictions[request_id], golds[request_id]) for request_id in sorted(golds)]
@@ -63,6 +65,8 @@ def score_requests(metric: Metric, predictions: Mapping[str, str], golds: Mappin
             return {"mae": np.array([abs(_rating(answer, gold) - gold) for answer, gold in rated])}
         case "text":
             return _rouge(pairs)
+        case "long_text":
+            return _rouge(pairs) | {"meteor_stem": _meteor(pairs)}
     assert_never(metric.kind)
 
 
@@ -82,8 +86,8 @@ def score_intervals(
             squared = bootstrap(rows["mae"] ** 2, users, seed=seed)
             rmse = Interval(**{name: math.sqrt(value) for name, value in asdict(squared).items()})
             return {"mae": bootstrap(rows["mae"], users, seed=seed), "rmse": rmse}
-        case "text":
-            return {f"{name}_mean": bootstrap(values_R, users, seed=seed) for name, values_R in rows.items()}
+        case "text" | "long_text":
+            return {_mean_name(name): bootstrap(values_R, users, seed=seed) for name, values_R in rows.items()}
     assert_never(metric.kind)
 
 
@@ -180,6 +184,33 @@ def _rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, Floats]:
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     scores: list[dict[str, Any]] = [scorer.score(target=gold, prediction=answer) for answer, gold in pairs]
     return {name: np.array([one[name].fmeasure for one in scores]) for name in ("rouge1", "rougeL")}
+
+
+def _mean_name(name: str) -> str:
+    """What the plain mean of a score is called: ROUGE has an official number besides."""
+    return f"{name}_mean" if name.startswith("rouge") else name
+
+
+def _meteor(pairs: Sequence[tuple[str, str]]) -> Floats:
+    """METEOR (R,) of NLTK by exact and stem matches (Banerjee and Lavie, 2005).
+
+    Its third stage, synonyms of WordNet, is left out: it needs data that no package brings along.
+    """
+    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.translate.meteor_score import single_meteor_score
+
+    words = NLTKWordTokenizer().tokenize
+    return np.array([single_meteor_score(words(gold), words(answer), wordnet=_NO_SYNONYMS) for answer, gold in pairs])
+
+
+class _NoSynonyms:
+    """A WordNet without an entry."""
+
+    def synsets(self, _word: str) -> list[Any]:
+        return []
+
+
+_NO_SYNONYMS = _NoSynonyms()
 
 
 def _bootstrap_median(values_KR: Floats, seed: int) -> Floats:

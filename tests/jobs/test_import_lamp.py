@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import import_lamp
 from jobs.import_lamp import Config, main
+from jobs.runtime import importing
 from jobs.runtime.cli import run
 from jobs.runtime.job_options import InputRows
 from persona.errors import InputError, UsageError
@@ -197,7 +197,7 @@ def test_a_second_import_replaces_the_first(root: str) -> None:
     ("questions", "golds", "message"),
     [
         (b'{"task": "LaMP_5", "golds": []}', None, "not a LaMP questions file"),
-        (b"[]", None, "empty list"),
+        (b"[]", None, "is empty"),
         (
             json.dumps([question(1), question(2)]).encode()[:-9],
             None,
@@ -247,7 +247,7 @@ def test_a_missing_file_names_its_flag(tmp_path: Path, flag: str) -> None:
 
 
 def test_row_groups_are_written_as_they_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_lamp, "ROW_GROUP_ROWS", 10)
+    monkeypatch.setattr(importing, "ROW_GROUP_ROWS", 10)
     config = files(str(tmp_path), [question(n) for n in range(20)])
     main(config)
     written = pq.ParquetFile(join(config.out, "histories.parquet")).metadata

@@ -1,13 +1,13 @@
 """`make_requests` on a real Ray: the requests are valid for train, and none sees its own future."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pyarrow.parquet as pq
 import pytest
 
 from jobs import make_requests
-from persona.inputs import requests
+from persona.inputs import derived_requests, requests
 from persona.inputs.reader import read_split
 from persona.inputs.splits import plan_splits
 from persona.storage import list_files
@@ -45,7 +45,48 @@ def test_each_behavior_becomes_the_target_of_a_request_that_sees_the_older_ones(
     assert {entry.uri: entry.size_bytes for entry in list_files(f"{s3}/requests")} == before
 
 
-@pytest.mark.parametrize("flags", [{"max_a_user": 0}, {"opening_words": -1}, {"ask": " "}])
+def test_held_out_users_get_a_folder_of_their_own_and_share_no_text_with_the_others(do: Job, tmp_path: Path) -> None:
+    rows = [{**row, "headline": f"About {row['behavior_id']}\nof many"} for row in behaviors(n_users=20, n_each=4)]
+    histories = write(str(tmp_path / "h.jsonl"), rows)
+    out = str(tmp_path / "requests")
+    done = do(make_requests, histories=histories, out=out, task="which", held_out=0.3, min_history=1, buckets=1)
+    assert done.code == 0
+    parts = {part: pq.read_table(f"{out}/{part}").to_pylist() for part in ("train", "held_out")}
+    assert {name: done.result[f"{name}_requests"] for name in parts} == {
+        name: len(rows) for name, rows in parts.items()
+    }
+    users = {part: {row["user_id"] for row in rows} for part, rows in parts.items()}
+    assert users["train"] and users["held_out"] and not users["train"] & users["held_out"]
+    author = {" ".join(row["text"].split()): row["user_id"] for row in rows}
+    for part, found in parts.items():
+        for row in found:
+            assert {author[line.split(": ", 1)[1]] for line in row["query"].splitlines()} <= users[part]
+    titled = do(make_requests, histories=histories, out=f"{out}-titled", task="titled", title="headline", min_history=1)
+    (one, *_) = read(f"{out}-titled")
+    assert (titled.code, one["query"].endswith(" of many"), one["target"] in author) == (0, True, True)
+
+
+def test_a_title_column_that_is_not_there_is_refused(refuse: Job, tmp_path: Path) -> None:
+    histories = write(str(tmp_path / "h.jsonl"), behaviors())
+    done = refuse(make_requests, histories=histories, out=str(tmp_path / "out"), task="titled", title="headline")
+    assert (done.code, "--title headline" in done.said, "behavior_id (" in done.said) == (2, True, True)
+
+
+def test_the_flag_has_every_task() -> None:
+    assert get_args(get_type_hints(make_requests.Config)["task"]) == get_args(derived_requests.Task)
+
+
+WRONG: list[dict[str, Any]] = [
+    {"max_a_user": 0},
+    {"opening_words": -1},
+    {"ask": " "},
+    {"held_out": 1.0},
+    {"title": "headline"},
+    {"candidates": 3},
+]
+
+
+@pytest.mark.parametrize("flags", WRONG)
 def test_invalid_values_are_refused(refuse: Job, tmp_path: Path, flags: dict[str, Any]) -> None:
     histories = write(str(tmp_path / "h.jsonl"), behaviors())
     done = refuse(make_requests, histories=histories, out=str(tmp_path / "out"), **flags)

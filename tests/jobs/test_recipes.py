@@ -10,11 +10,12 @@ import torch
 import yaml
 from transformers import BertConfig
 
-from jobs import embed, evaluate, generate, import_lamp, pair, style, train
+from jobs import embed, evaluate, generate, import_lamp, import_longlamp, pair, style, train
 from jobs.runtime import catalog
 from jobs.runtime.configuration import read_config
 from jobs.runtime.job_options import flat_settings
 from persona.errors import UsageError
+from persona.inputs import longlamp
 from persona.inputs.lamp import TASKS
 from persona.models.resolve import ModelFolder
 from persona.plug import folder as plug_folder
@@ -24,6 +25,7 @@ FOLDER = Path(train.__file__).parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
 PLACES = {
     import_lamp: ["--questions", "q", "--out", "o"],
+    import_longlamp: ["--questions", "q", "--split", "val", "--out", "o"],
     embed: ["--histories", "h", "--store", "s"],
     train: ["--requests", "r", "--store", "s", "--plug", "p", "--run", "n", "--runs", "k"],
     generate: ["--requests", "r", "--store", "s", "--plug", "p"],
@@ -45,6 +47,7 @@ def read(job: ModuleType, recipe: Path, *flags: str) -> Any:
 
 def test_every_task_and_the_acl_set_have_both_recipes() -> None:
     folders = [f"lamp_{task.removeprefix('LaMP_')}" for task in TASKS] + ["acl_next_title", "acl_which"]
+    folders += [f"longlamp_{task}" for task in longlamp.TASKS]
     assert {name(recipe) for recipe in RECIPES} == {
         OF_STYLE,
         *(f"{folder}/{how}" for folder in folders for how in ("paper", "best")),
@@ -57,7 +60,8 @@ def test_every_job_accepts_its_section_of_every_recipe(job: ModuleType, recipe: 
     section = job.__name__.removeprefix("jobs.")
     written = yaml.safe_load(recipe.read_text())
     if section not in written:
-        assert section in (["import_lamp"] if recipe.parent.name[:3] == "acl" else []) + ["style", "pair"]
+        importers = {"import_lamp": "lamp_", "import_longlamp": "longlamp_"}
+        assert section in ("style", "pair") or not recipe.parent.name.startswith(importers[section])
         return
     settings = flat_settings(read(job, recipe))
     for key, value in written[section].items():
@@ -107,6 +111,9 @@ def test_a_recipe_names_one_task_and_scores_what_it_generates(recipe: Path) -> N
     if recipe.parent.name.startswith("lamp"):
         task = f"LaMP_{recipe.parent.name[-1]}"
         assert (read(import_lamp, recipe).task, scores.task) == (task, task)
+    if recipe.parent.name.startswith("longlamp"):
+        assert read(import_longlamp, recipe).task == recipe.parent.name.removeprefix("longlamp_")
+        assert (scores.metric, answers.decoding.max_new_tokens) == ("long_text", read(train, recipe).max_target_tokens)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)

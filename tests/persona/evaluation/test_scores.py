@@ -232,3 +232,25 @@ def test_the_interval_of_f1_is_over_users() -> None:
     # With u alone F1 is 1, with v alone 0, with both: [1] has 1 hit in 2 answers and 1 gold, [2] none.
     interval = score_intervals(CITATION, by_id("[1]", "[1]"), by_id("[1]", "[2]"), ["u", "v"])["f1"]
     assert (interval.low, interval.mean, interval.high) == pytest.approx((0, (2 / 3) / 2, 1 / 2))
+
+
+LONG = Metric(kind="long_text")
+
+
+def test_meteor_counts_exact_and_stem_matches_and_no_synonyms() -> None:
+    gold = "the parser reads sentences"
+    # All four words match in one chunk, the last two by their stem: precision = recall = 1, penalty 0.5 · (1/4)³.
+    same = score(LONG, by_id("the parser reading sentence"), by_id(gold))["meteor_stem"]
+    assert same == pytest.approx(1 - 0.5 * (1 / 4) ** 3)
+    # Three of four words match, in one chunk; "words" would match "sentences" neither by form nor by stem.
+    part = score(LONG, by_id("the parser reads words"), by_id(gold))["meteor_stem"]
+    assert part == pytest.approx(3 / 4 * (1 - 0.5 * (1 / 3) ** 3))
+    assert score(LONG, by_id("", "?"), by_id(gold, gold))["meteor_stem"] == 0
+
+
+def test_a_long_text_has_rouge_as_well_and_an_interval_of_meteor() -> None:
+    answers, golds = by_id("a b c", "x y"), by_id("a b d", "x y")
+    assert score(LONG, answers, golds).items() > score(TEXT, answers, golds).items()
+    intervals = score_intervals(LONG, answers, golds, ["u", "v"])
+    assert set(intervals) == {"rouge1_mean", "rougeL_mean", "meteor_stem"}
+    assert "meteor_stem" not in score(TEXT, answers, golds)
