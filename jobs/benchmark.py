@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -21,6 +21,7 @@ from jobs.runtime.cli import Summary
 from jobs.runtime.job_options import FLAT, InputFormat, InputRows, PastTexts, RequestFormat, flat_settings
 from jobs.runtime.steps import StepFailed, Steps
 from persona.errors import UsageError
+from persona.front_texts import FrontTexts
 from persona.option_checks import check_at_least
 from persona.options import CostOptions, PersonaKind, RetrievalOptions, Retriever
 
@@ -227,7 +228,7 @@ class _Parts:
             personas=tuple(PersonaKind(persona) for persona in row.personas),
             losses_only=True,
             rejected="rejected" if self._is_paired() else None,
-            retrieval=training.retrieval,
+            front=FrontTexts(**asdict(training.retrieval)),
             past_texts=training.past_texts,
             rows=InputRows(limit=config.test_rows, max_reject_fraction=config.max_reject_fraction),
             form=config.request_form,
