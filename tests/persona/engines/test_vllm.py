@@ -1,5 +1,7 @@
 """What the engine `vllm` refuses before any work begins; tests/vllm tests it with vLLM itself."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -56,3 +58,15 @@ def test_options_are_checked():
         replace(OPTIONS, tensor_parallel=0)
     with pytest.raises(UsageError, match="--gpu-memory-utilization 1.5: must be above 0 and at most 1"):
         replace(OPTIONS, gpu_memory_utilization=1.5)
+
+
+def test_the_sockets_of_vllm_are_in_a_folder_that_goes_with_the_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    code = (
+        "import os; from persona.engines import vllm; vllm._prepare_environment(); vllm._prepare_environment()\n"
+        "folder = os.environ['VLLM_RPC_BASE_PATH']; open(folder + '/socket', 'w').close(); print(folder)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path}/vllm-")
+    assert not list(tmp_path.glob("vllm-*"))
