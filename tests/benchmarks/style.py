@@ -44,8 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--acl", type=Path, required=True, help="folder with histories.parquet and the requests")
     parser.add_argument("--out", type=Path, required=True, help="folder for the store, plugs and results")
-    parser.add_argument("--train-requests", type=int, default=640, help="training requests, each in one style")
-    parser.add_argument("--dev-requests", type=int, default=80, help="requests to judge with")
+    parser.add_argument("--train-requests", type=int, default=560, help="training requests, each in one style")
+    parser.add_argument("--dev-requests", type=int, default=64, help="requests to judge with")
     parser.add_argument("--batch", type=int, default=8, help="requests per optimizer step")
     parser.add_argument("--persona-tokens", type=int, default=4, help="soft tokens of the persona")
     parser.add_argument("--strengths", type=float, nargs="+", default=(0, 0.5, 1, 2), help="α; 0 and 1 are needed")
@@ -126,7 +126,7 @@ class Run:
             "system", pa.nulls(plain.num_rows, pa.large_string())
         )
         pq.write_table(plain, self.folder / "dev-plain.parquet")
-        styled = _one_style_each(with_styles(plain, read_styles(str(styles), flag="--styles"), place="before"))
+        styled = _one_style_each(with_styles(plain, read_styles(str(styles), flag="--styles"), place="after"))
         rejected = dict(zip(plain["request_id"].to_pylist(), plain["rejected"].to_pylist(), strict=True))
         of_styled = [rejected[one.rpartition("/")[0]] for one in styled["request_id"].to_pylist()]
         styled = styled.append_column("rejected", pa.array(of_styled, pa.large_string()))
@@ -159,7 +159,7 @@ class Run:
         steps = self.arguments.train_requests // batch
         self._job(
             "train",
-            *("--config", "jobs/recipes/acl_next_title/best.yaml", "--persona-tokens", self.arguments.persona_tokens),
+            *("--config", "jobs/recipes/acl_style/nll.yaml", "--persona-tokens", self.arguments.persona_tokens),
             *("--requests", self.styled if name == "start" else self.paired, *inputs, *loss, *more),
             *("--epochs", 1, "--global-batch", batch, "--micro-batch", batch, "--seed", seed),
             *("--validate-every", steps, "--validation-rows", 32, "--select", "last"),

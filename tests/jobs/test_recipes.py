@@ -49,7 +49,7 @@ def test_every_task_and_the_acl_set_have_both_recipes() -> None:
     folders = [f"lamp_{task.removeprefix('LaMP_')}" for task in TASKS] + ["acl_next_title", "acl_which"]
     folders += [f"longlamp_{task}" for task in longlamp.TASKS]
     assert {name(recipe) for recipe in RECIPES} == {
-        OF_STYLE,
+        *(f"acl_style/{how}" for how in ("nll", "preference")),
         *(f"{folder}/{how}" for folder in folders for how in ("paper", "best")),
     }
 
@@ -68,10 +68,14 @@ def test_every_job_accepts_its_section_of_every_recipe(job: ModuleType, recipe: 
         assert settings[key] == (tuple(value) if isinstance(value, list) else value)
 
 
-def test_the_recipe_for_styles_is_that_of_titles_with_a_preference() -> None:
-    titles, styles = (read(train, FOLDER / f"{one}.yaml") for one in ("acl_next_title/best", OF_STYLE))
-    assert styles.plug_options == titles.plug_options
-    assert replace(styles.training, preference=0.0, nll_weight=1.0) == titles.training
+def test_the_recipes_for_styles_are_that_of_titles_and_differ_in_the_preference_alone() -> None:
+    titles, nll, styles = (
+        read(train, FOLDER / f"{one}.yaml") for one in ("acl_next_title/best", "acl_style/nll", OF_STYLE)
+    )
+    assert nll.plug_options == titles.plug_options
+    assert nll.training == titles.training
+    assert replace(styles.training, preference=0.0, nll_weight=1.0) == nll.training
+    assert replace(styles, training=nll.training, preferences=nll.preferences) == nll
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -139,7 +143,9 @@ def test_a_recipe_states_how_many_parameters_it_trains(recipe: Path, tmp_path: P
             query_encoder=query_encoder,
             query_head=query_head,
             width=768,
-            llm_width={"google/flan-t5-xxl": 4096, "HuggingFaceTB/SmolLM2-135M": 576}[config.llm],
+            llm_width={"google/flan-t5-xxl": 4096, "HuggingFaceTB/SmolLM2-135M": 576}[
+                config.llm.removesuffix("-Instruct")
+            ],
             token_norm=1.0,
             scale=1.0,
         )
