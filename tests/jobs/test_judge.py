@@ -270,6 +270,28 @@ def _n_replies(store: str) -> int:
         return -1
 
 
+@pytest.mark.parametrize(("status", "code", "said"), [(401, 2, "check OPENAI_API_KEY"), (503, 1, "does not reply")])
+def test_an_endpoint_that_denies_or_fails_ends_the_job_and_what_was_paid_is_kept(
+    do: Job, local: dict[str, Any], monkeypatch: pytest.MonkeyPatch, status: int, code: int, said: str
+) -> None:
+    with ChatServer(fair) as server:
+        point_to(server, monkeypatch)
+
+        def failing(body: Row) -> str:
+            if server.n_calls >= 20:
+                server.faults = [Fault(status=status, text=f"no, {KEY}")] * 10_000
+            return fair(body)
+
+        server.rule = failing
+        done = do(judge, **local, chat_concurrency=2, chat_retry_s=0.1)
+        assert (done.code, said in done.said) == (code, True)
+        assert KEY not in done.said
+        n_paid = server.n_calls
+        assert len(table(local["store"], "completions")) == n_paid
+        server.rule, server.faults = fair, []
+        assert do(judge, **local).result["calls"] == 4 * N_ANSWERS - n_paid
+
+
 def test_forget_removes_a_user_from_judgements_and_replies(
     do: Job, local: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
