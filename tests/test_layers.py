@@ -188,7 +188,7 @@ def test_help_loads_nothing_heavy_and_takes_little_more_time_than_drawing_it(job
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_module_is_named_and_described_by_its_subject(module: str):
-    if module not in ("persona.engines.base", "persona.chat.base"):  # the interfaces of an engine and a chat model
+    if module not in ("persona.engines.base", "persona.chat.base"):  # interfaces of engines and of chat models
         assert module.rpartition(".")[2].strip("_") not in NAMES_THAT_SAY_NOTHING
     if module not in PACKAGES:
         assert ast.get_docstring(ast.parse(SOURCES[module])), "the first line says what the module is about"

@@ -77,9 +77,19 @@ def fair(body: Row) -> str:
 @pytest.fixture
 def made(root: str) -> dict[str, Any]:
     """Flags for a store with two variants of answers: one in character, one that fits anybody."""
+    return flags_for(root)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> dict[str, Any]:
+    """The same, on disk only."""
+    return flags_for(str(tmp_path))
+
+
+def flags_for(root: str) -> dict[str, Any]:
     store = Store.create(join(root, "store"), IDENTITY, 4)
     answer(store, "own", lambda row: f"as a {row['user_id']} I say {row['task']}")
-    answer(store, "bare", lambda row: f"well, {row['task']}")
+    answer(store, "bare", lambda row: f"well, {row['request_id']}")
     return {
         "requests": write(join(root, "asked.jsonl"), asked()),
         "store": store.uri,
@@ -88,14 +98,6 @@ def made(root: str) -> dict[str, Any]:
         "chat_price_in": 1000.0,
         "chat_price_out": 2000.0,
     }
-
-
-@pytest.fixture
-def local(made: dict[str, Any], root: str) -> dict[str, Any]:
-    """The same, on disk only."""
-    if root.startswith("s3"):
-        pytest.skip("once is enough")
-    return made
 
 
 def point_to(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def test_a_changed_answer_is_judged_again_and_a_second_judge_is_added(
         answer(Store.open(local["store"]), "own", lambda row: "silence", "edited", asked()[:1])
         found = do(judge, **local).result
         assert (found["judged"], found["stale"], found["calls"]) == (2, 2, 2)
-        other = do(judge, **{**local, "chat_model": "weak"}, swap=False).result
+        other = do(judge, **{**local, "chat_model": "weak"}, no_swap=True).result
     assert len(table(local["store"], "judgements")) == 4 * N_ANSWERS + 2 * N_ANSWERS
     assert other["judges"] == ["http/strong", "http/weak"]
     weak = next(row for row in other["scores"] if (row["judge"], row["variant"]) == ("http/weak", "own"))
@@ -219,7 +221,7 @@ def test_a_changed_answer_is_judged_again_and_a_second_judge_is_added(
     ]
 
 
-def test_a_killed_run_repeats_no_call(local: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_killed_run_repeats_no_call(do: Job, local: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in local.items()]
     command = [sys.executable, "-m", "jobs.judge", *flags, "--chat-concurrency", "4"]
     with ChatServer(fair) as server:
@@ -252,9 +254,8 @@ def test_a_killed_run_repeats_no_call(local: dict[str, Any], monkeypatch: pytest
         server.rule = fair
         server.faults = []
         server.hold.set()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
-        assert done.returncode == 0, done.stderr
-        result = json.loads(done.stdout.splitlines()[-1])
+        point_to(server, monkeypatch)
+        result = do(judge, **local).result
         assert result["reused_replies"] == n_before
         assert result["calls"] == 4 * N_ANSWERS - n_before
         # The few that waited for a reply at the kill came twice, and were answered to nobody the first time.
@@ -267,6 +268,28 @@ def _n_replies(store: str) -> int:
         return len(table(store, "completions"))
     except Exception:  # noqa: BLE001 - not there yet
         return -1
+
+
+@pytest.mark.parametrize(("status", "code", "said"), [(401, 2, "check OPENAI_API_KEY"), (503, 1, "does not reply")])
+def test_an_endpoint_that_denies_or_fails_ends_the_job_and_what_was_paid_is_kept(
+    do: Job, local: dict[str, Any], monkeypatch: pytest.MonkeyPatch, status: int, code: int, said: str
+) -> None:
+    with ChatServer(fair) as server:
+        point_to(server, monkeypatch)
+
+        def failing(body: Row) -> str:
+            if server.n_calls >= 20:
+                server.faults = [Fault(status=status, text=f"no, {KEY}")] * 10_000
+            return fair(body)
+
+        server.rule = failing
+        done = do(judge, **local, chat_concurrency=2, chat_retry_s=0.1)
+        assert (done.code, said in done.said) == (code, True)
+        assert KEY not in done.said
+        n_paid = server.n_calls
+        assert len(table(local["store"], "completions")) == n_paid
+        server.rule, server.faults = fair, []
+        assert do(judge, **local).result["calls"] == 4 * N_ANSWERS - n_paid
 
 
 def test_forget_removes_a_user_from_judgements_and_replies(

@@ -42,7 +42,7 @@ class Notes:
 def store(tmp_path: Any) -> Store:
     store = Store.create(str(tmp_path / "store"), IDENTITY, 4)
     answer(store, "own", lambda row: f"as a {row['user_id']} I say {row['task']}")
-    answer(store, "bare", lambda row: f"well, {row['task']}")
+    answer(store, "bare", lambda row: f"well, {row['request_id']}")
     return store
 
 
