@@ -8,15 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
-from persona.chat.base import ChatPrompt, ChatReply
+import pytest
+
+from persona.chat.base import ChatPrompt, ChatReply, Message, open_chat
+from persona.chat.cache import CachedChat, Completion
+from persona.chat.options import ChatOptions
+from persona.errors import UsageError
 from persona.evaluation.intervals import bootstrap
 from persona.profiling.options import ProfileOptions
 from persona.profiling.pairs import Pair, Split, sizes, split
 from persona.profiling.profile import Profile
 from persona.profiling.questions import Question
-from persona.profiling.rounds import together
+from persona.profiling.rounds import Rounds, together
 from persona.profiling.search import max_calls, search
+from tests.chat_server import ChatServer, Fault
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 OPTIONS = ProfileOptions(candidates=3, holdout=0.4, max_pairs=40)
@@ -158,6 +165,40 @@ def test_an_unusable_description_leaves_the_demonstrations() -> None:
     assert (profile.text, profile.n_unusable) == ("", 1)
     assert profile.demonstrations
     assert profile.held_out_score == 1.0
+
+
+def test_a_search_that_breaks_off_pays_for_no_reply_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(body: dict[str, Any]) -> str:
+        message = Message("user", body["messages"][-1]["content"])
+        is_description = "Which of these" not in message.content
+        return Reasoner().reply(ChatPrompt((message,), schema="description" if is_description else "")).text
+
+    kept: dict[str, Completion] = {}
+    with ChatServer(rule, faults=[*[Fault()] * 25, *[Fault(status=401)] * 100]) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+
+        def opened() -> CachedChat:
+            model = open_chat(ChatOptions(chat_model="big", chat_concurrency=4))
+            known = lambda keys, _: {key: kept[key] for key in keys if key in kept}  # noqa: E731
+            return CachedChat(model, known, lambda one: kept.__setitem__(one.key, one))
+
+        def searches() -> dict[str, Rounds[Profile]]:
+            return {user: search(user, parts(user, lambda _: False), OPTIONS) for user in ("ann", "bob")}
+
+        with pytest.raises(UsageError, match="OPENAI_API_KEY"):
+            together(searches(), opened().complete)
+        paid = server.n_calls, server.prompt_tokens, server.answer_tokens
+        assert 25 <= paid[0] <= 29
+        server.faults.clear()
+        chat = opened()
+        found = together(searches(), chat.complete)
+        spent = chat.usage.calls, chat.usage.prompt_tokens, chat.usage.answer_tokens
+        assert set(server.calls.values()) == {1}
+        assert server.n_calls == paid[0] + spent[0] == len(kept)
+        assert (server.prompt_tokens, server.answer_tokens) == (paid[1] + spent[1], paid[2] + spent[2])
+    assert [found[user].text for user in ("ann", "bob")] == ["Always wants coffee."] * 2
+    assert [found[user].held_out_score for user in ("ann", "bob")] == [1.0, 1.0]
 
 
 def test_nobody_can_close_the_tags_around_a_text() -> None:
