@@ -104,8 +104,10 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Job:
         code = run(job.Config, job.main, arguments(**flags))
         out, said = capsys.readouterr()
         # Of a process that has died Ray speaks up in between, or afterwards.
-        *table, last = [line for line in out.splitlines() if "(raylet)" not in line] or [""]
-        return Done(code=code, result=json.loads(last) if last else None, table="\n".join(table), said=said)
+        table = [line for line in out.splitlines() if "(raylet)" not in line]
+        # A job that fails has no result, but may have said what it was doing.
+        result = json.loads(table.pop()) if table and table[-1].startswith("{") else None
+        return Done(code=code, result=result, table="\n".join(table), said=said)
 
     return call
 
