@@ -21,6 +21,7 @@ from jobs.runtime import (
     locating_results as results,
     locating_work as work,
     plugs,
+    reading,
     session,
 )
 from jobs.runtime.cli import Summary
@@ -133,7 +134,7 @@ def main(config: Config) -> Summary:
     if config.dry_run:
         return _plan(config, source, todo)
     if (found := results.finished(out, todo.fingerprint)) is not None:
-        return _summary(found, out, already=True)
+        return _summary(config, found, out, already=True)
     machines = session.connect()
     pool = ModelPool.plan(machines, config.pool)
     tally = Tally.start()
@@ -154,11 +155,11 @@ def main(config: Config) -> Summary:
     counts = tally.totals()
     about |= {"computed": int(counts.get("states", {}).get("rows", 0)), "rejects": read.total.rejects}
     about |= {"repeated_ids": int(counts.get("join", {}).get("repeated", 0))}
-    about["exit_code"] = read.exit_code(config.rows.max_reject_fraction)
+    about["rows_read"] = read.total.rows
     about["seconds"] = round(time.perf_counter() - started, 1)
     found = results.write(out, complete.analysis, about, width=complete.width)
     work.clean(todo, keep_states=config.keep_states)
-    summary = _summary(found, out, rejects=read.reject_rows())
+    summary = _summary(config, found, out, rejects=read.reject_rows())
     return cost.spent(summary, config.cost, machines, n_gpus=pool.all_gpus, seconds=about["seconds"])
 
 
@@ -283,13 +284,20 @@ def _stage_of(counts: Counts) -> Stage | None:
 
 
 def _summary(
-    found: dict[str, Any], out: str, *, already: bool = False, rejects: "Sequence[tuple[str, str]]" = ()
+    config: Config,
+    found: dict[str, Any],
+    out: str,
+    *,
+    already: bool = False,
+    rejects: "Sequence[tuple[str, str]]" = (),
 ) -> Summary:
     rows = [*results.table(found, out), *rejects]
     if already:
         rows = [("done before", "the inputs and settings are those of the results"), *rows]
     result = {**results.printed(found), "already_done": already}
-    return Summary(table=rows, result=result, exit_code=found["exit_code"])
+    fraction = reading.reject_fraction(rejects=found["rejects"], rows=found["rows_read"])
+    exit_code = reading.exit_code_of(fraction, config.rows.max_reject_fraction)
+    return Summary(table=rows, result=result, exit_code=exit_code)
 
 
 if __name__ == "__main__":
