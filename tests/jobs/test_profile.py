@@ -133,14 +133,14 @@ def test_a_profile_is_put_in_front_of_later_requests_only_and_can_be_forgotten(
 def reasoner(body: dict[str, Any]) -> str:
     """Chooses what the description says, else what the earlier choices have in common, else tea."""
     text = body["messages"][-1]["content"]
-    about, _, question = text.rpartition("Which of these")
+    about, asks, question = text.rpartition("Which of these")
     blocks = re.findall(
         r"<first>.* of (\w+)</first>\n<second>.* of (\w+)</second>.*?<chosen>(\w+)</chosen>", about, re.S
     )
     words = [first if chosen == "first" else second for first, second, chosen in blocks]
     person = re.search(r"Always wants (\w+)", about)
     wanted = person[1] if person else max(("tea", "coffee"), key=words.count)
-    if not question:
+    if not asks:
         blocks = re.findall(r"<chosen>(\w+)</chosen>\n<reasoning>wants (\w+)", text)
         return json.dumps({"description": f"Always wants {blocks[0][1]}."})
     first = re.search(r"<first>.* of (\w+)</first>", question)
