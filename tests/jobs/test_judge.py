@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
@@ -250,7 +252,13 @@ def test_a_killed_run_repeats_no_call(do: Job, local: dict[str, Any], monkeypatc
                 time.sleep(0.2)
             assert first.poll() is None
             n_before = server.n_calls
+            # The whole machine dies: an actor that outlived the driver would go on asking.
+            processes = psutil.Process(first.pid).children(recursive=True)
             os.killpg(first.pid, signal.SIGKILL)
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=30)
         server.rule = fair
         server.faults = []
         server.hold.set()
