@@ -225,7 +225,7 @@ class _Parts:
             store=training.store,
             plug=training.plug,
             out=self.evaluations()[training.run],
-            personas=tuple(PersonaKind(persona) for persona in row.personas),
+            persona=tuple(PersonaKind(persona) for persona in row.personas),
             losses_only=True,
             rejected="rejected" if self._is_paired() else None,
             front=FrontTexts(**asdict(training.retrieval)),

@@ -61,11 +61,11 @@ class Config:
     """Folder of the plug made by jobs.train, local or s3://; hf://OWNER/NAME; or `live` (see jobs.plugs)."""
     out: str
     """Folder for metrics.json and report.html, local or s3://."""
-    variants: tuple[str, ...] = ()
-    """Names of the answers to score; default those that jobs.generate writes for --personas."""
+    variant: tuple[str, ...] = ()
+    """Names of the answers to score; default those that jobs.generate writes for --persona."""
     losses_only: bool = False
     """Measure losses only and score no answers."""
-    personas: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
+    persona: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
     """Kinds of persona whose loss is measured: own, none, other, mean or bare."""
     persona_strength: tuple[float, ...] = (1.0,)
     """Strengths of own, other and mean personas: 0 is no persona, 1 as trained, more than 1 exaggerates."""
@@ -95,23 +95,23 @@ class Config:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "batch_size")
         self.past_texts.check_enough_for(self.front)
-        if not self.personas:
-            raise UsageError("--personas: give at least one of own, none, other, mean, bare")
-        strengths.check(self.personas, self.persona_strength)
-        if self.losses_only and self.variants:
-            raise UsageError("--variants names answers to score, and --losses-only scores none; remove one of them")
+        if not self.persona:
+            raise UsageError("--persona: give at least one of own, none, other, mean, bare")
+        strengths.check(self.persona, self.persona_strength)
+        if self.losses_only and self.variant:
+            raise UsageError("--variant names answers to score, and --losses-only scores none; remove one of them")
 
     @property
     def measured(self) -> list[str]:
         """Names of the personas at each strength."""
-        return strengths.names_at(self.personas, self.persona_strength)
+        return strengths.names_at(self.persona, self.persona_strength)
 
     @property
     def scored(self) -> tuple[str, ...]:
         """Names of the answers to be scored."""
         if self.losses_only:
             return ()
-        return self.variants or tuple(self.front.answers_of(persona) for persona in self.measured)
+        return self.variant or tuple(self.front.answers_of(persona) for persona in self.measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ def _requests(
     spec = retrieval.RetrievalSpec.of_plug(inputs.plug, config.front, inputs.histories)
     plan = joining.JoinPlan(
         job="evaluate",
-        personas=config.personas,
+        personas=config.persona,
         strengths=config.persona_strength,
         max_behaviors=inputs.plug.record.max_behaviors,
         needs_target=True,

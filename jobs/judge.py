@@ -44,7 +44,7 @@ class Config:
     """Folder of the tables with the answers of jobs.generate; judgements are written there too."""
     out: str
     """Folder for judged.json and judged.html, local or s3://."""
-    variants: tuple[str, ...] = ()
+    variant: tuple[str, ...] = ()
     """Names of the answers to judge; default all that the store has."""
     swap: bool = True
     """Judge each answer under another persona too; without it there is no swap gap, and so no PersonaScore."""
@@ -62,8 +62,8 @@ class Config:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "block_rows")
-        if len(set(self.variants)) < len(self.variants):
-            raise UsageError(f"--variants {' '.join(self.variants)}: give each at most once")
+        if len(set(self.variant)) < len(self.variant):
+            raise UsageError(f"--variant {' '.join(self.variant)}: give each at most once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +122,9 @@ def _inputs(config: Config) -> _Inputs:
     _check_columns(splits, requests.problem)
     store = Store.open(target)
     known = store.variants()
-    variants = config.variants or tuple(known)
+    variants = config.variant or tuple(known)
     if absent := [variant for variant in variants if variant not in known]:
-        raise InputError(f"--variants {absent[0]}: the store has no such answers; it has {', '.join(known) or 'none'}")
+        raise InputError(f"--variant {absent[0]}: the store has no such answers; it has {', '.join(known) or 'none'}")
     if not variants:
         raise InputError(f"the store {store.label} has no answers to judge; make some with jobs.generate")
     module = chat_module(config.chat.chat)

@@ -57,7 +57,7 @@ class Config:
     """With --requests: folder of the tables made by jobs.embed."""
     plug: str | None = None
     """With --requests: folder of the plug made by jobs.train, hf://OWNER/NAME, or `live` (see jobs.plugs)."""
-    personas: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
+    persona: tuple[PersonaKind, ...] = (PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER)
     """With --requests: the first kind of persona is compared with each of the others."""
     prompt: Annotated[PromptOptions, FLAT] = field(default_factory=PromptOptions)
     max_input_tokens: int = 256
@@ -115,9 +115,9 @@ class Config:
             raise UsageError(f"--requests needs {' and '.join(missing)}")
         if self.prompt != PromptOptions():
             raise UsageError("prompt options go with --statements; requests are written as the plug was trained")
-        if len(self.personas) < 2 or len(set(self.personas)) < len(self.personas):
-            given_kinds = " ".join(self.personas)
-            raise UsageError(f"--personas {given_kinds}: give two or more of own, none, other, mean, bare, each once")
+        if len(self.persona) < 2 or len(set(self.persona)) < len(self.persona):
+            given_kinds = " ".join(self.persona)
+            raise UsageError(f"--persona {given_kinds}: give two or more of own, none, other, mean, bare, each once")
 
 
 def main(config: Config) -> Summary:
@@ -175,7 +175,7 @@ def _source(config: Config) -> StatementInput | RequestInput:
     requests = job_inputs.find_requests(str(config.requests), config.form, flag="--requests", needs_target=False)
     store = Store.open(target)
     plug = plugs.find_plug(store, str(config.plug), config.models, requests)
-    return RequestInput(requests=requests, store=store.snapshot("behaviors"), plug=plug, personas=config.personas)
+    return RequestInput(requests=requests, store=store.snapshot("behaviors"), plug=plug, personas=config.persona)
 
 
 def _statements(config: Config, uri: str) -> StatementInput:

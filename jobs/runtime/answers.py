@@ -118,7 +118,7 @@ class AllAnswered:
                 raise InputError(
                     f"the variant {variant!r} has {self._problem(wrong, plug_of.get(wrong))}, and perhaps for others; "
                     "answer all requests with jobs.generate and this plug, choose the variants to score with "
-                    "--variants, or score none with --losses-only"
+                    "--variant, or score none with --losses-only"
                 )
         return joined
 

@@ -147,7 +147,7 @@ class PreferenceInputs:
     rejected: str | None = None
     """Column of --requests with a worse answer, for --preference; jobs.pair takes it from stored answers."""
     reference: tuple[str, ...] = ()
-    """Folders of jobs.evaluate --personas bare --rejected COLUMN: the losses without the plug, for --preference."""
+    """Folders of jobs.evaluate --persona bare --rejected COLUMN: the losses without the plug, for --preference."""
 
     def check_used_by(self, training: TrainingOptions) -> None:
         """Raises UsageError for a preference without its inputs, and for inputs without a preference."""

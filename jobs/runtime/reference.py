@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from persona.models.resolve import ModelFolder
 
 _FLAG = "--reference"
-_AGAIN = "measure it with jobs.evaluate --personas bare --rejected COLUMN"
+_AGAIN = "measure it with jobs.evaluate --persona bare --rejected COLUMN"
 # The columns of `losses.parquet`, in the order of `requests.REFERENCE`.
 _MEASURED = ("nats", "tokens", "rejected_nats", "rejected_tokens")
 _PROMPT_WITHOUT_SOFT_TOKENS = ("prompt_format", "system", "template_argument", "template_date")

@@ -78,7 +78,7 @@ def judge(proposed: Evaluation, live: Evaluation | None, *, seed: int = 0) -> Ve
     if OTHER not in proposed.losses:
         raise InputError(
             f"{proposed.name}: was evaluated without the persona {OTHER!r}, which shows that it is the user's own "
-            "history that helps; evaluate again with --personas own other"
+            "history that helps; evaluate again with --persona own other"
         )
     own, users = proposed.losses[OWN], proposed.requests["user_id"]
     nats_R, tokens_R = own["nats"].to_numpy(), own["tokens"].to_numpy()
@@ -97,7 +97,7 @@ def judge(proposed: Evaluation, live: Evaluation | None, *, seed: int = 0) -> Ve
 
 def _check_usable(one: Evaluation) -> None:
     if OWN not in one.losses:
-        raise InputError(f"{one.name}: was evaluated without the persona {OWN!r}; evaluate again with --personas own")
+        raise InputError(f"{one.name}: was evaluated without the persona {OWN!r}; evaluate again with --persona own")
     if one.metrics["limited"]:
         raise InputError(f"{one.name}: was evaluated with --limit, so it decides nothing; evaluate again without it")
 

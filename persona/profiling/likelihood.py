@@ -27,7 +27,7 @@ class LikelihoodJudge:
     """A frozen LLM that prefers the likelier answer, with texts in front of the request.
 
     Args:
-        llm: the frozen LLM; it reads requests as `evaluate --personas bare` does.
+        llm: the frozen LLM; it reads requests as `evaluate --persona bare` does.
         front_tokens: tokens of all texts in front of a request, shared equally.
         batch_size: answers per forward pass.
     """

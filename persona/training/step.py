@@ -75,7 +75,7 @@ def _check_reference(rows: Sequence[Row], n_tokens: Sequence[int]) -> None:
             raise InputError(
                 f"--reference: target and rejected text of request {row['request_id']!r} had {measured[0]} and "
                 f"{measured[1]} tokens when they were measured, and have {read[0]} and {read[1]} now; measure them "
-                "again with jobs.evaluate --personas bare"
+                "again with jobs.evaluate --persona bare"
             )
 
 

@@ -121,7 +121,7 @@ class Run:
         plug = self._train(trained, seed)
         inputs = ("--requests", self._requests(self.split), "--store", self.store, "--plug", plug)
         inputs = (*inputs, *self._retrieval_flags(row))
-        flags = ("--personas", *row.personas, "--batch-size", 8, *self.experiment.evaluate)
+        flags = ("--persona", *row.personas, "--batch-size", 8, *self.experiment.evaluate)
         if self.experiment.generate is None:
             flags = (*flags, "--losses-only")
         else:

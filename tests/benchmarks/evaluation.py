@@ -58,7 +58,7 @@ def _repeated(requests: pa.Table, count: int) -> pa.Table:
 def _evaluate(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the losses of all requests with their own persona."""
     flags = {"requests": folder / "requests.parquet", "out": folder / "out", "batch-size": arguments.batch_size}
-    flags |= {"store": arguments.store, "plug": arguments.plug, "personas": "own", "variants": "no-such-variant"}
+    flags |= {"store": arguments.store, "plug": arguments.plug, "persona": "own", "variant": "no-such-variant"}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "jobs.evaluate", *words]
     started = time.perf_counter()

@@ -145,7 +145,7 @@ class Run:
         of_plug = (*inputs, "--plug", plug)
         self._job("generate", *of_plug, "--requests", self.styled, "--persona", "bare", "--batch-size", 32)
         self._job("pair", *inputs, "--requests", self.styled, "--out", self.paired)
-        flags = ("--personas", "bare", "--losses-only", "--batch-size", 16, "--out", self.reference)
+        flags = ("--persona", "bare", "--losses-only", "--batch-size", 16, "--out", self.reference)
         self._job("evaluate", *of_plug, "--requests", self.paired, *flags)
 
     def _train(self, name: str, loss: tuple[object, ...], more: tuple[object, ...] = (), *, seed: int) -> Path:

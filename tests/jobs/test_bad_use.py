@@ -213,7 +213,7 @@ def test_batch_sizes_that_do_not_multiply_out(refused: Any, training: dict[str, 
         (generate, {"persona": ("own", "own")}, "--persona own own: give one or more of own, none, other, mean"),
         (generate, {"persona": ("own", "none"), "variant": "x"}, "--variant names the answers of one persona"),
         (generate, {"limit": 0}, "--limit 0: must be 1 or more"),
-        (evaluate, {"out": "o", "losses_only": True, "variants": ("own",)}, "--losses-only scores none; remove one"),
+        (evaluate, {"out": "o", "losses_only": True, "variant": ("own",)}, "--losses-only scores none; remove one"),
     ],
 )
 def test_values_that_cannot_work(

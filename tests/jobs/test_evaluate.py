@@ -119,7 +119,7 @@ def test_rejected_texts_are_measured_like_targets_and_all_numbers_are_saved(
     rows = [{**row, "worse": row["target"][::-1]} for row in requests(4, 2)]
     write(flags["requests"], rows)
     personas = ("own", "none", "mean")
-    done = do(evaluate, **flags, out=f"{s3}/ranked", personas=personas, rejected="worse")
+    done = do(evaluate, **flags, out=f"{s3}/ranked", persona=personas, rejected="worse")
     assert done.code == 0
     saved = pq.read_table(pa.BufferReader(read_bytes(f"{s3}/ranked/losses.parquet")))
     assert saved.column_names == [
@@ -146,7 +146,7 @@ def test_a_task_is_scored_by_its_official_metric(do: Job, flags: dict[str, Any],
     write(flags["requests"], rows)
     answer(flags, rows, own=lambda row: row["target"], none=lambda row: str(min(int(row["target"]) + 1, 5)))
     out = tmp_path / "out"
-    done = do(evaluate, **flags, out=str(out), task="LaMP_3", personas=("own",), variants=("own", "none"))
+    done = do(evaluate, **flags, out=str(out), task="LaMP_3", persona=("own",), variant=("own", "none"))
     wrong = sum(row["target"] != "5" for row in rows) / len(rows)
     assert done.result["scores"]["own"] == {"mae": 0, "rmse": 0}
     assert done.result["scores"]["none"] == {"mae": pytest.approx(wrong), "rmse": pytest.approx(math.sqrt(wrong))}
@@ -161,13 +161,13 @@ def test_a_task_is_scored_by_its_official_metric(do: Job, flags: dict[str, Any],
 def test_missing_answers_are_refused_and_variants_without_any_are_listed(
     do: Job, flags: dict[str, Any], tmp_path: Path
 ) -> None:
-    flags |= {"out": str(tmp_path / "out"), "personas": ("own",), "variants": ("own", "none", "other")}
+    flags |= {"out": str(tmp_path / "out"), "persona": ("own",), "variant": ("own", "none", "other")}
     answer(flags, requests(4, 1), own=lambda row: "yes")
     refused = do(evaluate, **flags)
     assert refused.code == 2
     assert "the variant 'own' has no answer to 'r" in refused.said
     assert "jobs.generate" in refused.said and "--losses-only" in refused.said
-    without = do(evaluate, **{**flags, "variants": (), "losses_only": True})
+    without = do(evaluate, **{**flags, "variant": (), "losses_only": True})
     assert (without.code, without.result["scores"], without.result["unanswered_variants"]) == (0, {}, [])
     assert without.result["loss"]["own"]["mean"] > 0
     answer(flags, requests(4, 2), own=lambda row: "yes")
@@ -177,7 +177,7 @@ def test_missing_answers_are_refused_and_variants_without_any_are_listed(
 
 
 def test_answers_of_another_plug_are_refused(do: Job, flags: dict[str, Any], tmp_path: Path) -> None:
-    flags |= {"out": str(tmp_path / "out"), "personas": ("own",)}
+    flags |= {"out": str(tmp_path / "out"), "persona": ("own",)}
     answer(flags, requests(4, 2), by="abc", own=lambda row: "yes")
     refused = do(evaluate, **flags)
     mine = plug_record.fingerprint(Path(flags["plug"]))
@@ -200,7 +200,7 @@ def test_answers_that_are_replaced_during_the_run_are_not_scored(
         return measured
 
     monkeypatch.setattr(losses, "measure", replace_answers)
-    done = do(evaluate, **flags, out=str(tmp_path / "out"), personas=("own",), metric="text")
+    done = do(evaluate, **flags, out=str(tmp_path / "out"), persona=("own",), metric="text")
     assert done.result["scores"]["own"]["rouge1"] == 1
     now = Store.open(flags["store"]).version("generations")
     assert before < done.result["settings"]["generations_version"] < now
@@ -214,7 +214,7 @@ def test_the_report_shows_past_texts_and_a_map_of_all_users(
     written[0] = {**written[0], "text": "something else"}
     answer(flags, rows, own=lambda row: "<script>", none=lambda row: "no")
     texts = write(str(tmp_path / "histories.parquet"), written)
-    done = do(evaluate, **flags, out=str(tmp_path / "out"), texts=texts, variants=("own", "none"))
+    done = do(evaluate, **flags, out=str(tmp_path / "out"), texts=texts, variant=("own", "none"))
     assert done.code == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_bytes())
     assert {one["user_id"] for one in metrics["map"]} == {f"user-{user}" for user in range(4)}
@@ -263,7 +263,7 @@ def test_losses_with_retrieved_texts_are_those_of_the_plug_itself(
     rows, written = requests(4, 2), behaviors()
     texts = write(str(tmp_path / "histories.jsonl"), written)
     retrieval = {"texts": texts, "retrieve": 1, "retriever": "recency", "retrieve_tokens": 16}
-    done = do(evaluate, **flags, out=str(tmp_path / "out"), personas=("own", "bare"), **retrieval)
+    done = do(evaluate, **flags, out=str(tmp_path / "out"), persona=("own", "bare"), **retrieval)
     assert done.code == 0
     assert done.result["unanswered_variants"] == ["own-recency-1", "bare-recency-1"], (
         "the default names that generate uses"

@@ -180,8 +180,8 @@ def test_replies_that_cannot_be_read_are_counted_and_neither_dropped_nor_zero(
 
     with ChatServer(moody) as server:
         point_to(server, monkeypatch)
-        found = do(judge, **local, variants="own").result
-        again = do(judge, **local, variants="own").result
+        found = do(judge, **local, variant="own").result
+        again = do(judge, **local, variant="own").result
         assert server.n_calls == 2 * N_ANSWERS  # also what cannot be read was paid for
     own = of(found, "own")
     # The baker's own answers, the sailor's under the baker, and both kinds of everybody's answers to one task.
@@ -323,7 +323,7 @@ def _plain(file: Path) -> bytes:
     ("changes", "said"),
     [
         ({"chat_model": None}, "--chat-model"),
-        ({"variants": "nobody"}, "has no such answers; it has bare, own"),
+        ({"variant": "nobody"}, "has no such answers; it has bare, own"),
         ({"chat": "local", "chat_model": "/none"}, "--chat-model: there is no folder"),
         ({"chat_price_out": None}, "--chat-price-in and --chat-price-out go together"),
     ],

@@ -219,7 +219,7 @@ def test_what_cannot_work_is_refused_before_ray_starts(
     ("change", "message"),
     [
         ({"store": None}, "--requests needs --store"),
-        ({"personas": ("own",)}, "--personas own: give two or more"),
+        ({"persona": ("own",)}, "--persona own: give two or more"),
         ({"prompt_format": "plain"}, "prompt options go with --statements"),
     ],
 )

@@ -55,7 +55,7 @@ def test_all_steps_from_requests_to_a_plug_on_s3_with_a_killed_worker(
     again = do(pair, requests=f"{s3}/styled", store=store, out=f"{s3}/paired")
     assert (again.code, rows_of(f"{s3}/paired")) == (0, found)
 
-    of_reference = {"personas": "bare", "losses_only": True, "rejected": "rejected", "out": f"{s3}/reference"}
+    of_reference = {"persona": "bare", "losses_only": True, "rejected": "rejected", "out": f"{s3}/reference"}
     assert do(evaluate, requests=f"{s3}/paired", **of_store, **of_reference).code == 0
     flags = {"requests": f"{s3}/paired", "store": store, "llm": models["llama"], "reference": f"{s3}/reference"}
     flags |= {"validation": f"{s3}/paired", "validation_rows": 999, **SETTINGS, **PREFERENCE}

@@ -113,7 +113,7 @@ def test_a_profile_is_put_in_front_of_later_requests_only_and_can_be_forgotten(
     assert (done.code, {name: done.result[name] for name in seen}) == (0, seen)
     assert done.result["variants"] == ["bare-profile-mine"]
     assert "in front of 2 requests; 4 are not after it, 3 have none" in done.table
-    done = do(evaluate, **flags, out=tmp_path / "out", personas="bare", rejected="rejected")
+    done = do(evaluate, **flags, out=tmp_path / "out", persona="bare", rejected="rejected")
     assert (done.code, {name: done.result[name] for name in seen}) == (0, seen)
     frozen = FrozenLLM.load(resolve(models["llama"], flag="--llm"), precision="fp32", max_input_tokens=32)
     judge, found, right = LikelihoodJudge(frozen, front_tokens=64), profiles(store), []

@@ -111,7 +111,7 @@ def test_paper_has_the_settings_of_the_paper(task: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
 def test_a_recipe_names_one_task_and_scores_what_it_generates(recipe: Path) -> None:
     answers, scores = read(generate, recipe), read(evaluate, recipe)
-    assert answers.persona == scores.scored == scores.personas == ("own", "none", "other", "mean")
+    assert answers.persona == scores.scored == scores.persona == ("own", "none", "other", "mean")
     if recipe.parent.name.startswith("lamp"):
         task = f"LaMP_{recipe.parent.name[-1]}"
         assert (read(import_lamp, recipe).task, scores.task) == (task, task)
