@@ -72,6 +72,8 @@ def test_every_command_parses(page: Path, line: str, monkeypatch: pytest.MonkeyP
         assert {word for word in rest if "=" not in word} <= set(targets)
     elif program == "ray":
         check_ray(rest)
+    elif program == "python" and rest[0] == "-m" and rest[1].startswith("tests.benchmarks."):
+        check_benchmark(rest[1], rest[2:])
     elif setting := re.fullmatch(r"[A-Z]+=\$\(python", program):
         assert setting and rest[0] == "-c"
         check_model(rest[1].removesuffix(")"))
@@ -85,6 +87,12 @@ def test_every_command_parses(page: Path, line: str, monkeypatch: pytest.MonkeyP
             if "cluster/" in word and "://corp" not in word
         ]
         assert all((ROOT / file).exists() for file in files), files
+
+
+def check_benchmark(module: str, words: list[str]) -> None:
+    """A benchmark that exists, with flags that it defines."""
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
 
 
 def check_model(code: str) -> None:
