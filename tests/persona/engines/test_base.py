@@ -93,8 +93,8 @@ def test_an_engine_gets_all_requests_of_a_kind_at_once_with_their_soft_tokens_an
     folder = save(tmp_path / "plug", new_model(encoder_folder, llm), encoder_folder, llm_folder)
     answerer = plug_folder.load_answerer(folder, encoder=encoder_folder, engine=engine, batch_size=1)
     answer_all(answerer, requests, SAMPLE)
-    # `own`, `none` and `other` together, then `mean`, then `bare`; longest input first.
-    assert [len(prompts) for prompts, _ in engine.calls] == [3, 1, 2]
+    # `own`, `none` and `other` together, then `bare`, then `mean`, as they come; longest input first.
+    assert [len(prompts) for prompts, _ in engine.calls] == [3, 2, 1]
     rows = sorted((ROWS[i] for i in (0, 2, 5)), key=lambda row: -len(row["input"] + row["target"]))
     prompts, seeds = engine.calls[0]
     assert seeds == [SAMPLE.row_seed(row["request_id"]) for row in rows]
