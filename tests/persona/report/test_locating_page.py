@@ -125,4 +125,7 @@ def test_each_sentence_has_what_chance_gives():
     ):
         assert number in sentences
     assert "17 units (shuffled 3)" in sentences
+    assert "does not read it" not in sentences
+    by_chance = " ".join(group_reading({**HEADLINE, "auc": 0.54}))
+    assert "does not read it; its best layer is" in by_chance and "nearly as well" not in by_chance
     assert "p ≤ 0.048" in sentences
