@@ -12,9 +12,6 @@ Trains one plug per row and seed, generates answers, and evaluates every third r
 
 import argparse
 import re
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +29,7 @@ from persona.store import vectors
 from persona.store.join import seen_rows
 from persona.store.store import Store
 from tests.benchmarks.author_experiments import EXPERIMENTS, Row
+from tests.benchmarks.job import run_job
 
 _TITLES = re.compile(r'\[1\]: "(.*)" \[2\]: "(.*)"$', re.DOTALL)
 _MAX_BEHAVIORS = 512  # as in the recipes
@@ -102,7 +100,7 @@ class Run:
 
     def embed(self) -> None:
         """Encode the behaviors that the store does not have yet."""
-        self._job(
+        run_job(
             "embed",
             *("--histories", self.histories, "--store", self.store, "--encoder", packaged.minilm()),
             *("--max-tokens", 256, "--buckets", 16),
@@ -125,8 +123,8 @@ class Run:
         if self.experiment.generate is None:
             flags = (*flags, "--losses-only")
         else:
-            self._job("generate", *inputs, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
-        self._job("evaluate", *inputs, *flags, "--out", out)
+            run_job("generate", *inputs, "--persona", *row.personas, *self.experiment.generate, "--batch-size", 8)
+        run_job("evaluate", *inputs, *flags, "--out", out)
 
     def rank_by_encoder(self) -> None:
         """Print how often the right title of a `which` question is more similar to the history than the other one."""
@@ -160,13 +158,13 @@ class Run:
         names = [re.sub(r"-\d+$", "", path.name) for path in found]
         flags = ("--evaluations", *found, "--names", *names, "--out", self.results)
         has_reference = self.experiment.against.split("/")[0] in names
-        self._job("compare", *flags, *(("--against", self.experiment.against) if has_reference else ()))
+        run_job("compare", *flags, *(("--against", self.experiment.against) if has_reference else ()))
 
     def _train(self, name: str, seed: int) -> Path:
         """The folder of one plug, trained if it does not exist yet."""
         row, plug = self.rows[name], self.folder / "plugs" / f"{name}-{seed}"
         if not (plug / "plug.json").exists():
-            self._job(
+            run_job(
                 "train",
                 *("--config", f"jobs/recipes/acl_{self.experiment.tables}/{row.recipe}.yaml"),
                 *("--requests", self._requests("train"), "--epochs", 1, "--global-batch", 16, "--micro-batch", 16),
@@ -191,14 +189,6 @@ class Run:
             return ()
         how = ("--retriever", options.retriever, "--retrieve-tokens", options.retrieve_tokens)
         return ("--retrieve", options.retrieve, *how, "--texts", self.histories)
-
-    def _job(self, job: str, *flags: object) -> None:
-        words = ["-m", f"jobs.{job}", *map(str, flags)]
-        print("$ python", *words, flush=True)
-        started = time.perf_counter()
-        if code := subprocess.run([sys.executable, *words], check=False).returncode:
-            raise SystemExit(f"jobs.{job} ended with exit code {code}")
-        print(f"── {time.perf_counter() - started:.0f} s\n", flush=True)
 
 
 def _oracle_histories(next_title: pa.Table) -> pa.Table:

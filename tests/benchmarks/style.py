@@ -14,8 +14,6 @@ At the end, and with `--table` at once, the table of those that exist is printed
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from persona.inputs.styles import read_styles, with_styles
 from persona.models import packaged
 from tests.benchmarks import style_table
 from tests.benchmarks.authors import with_rejected
+from tests.benchmarks.job import run_job
 from tests.benchmarks.style_judge import STYLES, Judge
 
 _LOSSES = {
@@ -113,7 +112,7 @@ class Run:
         styles.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         crossed = self.folder / "crossed"
         recipe = ("--config", _RECIPE)
-        self._job("style", *recipe, "--requests", self.folder / "plain.parquet", "--styles", styles, "--out", crossed)
+        run_job("style", *recipe, "--requests", self.folder / "plain.parquet", "--styles", styles, "--out", crossed)
         pq.write_table(_one_style_each(pq.read_table(crossed)), self.styled)
 
         which, dev = (pq.read_table(self.acl / f"{name}_dev.parquet") for name in ("which", "next_title"))
@@ -133,7 +132,7 @@ class Run:
         pq.write_table(styled, self.folder / "dev-styled.parquet")
 
     def _embed(self) -> None:
-        self._job(
+        run_job(
             "embed",
             *("--histories", self.acl / "histories.parquet", "--store", self.store, "--encoder", packaged.minilm()),
             *("--max-tokens", 256, "--buckets", 16),
@@ -143,10 +142,10 @@ class Run:
         """Writes what the LLM answers without a plug, and measures its losses."""
         inputs = ("--config", _RECIPE, "--store", self.store)
         of_plug = (*inputs, "--plug", plug)
-        self._job("generate", *of_plug, "--requests", self.styled, "--persona", "bare", "--batch-size", 32)
-        self._job("pair", *inputs, "--requests", self.styled, "--out", self.paired)
+        run_job("generate", *of_plug, "--requests", self.styled, "--persona", "bare", "--batch-size", 32)
+        run_job("pair", *inputs, "--requests", self.styled, "--out", self.paired)
         flags = ("--persona", "bare", "--losses-only", "--batch-size", 16, "--out", self.reference)
-        self._job("evaluate", *of_plug, "--requests", self.paired, *flags)
+        run_job("evaluate", *of_plug, "--requests", self.paired, *flags)
 
     def _train(self, name: str, loss: tuple[object, ...], more: tuple[object, ...] = (), *, seed: int) -> Path:
         """The folder of one plug, trained if it does not exist yet."""
@@ -157,7 +156,7 @@ class Run:
         prefers = loss[1] != 0
         inputs = ("--rejected", "rejected", "--reference", self.reference) if prefers else ()
         steps = self.arguments.train_requests // batch
-        self._job(
+        run_job(
             "train",
             *("--config", "jobs/recipes/acl_style/nll.yaml", "--persona-tokens", self.arguments.persona_tokens),
             *("--requests", self.styled if name == "start" else self.paired, *inputs, *loss, *more),
@@ -187,14 +186,6 @@ class Run:
         if not marker.exists():
             work()
             marker.touch()
-
-    def _job(self, job: str, *flags: object) -> None:
-        words = ["-m", f"jobs.{job}", *map(str, flags)]
-        print("$ python", *words, flush=True)
-        started = time.perf_counter()
-        if code := subprocess.run([sys.executable, *words], check=False).returncode:
-            raise SystemExit(f"jobs.{job} ended with exit code {code}")
-        print(f"── {time.perf_counter() - started:.0f} s\n", flush=True)
 
 
 def _one_style_each(requests: pa.Table) -> pa.Table:

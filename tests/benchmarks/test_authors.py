@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.runtime.configuration import read_config
+from tests.benchmarks import authors
 from tests.benchmarks.author_experiments import EXPERIMENTS
 from tests.benchmarks.authors import Run
 
@@ -78,10 +79,10 @@ def test_the_jobs_accept_the_flags_of_every_row(acl: Path, question: str, monkey
     """A wrong flag fails here, not after an hour of training."""
     configs = []
 
-    def read(_: Run, job: str, *flags: object) -> None:
+    def read(job: str, *flags: object) -> None:
         configs.append(read_config(import_module(f"jobs.{job}").Config, [str(flag) for flag in flags]))
 
-    monkeypatch.setattr(Run, "_job", read)
+    monkeypatch.setattr(authors, "run_job", read)
     run = experiment(acl, question)
     for name in run.rows.keys() - {"encoder"}:
         configs.clear()
