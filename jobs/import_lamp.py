@@ -10,15 +10,13 @@ into its own folder, and embed it into its own store, so that equal ids of diffe
 
 import itertools
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 from jobs.runtime import cli
 from jobs.runtime.cli import Summary
-from jobs.runtime.importing import Converted, Counts, imported_files
+from jobs.runtime.importing import Converted, write_converted
 from jobs.runtime.job_options import FLAT, InputRows
 from persona.errors import InputError
 
@@ -53,7 +51,6 @@ def main(config: Config) -> Summary:
     from persona.inputs.lamp_files import read_questions
     from persona.storage import check_reachable, check_uri
 
-    started = time.monotonic()
     task = TASKS[config.task].with_labels() if config.labels else TASKS[config.task]
     questions_uri = check_uri(config.questions, flag="--questions")
     out_uri = check_uri(config.out, flag="--out")
@@ -61,23 +58,17 @@ def main(config: Config) -> Summary:
     check_reachable(out_uri, flag="--out", write=True)
     golds = None if config.outputs is None else _golds(config.outputs, task)
 
-    counts = Counts()
-    with _open(questions_uri) as stream, ExitStack() as stack:
-        files = None if config.dry_run else stack.enter_context(imported_files(out_uri, "import_lamp"))
+    with _open(questions_uri) as stream:
         questions = tqdm(read_questions(stream, name=questions_uri), unit=" questions", disable=None)
-        for converted in convert(task, questions, golds, config.rows.limit, source=questions_uri):
-            counts.add(converted)
-            if files is not None:
-                files.write(converted)
-        counts.check(task.name, questions_uri)
-    return counts.summary(
-        "import_lamp",
-        task.name,
-        out_uri,
-        max_reject_fraction=config.rows.max_reject_fraction,
-        dry_run=config.dry_run,
-        seconds=time.monotonic() - started,
-    )
+        return write_converted(
+            convert(task, questions, golds, config.rows.limit, source=questions_uri),
+            job="import_lamp",
+            task=task.name,
+            source=questions_uri,
+            out=out_uri,
+            max_reject_fraction=config.rows.max_reject_fraction,
+            dry_run=config.dry_run,
+        )
 
 
 def _golds(outputs: str, task: "Task") -> dict[str, str]:

@@ -9,17 +9,15 @@ its own folder; one store may hold them all.
 """
 
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jobs.runtime import cli, inputs
 from jobs.runtime.cli import Summary
-from jobs.runtime.importing import Converted, Counts, imported_files
+from jobs.runtime.importing import Converted, write_converted
 from jobs.runtime.job_options import FLAT, InputFormat, InputRows
 from persona.errors import InputError
 
@@ -62,7 +60,6 @@ def main(config: Config) -> Summary:
     from persona.inputs.splits import cut
     from persona.storage import check_reachable, check_uri
 
-    started = time.monotonic()
     task = TASKS[config.task].with_labels() if config.labels else TASKS[config.task]
     out_uri = check_uri(config.out, flag="--out")
     check_reachable(out_uri, flag="--out", write=True)
@@ -71,21 +68,14 @@ def main(config: Config) -> Summary:
     files = inputs.find_files(config.questions, form, flag="--questions")
     rows = convert(task, config.split, cut(files, files.formats), limit=config.rows.limit, max_row_mb=form.max_row_mb)
 
-    counts = Counts()
-    with ExitStack() as stack:
-        written = None if config.dry_run else stack.enter_context(imported_files(out_uri, "import_longlamp"))
-        for one in tqdm(rows, unit=" rows", disable=None):
-            counts.add(one)
-            if written is not None:
-                written.write(one)
-        counts.check(task.name, config.questions)
-    return counts.summary(
-        "import_longlamp",
-        task.name,
-        out_uri,
+    return write_converted(
+        tqdm(rows, unit=" rows", disable=None),
+        job="import_longlamp",
+        task=task.name,
+        source=config.questions,
+        out=out_uri,
         max_reject_fraction=config.rows.max_reject_fraction,
         dry_run=config.dry_run,
-        seconds=time.monotonic() - started,
     )
 
 

@@ -91,12 +91,13 @@ class ChatServer:
         text = self.rule(body)
         n_prompt = sum(len(message["content"].split()) for message in body["messages"])
         words = text.split()
-        cut = len(words) > body["max_tokens"]
-        text = " ".join(words[: body["max_tokens"]]) if cut else text
+        limit = body.get("max_tokens", body.get("max_completion_tokens"))
+        cut = len(words) > limit
+        text = " ".join(words[:limit]) if cut else text
         with self._lock:
             self.calls[body["messages"][-1]["content"]] += 1
             self.prompt_tokens += n_prompt
-            self.answer_tokens += min(len(words), body["max_tokens"])
+            self.answer_tokens += min(len(words), limit)
         return {
             "id": "reply",
             "object": "chat.completion",
@@ -108,7 +109,7 @@ class ChatServer:
                     "finish_reason": "length" if cut else "stop",
                 }
             ],
-            "usage": {"prompt_tokens": n_prompt, "completion_tokens": min(len(words), body["max_tokens"])},
+            "usage": {"prompt_tokens": n_prompt, "completion_tokens": min(len(words), limit)},
         }
 
     def end(self) -> None:

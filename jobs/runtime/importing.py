@@ -3,8 +3,9 @@
 A benchmark's question comes with its user's past. It becomes behaviors and one request, or a reject with a reason.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,35 @@ class Converted:
     reasons: Sequence[str]
 
 
+def write_converted(
+    converted: Iterable[Converted],
+    *,
+    job: str,
+    task: str,
+    source: str,
+    out: str,
+    max_reject_fraction: float,
+    dry_run: bool,
+) -> Summary:
+    """Writes all questions of `source` to the folder `out`, or only counts them in a dry run.
+
+    Raises InputError, and writes nothing, if none of them can be used.
+    """
+    started = time.monotonic()
+    counts = _Counts()
+    with ExitStack() as stack:
+        files = None if dry_run else stack.enter_context(_imported_files(out, job))
+        for one in converted:
+            counts.add(one)
+            if files is not None:
+                files.write(one)
+        counts.check(task, source)
+    seconds = time.monotonic() - started
+    return counts.summary(job, task, out, max_reject_fraction=max_reject_fraction, dry_run=dry_run, seconds=seconds)
+
+
 @dataclass(kw_only=True)
-class Counts:
+class _Counts:
     """What has been read so far."""
 
     questions: int = 0
@@ -113,7 +141,7 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportedFiles:
+class _ImportedFiles:
     """The files that are being written: behaviors, requests and rejects."""
 
     job: str
@@ -134,7 +162,7 @@ class ImportedFiles:
 
 
 @contextmanager
-def imported_files(out_uri: str, job: str) -> Iterator[ImportedFiles]:
+def _imported_files(out_uri: str, job: str) -> Iterator[_ImportedFiles]:
     """Three files in a folder that appear when the context ends without an error."""
     from persona.inputs import histories, records, requests
     from persona.storage import join
@@ -144,7 +172,7 @@ def imported_files(out_uri: str, job: str) -> Iterator[ImportedFiles]:
         _parquet_file(join(out_uri, "requests.parquet"), _part(requests.SCHEMA, REQUEST_COLUMNS)) as request_rows,
         _parquet_file(join(out_uri, "rejects.parquet"), records.REJECTS) as rejects,
     ):
-        yield ImportedFiles(job=job, behaviors=behaviors, requests=request_rows, rejects=rejects)
+        yield _ImportedFiles(job=job, behaviors=behaviors, requests=request_rows, rejects=rejects)
 
 
 class _ParquetFile:

@@ -29,15 +29,21 @@ _KNOCK_S = 5.0
 _MAX_REPLY_BYTES = 16 * 2**20
 _MAX_PAUSE_S = 120.0  # of a Retry-After
 _SHOWN = 300  # characters of what a server says
+# What reasoning models do not take, and its name with them; None where they decide it themselves.
+_REASONING = {"max_tokens": "max_completion_tokens", "temperature": None}
 
 
 class _Answered(Exception):
-    """An HTTP answer other than 200. `pause_s` is what its Retry-After asks for."""
+    """An HTTP answer other than 200.
 
-    def __init__(self, status: int, text: str, pause_s: float) -> None:
+    `pause_s` is what its Retry-After asks for; `parameter` is the one that it objects to, where it says so.
+    """
+
+    def __init__(self, status: int, text: str, pause_s: float, parameter: str = "") -> None:
         super().__init__(f"HTTP {status}: {text}")
         self.status = status
         self.pause_s = pause_s
+        self.parameter = parameter
 
 
 class _Broken(Exception):
@@ -107,6 +113,7 @@ class HttpChat:
         self._key = api_key
         self._pool = ThreadPoolExecutor(options.chat_concurrency, thread_name_prefix="chat")
         self._taking = threading.Lock()
+        self._not_taken: frozenset[str] = frozenset()  # parameters that the model has refused so far
         n = options.chat_concurrency
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -141,9 +148,10 @@ class HttpChat:
         return [replies[number] for number in range(len(prompts))]
 
     def _reply(self, prompt: ChatPrompt) -> ChatReply:
+        sent = self._not_taken
         try:
             found = retry_transient(
-                lambda: self._post(_body(self.options.model, prompt)),
+                lambda: self._post(_body(self.options.model, prompt, sent)),
                 f"the chat endpoint ({BASE_URL}) does not reply",
                 is_transient=_is_transient,
                 give_up_s=self.options.chat_retry_s,
@@ -152,6 +160,9 @@ class HttpChat:
                 error_class=ChatError,
             )
         except _Answered as answered:
+            if answered.status == 400 and answered.parameter in _REASONING.keys() - sent:
+                self._not_taken |= {answered.parameter}
+                return self._reply(prompt)
             return self._refused(answered)
         return checked(prompt, found)
 
@@ -174,7 +185,8 @@ class HttpChat:
                 if len(data) > _MAX_REPLY_BYTES:
                     raise _Broken(f"more than {_MAX_REPLY_BYTES // 2**20} MiB")
         if response.status_code != 200:
-            raise _Answered(response.status_code, self._shown(bytes(data)), _retry_after_s(response.headers))
+            pause_s, parameter = _retry_after_s(response.headers), _parameter(bytes(data))
+            raise _Answered(response.status_code, self._shown(bytes(data)), pause_s, parameter)
         return _parsed(bytes(data), body["model"])
 
     def _shown(self, data: bytes) -> str:
@@ -197,7 +209,15 @@ def _retry_after_s(headers: httpx2.Headers) -> float:
         return 0.0
 
 
-def _body(model: str, prompt: ChatPrompt) -> dict[str, Any]:
+def _parameter(data: bytes) -> str:
+    """The parameter that an error in the form of OpenAI's names; empty in any other form."""
+    try:
+        return str(json.loads(data)["error"]["param"] or "")
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _body(model: str, prompt: ChatPrompt, not_taken: frozenset[str]) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": message.role, "content": message.content} for message in prompt.messages],
@@ -205,6 +225,10 @@ def _body(model: str, prompt: ChatPrompt) -> dict[str, Any]:
         "seed": prompt.seed,
         "max_tokens": prompt.max_tokens,
     }
+    for name in not_taken:
+        value, other = body.pop(name), _REASONING[name]
+        if other:
+            body[other] = value
     if prompt.schema:
         schema = validator(prompt.schema).schema
         body["response_format"] = {

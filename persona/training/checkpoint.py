@@ -68,7 +68,7 @@ class Progress:
         """Reads the `state.json` of a checkpoint."""
         fields = json.loads((folder / STATE).read_text())
         names = ("training_curve", "validation_curve", "none_curve")
-        curves = {name: [(step, loss) for step, loss in fields.get(name, [])] for name in names}
+        curves = {name: [(step, loss) for step, loss in fields[name]] for name in names}
         return cls(**{**fields, **curves})
 
 

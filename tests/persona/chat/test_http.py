@@ -113,6 +113,29 @@ def test_a_refusal_of_all_prompts_ends_at_once(opened, status, hint):
         assert len(server.requests) == 1
 
 
+def test_a_reasoning_model_is_asked_in_its_own_form_from_then_on(opened):
+    def unsupported(name: str) -> Fault:
+        return Fault(status=400, text=json.dumps({"error": {"message": "unsupported", "param": name}}))
+
+    with ChatServer(echo, faults=[unsupported("max_tokens"), unsupported("temperature")]) as server:
+        model = opened(server, chat_concurrency=1)
+        for text in ("one", "two"):
+            [reply] = model.complete([prompt(text, max_tokens=20)])
+            assert (reply.text, reply.problem) == (f"you said {text}", "")
+        assert len(server.requests) == 4
+        for body in server.requests[2:]:
+            assert body["max_completion_tokens"] == 20
+            assert body.keys().isdisjoint({"max_tokens", "temperature"})
+
+
+def test_a_parameter_that_is_still_refused_in_the_other_form_ends_as_a_refusal(opened):
+    refused = Fault(status=400, text=json.dumps({"error": {"message": "unsupported", "param": "max_tokens"}}))
+    with ChatServer(echo, faults=[refused] * 2) as server:
+        [reply] = opened(server).complete([prompt("hello")])
+        assert reply.finish_reason == "refused"
+        assert len(server.requests) == 2
+
+
 def test_a_refusal_of_one_prompt_is_its_problem(opened):
     with ChatServer(echo, faults=[Fault(status=400, text="too long")]) as server:
         first, second = opened(server, chat_concurrency=1).complete([prompt("a"), prompt("b")])
