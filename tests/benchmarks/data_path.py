@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from persona.models import packaged
-from persona.models.encoder import Encoded
+from persona.models.encoder import Encoded, TextEncoder
 from tests.benchmarks import corpus, many_users
 from tests.benchmarks.contest import timed
 from tests.benchmarks.encoding import read_blocks, recorded
@@ -128,12 +129,17 @@ class Refresh:
         return self.build_s, timed(self.embed)
 
 
-class SleepingEncoder:
+class SleepingEncoder(TextEncoder):
     """Takes as long as a GPU that encodes `GPU_TEXTS_PER_S`, and no CPU time."""
 
-    def encode(self, texts: list[str]) -> Encoded:
+    def __init__(self) -> None:
+        """Loads no model."""
+
+    def encode(self, texts: Sequence[str], *, on_batch: Callable[[int], None] | None = None) -> Encoded:
         """Like `TextEncoder.encode`; all vectors are equal."""
         time.sleep(len(texts) / GPU_TEXTS_PER_S)
+        if on_batch is not None:
+            on_batch(len(texts))
         vectors = np.full((len(texts), many_users.WIDTH), many_users.WIDTH**-0.5, np.float16)
         return Encoded(vectors=vectors, n_tokens=len(texts), n_padded=len(texts), tokenize_s=0.0)
 
@@ -163,7 +169,7 @@ def gpus(n_gpus: int, seconds: float = 4.0) -> dict[str, Any]:
     class Sleep(many_users.CheapEncode):
         def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: session.Threads) -> None:
             super().__init__(config, identity, tally, threads)
-            self.encoder = SleepingEncoder()  # type: ignore[assignment]
+            self.encoder = SleepingEncoder()
             self.n_blocks = 0
 
         def __call__(self, behaviors: pa.Table) -> pa.Table:

@@ -16,7 +16,7 @@ from persona.engines.local import LocalEngine
 from persona.models import packaged
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import resolve
-from persona.options import Decoding, Precision, RetrievalOptions, TrainingOptions
+from persona.options import Decoding, Precision, PromptOptions, RetrievalOptions, TrainingOptions
 from persona.plug.answerer import Answerer
 from persona.plug.personalized import PersonalizedLLM, prepare_for_inference, prompt_texts
 from persona.store import vectors
@@ -59,7 +59,9 @@ def rows(n: int) -> list[Row]:
 def new_model(precision: Precision = "auto") -> PersonalizedLLM:
     """SmolLM2 with a plug like the paper's, the same in each call."""
     encoder = resolve(str(packaged.minilm()), flag="--encoder")
-    llm = FrozenLLM.load(resolve(str(packaged.smollm2()), flag="--llm"), precision=precision)
+    # The reference implementation knows no chat template.
+    plain = PromptOptions(prompt_format="plain")
+    llm = FrozenLLM.load(resolve(str(packaged.smollm2()), flag="--llm"), precision=precision, prompt=plain)
     options: dict[str, Any] = {"persona_tokens": 1, "temperature": 20.0}
     return plugs.new_model(encoder, llm, pooling="mean", max_query_tokens=_ROW_TOKENS, **options)
 

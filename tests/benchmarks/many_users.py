@@ -1,7 +1,7 @@
 """Generated histories of any number of users, and an encoder that costs almost nothing, to measure the data path."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from jobs import embed
 from jobs.runtime.session import Threads
-from persona.models.encoder import Encoded
+from persona.models.encoder import Encoded, TextEncoder
 
 WIDTH = 384
 """Width of the vectors, that of MiniLM."""
@@ -20,13 +20,13 @@ _START_S = 1_700_000_000
 _ROWS_PER_FILE = 250_000
 
 
-class CheapEncoder:
+class CheapEncoder(TextEncoder):
     """Encodes a text as a random projection of its hash, a unit vector of this width."""
 
     def __init__(self, width: int) -> None:
         self.projection = np.random.default_rng(0).standard_normal((16, width), dtype=np.float32)
 
-    def encode(self, texts: list[str]) -> Encoded:
+    def encode(self, texts: Sequence[str], *, on_batch: Callable[[int], None] | None = None) -> Encoded:
         """Like `TextEncoder.encode`; counts characters as tokens."""
         from persona.inputs.histories import text_hash
 
@@ -35,6 +35,8 @@ class CheapEncoder:
         vectors = (raw.astype(np.float32) - 127.5) @ self.projection
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         n = sum(map(len, texts))
+        if on_batch is not None:
+            on_batch(len(texts))
         return Encoded(vectors=vectors.astype(np.float16), n_tokens=n, n_padded=n, tokenize_s=0.0)
 
 
@@ -43,7 +45,7 @@ class CheapEncode(embed.Encode):
 
     def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: Threads) -> None:
         del config, threads
-        self.encoder = CheapEncoder(identity.width)  # type: ignore[assignment]
+        self.encoder = CheapEncoder(identity.width)
         self.tally = tally
         self.idle_since = time.perf_counter()
 
