@@ -297,6 +297,7 @@ def _training(config: Config, out: str, row: Row, seed: int) -> train.Config:
     assert found is not None
     return replace(
         found,
+        patience=0,  # plugs are compared after equal steps
         training=row.training(found.training),
         plug_options=row.plug(found.plug_options),
         retrieval=config.retrieval if row.texts else RetrievalOptions(),

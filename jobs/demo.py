@@ -170,7 +170,9 @@ def _training(config: Config, setup: _Setup) -> train.Config:
         llm=setup.llm,
         validate_every=60,
         prompt=PromptOptions(prompt_format="plain"),
-        plug_options=PlugOptions(persona_tokens=4, temperature=30.0, learn_temperature=True),
+        plug_options=PlugOptions(
+            weights="attention", persona_tokens=4, persona_gain=1.0, temperature=30.0, learn_temperature=True
+        ),
         training=TrainingOptions(
             epochs=2,
             global_batch=16,
@@ -179,6 +181,7 @@ def _training(config: Config, setup: _Setup) -> train.Config:
             query_learning_rate=3e-4,
             warmup=0.1,
             history_dropout=0.25,
+            alignment=0.0,
             warm_start="vocabulary",
             seed=config.seed,
         ),

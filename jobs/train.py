@@ -65,9 +65,11 @@ class Config:
     """Use at most this many held-out requests."""
     validate_every: int = 100
     """Validate and save a checkpoint after this many steps."""
+    patience: int = 0
+    """Stop when this many validations in a row bring no new lowest held-out loss; 0 trains for all --epochs."""
     select: Select = "best"
     """Whose weights become the plug: the checkpoint with the lowest held-out loss, or the last step (as in PPlug)."""
-    llm: str = "google/flan-t5-xxl"
+    llm: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Hub id or folder (local, s3://) of an encoder-decoder or decoder-only LLM with safetensors weights."""
     llm_revision: str = "main"
     """Revision of the LLM on the hub."""
@@ -118,7 +120,7 @@ class Config:
         self.training.check_workers(self.workers or 1)
         check_at_least(self, 1, "validation_rows", "validate_every")
         check_at_least(self, 1, "max_query_tokens", "max_input_tokens", "max_target_tokens", "max_behaviors")
-        check_at_least(self, 0, "max_failures")
+        check_at_least(self, 0, "max_failures", "patience")
         if self.llm_quantization != "none" and self.training.zero_stage == 3:
             raise UsageError(
                 f"--llm-quantization {self.llm_quantization} and --zero-stage 3 exclude each other: one makes the LLM "
@@ -200,6 +202,7 @@ def _spec(config: Config, inputs: TrainingInputs) -> RunSpec:
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         validate_every=config.validate_every,
+        patience=config.patience,
         select=config.select,
         query_prompt=query.prompt,
         max_query_tokens=query.max_tokens,
@@ -295,7 +298,7 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
     if inputs.validation is None:
         n_trained = round(n_trained * (1 - config.validation_fraction))
     options = config.training
-    n_steps = options.epochs * (n_trained // options.global_batch)
+    n_steps = options.n_steps(n_trained)
     # Targets are short in comparison with inputs.
     flops = cost.known(
         lambda: training_flops(
@@ -313,7 +316,8 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
     must_see = config.training.empty_history < 1  # prompt tuning needs no history
     seen = first_look.look(inputs.requests, inputs.store, max_behaviors=config.max_behaviors, must_see=must_see)
     about = "" if requests.is_exact and inputs.validation is not None else "about "
-    steps = f"{about}{n_steps:,}: {options.epochs:,} epochs in batches of {options.global_batch:,}"
+    at_most = "at most " if config.patience else ""
+    steps = f"{about}{at_most}{n_steps:,}: {options.epochs:,} epochs in batches of {options.global_batch:,}"
     table = [("would", would), ("requests", str(requests)), ("steps", steps), *seen.rows()]
     table += [*inputs.requests.rows(), *inputs.validation_rows()]
     result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), "requests": requests.n, "steps": n_steps}

@@ -83,18 +83,18 @@ class VectorOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlugOptions:
-    """The architecture of a plug; kept in `plug.json`. The defaults are those of PPlug (arXiv 2409.11901)."""
+    """The architecture of a plug; kept in `plug.json`. The recipes `*/paper` have the values of PPlug."""
 
-    weights: Literal["attention", "mean"] = "attention"
-    """Weight behaviors by their similarity to the request (PPlug eq. 3), or all equally (its ablation)."""
-    persona_tokens: int = 1
-    """Soft tokens that carry the persona; more give a large LLM more to read."""
-    persona_gain: float = 1.0
-    """Scale each history's deviation from the mean behavior by this; try 4 when the persona has little effect."""
+    weights: Literal["attention", "mean"] = "mean"
+    """Weight all behaviors equally, or by their similarity to the request (PPlug eq. 3) if requests differ in topic."""
+    persona_tokens: int = 16
+    """Soft tokens that carry the persona; fewer are faster and say less."""
+    persona_gain: float = 4.0
+    """Scale each history's deviation from the mean behavior by this; raise it when the persona has little effect."""
     instruction: Literal["vector", "projected", "none"] = "vector"
     """Instruction token of PPlug eq. 5: a trained vector, a vector behind its own projector, or none."""
-    temperature: float = 1.0
-    """Multiply similarities by this before the softmax; at 1 (the paper) unit vectors give nearly flat weights."""
+    temperature: float = 30.0
+    """Of --weights attention: multiplies similarities before the softmax; at 1 (the paper) weights are nearly flat."""
     learn_temperature: bool = False
     """Train the temperature too, starting at --temperature."""
     query_token: bool = False
@@ -155,16 +155,16 @@ class PromptOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """The settings of a training run; a resumed run must have the same."""
+    """The settings of a training run; a resumed run must have the same. The defaults are those of the recipe `base`."""
 
     epochs: int = 2
-    """Passes over the requests, each with different behaviors dropped."""
-    global_batch: int = 64
+    """Passes over the requests, each with different behaviors dropped; take more if --dry-run shows few steps."""
+    global_batch: int = 16
     """Requests per optimizer step, over all workers."""
     micro_batch: int = 8
     """Requests per forward pass of a worker; lower it when a GPU runs out of memory."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of projector and instruction token; small data sets often need 1e-3."""
+    learning_rate: float = 1e-2
+    """Peak learning rate of projector and instruction token; try 1e-3 for LLMs above 1B, or if the loss diverges."""
     query_learning_rate: float = 1e-4
     """Peak learning rate of the query encoder, which is pretrained."""
     weight_decay: float = 1e-4
@@ -173,12 +173,12 @@ class TrainingOptions:
     """Share of the steps over which the rates rise; after that they fall linearly to 0."""
     max_gradient_norm: float = 1.0
     """Clip the gradients of a step to this norm; 0 clips nothing."""
-    history_dropout: float = 0.5
+    history_dropout: float = 0.25
     """Drop up to this share of each history, drawn anew each epoch."""
     empty_history: float = 0.05
     """Share of requests trained without a history, for users who have none; 1 is prompt tuning (the control)."""
-    alignment: float = 0.0
-    """For this first share of steps, replace the history with the embedding of the target (xRAG, arXiv 2405.13792)."""
+    alignment: float = 0.12
+    """For this first share of steps, replace the history with the target's embedding (xRAG); 0 with --retrieve."""
     contrast: float = 0.0
     """Weight of a loss that prefers the own history to another user's; costs a second forward and backward pass."""
     preference: float = 0.0
@@ -187,7 +187,7 @@ class TrainingOptions:
     """Weight of the targets' own loss (PPlug eq. 6) beside --preference; 0 leaves it out, as PsPLUG does."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage 1, 2 or 3; take 3 when the LLM does not fit one GPU."""
-    warm_start: Literal["none", "vocabulary"] = "none"
+    warm_start: Literal["none", "vocabulary"] = "vocabulary"
     """Start the projector near the LLM's word embeddings (needs no labels), or at random as in the paper."""
     seed: int = 0
     """Seed of the initial weights, the order of requests and the dropout."""
@@ -218,6 +218,10 @@ class TrainingOptions:
         if self.empty_history == 1 and (self.alignment or self.contrast):
             name, value = ("alignment", self.alignment) if self.alignment else ("contrast", self.contrast)
             raise UsageError(f"--empty-history 1 leaves no history for --{name} {value}; add --{name} 0")
+
+    def n_steps(self, n_requests: int) -> int:
+        """Optimizer steps of a whole run over so many training requests."""
+        return self.epochs * (n_requests // self.global_batch)
 
     def check_workers(self, n_workers: int) -> None:
         """Raises UsageError when a global batch cannot be split evenly over this many workers."""

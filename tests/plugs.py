@@ -64,7 +64,8 @@ def new_model(
 ) -> PersonalizedLLM:
     """A fresh plug, the same for the same arguments, in front of `llm`."""
     # At a temperature of 1 the weights would be too uniform to tell from the mean.
-    chosen = PlugOptions(**{"persona_tokens": 2, "temperature": 30.0, **options})
+    basic = {"weights": "attention", "persona_tokens": 2, "persona_gain": 1.0, "temperature": 30.0}
+    chosen = PlugOptions(**{**basic, **options})
     torch.manual_seed(seed)
     width = architecture(encoder).width if width is None else width
     query_encoder, query_head = plug_folder.new_query_encoder(

@@ -27,8 +27,8 @@ def job_summary(name: str) -> str:
 
 
 def recipe_names() -> list[str]:
-    """The recipes of the package, like `lamp_4/paper`, sorted."""
-    return sorted(f"{path.parent.name}/{path.stem}" for path in _RECIPES.glob("*/*.yaml"))
+    """The recipes of the package, like `small` or `lamp_4/paper`, sorted."""
+    return sorted(path.relative_to(_RECIPES).with_suffix("").as_posix() for path in _RECIPES.rglob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:

@@ -25,7 +25,7 @@ ConfigT = TypeVar("ConfigT")
 _EVERY_JOB = "Every job"
 _CONFIG_HELP = (
     "YAML or JSON file (local or s3://) with the fields above as keys, _ for -; or the name of a recipe such as "
-    "lamp_4/paper; flags win over the file."
+    "small or lamp_4/paper; flags win over the file."
 )
 _VERBOSE_HELP = "Show the traceback of an error."
 

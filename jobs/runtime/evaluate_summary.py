@@ -36,17 +36,25 @@ def table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if metrics["limited"]:
         rows.append(("warning", "--limit was given: these numbers are not of all requests"))
-    for persona, loss in metrics["loss"].items():
-        saved = metrics["loss_saved_by_own"].get(persona)
-        note = f"; own saves {saved['mean']:+.4f} [{saved['low']:+.4f}, {saved['high']:+.4f}]" if saved else ""
-        text = f"{loss['mean']:.4f} nats a token [{loss['low']:.4f}, {loss['high']:.4f}]{note}"
-        rows.append((f"loss, {persona}", text))
+    rows += loss_rows(metrics)
     rows += [(f"scores, {variant}", "no answers in the store") for variant in metrics["unanswered_variants"]]
     for persona, found in metrics.get("ranking", {}).items():
         shares = [f"{RANKINGS[way]} {100 * one['mean']:.1f} % {_percent(one)}" for way, one in found.items()]
         rows.append((f"ranking, {persona}", f"target before rejected: {', '.join(shares)}"))
     for variant, scores in metrics["scores"].items():
         rows.append((f"scores, {variant}", ", ".join(f"{name} {value:.4f}" for name, value in scores.items())))
+    return rows
+
+
+def loss_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The loss under each kind of persona and what own saves, from the result of `one_run.summarize_losses`."""
+    from persona.report import formats
+
+    rows = []
+    for persona, loss in found["loss"].items():
+        saved = found["loss_saved_by_own"].get(persona)
+        note = f"; own saves {saved['mean']:+.4f} {formats.signed_bounds(saved)}" if saved else ""
+        rows.append((f"loss, {persona}", f"{loss['mean']:.4f} nats a token {formats.bounds(loss)}{note}"))
     return rows
 
 

@@ -43,7 +43,18 @@ def summarize(
     golds = dict(zip(first.request_ids, first.targets, strict=True))
     if len(golds) < len(first.request_ids):
         raise InputError("--requests: the same request_id is used for several users; make the ids unique")
-    saved = _saved_by_own(of, seed=seed)
+    found = summarize_losses(of, seed=seed)
+    return {
+        **found,
+        **_scores(answers, metric, golds, first.users, seed=seed),
+        "gain_by_history_length": _by_history_length(of, seed=seed) if found["loss_saved_by_own"] else [],
+        **({"ranking": _ranking(of, seed=seed)} if "rejected_nats" in losses else {}),
+    }
+
+
+def summarize_losses(of: Mapping[str, PersonaLosses], *, seed: int) -> dict[str, Any]:
+    """The numbers of requests and users, the loss under each kind of persona, and what the own persona saves."""
+    first = next(iter(of.values()))
     return {
         "requests": len(first.users),
         "users": len(set(first.users)),
@@ -51,10 +62,7 @@ def summarize(
             persona: bootstrap(one.nats_R, one.users, weights=one.tokens_R, seed=seed).rounded()
             for persona, one in of.items()
         },
-        "loss_saved_by_own": saved,
-        **_scores(answers, metric, golds, first.users, seed=seed),
-        "gain_by_history_length": _by_history_length(of, seed=seed) if saved else [],
-        **({"ranking": _ranking(of, seed=seed)} if "rejected_nats" in losses else {}),
+        "loss_saved_by_own": _saved_by_own(of, seed=seed),
     }
 
 

@@ -5,9 +5,9 @@ Imports no torch, because jobs read the record before they load a model and send
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +82,31 @@ class PlugRecord:
     def from_json(cls, text: str | bytes, *, source: str) -> "PlugRecord":
         """Parses `plug.json`. Raises InputError when the text is no plug record or has another format."""
         try:
-            fields = json.loads(text)
-            found = fields.pop("format")
+            values = json.loads(text)
+            found = values.pop("format")
             if found != _FORMAT:
                 raise InputError(
                     f"{source}: the plug has format {found}, this version reads format {_FORMAT}; train a new plug"
                 )
-            fields["options"] = PlugOptions(**fields["options"])
-            if "prompt" in fields:
-                fields["prompt"] = _prompt(fields["prompt"])
-            record = cls(**fields)
+            values["options"] = _options(values["options"])
+            if "prompt" in values:
+                values["prompt"] = _prompt(values["prompt"])
+            record = cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
             raise InputError(f"{source}: not a valid {RECORD} ({error})") from error
         return record
 
 
-def _prompt(fields: dict[str, Any]) -> PromptOptions:
-    return PromptOptions(**{**fields, "template_argument": tuple(fields["template_argument"])})
+def _options(written: dict[str, Any]) -> PlugOptions:
+    """Raises ValueError when options are missing: a default may have changed since the plug was trained."""
+    known = {one.name for one in fields(PlugOptions)} - {_NO_QUERY_TOKEN[0]}
+    if absent := known - written.keys():
+        raise ValueError(f"options lacks {', '.join(sorted(absent))}")
+    return PlugOptions(**written)
+
+
+def _prompt(written: dict[str, Any]) -> PromptOptions:
+    return PromptOptions(**{**written, "template_argument": tuple(written["template_argument"])})
 
 
 def read(folder: Path) -> PlugRecord:
@@ -176,7 +184,9 @@ def card(record: PlugRecord, *, example: str) -> str:
     training = record.training
     curve = "\n".join(f"| {step:,} | {loss:.4f} |" for step, loss in training["validation_curve"])
     settings = "\n".join(
-        f"| {name} | {value} |" for name, value in sorted(training.items()) if not name.endswith("_curve")
+        f"| {name} | {value} |"
+        for name, value in sorted(training.items())
+        if name != "held_out" and not name.endswith("_curve")
     )
     kind = record.llm_quantization
     quantized = "" if kind == "none" else f", whose weights are quantized to {kind}"
@@ -201,8 +211,8 @@ What the LLM reads:
 
 ## Held-out loss (nats a token)
 
-The weights are those of step {training["selected_step"]:,}, {_SELECTED[training["select"]]}.
-
+The weights are those of step {training["selected_step"]:,}, {_SELECTED[training["select"]]}.{_early(training)}
+{_personas(training.get("held_out"))}
 | step | loss |
 |---|---|
 {curve}
@@ -213,3 +223,36 @@ The weights are those of step {training["selected_step"]:,}, {_SELECTED[training
 |---|---|
 {settings}
 """
+
+
+def _early(training: Mapping[str, Any]) -> str:
+    """A sentence for a run that --patience ended; empty for any other."""
+    steps, planned = (training.get(name) for name in ("steps", "planned_steps"))
+    if steps == planned:
+        return ""
+    return f" Training stopped early at step {steps:,} of {planned:,} (`patience` {training['patience']})."
+
+
+def _personas(found: Mapping[str, Any] | None) -> str:
+    """The table of the losses by kind of persona, and the warning; empty for a plug without histories."""
+    if found is None:
+        return ""
+    lines = []
+    for persona, loss in found["loss"].items():
+        saved = found["loss_saved_by_own"].get(persona)
+        lines.append(f"| {persona} | {_interval(loss, '.4f')} | {_interval(saved, '+.4f') if saved else ''} |")
+    rows = "\n".join(lines)
+    warning = f"\n**Warning:** {found['warning']}.\n" if found["warning"] else ""
+    return f"""
+On {found["requests"]:,} held-out requests of {found["users"]:,} users, which also chose the step, with 95 % intervals:
+
+| persona | loss | own saves |
+|---|---|---|
+{rows}
+{warning}"""
+
+
+def _interval(found: Mapping[str, float | None], form: str) -> str:
+    bounds = [found["low"], found["high"]]
+    known = "" if None in bounds else f" [{', '.join(format(bound, form) for bound in bounds)}]"
+    return f"{found['mean']:{form}}{known}"

@@ -34,6 +34,11 @@ def bounds(interval: Interval) -> str:
     return f"[{interval['low']:.4f}, {interval['high']:.4f}]" if has_bounds(interval) else "–"
 
 
+def signed_bounds(interval: Interval) -> str:
+    """The two ends of a difference in brackets, with their signs."""
+    return f"[{interval['low']:+.4f}, {interval['high']:+.4f}]" if has_bounds(interval) else "–"
+
+
 def percent_bounds(interval: Interval) -> str:
     """The two ends of a share in brackets, in percent."""
     return f"[{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]" if has_bounds(interval) else "–"

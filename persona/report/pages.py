@@ -61,7 +61,9 @@ def evaluation_page(metrics: Mapping[str, Any]) -> bytes:
         leaves_out_bare=charts.leaves_out_bare(metrics["loss_saved_by_own"]),
         origin={
             "Settings": metrics["settings"],
-            "Training": {name: value for name, value in training.items() if not name.endswith("_curve")},
+            "Training": {
+                name: value for name, value in training.items() if name != "held_out" and not name.endswith("_curve")
+            },
             "Versions": metrics["versions"],
             "Cost": {
                 "seconds of this evaluation": metrics["seconds"],

@@ -59,6 +59,14 @@ class Progress:
         if none is not None:
             self.none_curve.append((self.step, round(none, 5)))
 
+    def has_converged(self, patience: int) -> bool:
+        """Whether the last `patience` validations all had no lower held-out loss than one before them; 0 is never.
+
+        It follows from the curve alone, so a resumed run stops where an undisturbed one does.
+        """
+        losses = [loss for _, loss in self.validation_curve]
+        return 0 < patience < len(losses) and min(losses[:-patience]) <= min(losses[-patience:])
+
     def to_json(self) -> str:
         """The text of `state.json`."""
         return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
@@ -104,6 +112,17 @@ def load_weights(model: PersonalizedLLM, folder: Path) -> Progress:
         raise InputError(f"{folder}: this checkpoint is of a plug with other trained parameters; use another --run")
     model.plug.load_state_dict(weights)
     return Progress.read(folder)
+
+
+def load_selected(engine: Any, folder: Path) -> None:
+    """Loads saved weights into an engine, to measure them; it cannot train on. All workers call it together."""
+    import deepspeed
+
+    engine.empty_partition_cache()  # under ZeRO-3, some weights may still be gathered
+    parameters = list(trainable(engine.module).values())
+    # Without ZeRO-3 this context does nothing, so each worker loads all weights.
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+        load_weights(engine.module, folder)
 
 
 def load_moments(engine: Any, folder: Path, *, step: int) -> None:

@@ -172,6 +172,15 @@ def max_over_workers(value: float, device: torch.device) -> float:
     return _reduce(value, device, torch.distributed.ReduceOp.MAX)
 
 
+def gather_over_workers(items: list[Any]) -> list[Any]:
+    """The items of all workers, those of the first worker first; all workers call it together."""
+    if not torch.distributed.is_initialized():
+        return items
+    gathered: list[list[Any]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
 def _reduce(value: float, device: torch.device, operation: Any) -> float:
     if not torch.distributed.is_initialized():
         return value

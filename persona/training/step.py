@@ -6,7 +6,7 @@ With `options.preference`, each row has a `rejected` text, and nats and tokens o
 plug: `reference_nats`, `reference_tokens`, `reference_rejected_nats` and `reference_rejected_tokens`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -131,22 +131,40 @@ def contrast_loss(own_C: Tensor, other_C: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(engine: Any, rows: Sequence[Row], options: TrainingOptions) -> float:
-    """Loss without contrast in nats a token, over all workers' held-out rows; all workers call it together.
-
-    Every worker makes as many forward passes as the one with the most rows, as ZeRO-3 requires; those beyond its own
-    rows do not count.
-    """
+    """Loss without contrast in nats a token, over all workers' held-out rows; all workers call it together."""
     model: PersonalizedLLM = engine.module
-    device = model.llm.device
-    ordered = sorted(rows, key=lambda row: len(row["input"]) + len(row["target"]))
-    size = options.micro_batch
-    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     total, n_tokens = 0.0, 0
-    for i in range(int(max_over_workers(len(parts), device))):
-        part = parts[min(i, len(parts) - 1)]
+    for numbers, counts in _passes(rows, options.micro_batch, model.llm.device):
+        part = [rows[number] for number in numbers]
         batch = _collate(model, part, options)
         loss = float(objective(engine(batch), part, options))
-        if i < len(parts):
+        if counts:
             total += loss
             n_tokens += sum(map(len, batch.targets[: len(part)]))
-    return sum_over_workers(total, device) / sum_over_workers(n_tokens, device)
+    return sum_over_workers(total, model.llm.device) / sum_over_workers(n_tokens, model.llm.device)
+
+
+@torch.no_grad()
+def target_losses(engine: Any, rows: Sequence[Row], options: TrainingOptions) -> list[tuple[float, int]]:
+    """Nats (PPlug eq. 6) and tokens of the target of each of this worker's rows; all workers call it together."""
+    model: PersonalizedLLM = engine.module
+    found = [(0.0, 0)] * len(rows)
+    for numbers, counts in _passes(rows, options.micro_batch, model.llm.device):
+        batch = model.collate([rows[number] for number in numbers])
+        nll = engine(batch).tolist()
+        if counts:
+            for number, nats, target in zip(numbers, nll, batch.targets, strict=True):
+                found[number] = (nats, len(target))
+    return found
+
+
+def _passes(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[tuple[list[int], bool]]:
+    """Numbers of rows of similar length, up to `size` a forward pass, and whether the pass counts.
+
+    Every worker makes as many passes as the one with the most rows, as ZeRO-3 requires; those beyond its own rows do
+    not count.
+    """
+    ordered = sorted(range(len(rows)), key=lambda number: len(rows[number]["input"]) + len(rows[number]["target"]))
+    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    for i in range(int(max_over_workers(len(parts), device))):
+        yield parts[min(i, len(parts) - 1)], i < len(parts)

@@ -37,9 +37,16 @@ from tests.warm_workers import warm_workers
 Row = dict[str, Any]
 START = datetime(2024, 1, 1, tzinfo=UTC)
 BUCKETS = 4
-# `train` at the size of a test: steps of 4 requests, a checkpoint after each.
+# `train` at the size of a test: steps of 4 requests, a checkpoint after each. The plug is the paper's.
 TRAINING: Row = {
     "run": "r",
+    "weights": "attention",
+    "temperature": 1.0,
+    "persona_tokens": 1,
+    "persona_gain": 1.0,
+    "warm_start": "none",
+    "alignment": 0.0,
+    "history_dropout": 0.5,
     "epochs": 2,
     "global_batch": 4,
     "micro_batch": 2,

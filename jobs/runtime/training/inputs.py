@@ -70,7 +70,7 @@ class TrainingRequests:
     Attributes:
         store: a snapshot of the behaviors that the requests see.
         train: without vectors, sorted by bucket and user.
-        held_out: with their histories.
+        held_out: with their histories, and another user's.
     """
 
     store: "Store"
@@ -138,7 +138,10 @@ def _join_and_split(
         train = _mapped(train, _users, fraction=spec.validation_fraction, held_out=False)
     # Sorted by a fixed draw, so that a resumed run validates on the same rows.
     drawn = _mapped(held_out, _drawn).sort("draw").limit(spec.validation_rows)
-    drawn = _mapped(drawn, _with_history, store=store, max_behaviors=spec.max_behaviors).materialize()
+    drawn = _mapped(drawn, _with_history, store=store, max_behaviors=spec.max_behaviors)
+    if spec.training.empty_history < 1:  # prompt tuning sees no history
+        drawn = _mapped(drawn, with_other_history, store=store, max_behaviors=spec.max_behaviors)
+    drawn = drawn.materialize()
     train = _sorted(train, n_blocks=max(1, n_bytes // _SORTED_BYTES))
     return TrainingRequests(
         store=store, train=train, held_out=drawn, found=found, n_train=train.count(), n_held_out=drawn.count()
@@ -219,6 +222,22 @@ def _with_history(rows: "pa.Table", *, store: "Store", max_behaviors: int) -> "p
     sources = list(zip(rows["bucket"].to_pylist(), rows["user_id"].to_pylist(), strict=True))
     histories = Histories.read(store, sources, with_vectors=True)
     return with_vectors(rows, sources, histories, max_behaviors=max_behaviors)
+
+
+def with_other_history(rows: "pa.Table", *, store: "Store", max_behaviors: int) -> "pa.Table":
+    """Adds the column `other_history` to requests of any buckets: what they see under the persona `other`."""
+    from persona.store.join import Histories, Source, sources, with_vectors
+
+    places = list(zip(rows["bucket"].to_pylist(), rows["request_id"].to_pylist(), strict=True))
+    found: dict[tuple[int, str], Source | None] = {}
+    for bucket in sorted({bucket for bucket, _ in places}):
+        numbers = [number for number, (of_row, _) in enumerate(places) if of_row == bucket]
+        of_bucket = sources(rows.take(numbers), store, bucket, PersonaKind.OTHER)
+        found |= zip((places[number] for number in numbers), of_bucket, strict=True)
+    others = [found[place] for place in places]
+    histories = Histories.read(store, others, with_vectors=True)
+    seen = with_vectors(rows.drop_columns(["history"]), others, histories, max_behaviors=max_behaviors)
+    return rows.append_column("other_history", seen["history"])
 
 
 def _some_vectors(rows: "pa.Table", *, width: int, at_most: int = 8) -> "pa.Table":

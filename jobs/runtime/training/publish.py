@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from jobs.runtime import reading, retrieval
+from jobs.runtime import evaluate_summary, reading, retrieval
 from jobs.runtime.cli import Summary
 from jobs.runtime.tally import Counts
+from jobs.runtime.training import held_out
 
 if TYPE_CHECKING:
     from jobs.runtime.training.inputs import TrainingInputs
@@ -20,18 +21,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A run's plug, and how it was trained. `step` and `validation_loss` are those of its weights."""
+    """A run's plug, and how it was trained. `step`, `validation_loss` and `held_out` are those of its weights."""
 
     uri: str
     store: "Store"
     fingerprint: str
     n_requests: int
     n_steps: int
+    planned_steps: int
     step: int
     select: "Select"
     validation_loss: float
     n_parameters: int
     step_seconds: float
+    held_out: dict[str, Any] | None
+
+    @property
+    def stopped_early(self) -> str:
+        """Where and after how many planned steps --patience ended the run; empty for a run of all steps."""
+        if self.n_steps == self.planned_steps:
+            return ""
+        return f"stopped early at step {self.n_steps:,} of {self.planned_steps:,}"
 
 
 def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: int) -> Published:
@@ -45,10 +55,13 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
 
     with result.checkpoint.as_directory() as latest:
         progress = checkpoint.Progress.read(Path(latest))
-    with _selected(result, spec.select).as_directory() as folder, tempfile.TemporaryDirectory() as staged:
+    reported = [*result.best_checkpoints, (result.checkpoint, result.metrics)]
+    chosen, _ = held_out.selected(reported, spec.select)
+    measured = held_out.summarize(result.return_value)
+    with chosen.as_directory() as folder, tempfile.TemporaryDirectory() as staged:
         weights = load_file(Path(folder) / checkpoint.WEIGHTS)
         selected = checkpoint.Progress.read(Path(folder))
-        record = _record(spec, inputs, selected, progress, n_requests)
+        record = _record(spec, inputs, selected, progress, n_requests, measured)
         target = Path(staged) / "plug"
         plug_folder.save(target, weights, record, plug_record.card(record, example=prompt_example(spec, inputs)))
         storage.copy_folder(str(target), inputs.plug)
@@ -59,20 +72,14 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
         fingerprint=fingerprint,
         n_requests=n_requests,
         n_steps=progress.step,
+        planned_steps=spec.training.n_steps(n_requests),
         step=selected.step,
         select=spec.select,
         validation_loss=cast("float", selected.validation_loss),
         n_parameters=sum(weight.numel() for weight in weights.values()),
         step_seconds=progress.seconds,
+        held_out=measured,
     )
-
-
-def _selected(result: Any, select: "Select") -> Any:
-    """The checkpoint whose weights become the plug."""
-    if select == "last":
-        return result.checkpoint
-    best, _ = min(result.best_checkpoints, key=lambda pair: (pair[1]["validation_loss"], pair[1]["step"]))
-    return best
 
 
 def summary(
@@ -96,9 +103,12 @@ def summary(
         "fingerprint": published.fingerprint,
         "requests": published.n_requests,
         "steps": published.n_steps,
+        "planned_steps": published.planned_steps,
+        "stopped_early": bool(published.stopped_early),
         "select": published.select,
         "selected_step": published.step,
         "validation_loss": round(published.validation_loss, 5),
+        "held_out": published.held_out,
         "trained_parameters": published.n_parameters,
         "without_history": n_without_history,
         "without_as_of": found.total.timeless,
@@ -111,11 +121,13 @@ def summary(
         "requests_per_s": requests_per_s,
     }
     loss = f"{published.validation_loss:.4f} nats a token at step {published.step:,} (the {published.select})"
+    stopped = f"; {published.stopped_early}" if published.stopped_early else ""
     table = [
         ("requests", f"{published.n_requests:,}, {n_without_history:,} without any visible history"),
-        ("steps", f"{published.n_steps:,} of {global_batch} requests, {requests_per_s} requests/s"),
+        ("steps", f"{published.n_steps:,} of {global_batch} requests, {requests_per_s} requests/s{stopped}"),
         ("trained", f"{published.n_parameters:,} parameters"),
         ("held-out loss", loss),
+        *_measured_rows(published.held_out),
         ("store", published.store.label),
         ("plug", f"{published.uri} ({published.fingerprint[:12]})"),
         ("seconds", f"{seconds:,.1f}"),
@@ -126,8 +138,21 @@ def summary(
     return Summary(table=table, result=answer, exit_code=found.exit_code(max_reject_fraction))
 
 
+def _measured_rows(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The losses as in the summary of jobs.evaluate, and the warning."""
+    if found is None:
+        return []
+    warning = [("warning", found["warning"])] if found["warning"] else []
+    return [*evaluate_summary.loss_rows(found), *warning]
+
+
 def _record(
-    spec: "RunSpec", inputs: "TrainingInputs", selected: "Progress", latest: "Progress", n_requests: int
+    spec: "RunSpec",
+    inputs: "TrainingInputs",
+    selected: "Progress",
+    latest: "Progress",
+    n_requests: int,
+    measured: dict[str, Any] | None,
 ) -> "PlugRecord":
     """`selected` is the progress when the weights were saved, `latest` that at the end, with the whole curves."""
     from persona.plug.record import PlugRecord
@@ -156,6 +181,9 @@ def _record(
             **asdict(spec.retrieval),
             "run": spec.run,
             "requests": n_requests,
+            "steps": latest.step,
+            "planned_steps": spec.training.n_steps(n_requests),
+            "patience": spec.patience,
             "select": spec.select,
             "selected_step": selected.step,
             "validation_loss": selected.validation_loss,
@@ -163,5 +191,6 @@ def _record(
             "training_curve": latest.training_curve,
             "validation_curve": latest.validation_curve,
             "none_curve": latest.none_curve,
+            "held_out": measured,
         },
     )

@@ -95,7 +95,7 @@ class Run:
 
 
 def _check_same_settings(run: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    # An option that is newer than the run was off in it.
+    # An option that is newer than the run was off in it (spec.OPTIONS).
     off = {option.name: read_back(option.default) for kind in OPTIONS for option in fields(kind)}
     pairs = {name: (known.get(name, off.get(name)), settings[name]) for name in settings}
     differing = [f"{name} was {was!r} and is {now!r}" for name, (was, now) in pairs.items() if was != now]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from persona.models.resolve import ModelFolder
     from persona.store.identity import Identity
 
-# Options whose defaults mean "off", so that a run from before one of them can be resumed.
+# A run that is older than an option had it off, which is what a new option's default must mean.
 OPTIONS = (PlugOptions, TrainingOptions, PromptOptions, RetrievalOptions, PastTexts, PreferenceInputs, RequestFormat)
 # What else must stay the same when a run is resumed.
 _FIXED = (
@@ -61,6 +61,7 @@ class RunSpec:
     validation_fraction: float
     validation_rows: int
     validate_every: int
+    patience: int
     select: Select
     query_prompt: str
     max_query_tokens: int
@@ -85,7 +86,7 @@ class WorkerSettings:
 
     Attributes:
         n_workers: of the run; n_threads: of this worker's process.
-        steps_per_epoch: optimizer steps of one epoch.
+        n_steps: optimizer steps of the whole run, for which the learning rate is planned.
         encoder, llm: as found on the driver; a worker finds them on its own node and compares fingerprints.
         identity: of the store.
         behaviors: vectors of some behaviors that the requests see, in the store's bytes.
@@ -97,7 +98,7 @@ class WorkerSettings:
     spec: RunSpec
     n_workers: int
     n_threads: int
-    steps_per_epoch: int
+    n_steps: int
     encoder: "ModelFolder"
     llm: "ModelFolder"
     identity: "Identity"
@@ -105,11 +106,6 @@ class WorkerSettings:
     windows: "Windows"
     tally: "Tally"
     reports_steps: bool
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.steps_per_epoch * self.spec.training.epochs
 
 
 def read_back(value: Any) -> Any:

@@ -32,7 +32,7 @@ def fit(
         spec=spec,
         n_workers=n_workers,
         n_threads=max(1, machines.cores // n_workers),
-        steps_per_epoch=requests.n_train // spec.training.global_batch,
+        n_steps=spec.training.n_steps(requests.n_train),
         encoder=inputs.encoder,
         llm=inputs.llm,
         identity=inputs.store.identity,

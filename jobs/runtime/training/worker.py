@@ -10,6 +10,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.tracking import HELD_OUT_LOSS, LOSS_OF_NONE
+from jobs.runtime.training import held_out as at_the_end
 from jobs.runtime.training.engine import local_model, start_engine, store_encoder
 from jobs.runtime.training.spec import WorkerSettings
 from jobs.runtime.training.step_figures import step_figures
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 _SMOOTHED_STEPS = 20  # that the loss on the progress line is the mean of: batches differ, so that of one step jumps
 
 
-def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
-    """Trains together with the other workers; Ray Train calls it in each of them.
+def train_worker(loop_config: Mapping[str, WorkerSettings]) -> dict[str, list[Any]] | None:
+    """Trains together with the other workers, and returns `held_out.measure`; Ray Train calls it in each of them.
 
     `loop_config` has the `settings`; the dataset `validation` has the held-out requests.
     """
@@ -50,7 +51,9 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
     if not progress.validation_curve:
         _validate(engine, settings, held_out, progress, rank)
         stopwatch.lap("validate")
-    for step, rows in one_ahead(_steps(settings, rank, begun, encoder)):
+    # A run that has stopped early is only measured again.
+    steps = () if _stops(engine, settings, progress) else one_ahead(_steps(settings, rank, begun, encoder))
+    for step, rows in steps:
         stopwatch.lap("waiting")
         loss, n_tokens = train_step(engine, rows, step=step, n_steps=settings.n_steps, options=spec.training)
         seconds = stopwatch.lap("step")
@@ -69,6 +72,9 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> None:
             stopwatch.lap("save")
             if rank == 0:
                 tally.note("time", f"since step {begun}", stopwatch.seconds)
+            if _stops(engine, settings, progress):
+                break
+    return at_the_end.measure(engine, spec, held_out, progress.step)
 
 
 class Stopwatch:
@@ -123,6 +129,15 @@ def _validate(engine: Any, settings: WorkerSettings, held_out: "list[Row]", prog
     progress.add_validation(own, none=none)
     if rank == 0 and settings.reports_steps:
         settings.tally.point_soon(progress.step, {HELD_OUT_LOSS: own} | ({} if none is None else {LOSS_OF_NONE: none}))
+
+
+def _stops(engine: Any, settings: WorkerSettings, progress: "Progress") -> bool:
+    """Whether the run ends before its last step; all workers call it together and get the same answer."""
+    from persona.training.deepspeed import max_over_workers
+
+    if not settings.spec.patience:
+        return False
+    return max_over_workers(progress.has_converged(settings.spec.patience), engine.module.llm.device) > 0
 
 
 def _steps(

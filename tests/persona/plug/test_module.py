@@ -24,7 +24,8 @@ class FixedQueries(torch.nn.Module):
 
 def new_plug(seed: int = 0, **options) -> Plug:
     torch.manual_seed(seed)
-    options = PlugOptions(**{"persona_tokens": 2, "temperature": 3.0, **options})
+    basic = {"weights": "attention", "persona_tokens": 2, "persona_gain": 1.0, "temperature": 3.0}
+    options = PlugOptions(**{**basic, **options})
     query_encoder = None if options.weights == "mean" else FixedQueries()
     plug = Plug(options, query_encoder=query_encoder, width=D_ENCODER, llm_width=D_LLM, token_norm=1.7).double()
     plug.set_typical_behavior(unit(3, seed=9))
@@ -361,7 +362,7 @@ def test_a_huge_temperature_does_not_overflow():
 @pytest.mark.parametrize("token_norm", [0.1, 540.0])
 def test_soft_tokens_start_with_the_norm_of_the_llms_tokens(token_norm):
     torch.manual_seed(0)
-    options = PlugOptions(weights="mean", persona_tokens=2)
+    options = PlugOptions(weights="mean", persona_tokens=2, persona_gain=1.0)
     plug = Plug(options, query_encoder=None, width=32, llm_width=48, token_norm=token_norm)
     soft_BSD = plug(unit(400, seed=4, width=32).float(), torch.ones(400, dtype=torch.long), None)
     norms_S = soft_BSD.norm(dim=-1).mean(0)
@@ -385,7 +386,7 @@ def test_a_history_with_another_length_or_width_is_refused():
 def test_attention_needs_a_query_encoder_and_mean_takes_none():
     settings = {"width": 3, "llm_width": 2, "token_norm": 1.0}
     with pytest.raises(UsageError, match="a plug with attention weights needs a query encoder"):
-        Plug(PlugOptions(), query_encoder=None, **settings)
+        Plug(PlugOptions(weights="attention"), query_encoder=None, **settings)
     with pytest.raises(UsageError, match="a plug with mean weights takes no query encoder"):
         Plug(PlugOptions(weights="mean"), query_encoder=FixedQueries(), **settings)
     with pytest.raises(UsageError, match="a plug with mean weights has no query encoder"):
@@ -397,7 +398,7 @@ def test_the_number_of_trained_parameters_is_that_of_the_reference_implementatio
     with torch.device("meta"):
         query_encoder = AutoModel.from_config(BertConfig(), add_pooling_layer=False)
         plug = Plug(
-            PlugOptions(instruction="projected"),
+            PlugOptions(weights="attention", persona_tokens=1, instruction="projected"),
             query_encoder=query_encoder,
             query_head=SentenceHead("cls"),
             width=768,

@@ -60,7 +60,7 @@ def llm_that_knows(words: list[str], encoder: TextEncoder, *, related: bool = Tr
 def new_plug(llm: FrozenLLM, **options) -> Plug:
     torch.manual_seed(2)
     return Plug(
-        PlugOptions(**{"weights": "mean", "persona_tokens": 2, **options}),
+        PlugOptions(**{"weights": "mean", "persona_tokens": 2, "persona_gain": 1.0, **options}),
         query_encoder=None,
         width=ENCODER_WIDTH,
         llm_width=LLM_WIDTH,
