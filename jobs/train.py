@@ -17,6 +17,7 @@ from jobs.runtime.job_options import FLAT, InputRows, PastTexts, PreferenceInput
 from jobs.runtime.progress import Stage, progress
 from jobs.runtime.reference import Reference, find_reference
 from jobs.runtime.tally import Counts, Tally
+from jobs.runtime.training import held_out
 from jobs.runtime.training.inputs import TrainingInputs, join_and_split, prompt_example
 from jobs.runtime.training.profiling import with_profile
 from jobs.runtime.training.publish import publish, summary
@@ -228,7 +229,7 @@ def _inputs(config: Config) -> TrainingInputs:
     storage.check_reachable(runs, flag="--runs", write=True)
     storage.check_reachable(plug, flag="--plug", write=True)
     requests = _requests(config, config.requests, flag="--requests")
-    held_out = None if config.validation is None else _requests(config, config.validation, flag="--validation")
+    validation = None if config.validation is None else _requests(config, config.validation, flag="--validation")
     store = Store.open(store_uri)
     encoder = store_encoder(store.identity, config.encoder)
     llm = models.resolve(config.llm, revision=config.llm_revision, flag="--llm")
@@ -240,7 +241,7 @@ def _inputs(config: Config) -> TrainingInputs:
         n_soft=config.plug_options.n_soft,
         retrieved_tokens=config.retrieval.front_tokens,
     )
-    if requests.have_system or (held_out is not None and held_out.have_system):
+    if requests.have_system or (validation is not None and validation.have_system):
         tokenizer.check_system_column()
     return TrainingInputs(
         store=store,
@@ -248,7 +249,7 @@ def _inputs(config: Config) -> TrainingInputs:
         llm=llm,
         tokenizer=tokenizer,
         requests=requests,
-        validation=held_out,
+        validation=validation,
         histories=retrieval.plan(config.past_texts, config.form),
         reference=_reference(config, llm, tokenizer),
         runs=runs,
@@ -319,7 +320,7 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
     at_most = "at most " if config.patience else ""
     steps = f"{about}{at_most}{n_steps:,}: {options.epochs:,} epochs in batches of {options.global_batch:,}"
     table = [("would", would), ("requests", str(requests)), ("steps", steps), *seen.rows()]
-    table += [*inputs.requests.rows(), *inputs.validation_rows()]
+    table += [*held_out.few_steps(n_steps), *inputs.requests.rows(), *inputs.validation_rows()]
     result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), "requests": requests.n, "steps": n_steps}
     result |= {**seen.facts(), **inputs.requests.facts()}
     return cost.planned(

@@ -108,7 +108,7 @@ class PlugOptions:
         check_above_zero(self, "persona_gain", note=" (1 is the paper's plug)")
         check_above_zero(self, "temperature")
         if self.weights == "mean" and self.learn_temperature:
-            raise UsageError("--learn-temperature has no effect with --weights mean; remove one of them")
+            raise UsageError("--learn-temperature has no effect with --weights mean; use --weights attention")
 
     @property
     def n_soft(self) -> int:
@@ -162,7 +162,7 @@ class TrainingOptions:
     global_batch: int = 16
     """Requests per optimizer step, over all workers."""
     micro_batch: int = 8
-    """Requests per forward pass of a worker; lower it when a GPU runs out of memory."""
+    """Requests per forward pass of a worker, at most; lower it when a GPU runs out of memory."""
     learning_rate: float = 1e-2
     """Peak learning rate of projector and instruction token; try 1e-3 for LLMs above 1B, or if the loss diverges."""
     query_learning_rate: float = 1e-4
@@ -225,14 +225,20 @@ class TrainingOptions:
 
     def check_workers(self, n_workers: int) -> None:
         """Raises UsageError when a global batch cannot be split evenly over this many workers."""
-        share = n_workers * self.micro_batch
         if n_workers < 1:
             raise UsageError(f"--workers {n_workers}: must be 1 or more")
-        if self.global_batch % share:
+        share, rest = divmod(self.global_batch, n_workers)
+        # Contrast pairs requests of a pass, so its size must be the same on any number of workers.
+        size = self.micro_batch if self.contrast else self.pass_size(share)
+        if rest or share % size:
             raise UsageError(
                 f"--global-batch {self.global_batch} is not a multiple of --workers {n_workers} × --micro-batch "
-                f"{self.micro_batch} = {share}; change one of the three"
+                f"{self.micro_batch} = {n_workers * self.micro_batch}; change one of the three"
             )
+
+    def pass_size(self, share: int) -> int:
+        """Requests per forward pass of a worker that has `share` requests of each global batch."""
+        return min(self.micro_batch, share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,7 @@ def test_front_door_lists_the_jobs_away_from_the_repository(installed: Path) -> 
 
 def test_recipe_is_found_by_name_away_from_the_repository(installed: Path) -> None:
     # All settings come from the recipe, so what is missing are the paths.
-    done = run(installed, "train", "--config", "lamp_4/paper")
-    assert done.returncode == 2
-    assert "--requests" in done.stderr and "is missing" in done.stderr
+    for recipe in ("lamp_4/paper", "small"):
+        done = run(installed, "train", "--config", recipe)
+        assert done.returncode == 2
+        assert "--requests" in done.stderr and "is missing" in done.stderr

@@ -23,7 +23,7 @@ encoder="${ENCODER:-BAAI/bge-base-en-v1.5}"
 llm="${LLM:-Qwen/Qwen3-8B}"
 refresh_flags="${REFRESH_FLAGS:---sync}"
 requests_flags="${REQUESTS_FLAGS:-}"
-train_flags="${TRAIN_FLAGS:---config acl_next_title/best}"
+train_flags="${TRAIN_FLAGS:---config large}"
 evaluate_flags="${EVALUATE_FLAGS:-}"
 generate_flags="${GENERATE_FLAGS:---beams 1}"
 

@@ -45,10 +45,11 @@ def new_optimizer(model: PersonalizedLLM, options: TrainingOptions) -> torch.opt
 
 def deepspeed_settings(options: TrainingOptions, n_workers: int) -> dict[str, Any]:
     """DeepSpeed's configuration. It has no bf16 section: the plug stays in float32, the LLM in its own precision."""
+    size = options.pass_size(options.global_batch // n_workers)
     return {
         "train_batch_size": options.global_batch,
-        "train_micro_batch_size_per_gpu": options.micro_batch,
-        "gradient_accumulation_steps": options.global_batch // (n_workers * options.micro_batch),
+        "train_micro_batch_size_per_gpu": size,
+        "gradient_accumulation_steps": options.global_batch // (n_workers * size),
         "gradient_clipping": options.max_gradient_norm,
         "zero_optimization": {"stage": options.zero_stage},
         "zero_allow_untested_optimizer": True,

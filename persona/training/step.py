@@ -32,7 +32,8 @@ def train_step(
         the global batch's loss without contrast, in nats a token, and its number of target tokens.
     """
     model: PersonalizedLLM = engine.module
-    parts = [rows[start : start + options.micro_batch] for start in range(0, len(rows), options.micro_batch)]
+    size = options.pass_size(len(rows))
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     pairs = [with_other_histories(part) if options.contrast else ([], []) for part in parts]
     # The engine is called once a micro-batch, so rows with rejected texts and with other histories are appended to it.
     batches = [_collate(model, part, options, others=others) for part, (_, others) in zip(parts, pairs, strict=True)]

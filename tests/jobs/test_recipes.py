@@ -1,6 +1,9 @@
-"""Recipes: every job accepts its section, `paper` has the settings of PPlug, and a name finds its file."""
+"""Recipes: every job accepts its section, `paper` has the settings of PPlug, and a name finds its file.
 
-from dataclasses import replace
+Recipes of a task are in the folder of the task; those by data size are for any task.
+"""
+
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,14 +18,17 @@ from jobs.runtime import catalog
 from jobs.runtime.configuration import read_config
 from jobs.runtime.job_options import flat_settings
 from persona.errors import UsageError
+from persona.evaluation.benchmark_verdict import FEW_STEPS
 from persona.inputs import longlamp
 from persona.inputs.lamp import TASKS
 from persona.models.resolve import ModelFolder
+from persona.options import PlugOptions, TrainingOptions
 from persona.plug import folder as plug_folder
 from persona.plug.module import Plug
 
 FOLDER = Path(train.__file__).parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
+SIZES = {size: FOLDER / f"{size}.yaml" for size in ("small", "base", "large")}
 PLACES = {
     import_lamp: ["--questions", "q", "--out", "o"],
     import_longlamp: ["--questions", "q", "--split", "val", "--out", "o"],
@@ -34,6 +40,10 @@ PLACES = {
     pair: ["--requests", "r", "--store", "s", "--out", "o"],
 }
 OF_STYLE = "acl_style/preference"
+
+
+# Stated by every recipe `paper`, so that no default is part of it. The seed belongs to a run.
+SETTINGS = {one.name for kind in (PlugOptions, TrainingOptions) for one in fields(kind)} - {"seed"}
 
 
 def name(recipe: Path) -> str:
@@ -52,6 +62,35 @@ def test_every_task_and_the_acl_set_have_both_recipes() -> None:
         *(f"acl_style/{how}" for how in ("nll", "preference")),
         *(f"{folder}/{how}" for folder in folders for how in ("paper", "best")),
     }
+
+
+@pytest.mark.parametrize("recipe", [one for one in RECIPES if one.stem == "paper"], ids=name)
+def test_a_recipe_of_the_paper_states_every_setting(recipe: Path) -> None:
+    written = yaml.safe_load(recipe.read_text())["train"]
+    lengths = {f"max_{one}" for one in ("query_tokens", "input_tokens", "target_tokens", "behaviors")}
+    assert {*SETTINGS, *lengths, "llm", "query_prompt", "select", "patience", "validation_fraction"} <= written.keys()
+
+
+def test_a_plain_training_is_that_of_the_recipe_base() -> None:
+    assert read(train, SIZES["base"]) == read_config(train.Config, PLACES[train])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_recipe_by_size_is_for_any_task_and_differs_in_passes_batch_and_rate(size: str) -> None:
+    written = yaml.safe_load(SIZES[size].read_text())
+    assert written.keys() == {"embed", "train", "generate", "evaluate"}
+    of_a_task = {"llm", "encoder", "prompt_format", "metric", "task", "query_prompt", "max_input_tokens"}
+    assert not of_a_task & {key for section in written.values() for key in section}
+    for job in (embed, train, generate, evaluate):
+        assert read_config(job.Config, ["--config", size, *PLACES[job]]) is not None
+    found, base = read(train, SIZES[size]), read(train, SIZES["base"])
+    assert found.plug_options == base.plug_options
+    own = ("epochs", "global_batch", "learning_rate")
+    assert replace(found.training, **{one: getattr(base.training, one) for one in own}) == base.training
+    fewest = {"small": 500, "base": 6_000, "large": 100_000}[size]
+    assert f"{fewest:,}" in SIZES[size].read_text()
+    assert found.training.n_steps(fewest) >= FEW_STEPS
+    found.training.check_workers(8)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
@@ -162,7 +201,7 @@ def test_a_flag_wins_over_the_recipe() -> None:
 
 
 def test_a_recipe_is_found_by_its_name() -> None:
-    assert catalog.recipe_names() == sorted(map(name, RECIPES))
+    assert catalog.recipe_names() == sorted([*map(name, RECIPES), *SIZES])
     by_name = read_config(train.Config, ["--config", "lamp_4/best", *PLACES[train]])
     assert by_name == read(train, FOLDER / "lamp_4" / "best.yaml")
 

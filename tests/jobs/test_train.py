@@ -110,6 +110,14 @@ def test_the_plug_folder_is_complete_and_names_its_models(undisturbed: Path, mod
     card = (undisturbed / "plug" / "README.md").read_text()
     assert models["llama"] in card
     assert "learning_rate" in card
+    held_out = training["held_out"]
+    assert (held_out["requests"], held_out["users"]) == (8, 3)
+    assert held_out["loss"]["own"]["mean"] == pytest.approx(training["validation_loss"], abs=2e-5)
+    assert held_out["loss"]["none"]["mean"] == dict(training["none_curve"])[training["selected_step"]]
+    assert held_out["loss"]["other"]["mean"] != held_out["loss"]["own"]["mean"]
+    assert f"| other | {held_out['loss']['other']['mean']:.4f} [" in card
+    assert bool(held_out["warning"]) == (held_out["loss_saved_by_own"]["other"]["low"] <= 0)
+    assert ("**Warning:** own is" in card) == bool(held_out["warning"])
     assert f"{training['validation_loss']:.4f}" in card
 
 
@@ -121,6 +129,9 @@ def test_two_workers_train_the_same_plug_as_one(do: Job, inputs: dict, undisturb
     np.testing.assert_allclose(curve(two), curve(one), rtol=0, atol=2e-5)
     np.testing.assert_allclose(curve(two, "validation"), curve(one, "validation"), rtol=0, atol=2e-5)
     expected = weights(one)
+    held_out = [record(plug)["training"]["held_out"]["loss"] for plug in (one, two)]
+    for persona in ("own", "none", "other"):
+        assert held_out[1][persona]["mean"] == pytest.approx(held_out[0][persona]["mean"], abs=2e-5)
     for name, value in weights(two).items():
         # A key's bias has no gradient except rounding errors, which AdamW scales up to the learning rate; here they are
         # below 2e-6.
@@ -363,13 +374,13 @@ def test_an_option_newer_than_the_run_was_off_in_it(
     refuse: Job, inputs: dict, undisturbed: Path, tmp_path: Path
 ) -> None:
     started = json.loads((undisturbed / "runs" / "r" / "settings.json").read_text())
-    for name in ("alignment", "contrast", "recency", "retrieve", "texts"):
+    for name in ("contrast", "recency", "retrieve", "texts"):
         del started["settings"][name]
     (tmp_path / "runs" / "r").mkdir(parents=True)
     (tmp_path / "runs" / "r" / "settings.json").write_text(json.dumps(started))
     flags = {**SETTINGS, **inputs, **folders(tmp_path), "dry_run": True}
     assert "resume run 'r'" in refuse(train, **flags).result["would"]
-    assert "alignment was 0.0 and is 0.3" in refuse(train, **flags, alignment=0.3).said
+    assert "contrast was 0.0 and is 0.3" in refuse(train, **flags, contrast=0.3).said
 
 
 def test_a_finished_run_is_published_again_without_training(
@@ -382,20 +393,29 @@ def test_a_finished_run_is_published_again_without_training(
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_the_last_step_becomes_the_plug_when_selected_also_of_a_finished_run(
+def test_a_run_stops_early_goes_on_without_patience_and_gives_its_last_step_when_selected(
     do: Job, inputs: dict, tmp_path: Path
 ) -> None:
     # Training on other targets raises this held-out loss.
     held_out = [{**row, "target": "%#! " * 8} for row in requests(2)]
     flags = {**SETTINGS, **inputs, "epochs": 1, "weights": "mean", "learning_rate": 3e-2}
     flags |= {**folders(tmp_path), "validation": write(str(tmp_path / "held.jsonl"), held_out)}
-    best = do(train, **flags).result
+    stopped = do(train, **flags, patience=2)
+    best = stopped.result
     last = do(train, **{**flags, "plug": str(tmp_path / "last")}, select="last").result
-    assert (best["select"], last["select"], last["steps"], last["selected_step"]) == ("best", "last", 6, 6)
+    assert (best["select"], best["stopped_early"], best["planned_steps"]) == ("best", True, 6)
+    assert best["steps"] == best["selected_step"] + 2 < 6
+    early = f"stopped early at step {best['steps']} of 6"
+    assert early in stopped.table
+    assert early in (tmp_path / "plug" / "README.md").read_text()
+    assert [record(tmp_path / "plug")["training"][name] for name in ("steps", "planned_steps")] == [best["steps"], 6]
+    assert (last["select"], last["steps"], last["selected_step"], last["stopped_early"]) == ("last", 6, 6, False)
     losses = dict(record(tmp_path / "plug")["training"]["validation_curve"])
     assert losses.pop(0) > 0  # before the first step, of which there is no checkpoint
-    assert best["selected_step"] == min(losses, key=lambda step: losses[step]) < 6
-    assert losses[6] == pytest.approx(last["validation_loss"], abs=1e-5)
+    assert best["selected_step"] == min(losses, key=lambda step: losses[step])
+    # The personas are measured with the weights of the plug, not with those of the last step.
+    for one in (best, last):
+        assert one["held_out"]["loss"]["own"]["mean"] == pytest.approx(one["validation_loss"], abs=2e-5)
     [checkpoint] = [
         file.parent for file in (tmp_path / "runs").glob("r/*/state.json") if json.loads(file.read_text())["step"] == 6
     ]

@@ -46,7 +46,7 @@ class OurEncoder:
     @torch.no_grad()
     def queries(self, texts: Sequence[str]) -> NDArray[np.floating]:
         """The vectors of queries under a plug before its training."""
-        options = PlugOptions()
+        options = PlugOptions(weights="attention")
         query_encoder, query_head = plug_folder.new_query_encoder(
             self.folder, options, pooling=self.settings.pooling, width=self.settings.width, pretrained=True
         )

@@ -10,12 +10,18 @@ from persona.options import Decoding, PlugOptions, PromptOptions, RetrievalOptio
 SAMPLING = Decoding(beams=1, sample=True, seed=7)
 
 
-def test_the_defaults_are_the_papers_and_can_work():
-    PlugOptions()
+def test_the_defaults_can_work():
+    PlugOptions(weights="attention", learn_temperature=True)
     RetrievalOptions()
-    TrainingOptions().check_workers(8)
-    TrainingOptions(empty_history=1).check_workers(8)
-    assert (TrainingOptions().epochs, TrainingOptions().global_batch, Decoding().beams) == (2, 64, 4)
+    TrainingOptions(empty_history=1, alignment=0)
+    assert (TrainingOptions().n_steps(100), TrainingOptions().n_steps(15), Decoding().beams) == (2 * (100 // 16), 0, 4)
+
+
+def test_the_default_batch_can_be_split_over_the_gpus_of_a_node():
+    for n_workers in (1, 2, 4, 8, 16):
+        TrainingOptions().check_workers(n_workers)
+    with pytest.raises(UsageError, match="--workers 8 × --micro-batch 8 = 64"):
+        TrainingOptions(contrast=0.5).check_workers(8)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,7 @@ def test_arguments_of_a_chat_template_are_json_or_text():
         ({"contrast": -0.5}, "--contrast -0.5: must be 0"),
         ({"contrast": float("inf")}, "--contrast inf"),
         ({"contrast": 0.5, "micro_batch": 1}, "--contrast 0.5 .* --micro-batch must be 2 or more, not 1"),
-        ({"contrast": 0.5, "empty_history": 1.0}, "--empty-history 1 leaves no history for --contrast 0.5"),
+        ({"contrast": 0.5, "empty_history": 1.0, "alignment": 0.0}, "leaves no history for --contrast 0.5"),
         ({"alignment": 0.3, "empty_history": 1.0}, "leaves no history for --alignment 0.3; add --alignment 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),
         ({"query_learning_rate": float("nan")}, "--query-learning-rate nan"),

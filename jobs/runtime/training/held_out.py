@@ -87,6 +87,16 @@ def summarize(losses: Mapping[str, Sequence[Any]] | None) -> dict[str, Any] | No
     return plain
 
 
+def few_steps(n_steps: int) -> list[tuple[str, str]]:
+    """A warning for the summary of a training of so few steps that little can come of it; else nothing."""
+    from persona.evaluation.benchmark_verdict import FEW_STEPS
+
+    if n_steps >= FEW_STEPS:
+        return []
+    advice = "take more --epochs, --config small, or more requests (docs/training.md, Start here)"
+    return [("warning", f"in fewer than {FEW_STEPS} steps a plug learns little from histories; {advice}")]
+
+
 def _warning(saved: Mapping[str, Any]) -> str:
     """What to try when the own persona is not ahead of another user's on held-out users."""
     from persona.report import formats

@@ -114,10 +114,10 @@ def test_any_other_difference_makes_another_row_and_is_listed() -> None:
 def test_an_option_that_an_older_plug_lacks_has_its_default() -> None:
     old = evaluation("old")
     for options in (old.metrics["training"], old.metrics["settings"]["plug_options"]):
-        for name in ("alignment", "contrast", "recency"):
+        for name in ("contrast", "recency"):
             options.pop(name, None)
     assert list(rows_of(old, evaluation("new", seed=1))) == ["old/own", "old/none"]
-    assert "new/own" in rows_of(old, evaluation("new", seed=1, training={"alignment": 0.3}))
+    assert "new/own" in rows_of(old, evaluation("new", seed=1, training={"contrast": 0.3}))
 
 
 def test_the_reference_is_chosen_by_name() -> None:

@@ -127,11 +127,12 @@ def test_behaviors_have_nearly_the_same_vectors_in_bf16(both: Both):
 
 def test_queries_of_a_new_plug_have_the_vectors_of_encode_query(both: Both):
     settings = settle_query(both.folder, max_tokens=MAX_TOKENS)
+    options = PlugOptions(weights="attention")
     query_encoder, query_head = plug_folder.new_query_encoder(
-        both.folder, PlugOptions(), pooling=both.settings.pooling, width=both.settings.width, pretrained=True
+        both.folder, options, pooling=both.settings.pooling, width=both.settings.width, pretrained=True
     )
     plug = Plug(
-        PlugOptions(),
+        options,
         query_encoder=query_encoder,
         query_head=query_head,
         width=both.settings.width,

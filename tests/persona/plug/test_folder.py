@@ -95,6 +95,14 @@ def test_a_plug_from_before_query_tokens_keeps_its_fingerprint(saved):
     assert plug_record.fingerprint(saved) != found
 
 
+def test_a_record_without_an_option_is_refused_as_its_default_may_have_changed(saved):
+    fields = json.loads((saved / "plug.json").read_text())
+    del fields["options"]["persona_gain"]
+    (saved / "plug.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="options lacks persona_gain"):
+        plug_record.read(saved)
+
+
 def test_how_prompts_are_written_is_part_of_the_record_and_the_fingerprint(saved):
     record = plug_record.read(saved)
     before = plug_record.fingerprint(saved)

@@ -79,11 +79,13 @@ def test_dense_layers_behind_the_query_encoder_are_trained_at_its_rate(tmp_path,
     assert {id(p) for p in model.plug.query_head.parameters()} <= {id(p) for p in query["params"]}
 
 
-def test_batch_sizes_in_the_deepspeed_settings_are_consistent():
+@pytest.mark.parametrize("n_workers", [4, 32])  # a share of 16, in two passes; and of 2, less than a micro-batch
+def test_batch_sizes_in_the_deepspeed_settings_are_consistent(n_workers):
     options = TrainingOptions(global_batch=64, micro_batch=8, zero_stage=2, max_gradient_norm=0.5)
-    settings = deepspeed_settings(options, n_workers=4)
+    options.check_workers(n_workers)
+    settings = deepspeed_settings(options, n_workers=n_workers)
     assert settings["train_batch_size"] == 64
-    assert settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * 4 == 64
+    assert settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * n_workers == 64
     assert settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"]["stage"] == 2
     assert "bf16" not in settings

@@ -14,7 +14,14 @@ from persona.options import TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
 from persona.training.augmentation import with_other_histories, with_rejected
 from persona.training.deepspeed import trainable
-from persona.training.step import contrast_loss, objective, preference_loss, train_step, validation_loss
+from persona.training.step import (
+    contrast_loss,
+    objective,
+    preference_loss,
+    target_losses,
+    train_step,
+    validation_loss,
+)
 from tests.plugs import ROWS, losses, new_model
 
 BETA, NLL_WEIGHT = 0.3, 0.25
@@ -137,6 +144,20 @@ def test_a_step_and_a_validation_have_that_loss_and_a_step_its_gradients(encoder
     for found, parameter in zip(gradients, trainable(exact).values(), strict=True):
         torch.testing.assert_close(found.double(), parameter.grad, rtol=1e-3, atol=1e-4 * largest)
     assert validation_loss(engine, rows, PREFERS) == pytest.approx(loss, rel=1e-5)
+
+
+def test_losses_of_targets_are_those_of_each_row_alone(encoder_folder, llm):
+    model = new_model(encoder_folder, llm)
+    options = replace(PREFERS, preference=0.0, nll_weight=1.0, micro_batch=4)  # six rows in two passes
+    found = target_losses(PlainEngine(model), ROWS, options)
+    assert [n_tokens for _, n_tokens in found] == [
+        len(ids) for ids in model.llm.tokenizer.targets([row["target"] for row in ROWS])
+    ]
+    # Requests have the same losses alone and in a larger batch, up to the order of float32 sums.
+    alone = [float(losses(model, [row])) for row in ROWS]
+    assert [nats for nats, _ in found] == pytest.approx(alone, rel=1e-5)
+    total = sum(nats for nats, _ in found) / sum(n_tokens for _, n_tokens in found)
+    assert total == pytest.approx(validation_loss(PlainEngine(model), ROWS, options), rel=1e-6)
 
 
 def test_a_reference_of_other_texts_is_refused(encoder_folder, llm):
