@@ -320,7 +320,7 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
     at_most = "at most " if config.patience else ""
     steps = f"{about}{at_most}{n_steps:,}: {options.epochs:,} epochs in batches of {options.global_batch:,}"
     table = [("would", would), ("requests", str(requests)), ("steps", steps), *seen.rows()]
-    table += [*held_out.few_steps(n_steps), *inputs.requests.rows(), *inputs.validation_rows()]
+    table += [*held_out.cautions(spec, n_steps), *inputs.requests.rows(), *inputs.validation_rows()]
     result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), "requests": requests.n, "steps": n_steps}
     result |= {**seen.facts(), **inputs.requests.facts()}
     return cost.planned(

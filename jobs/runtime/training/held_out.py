@@ -87,14 +87,17 @@ def summarize(losses: Mapping[str, Sequence[Any]] | None) -> dict[str, Any] | No
     return plain
 
 
-def few_steps(n_steps: int) -> list[tuple[str, str]]:
-    """A warning for the summary of a training of so few steps that little can come of it; else nothing."""
+def cautions(spec: "RunSpec", n_steps: int) -> list[tuple[str, str]]:
+    """Warnings before a training of settings from which little was gained in our measurements."""
     from persona.evaluation.benchmark_verdict import FEW_STEPS
 
-    if n_steps >= FEW_STEPS:
-        return []
-    advice = "take more --epochs, --config small, or more requests (docs/training.md, Start here)"
-    return [("warning", f"in fewer than {FEW_STEPS} steps a plug learns little from histories; {advice}")]
+    found = []
+    if n_steps < FEW_STEPS:
+        advice = "take more --epochs, --config small, or more requests (docs/training.md, Start here)"
+        found.append(f"in fewer than {FEW_STEPS} steps a plug learns little from histories; {advice}")
+    if spec.retrieval.retrieve and spec.training.alignment:
+        found.append("with alignment a plug does not learn to read retrieved texts; add --alignment 0")
+    return [("warning", caution) for caution in found]
 
 
 def _warning(saved: Mapping[str, Any]) -> str:

@@ -74,7 +74,11 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> dict[str, list[An
                 tally.note("time", f"since step {begun}", stopwatch.seconds)
             if _stops(engine, settings, progress):
                 break
-    return at_the_end.measure(engine, spec, held_out, progress.step)
+    losses = at_the_end.measure(engine, spec, held_out, progress.step)
+    stopwatch.lap("validate")
+    if rank == 0:
+        tally.note("time", f"since step {begun}", stopwatch.seconds)
+    return losses
 
 
 class Stopwatch:
