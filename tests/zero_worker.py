@@ -58,8 +58,14 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
 
     from persona.engines import probe
     from persona.training import checkpoint
-    from persona.training.deepspeed import deepspeed_settings, gathered, load_llm, new_engine
-    from persona.training.step import train_step, validation_loss
+    from persona.training.deepspeed import (
+        deepspeed_settings,
+        gather_over_workers,
+        gathered,
+        load_llm,
+        new_engine,
+    )
+    from persona.training.step import target_losses, train_step, validation_loss
 
     options = new_options(case, case["stage"])
     settings = deepspeed_settings(options, n_workers)
@@ -90,9 +96,14 @@ def run(case: dict[str, Any], rank: int, n_workers: int) -> dict[str, Any]:
         plain = new_case_model(case)
         unchanged = llm_bytes(model) == llm_bytes(plain)
         moved = moved_parameters(model, plain)
+    selected = []
+    if "save" in case:
+        checkpoint.load_selected(engine, Path(case["save"]))
+        selected = gather_over_workers(target_losses(engine, HELD_OUT[rank::n_workers], options))
     return {
         "losses": losses,
         "held_out": held_out,
+        "selected": selected,
         "n_tokens": n_tokens,
         "llm_unchanged": unchanged,
         "llm_dtype": str(model.llm.model.dtype),

@@ -15,7 +15,8 @@ from persona.models.resolve import ModelFolder
 from persona.training import checkpoint
 from persona.training.deepspeed import trainable
 from tests.gloo_workers import run_together
-from tests.zero_worker import N_STEPS, PROGRESS, STOP, new_case_model, plain_run, run as train
+from tests.plugs import losses
+from tests.zero_worker import HELD_OUT, N_STEPS, PROGRESS, STOP, new_case_model, plain_run, run as train
 
 Case = dict[str, Any]
 # Two workers sum the same float32 gradients in another order than one, which rounds by about 2^-24 of the largest term.
@@ -124,6 +125,21 @@ def test_two_workers_take_the_steps_of_one(found, stage):
 def test_the_held_out_loss_does_not_depend_on_the_number_of_workers(found, stage):
     one, two = found["runs"]["1 worker, stage 1"], found["runs"][f"2 workers, stage {stage}"]
     assert two["held_out"] == pytest.approx(one["held_out"], rel=SAME)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "n"),
+    [("1 worker, stage 1", "one-1", 1)] + [(f"2 workers, stage {stage}", f"two-{stage}", 2) for stage in (1, 2, 3)],
+)
+def test_weights_of_an_earlier_step_are_measured_at_the_end(found, name, folder, n):
+    model = new_case_model(found["base"])
+    checkpoint.load_weights(model, found["out"] / folder)
+    rows = [row for rank in range(n) for row in HELD_OUT[rank::n]]
+    measured = found["runs"][name]["selected"]
+    assert [nats for nats, _ in measured] == pytest.approx(losses(model, rows).tolist(), rel=SAME)
+    # They are those of that step, and not of the last one.
+    total = sum(nats for nats, _ in measured) / sum(n_tokens for _, n_tokens in measured)
+    assert abs(total / found["runs"][name]["held_out"] - 1) > 10 * SAME
 
 
 @pytest.mark.parametrize(
