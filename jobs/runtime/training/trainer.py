@@ -42,7 +42,7 @@ def fit(
         reports_steps=reports_steps,
     )
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # Ray's type leaves out the `return_value` of its results
         train_loop_config={"settings": settings},
         scaling_config=ScalingConfig(num_workers=n_workers, use_gpu=bool(machines.gpus)),
         torch_config=TorchConfig(backend="nccl" if machines.gpus else "gloo"),

@@ -51,9 +51,9 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> dict[str, list[An
     if not progress.validation_curve:
         _validate(engine, settings, held_out, progress, rank)
         stopwatch.lap("validate")
-    # A run that has stopped early is only measured again.
-    steps = () if _stops(engine, settings, progress) else one_ahead(_steps(settings, rank, begun, encoder))
-    for step, rows in steps:
+    # A run that has stopped early takes no more steps.
+    steps = iter(()) if _stops(engine, settings, progress) else _steps(settings, rank, begun, encoder)
+    for step, rows in one_ahead(steps):
         stopwatch.lap("waiting")
         loss, n_tokens = train_step(engine, rows, step=step, n_steps=settings.n_steps, options=spec.training)
         seconds = stopwatch.lap("step")

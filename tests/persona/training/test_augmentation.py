@@ -13,7 +13,7 @@ from tests.models import ENCODER_WIDTH
 from tests.plugs import ROWS
 
 WIDTH = 2
-OPTIONS = TrainingOptions(history_dropout=0.5)
+OPTIONS = TrainingOptions(history_dropout=0.5, alignment=0)
 
 # History dropout --------------------------------------------------------------------------------------------
 
