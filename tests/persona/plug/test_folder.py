@@ -184,7 +184,7 @@ def test_a_folder_that_is_overwritten_is_incomplete_until_the_end(saved, encoder
         ("\udcff", "not a valid plug.json .*can't decode byte"),
         ("", "Expecting value"),
         ('{"format": 1}', "format 1, this version reads format 3; train a new plug"),
-        ('{"format": 3, "options": {}}', "missing"),
+        ('{"format": 3, "options": {}}', "options lacks instruction"),
     ],
 )
 def test_an_invalid_record_is_refused(saved, text, reason):
@@ -212,6 +212,8 @@ def test_an_invalid_record_is_refused(saved, text, reason):
 )
 def test_a_record_that_no_training_run_writes_is_refused(saved, values, reason):
     fields = json.loads((saved / "plug.json").read_text())
+    if isinstance(values.get("options"), dict):
+        values = {"options": {**fields["options"], **values["options"]}}
     (saved / "plug.json").write_text(json.dumps({**fields, **values}))
     with pytest.raises(InputError, match=reason):
         plug_record.read(saved)
