@@ -74,6 +74,12 @@ def test_the_whole_table_and_its_verdict_after_a_run_that_was_cut_off(
     assert (other.code, "--held-out was 0.3 and is 0.4" in other.said) == (2, True)
 
 
+def test_no_plug_stops_earlier_than_another_whatever_the_recipe_says() -> None:
+    config = benchmark.Config(histories="h", out="o", recipe="small")
+    trainings = [benchmark._training(config, "o", row, 0) for row in benchmark.ROWS]
+    assert {(one.patience, one.training.epochs, one.plug_options.persona_tokens) for one in trainings} == {(0, 10, 16)}
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"held_out": 0.0}, "--held-out 0.0: must be above 0"),
     ({"requests": "r.jsonl"}, "--requests and --test-requests go together"),
