@@ -35,6 +35,7 @@ def rows_of(folder: str) -> list[dict[str, Any]]:
         return [row for file in sorted(local.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
+@pytest.mark.soak
 def test_all_steps_from_requests_to_a_plug_on_s3_with_a_killed_worker(
     do: Job, models: dict[str, str], plug: str, s3: str, tmp_path: Path
 ) -> None:
