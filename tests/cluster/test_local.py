@@ -142,10 +142,10 @@ def test_all_jobs_and_a_repeated_schedule(local: Local, corp: str, tmp_path: Pat
     judged = local.job("evaluate", "evaluate", requests=held_out, out=f"{corp}/persona/report", **outputs)
     assert set(judged["scores"]) == set(kinds)
 
-    # The next night, the same command under another id finds nothing to do.
+    # The next night, the same command under another id knows the only file, and opens none.
     second = local.job("refresh-2", "embed", **refresh, max_tokens=32, block_rows=16)
     assert (second["encoded"], second["committed"], second["gone"]) == (0, 0, 0)
-    assert second["known"] == first["committed"]
+    assert (second["read"], second["input_files"]["known"]["files"]) == (0, 1)
 
 
 def test_the_weekly_schedule_promotes_refuses_and_rolls_back(local: Local, corp: str, tmp_path: Path) -> None:
