@@ -12,7 +12,6 @@ Trains one plug per row and seed, generates answers, and evaluates every third r
 
 import argparse
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,18 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persona.evaluation.intervals import bootstrap
-from persona.inputs.histories import bucket_of
 from persona.models import packaged
 from persona.models.encoder import TextEncoder
 from persona.models.resolve import resolve
-from persona.store import vectors
-from persona.store.join import seen_rows
 from persona.store.store import Store
 from tests.benchmarks.author_experiments import EXPERIMENTS, Row
+from tests.benchmarks.encoder_ranking import candidates, rank
 from tests.benchmarks.job import run_job
 
-_TITLES = re.compile(r'\[1\]: "(.*)" \[2\]: "(.*)"$', re.DOTALL)
 _MAX_BEHAVIORS = 512  # as in the recipes
 
 
@@ -128,26 +123,15 @@ class Run:
 
     def rank_by_encoder(self) -> None:
         """Print how often the right title of a `which` question is more similar to the history than the other one."""
-        store = Store.open(str(self.store))
         requests = pq.read_table(self._requests(self.split))
-        buckets = bucket_of(requests["user_id"].combine_chunks(), store.n_buckets)
+        pairs = zip(requests["input"].to_pylist(), requests["target"].to_pylist(), strict=True)
         encoder = TextEncoder(resolve(str(packaged.minilm()), flag="--encoder"), pooling="mean", max_tokens=256)
-        right: defaultdict[str, list[bool]] = defaultdict(list)
-        users: list[str] = []
-        for bucket in np.unique(buckets).tolist():
-            part = requests.filter(buckets == bucket)
-            histories = seen_rows(part, store, bucket, max_behaviors=_MAX_BEHAVIORS, with_vectors=True)
-            pairs = [candidates(row["input"], row["target"]) for row in part.to_pylist()]
-            titles_R2d = encoder.encode([title for pair in pairs for title in pair]).vectors.reshape(len(pairs), 2, -1)
-            for pair_2d, history in zip(titles_R2d.astype(np.float32), histories, strict=True):
-                behaviors_Nd = vectors.from_column(history["vector"], pair_2d.shape[1]).astype(np.float32)
-                for method, similarity_2 in _similarities(behaviors_Nd, pair_2d).items():
-                    right[method].append(bool(similarity_2[0] > similarity_2[1]))
-            users += part["user_id"].to_pylist()
-        for method, values in right.items():
-            share = bootstrap(values, users)
+        titles = [candidates(question, target) for question, target in pairs]
+        store = Store.open(str(self.store))
+        for method, share in rank(requests, titles, store, encoder, max_behaviors=_MAX_BEHAVIORS).items():
             print(
-                f"encoder alone, {method}: {share.mean:.3f} [{share.low:.3f}, {share.high:.3f}] of {len(users)} right"
+                f"encoder alone, {method}: {share.mean:.3f} [{share.low:.3f}, {share.high:.3f}] of "
+                f"{requests.num_rows} right"
             )
 
     def compare(self) -> None:
@@ -203,25 +187,6 @@ def with_rejected(requests: pa.Table, which: pa.Table, *, label: bool) -> pa.Tab
     labels = {"[1]": "[2]", "[2]": "[1]"}
     rejected = [labels[target] if label else candidates(question, target)[1] for question, target in questions]
     return requests.append_column("rejected", pa.array(rejected))
-
-
-def candidates(question: str, target: str) -> tuple[str, str]:
-    """The author's title and the other title of a `which` question."""
-    found = _TITLES.search(question)
-    if found is None:
-        raise SystemExit(f"no two titles in {question!r}")
-    return (found[1], found[2]) if target == "[1]" else (found[2], found[1])
-
-
-def _similarities(behaviors_Nd: np.ndarray, titles_2d: np.ndarray) -> dict[str, np.ndarray]:
-    """The similarity of a history, oldest behavior first, to two titles by each method."""
-    cosines_N2 = behaviors_Nd @ titles_2d.T
-    recency_N = 1 / np.arange(len(behaviors_Nd), 0, -1)
-    return {
-        "mean": cosines_N2.mean(0),
-        "mean by recency": np.average(cosines_N2, axis=0, weights=recency_N),
-        "nearest": cosines_N2.max(0),
-    }
 
 
 if __name__ == "__main__":

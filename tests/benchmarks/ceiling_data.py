@@ -1,0 +1,97 @@
+"""The requests and vectors of `tests.benchmarks.ceiling`, in one process without Ray.
+
+Shape: N behaviors.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.runtime import encoding
+from persona.inputs import histories
+from persona.inputs.histories import bucket_of, text_hash
+from persona.models.encoder import TextEncoder
+from persona.models.resolve import ModelFolder
+from persona.options import PersonaKind, VectorOptions
+from persona.store import vectors
+from persona.store.join import join_histories
+from persona.store.store import Store
+from tests.benchmarks.authors import with_rejected
+
+_BUCKETS = 16
+_DRAWS = 2**31 - 1
+_TYPICAL_REQUESTS, _TYPICAL_EACH = 128, 8
+
+
+def requests(acl: Path, *, train_rows: int, split: str, every: int) -> tuple[pa.Table, pa.Table]:
+    """The training requests, a random sample, and every N-th request of the split with a column `rejected`.
+
+    They are the requests of `tests.benchmarks.authors` with the same numbers.
+    """
+    train, held_out = (pq.read_table(acl / f"next_title_{name}.parquet") for name in ("train", split))
+    drawn = np.random.default_rng(0).choice(train.num_rows, min(train_rows, train.num_rows), replace=False)
+    held_out = with_rejected(held_out, pq.read_table(acl / f"which_{split}.parquet"), label=False)
+    return train.take(np.sort(drawn)), held_out.take(np.arange(0, held_out.num_rows, every))
+
+
+def embed(
+    acl: Path, seen_by: Sequence[pa.Table], uri: Path, folder: ModelFolder, *, max_tokens: int
+) -> tuple[Store, TextEncoder]:
+    """The store with all behaviors that these requests see, and its encoder; what the store has is not encoded again.
+
+    Behaviors of the other authors are left out, so another author's persona is that of one of these authors.
+    """
+    identity = encoding.identity_of(folder, VectorOptions(), max_tokens=max_tokens, precision="auto")
+    store = Store.find(str(uri), identity, _BUCKETS) or Store.create(str(uri), identity, _BUCKETS)
+    encoder = encoding.load_encoder(folder.name, folder.revision, identity, token_budget=None, precision="auto")
+    behaviors = _behaviors(acl, seen_by)
+    for bucket in range(_BUCKETS):
+        missing, _ = store.missing(bucket, behaviors.filter(pc.equal(behaviors["bucket"], bucket)))
+        if missing.num_rows:
+            encoded = encoder.encode(missing["text"].to_pylist()).vectors
+            staged = store.stage("behaviors", missing.append_column("vector", vectors.to_column(encoded)))
+            with store.writer("behaviors", job="tests.benchmarks.ceiling") as writer:
+                writer.add(staged)
+            print(f"encoded {missing.num_rows} behaviors of bucket {bucket + 1} of {_BUCKETS}", flush=True)
+    return Store.open(str(uri)), encoder
+
+
+def _behaviors(acl: Path, seen_by: Sequence[pa.Table]) -> pa.Table:
+    """The behaviors that some request sees, as `histories.SCHEMA`."""
+    latest: dict[str, int] = {}
+    for table in seen_by:
+        for user, as_of in zip(table["user_id"].to_pylist(), table["as_of"].cast(pa.int64()).to_pylist(), strict=True):
+            latest[user] = max(latest.get(user, as_of), as_of)
+    rows = pq.read_table(acl / "histories.parquet")
+    pairs = zip(rows["user_id"].to_pylist(), rows["timestamp"].cast(pa.int64()).to_pylist(), strict=True)
+    rows = rows.filter(pa.array([time < latest.get(user, time) for user, time in pairs]))
+    bucket = pa.array(bucket_of(rows["user_id"].combine_chunks(), _BUCKETS))
+    columns = {name: rows[name] for name in rows.column_names}
+    return pa.table({**columns, "bucket": bucket, "text_hash": text_hash(rows["text"])}).cast(histories.SCHEMA)
+
+
+def joined(rows: pa.Table, store: Store, personas: Sequence[PersonaKind], *, max_behaviors: int) -> pa.Table:
+    """The requests with the history that each sees under each kind of persona, and the kind in the column `persona`."""
+    buckets = bucket_of(rows["user_id"].combine_chunks(), store.n_buckets)
+    parts = []
+    for persona in personas:
+        for bucket in np.unique(buckets).tolist():
+            part = rows.filter(pa.array(buckets == bucket))
+            part = join_histories(part, store, bucket, persona=persona, max_behaviors=max_behaviors)
+            parts.append(part.append_column("persona", pa.array([persona.value] * part.num_rows)))
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def typical_behaviors(train: pa.Table, width: int) -> np.ndarray:
+    """Vectors (N, d) of behaviors that some of the joined training requests see, the same as `jobs.train` takes."""
+    ids = train["request_id"].to_pylist()
+    is_drawn = bucket_of([f"draw {name}" for name in ids], _DRAWS) < _TYPICAL_REQUESTS / len(ids) * _DRAWS
+    found = []
+    for row in sorted(train.filter(pa.array(is_drawn)).to_pylist(), key=lambda row: row["request_id"]):
+        seen_Nd = vectors.from_bytes(row["history"], width)
+        found.append(seen_Nd[np.linspace(0, len(seen_Nd) - 1, min(len(seen_Nd), _TYPICAL_EACH)).astype(int)])
+    return np.concatenate(found)

@@ -1,0 +1,132 @@
+"""The plug of keys and values, its training without Ray, and the tables of the comparison."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from persona.models.encoder import TextEncoder
+from persona.models.frozen_llm import FrozenLLM
+from persona.models.prompts import PromptIds
+from persona.models.resolve import resolve
+from persona.options import TrainingOptions
+from persona.plug.personalized import Batch, PersonalizedLLM
+from tests.benchmarks import ceiling, ceiling_table, prefix_plug
+from tests.benchmarks.prefix_plug import PrefixLLM, PrefixPlug
+from tests.models import ENCODER_WIDTH, tiny_encoder, tiny_llama
+from tests.plugs import ROWS, new_model, random_history
+
+# Of float32 through two layers: what another order of the same sums changes.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> PersonalizedLLM:
+    """A plug with a gain and equal weights in front of a tiny Llama."""
+    encoder = resolve(str(tiny_encoder(tmp_path / "encoder")), flag="--encoder")
+    llm = FrozenLLM.load(resolve(str(tiny_llama(tmp_path / "llm")), flag="--llm"), precision="fp32", device="cpu")
+    return new_model(encoder, llm, weights="mean", persona_tokens=3, persona_gain=4.0)
+
+
+@pytest.fixture
+def behaviors() -> torch.Tensor:
+    draw = np.random.default_rng(0)
+    return torch.from_numpy(
+        np.frombuffer(random_history(draw, 40, ENCODER_WIDTH), "<f2").reshape(-1, ENCODER_WIDTH)
+    ).float()
+
+
+def in_front(batch: Batch) -> list[PromptIds]:
+    """The prompts with the soft tokens in front of all text."""
+    return [PromptIds(before=(), after=(*prompt.before, *prompt.after)) for prompt in batch.prompts]
+
+
+def test_keys_and_values_of_soft_tokens_give_the_same_loss_and_gradient_as_the_soft_tokens(model: PersonalizedLLM):
+    batch = model.collate(ROWS)
+    soft_BSD = model.soft_tokens(batch).detach().requires_grad_()
+    losses, gradients = [], []
+    for nll in (
+        model.llm.nll(soft_BSD, in_front(batch), batch.targets),
+        prefix_plug.nll(model.llm, prefix_plug.read(model.llm, soft_BSD), in_front(batch), batch.targets),
+    ):
+        losses.append(nll.detach())
+        gradients += torch.autograd.grad(nll.sum(), soft_BSD)
+    assert len(set(losses[0].tolist())) == len(ROWS)
+    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
+
+
+def test_without_a_history_a_new_plug_of_keys_and_values_has_the_loss_of_its_soft_tokens(
+    model: PersonalizedLLM, behaviors: torch.Tensor
+):
+    rows = [{**row, "history": b""} for row in ROWS]
+    batch = model.collate(rows)
+    expected = model.llm.nll(model.soft_tokens(batch), in_front(batch), batch.targets)
+    prefix = PrefixLLM.from_soft_tokens(model, behaviors, rank=4)
+    torch.testing.assert_close(prefix(prefix.collate(rows)), expected, **CLOSE)
+    assert (prefix(prefix.collate(ROWS)) - expected).abs().max() > 0.01
+
+
+def test_the_codes_start_as_the_best_map_of_their_rank(model: PersonalizedLLM, behaviors: torch.Tensor):
+    rank, n = 5, len(behaviors)
+    one_N = torch.ones(n, dtype=torch.long)
+    prefix = PrefixLLM.from_soft_tokens(model, behaviors, rank=rank).plug
+    assert isinstance(prefix, PrefixPlug)
+    with torch.no_grad():
+        y_NC = (prefix_plug.read(model.llm, model.plug(behaviors, one_N, None)) / prefix.unit).flatten(1).double()
+        x_NF = prefix.deviations(behaviors, one_N).double()
+        got_NC = (x_NF - x_NF.mean(0)) @ prefix.down.double() @ prefix.up.double()
+        code_NR = x_NF @ prefix.down.double()
+    x_NF, y_NC = x_NF - x_NF.mean(0), y_NC - y_NC.mean(0)
+    penalty = prefix_plug._RIDGE * (x_NF**2).sum(0).mean()
+    fitted_NC = x_NF @ torch.linalg.solve(x_NF.T @ x_NF + penalty * torch.eye(x_NF.shape[1]), x_NF.T @ y_NC)
+    left, size, right = torch.linalg.svd(fitted_NC, full_matrices=False)
+    best_NC = left[:, :rank] * size[:rank] @ right[:rank]
+    torch.testing.assert_close(got_NC, best_NC, **CLOSE)
+    torch.testing.assert_close(code_NR.var(0, correction=0), torch.ones(rank).double(), **CLOSE)
+
+
+@pytest.mark.parametrize("empty_history", [0.0, 1.0])
+def test_training_lowers_the_loss_and_without_histories_leaves_the_codes_alone(
+    model: PersonalizedLLM, behaviors: torch.Tensor, tmp_path: Path, empty_history: float
+):
+    rows = [{**row, "request_id": f"{row['request_id']}-{i}"} for i in range(8) for row in ROWS]
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+    requests = pa.table({**columns, "history": pa.array(columns["history"], pa.large_binary())})
+    options = TrainingOptions(
+        global_batch=4, micro_batch=4, learning_rate=3e-2, empty_history=empty_history, weight_decay=0.0
+    )
+    prefix = PrefixLLM.from_soft_tokens(model, behaviors, rank=4)
+    up, shared = prefix.plug.up.clone(), prefix.plug.shared.clone()
+    encoder = TextEncoder(
+        resolve(str(tmp_path / "encoder"), flag="--encoder"),
+        pooling="mean",
+        max_tokens=64,
+        precision="fp32",
+        device="cpu",
+    )
+    losses = ceiling.train(prefix, requests, options, encoder)
+    assert len(losses) == 12
+    assert sum(losses[-4:]) < sum(losses[:4]) - 0.4
+    assert not torch.equal(prefix.plug.shared, shared)
+    assert torch.equal(prefix.plug.up, up) == (empty_history == 1)
+
+
+def record(plug: str, own: list[float], other: list[float]) -> dict[str, Any]:
+    losses = {"user_id": ["a", "a", "b"], "tokens": [2, 2, 4], "own": own, "other": other}
+    return {"plug": plug, "width": 8, "losses": losses}
+
+
+def test_differences_are_per_token_and_multiples_are_of_sums(capsys: pytest.CaptureFixture[str]):
+    tokens, prefix = (
+        record("tokens", [2.0, 2.0, 4.0], [3.0, 3.0, 6.0]),
+        record("prefix", [2.0, 2.0, 3.0], [4.0, 4.0, 7.0]),
+    )
+    assert ceiling_table.minus((prefix, "own"), (tokens, "own")).mean == pytest.approx(-1 / 8)
+    found = ceiling_table.times(prefix, tokens)
+    assert (found.mean, found.low, found.high) == (2.0, 2.0, 2.0)
+    ceiling_table.show([tokens, prefix])
+    assert "| prefix, vectors 8 wide | −1.000 [−1.000, −1.000] | 2.00 [2.00, 2.00] |" in capsys.readouterr().out
