@@ -71,7 +71,9 @@ def _behaviors(acl: Path, seen_by: Sequence[pa.Table]) -> pa.Table:
     rows = rows.filter(pa.array([time < latest.get(user, time) for user, time in pairs]))
     bucket = pa.array(bucket_of(rows["user_id"].combine_chunks(), _BUCKETS))
     columns = {name: rows[name] for name in rows.column_names}
-    return pa.table({**columns, "bucket": bucket, "text_hash": text_hash(rows["text"])}).cast(histories.SCHEMA)
+    return pa.table({**columns, "bucket": bucket, "text_hash": text_hash(rows["text"].to_pylist())}).cast(
+        histories.SCHEMA
+    )
 
 
 def joined(rows: pa.Table, store: Store, personas: Sequence[PersonaKind], *, max_behaviors: int) -> pa.Table:

@@ -14,6 +14,7 @@ from persona.models.prompts import PromptIds
 from persona.models.resolve import resolve
 from persona.options import TrainingOptions
 from persona.plug.personalized import Batch, PersonalizedLLM
+from persona.store import vectors
 from tests.benchmarks import ceiling, ceiling_table, prefix_plug
 from tests.benchmarks.prefix_plug import PrefixLLM, PrefixPlug
 from tests.models import ENCODER_WIDTH, tiny_encoder, tiny_llama
@@ -33,10 +34,8 @@ def model(tmp_path: Path) -> PersonalizedLLM:
 
 @pytest.fixture
 def behaviors() -> torch.Tensor:
-    draw = np.random.default_rng(0)
-    return torch.from_numpy(
-        np.frombuffer(random_history(draw, 40, ENCODER_WIDTH), "<f2").reshape(-1, ENCODER_WIDTH)
-    ).float()
+    history = random_history(np.random.default_rng(0), 40, ENCODER_WIDTH)
+    return torch.from_numpy(vectors.from_bytes(history, ENCODER_WIDTH).astype(np.float32))
 
 
 def in_front(batch: Batch) -> list[PromptIds]:
