@@ -60,7 +60,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the stores and results")
     parser.add_argument("--encoder", type=Path, help="folder of the encoder; default the packaged MiniLM")
     parser.add_argument("--llm", type=Path, help="folder of the frozen LLM; default the packaged SmolLM2-135M-Instruct")
-    parser.add_argument("--only", nargs="+", choices=PLUGS, default=PLUGS[:4], metavar="PLUG", help=", ".join(PLUGS))
+    parser.add_argument(
+        "--only", nargs="*", choices=PLUGS, default=PLUGS[:4], metavar="PLUG", help=f"{', '.join(PLUGS)}; none: no plug"
+    )
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="requests to evaluate")
     parser.add_argument("--train-rows", type=int, default=2_480, help="number of training requests, 16 per step")
     parser.add_argument("--every", type=int, default=4, help="evaluate every N-th request of the split")
