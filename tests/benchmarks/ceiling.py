@@ -6,9 +6,11 @@
 Trains plugs on the next titles of ACL authors with the same requests in the same order, in one process without Ray, and
 prints a table: the plug of the recipe (`tokens`), a plug that gives the LLM keys and values in every layer instead of
 input tokens (`prefix`), one of four times its rank (`prefix-wide`), and the controls of both kinds, which see no
-histories. The first plug with another encoder is a run of its own. `title` is the loss when the history is the title
-itself: what the plug can tell the LLM if only the vector says it. Results that `--out` already has are kept, so the
+histories. The first plug with another encoder is a run of its own. Results that `--out` already has are kept, so the
 same command resumes.
+
+The second table has the loss when the history is the vector of the title to be written. `near` moves that vector to the
+typical behavior, until it is as far from there as the mean of a history: plugs are trained on such means.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from persona.plug.module import Plug
 from persona.plug.personalized import Batch, PersonalizedLLM
 from persona.plug.request_tables import loss_of_all
 from persona.store.store import Store
-from persona.training.augmentation import align, step_rows
+from persona.training.augmentation import step_rows
 from persona.training.deepspeed import new_optimizer, trainable
 from persona.training.order import Window, order_in_window
 from persona.training.step import train_step
@@ -121,7 +123,7 @@ class Run:
         n_weights = sum(parameter.numel() for parameter in trainable(model).values())
         losses = train(model, data.train, options, data.encoder_fp32)
         seconds = time.perf_counter() - started
-        personas = ("own", "none", "other", "title") if with_histories else ("none",)
+        personas = ("own", "none", "other", "title", "near") if with_histories else ("none",)
         found = {
             "weights": n_weights,
             "training_losses": losses,
@@ -171,10 +173,9 @@ class Run:
         width = data.store.identity.width
         options = self.config.plug_options
         plug = Plug(options, query_encoder=None, width=width, llm_width=llm.width, token_norm=llm.token_norm())
-        behaviors_Nd = ceiling_data.typical_behaviors(data.train, width)
-        behaviors = torch.from_numpy(behaviors_Nd).float()
+        behaviors = torch.from_numpy(data.typical).float()
         plug.set_typical_behavior(behaviors)
-        warm_start.fit(plug, data.encoder_fp32, llm, behaviors_Nd)
+        warm_start.fit(plug, data.encoder_fp32, llm, data.typical)
         model = PersonalizedLLM(plug, llm, None)
         if name not in _RANKS:
             return model
@@ -199,6 +200,7 @@ class Data:
             folder, pooling=identity.pooling, max_tokens=identity.max_tokens, precision="fp32", device="cpu"
         )
         self.train = ceiling_data.joined(train, self.store, [PersonaKind.OWN], max_behaviors=max_behaviors)
+        self.typical = ceiling_data.typical_behaviors(self.train, identity.width)
         kinds = [PersonaKind.OWN, PersonaKind.NONE, PersonaKind.OTHER]
         self.evaluated = ceiling_data.joined(self.held_out, self.store, kinds, max_behaviors=max_behaviors)
 
@@ -254,8 +256,9 @@ def evaluate(model: PersonalizedLLM, data: Data, personas: Sequence[str]) -> dic
     """The nats of each request's target under each persona, and of its rejected title under `own` and `none`."""
     model.eval()
     rows = {kind: _of(data.evaluated, kind) for kind in ("own", "none", "other")}
-    told = [row["history"] for row in align(rows["own"].to_pylist(), data.encoder_fp32)]
-    rows["title"] = _with(rows["own"], "history", pa.array(told, pa.large_binary()))
+    titles = ceiling_data.title_vectors(rows["own"], data.encoder_fp32, data.typical)
+    for kind, column in zip(("title", "near"), titles, strict=True):
+        rows[kind] = _with(rows["own"], "history", column)
     found: dict[str, list[Any]] = {name: rows["none"][name].to_pylist() for name in ("request_id", "user_id")}
     for kind in personas:
         losses = loss_of_all(model, rows[kind], batch_size=_BATCH)

@@ -1,6 +1,6 @@
 """The requests and vectors of `tests.benchmarks.ceiling`, in one process without Ray.
 
-Shape: N behaviors.
+Shapes: N behaviors, R requests, d encoder width.
 """
 
 from collections.abc import Sequence
@@ -97,3 +97,18 @@ def typical_behaviors(train: pa.Table, width: int) -> np.ndarray:
         seen_Nd = vectors.from_bytes(row["history"], width)
         found.append(seen_Nd[np.linspace(0, len(seen_Nd) - 1, min(len(seen_Nd), _TYPICAL_EACH)).astype(int)])
     return np.concatenate(found)
+
+
+def title_vectors(rows: pa.Table, encoder: TextEncoder, typical_Nd: np.ndarray) -> tuple[pa.Array, pa.Array]:
+    """A column `history` with the vector of each row's title, and one with that vector near the typical behavior.
+
+    It is then as far from there as the mean of a history, on average over the rows.
+    """
+    center_d = typical_Nd.astype(np.float32).mean(0)
+    histories = [vectors.from_bytes(history, len(center_d)) for history in rows["history"].to_pylist()]
+    means_Rd = np.stack([history.astype(np.float32).mean(0) for history in histories])
+    titles_Rd = encoder.encode(rows["target"].to_pylist()).vectors.astype(np.float32)
+    share = np.linalg.norm(means_Rd - center_d, axis=1).mean() / np.linalg.norm(titles_Rd - center_d, axis=1).mean()
+    near_Rd = center_d + share * (titles_Rd - center_d)
+    told, near = (pa.array([vectors.to_bytes(one) for one in each], pa.large_binary()) for each in (titles_Rd, near_Rd))
+    return told, near

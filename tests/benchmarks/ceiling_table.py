@@ -19,9 +19,13 @@ CONTROLS = {"tokens": "tuning", "prefix": "prefix-tuning"}
 def show(records: Sequence[Record]) -> None:
     """Print all tables of results that have the same requests; the first plug of soft tokens is the baseline."""
     plugs = [record for record in records if "losses" in record]
-    print("\n| plug | own | none | another author | the title itself |\n|---|---|---|---|---|")
+    print("\n| plug | own | none | another author |\n|---|---|---|---|")
     for record in plugs:
-        print(_row(label(record), *(_loss(record, name) for name in ("own", "none", "other", "title"))))
+        print(_row(label(record), *(_loss(record, name) for name in ("own", "none", "other"))))
+    print("\n| plug | told the title | near |\n|---|---|---|")
+    for record in plugs:
+        if "title" in record["losses"]:
+            print(_row(label(record), *(_loss(record, name) for name in ("title", "near"))))
     baseline = next((record for record in plugs if record["plug"] == BASELINE), None)
     print(
         f"\n| plug | own minus another author | times that of `{BASELINE}` | own minus own of `{BASELINE}` | own minus "

@@ -15,7 +15,7 @@ from persona.models.resolve import resolve
 from persona.options import TrainingOptions
 from persona.plug.personalized import Batch, PersonalizedLLM
 from persona.store import vectors
-from tests.benchmarks import ceiling, ceiling_table, prefix_plug
+from tests.benchmarks import ceiling, ceiling_data, ceiling_table, prefix_plug
 from tests.benchmarks.prefix_plug import PrefixLLM, PrefixPlug
 from tests.models import ENCODER_WIDTH, tiny_encoder, tiny_llama
 from tests.plugs import ROWS, new_model, random_history
@@ -112,6 +112,31 @@ def test_training_lowers_the_loss_and_without_histories_leaves_the_codes_alone(
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.4
     assert not torch.equal(prefix.plug.shared, shared)
     assert torch.equal(prefix.plug.up, up) == (empty_history == 1)
+
+
+def test_near_titles_are_as_far_from_the_typical_behavior_as_histories_and_in_the_direction_of_titles(
+    model: PersonalizedLLM, behaviors: torch.Tensor, tmp_path: Path
+):
+    encoder = TextEncoder(
+        resolve(str(tmp_path / "encoder"), flag="--encoder"),
+        pooling="mean",
+        max_tokens=64,
+        precision="fp32",
+        device="cpu",
+    )
+    rows = [row for row in ROWS if row["history"]]
+    histories = pa.array([row["history"] for row in rows], pa.large_binary())
+    table = pa.table({"target": [row["target"] for row in rows], "history": histories})
+    typical = behaviors.numpy()
+    from_center = []
+    for column in (*ceiling_data.title_vectors(table, encoder, typical), histories):
+        means = [vectors.from_bytes(one, ENCODER_WIDTH).astype(np.float32).mean(0) for one in column.to_pylist()]
+        from_center.append(np.stack(means) - typical.mean(0))
+    titles_Rd, near_Rd, means_Rd = from_center
+    size_R, near_size_R = (np.linalg.norm(one, axis=1) for one in (titles_Rd, near_Rd))
+    # Stored as float16.
+    assert near_size_R.mean() == pytest.approx(np.linalg.norm(means_Rd, axis=1).mean(), rel=1e-3)
+    np.testing.assert_allclose(near_Rd / near_size_R[:, None], titles_Rd / size_R[:, None], atol=2e-3)
 
 
 def record(plug: str, own: list[float], other: list[float]) -> dict[str, Any]:
