@@ -24,7 +24,7 @@ RANKING = (
     "fewer nats wins. By gain over none: the text wins whose nats the persona lowers more, compared with no history. "
     "In brackets 95 % intervals over users."
 )
-_CONTROL = "a plug trained without any history (prompt tuning, jobs.train --empty-history 1)"
+_CONTROL = "a plug trained without any history (prompt tuning, jobs.train --empty-history 1 --alignment 0)"
 _MOST_NAMES = 6
 
 _VERDICTS = {

@@ -43,7 +43,7 @@ def test_a_gain_against_none_or_bare_may_be_the_task() -> None:
 
 
 def test_the_control_is_named_or_missing() -> None:
-    assert "(prompt tuning, jobs.train --empty-history 1), is not part of this page" in reading(other=GAIN)
+    assert "jobs.train --empty-history 1 --alignment 0), is not part of this page" in reading(other=GAIN)
     assert "it is the control" in reading({"empty_history": 1.0}, other=GAIN)
 
 
@@ -73,7 +73,7 @@ def test_a_comparison_is_read_against_its_reference() -> None:
         "Worse than a/own: c/own.",
         "Not distinguishable from a/own (the interval of the difference includes zero): d/own.",
         "Against another user's persona, the own persona of a saves +0.2500",
-        "The control, a plug trained without any history (prompt tuning, jobs.train --empty-history 1), is not part",
+        "a plug trained without any history (prompt tuning, jobs.train --empty-history 1 --alignment 0), is not part",
     ):
         assert part in text
 
