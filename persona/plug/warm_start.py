@@ -51,7 +51,7 @@ def fit(
     if len(words) < _MIN_WORDS or len(behaviors_Nd) < 2:
         raise UsageError(
             f"a warm start from the vocabulary needs {_MIN_WORDS} whole words that encoder and LLM share, and "
-            f"2 behaviors; found {len(words)} words and {len(behaviors_Nd)} behaviors; train without a warm start"
+            f"2 behaviors; found {len(words)} words and {len(behaviors_Nd)} behaviors; give --warm-start none"
         )
     device = plug.projector.outer.weight.device
     tokens_WD = llm.embed(torch.tensor(ids, device=llm.device)).double().to(device)

@@ -197,5 +197,5 @@ def test_the_fit_is_deterministic_and_does_not_change_the_llm(encoder):
 
 def test_too_few_common_words_are_refused(encoder):
     llm = llm_that_knows(WORDS[:5], encoder)
-    with pytest.raises(UsageError, match="5 words.*train without a warm start"):
+    with pytest.raises(UsageError, match="5 words.*--warm-start none"):
         warm_start.fit(new_plug(llm), encoder, llm, encoder.encode(WORDS).vectors)
