@@ -148,7 +148,9 @@ def _written(config: Config, histories: Histories, out: str, tally: Tally, folde
     """The job as one chain: read, bring together by user, write the requests. Yields receipts."""
     from persona.inputs.histories import SCHEMA
 
-    read = _Titled(columns=histories.columns, n_buckets=config.buckets, job="make_requests", title=config.title)
+    read = _Titled(
+        columns=histories.columns, n_buckets=config.buckets, job="make_requests", tally=tally, title=config.title
+    )
     source = exchange.Source(splits=histories.splits, read=read)
     behaviors = exchange.exchange([source], config.buckets, SCHEMA, key=None, folder=folder, whole_buckets=True)
     written = exchange.by_partition(behaviors, _write_buckets, out=out, rule=config.rule(), config=config, tally=tally)
@@ -265,7 +267,7 @@ def _left_out(config: Config, counts: Mapping[str, int]) -> str:
         **({"alone": "without texts of other users in their bucket"} if config.task == "which" else {}),
         "untimed": "without a timestamp",
     }
-    return ", ".join(f"{counts.get(name, 0):,} {reason}" for name, reason in reasons.items())
+    return ", ".join(f"{counts[name]:,} {reason}" for name, reason in reasons.items() if counts.get(name)) or "none"
 
 
 def _stage_of(counts: Counts) -> Stage | None:

@@ -29,11 +29,13 @@ def test_each_behavior_becomes_the_target_of_a_request_that_sees_the_older_ones(
     assert done.code == 0
     assert "10 with fewer than 2 older texts" in done.table
     assert "5 beyond the latest 3 of a user" in done.table
+    assert "words" not in done.table and "timestamp" not in done.table  # reasons that left nothing out
     assert {name: done.result[name] for name in ("requests", "early", "older")} == {
         "requests": 15,
         "early": 10,
         "older": 5,
     }
+    assert "30 behaviors" in done.said  # of "read 30 behaviors" or "make 6 of 30 behaviors", whichever came first
     found = read(f"{s3}/requests")
     expected = {
         (row["user_id"], row["text"], row["timestamp"]) for row in written if (row["timestamp"] - START).days > 2
