@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from persona.tracking.tracker import Point, Tracker
 
 _POLL_S = 2.0
+_NO_SETTINGS = ("track", "dry_run", "profile")  # change nothing about the result
 TRAINING_LOSS, HELD_OUT_LOSS, LOSS_OF_NONE = "train/loss", "validation/loss", "validation/loss_no_persona"
 _CURVES = {TRAINING_LOSS: "training_curve", HELD_OUT_LOSS: "validation_curve", LOSS_OF_NONE: "none_curve"}
 
@@ -128,10 +129,18 @@ def tracked(track: "Track", *, job: str, place: str, settings: Mapping[str, Any]
     tracker = start(track, TrackedRun(key=key, name=place.rsplit("/", 1)[-1], job=job))
     log.say(f"{job}: tracked at {tracker.place}")
     found = Tracked(tracker)
-    tracker.log_settings({name: str(value) for name, value in settings.items()})
+    tracker.log_settings(_as_given(settings))
     try:
         yield found
     except BaseException:
         found.close(failed=True)
         raise
     found.close(failed=False)
+
+
+def _as_given(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings as a command line has them: several values with a space between, and no flag that is not given."""
+    given = {name: value for name, value in settings.items() if name not in _NO_SETTINGS and value not in (None, ())}
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in given.items()
+    }

@@ -36,7 +36,8 @@ def start(run: TrackedRun) -> "MLflow":
             client.update_run(run_id, status="RUNNING")
         else:
             tags = {_KEY: run.key, "persona_plug.job": run.job}
-            run_id = client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
+            name = f"{run.job}-{run.name}"  # the list of runs shows no tags
+            run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     return MLflow(client, uri, experiment, run_id)
 
 

@@ -78,6 +78,17 @@ def test_a_comparison_is_tracked_without_ray(refuse: Job, board: Path, tmp_path:
     (folder,) = board.iterdir()
     assert {"loss/a/own", "above_reference/b/own"} <= names(folder)
     assert (folder / "files" / "report" / "comparison.html").exists()
+    shown = settings(folder)
+    assert f"| evaluations | {' '.join(folders)} |" in shown
+    assert "| track |" not in shown and "None" not in shown
+
+
+def settings(folder: Path) -> str:
+    """The table of settings."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (event,) = EventAccumulator(str(folder)).Reload().Tensors("settings/text_summary")
+    return str(event.tensor_proto.string_val[0], "utf-8")
 
 
 def names(folder: Path) -> set[str]:

@@ -48,7 +48,7 @@ def test_mlflow_has_one_run_with_settings_curve_and_plug(
     experiment = client.get_experiment_by_name("trackers")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == ("weekly-47", "FINISHED")
+    assert (run.info.run_name, run.info.status) == ("train-weekly-47", "FINISHED")
     assert run.data.params == {"learning_rate": "0.001", "system": "a | b", "workers": "2"}
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert sorted((point.step, point.value) for point in history) == [(1, 3.0), (2, 2.5), (3, 2.0)]
