@@ -158,6 +158,7 @@ def killed(flags: Row, local_ray: None) -> Callable[..., int]:
     return call
 
 
+@pytest.mark.soak
 def test_after_kills_the_results_are_those_of_an_undisturbed_run(
     do: Job, killed: Callable[..., int], flags: Row, tmp_path: Path
 ) -> None:

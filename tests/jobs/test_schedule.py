@@ -23,7 +23,8 @@ STEPS = CLUSTER / "schedule" / "steps.sh"
 FLAGS = {
     "REFRESH_FLAGS": "--sync --buckets 4 --max-tokens 32",
     "REQUESTS_FLAGS": "--buckets 2 --max-a-user 3",
-    "TRAIN_FLAGS": "--weights mean --persona-tokens 4 --learning-rate 0.03 --epochs 12 --global-batch 16 "
+    "TRAIN_FLAGS": "--weights mean --persona-tokens 4 --persona-gain 1 --warm-start none --alignment 0 "
+    "--learning-rate 0.03 --epochs 12 --global-batch 16 "
     "--micro-batch 16 --validate-every 1000 --max-input-tokens 32 --max-target-tokens 16 --precision fp32 "
     "--validation-fraction 0.2",
     "EVALUATE_FLAGS": "--actors 1 --precision fp32",

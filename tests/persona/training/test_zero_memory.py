@@ -8,7 +8,7 @@ import torch
 from tests.benchmarks.zero_memory import compare
 
 N_WORKERS = 4  # the share of each is far below that of two, let alone the whole
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [pytest.mark.soak, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 
 @pytest.fixture(scope="module")
