@@ -96,7 +96,7 @@ def test_training_lowers_the_loss_and_without_histories_leaves_the_codes_alone(
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     requests = pa.table({**columns, "history": pa.array(columns["history"], pa.large_binary())})
     options = TrainingOptions(
-        global_batch=4, micro_batch=4, learning_rate=3e-2, empty_history=empty_history, weight_decay=0.0
+        global_batch=4, micro_batch=4, learning_rate=3e-2, empty_history=empty_history, alignment=0.0, weight_decay=0.0
     )
     prefix = PrefixLLM.from_soft_tokens(model, behaviors, rank=4)
     up, shared = prefix.plug.up.clone(), prefix.plug.shared.clone()
