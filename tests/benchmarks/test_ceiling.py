@@ -88,6 +88,12 @@ def test_the_codes_start_as_the_best_map_of_their_rank(model: PersonalizedLLM, b
     torch.testing.assert_close(code_NR.var(0, correction=0), torch.ones(rank).double(), **CLOSE)
 
 
+def text_encoder(folder: Path) -> TextEncoder:
+    """The encoder that `model` has written."""
+    found = resolve(str(folder), flag="--encoder")
+    return TextEncoder(found, pooling="mean", max_tokens=64, precision="fp32", device="cpu")
+
+
 @pytest.mark.parametrize("empty_history", [0.0, 1.0])
 def test_training_lowers_the_loss_and_without_histories_leaves_the_codes_alone(
     model: PersonalizedLLM, behaviors: torch.Tensor, tmp_path: Path, empty_history: float
@@ -100,13 +106,7 @@ def test_training_lowers_the_loss_and_without_histories_leaves_the_codes_alone(
     )
     prefix = PrefixLLM.from_soft_tokens(model, behaviors, rank=4)
     up, shared = prefix.plug.up.clone(), prefix.plug.shared.clone()
-    encoder = TextEncoder(
-        resolve(str(tmp_path / "encoder"), flag="--encoder"),
-        pooling="mean",
-        max_tokens=64,
-        precision="fp32",
-        device="cpu",
-    )
+    encoder = text_encoder(tmp_path / "encoder")
     losses = ceiling.train(prefix, requests, options, encoder)
     assert len(losses) == 12
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.4
@@ -117,13 +117,7 @@ def test_training_lowers_the_loss_and_without_histories_leaves_the_codes_alone(
 def test_near_titles_are_as_far_from_the_typical_behavior_as_histories_and_in_the_direction_of_titles(
     model: PersonalizedLLM, behaviors: torch.Tensor, tmp_path: Path
 ):
-    encoder = TextEncoder(
-        resolve(str(tmp_path / "encoder"), flag="--encoder"),
-        pooling="mean",
-        max_tokens=64,
-        precision="fp32",
-        device="cpu",
-    )
+    encoder = text_encoder(tmp_path / "encoder")
     rows = [row for row in ROWS if row["history"]]
     histories = pa.array([row["history"] for row in rows], pa.large_binary())
     table = pa.table({"target": [row["target"] for row in rows], "history": histories})
