@@ -201,11 +201,7 @@ class FrozenLLM(nn.Module):
             cache_before: read what is in front of the soft tokens in a pass of its own, without gradients, if the LLM
                 allows it: faster if that is long. ZeRO-3 needs the same value on all workers.
         """
-        logits_NV = self.target_logits(soft_BSD, prompts, targets, cache_before=cache_before)
-        labels_N = torch.tensor(list(chain.from_iterable(targets)), device=self.device)
-        losses_N = nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none")
-        rows_N = torch.tensor([row for row, target in enumerate(targets) for _ in target], device=self.device)
-        return losses_N.new_zeros(len(targets)).index_add(0, rows_N, losses_N)
+        return summed_nll(self.target_logits(soft_BSD, prompts, targets, cache_before=cache_before), targets)
 
     def target_logits(
         self,
@@ -279,9 +275,20 @@ class FrozenLLM(nn.Module):
         else:
             kv_cache, mask_BF = self._read(befores)
         afters = [PromptIds(before=(), after=prompt.after) for prompt in prompts]
-        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, afters, targets)
+        return self.logits_behind(kv_cache, mask_BF, soft_BSD, afters, targets)
+
+    def logits_behind(
+        self,
+        kv_cache: Cache,
+        mask_BF: Tensor,
+        soft_BSD: Tensor,
+        prompts: Sequence[PromptIds],
+        targets: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """`target_logits` (N, V) behind what a cache holds, of a decoder-only LLM; the mask (B, F) hides padding."""
+        embeds_BLD, mask_BL = self.embed_prompts(soft_BSD, prompts, targets)
         logits_NV, _ = self.forward_at(
-            self._positions(embeds_BLD, soft_BSD, afters, targets),
+            self._positions(embeds_BLD, soft_BSD, prompts, targets),
             inputs_embeds=embeds_BLD,
             **self.mask_arguments(torch.cat([mask_BF, mask_BL], dim=1), n_new=mask_BL.shape[1]),
             past_key_values=kv_cache,
@@ -327,3 +334,11 @@ def _switch_off_dropout(layer: nn.Module) -> None:
         for name, value in vars(owner).items() if owner is not None else ():
             if "dropout" in name and isinstance(value, float):
                 setattr(owner, name, 0.0)
+
+
+def summed_nll(logits_NV: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+    """The negative log-likelihood (B,) of each target, in nats, float32, from the logits that predict all tokens."""
+    labels_N = torch.tensor(list(chain.from_iterable(targets)), device=logits_NV.device)
+    losses_N = nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    rows_N = torch.tensor([row for row, target in enumerate(targets) for _ in target], device=logits_NV.device)
+    return losses_N.new_zeros(len(targets)).index_add(0, rows_N, losses_N)

@@ -6,8 +6,8 @@
 Trains plugs on the next titles of ACL authors with the same requests in the same order, in one process without Ray, and
 prints a table: the plug of the recipe (`tokens`), a plug that gives the LLM keys and values in every layer instead of
 input tokens (`prefix`), one of four times its rank (`prefix-wide`), and the controls of both kinds, which see no
-histories. The first plug with another encoder is a run of its own. Results that `--out` already has are kept, so the
-same command resumes.
+histories. For vectors of another encoder, run the command once more with `--encoder`. Results that `--out` already has
+are kept, so the same command resumes.
 
 The second table has the loss when the history is the vector of the title to be written. `near` moves that vector to the
 typical behavior, until it is as far from there as the mean of a history: plugs are trained on such means.

@@ -4,8 +4,8 @@ What soft tokens can tell the LLM, keys and values can too, and more: so this sh
 is made from an untrained plug of soft tokens, and starts with what the LLM itself makes of these.
 
 Shapes: B requests, M behaviors of all requests together, N single behaviors, d encoder width, F hidden width of the
-projector, R codes, Y layers, h key heads, S positions, w width of a head, C = Y·2·h·S·w numbers of a prefix, L tokens
-of a row, N also target tokens of a batch, V vocabulary, D LLM width.
+projector, R codes, Y layers, h key heads, S positions, w width of a head, C = Y·2·h·S·w numbers of a prefix, D LLM
+width.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from persona.models.frozen_llm import FrozenLLM
+from persona.models.frozen_llm import FrozenLLM, summed_nll
 from persona.models.prompts import PromptIds
 from persona.plug import aggregation
 from persona.plug.module import Plug
@@ -39,20 +39,9 @@ def nll(
     """`FrozenLLM.nll` (B,) with keys and values in front of all text, instead of soft tokens within it."""
     layers = prefix_BY2hSw.to(llm.dtype).unbind(1)
     cache = DynamicCache([(layer_B2hSw[:, 0], layer_B2hSw[:, 1]) for layer_B2hSw in layers])
+    seen_BS = torch.ones(len(prompts), prefix_BY2hSw.shape[-2], dtype=torch.bool, device=llm.device)
     no_soft_B0D = torch.empty(len(prompts), 0, llm.width, device=llm.device)
-    embeds_BLD, mask_BL = llm.embed_prompts(no_soft_B0D, prompts, targets)
-    seen_BS = mask_BL.new_ones(len(prompts), prefix_BY2hSw.shape[-2])
-    logits_NV, _ = llm.forward_at(
-        llm._positions(embeds_BLD, no_soft_B0D, prompts, targets),
-        inputs_embeds=embeds_BLD,
-        **llm.mask_arguments(torch.cat([seen_BS, mask_BL], dim=1), n_new=mask_BL.shape[1]),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    labels_N = torch.tensor([token for target in targets for token in target], device=llm.device)
-    rows_N = torch.tensor([row for row, target in enumerate(targets) for _ in target], device=llm.device)
-    losses_N = nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none")
-    return losses_N.new_zeros(len(targets)).index_add(0, rows_N, losses_N)
+    return summed_nll(llm.logits_behind(cache, seen_BS, no_soft_B0D, prompts, targets), targets)
 
 
 class PrefixPlug(nn.Module):

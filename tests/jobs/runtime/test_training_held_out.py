@@ -1,4 +1,4 @@
-"""What is said of the personas at the end of a training run, and which checkpoint becomes the plug."""
+"""The end of a training run: which checkpoint becomes the plug, and what the summary says of its personas."""
 
 from pathlib import Path
 from typing import Any
