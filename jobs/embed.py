@@ -187,8 +187,7 @@ def _update(
         if deletes:
             planned = planned.before_deleting(writers[ledger.NAME])
         block_rows = _block_rows(config, read, store, machines, pool)
-        if done.found.total.rows <= block_rows:
-            pool = pool.of_one()
+        pool = pool.fit(done.found.total.rows, block_rows)
         keeps_later, snapshot = planned.refresh.keeps_later, store.snapshot("behaviors")
         missing = comparing.missing(read, snapshot, tally, deletes=deletes, keeps_later=keeps_later)
         with Committer(writers["behaviors"], tally) as committer:
@@ -254,9 +253,6 @@ def _staged(
     tally: Tally,
 ) -> "Iterator[pa.Table]":
     """Encode what is missing, and stage it. Receipts say what was found."""
-    threads = machines.threads(config.pool.cpus_per_actor)
-    if pool.max_size == 1:
-        threads = replace(threads, model=threads.alone)
     encoded = pools.by_models(
         missing,
         Encode,
@@ -265,7 +261,7 @@ def _staged(
         config=config,
         identity=store.identity,
         tally=tally,
-        threads=threads,
+        n_tokenizing=machines.tokenizing_threads,
     )
     return staging.staged(encoded, store=store, table="behaviors", tally=tally)
 
@@ -273,9 +269,9 @@ def _staged(
 class Encode:
     """An actor with a frozen encoder, loaded once: behaviors in, vectors out."""
 
-    def __init__(self, config: Config, identity: "Identity", tally: Tally, threads: session.Threads) -> None:
-        session.quiet_models(threads.model)
-        session.tokenize_with(threads.tokenizing)
+    def __init__(self, config: Config, identity: "Identity", tally: Tally, n_threads: int, n_tokenizing: int) -> None:
+        session.quiet_models(n_threads)
+        session.tokenize_with(n_tokenizing)
         self.encoder = encoding.load_encoder(
             config.encoder,
             config.revision,

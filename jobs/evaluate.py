@@ -146,7 +146,8 @@ def _evaluate(config: Config, inputs: _Inputs, tracked: tracking.Tracked, starte
     tally = Tally.start()
     with progress(tally, "evaluate", _stage_of), exchange.run_files(inputs.out, "evaluate") as folder:
         requests = _requests(config, inputs, store, variants, tally, folder)
-        measured = losses.measure(requests.rows, _loss_settings(config, inputs.plug), pool, tally)
+        n_rows = requests.found.total.rows * len(config.personas)
+        measured = losses.measure(requests.rows, _loss_settings(config, inputs.plug), pool, tally, n_rows=n_rows)
     if not measured["request_id"]:
         raise InputError(f"--requests {config.requests} has no request with a target, so there is nothing to evaluate")
     answers = stored_answers.read_outputs(store, variants, measured["request_id"], measured["user_id"])
@@ -236,7 +237,6 @@ def _loss_settings(config: Config, plug: PlugRef) -> losses.LossSettings:
         batch_size=config.batch_size,
         retrieved_tokens=config.front.front_tokens,
         with_rejected=config.rejected is not None,
-        n_threads=config.pool.cpus_per_actor,
     )
 
 

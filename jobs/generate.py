@@ -131,6 +131,7 @@ def main(config: Config) -> Summary:
         tally = Tally.start()
         with progress(tally, "generate", _stage_of), exchange.run_files(inputs.store.uri, "generations") as folder:
             requests = _requests(config, inputs, tally, folder)
+            pool = pool.fit(requests.found.total.rows * len(config.personas), config.block_rows)
             with Committer(writer, tally) as committer:
                 for staged in _staged(config, inputs, requests, pool, tally):
                     committer.take(staged)
@@ -204,7 +205,13 @@ def _staged(
 ) -> "Iterator[pa.Table]":
     """The rest of the job as one chain: generate, stage."""
     answered = pools.by_models(
-        requests.rows, Generate, block_rows=config.block_rows, pool=pool, config=config, plug=inputs.plug, tally=tally
+        requests.rows,
+        Generate,
+        block_rows=config.block_rows,
+        pool=pool,
+        config=config,
+        plug=inputs.plug,
+        tally=tally,
     )
     return staging.staged(answered, store=inputs.store, table="generations", tally=tally)
 
@@ -232,8 +239,8 @@ def _engine_settings(config: Config, plug: PlugRef) -> "EngineSettings":
 class Generate:
     """An actor with plug and LLM, loaded once: requests with histories in, answers out."""
 
-    def __init__(self, config: Config, plug: PlugRef, tally: Tally) -> None:
-        session.quiet_models(config.pool.cpus_per_actor)
+    def __init__(self, config: Config, plug: PlugRef, tally: Tally, n_threads: int) -> None:
+        session.quiet_models(n_threads)
         self.answerer = engines.load_answerer(
             plug, _engine_settings(config, plug), retrieved_tokens=config.front.front_tokens
         )

@@ -171,6 +171,8 @@ def _staged(
 ) -> "Iterator[pa.Table]":
     """The job as one chain: pair, judge, stage."""
     store = inputs.store.snapshot("generations", judging.TABLE)
+    # Each variant's answer is judged under its own persona and a wrong one.
+    pool = pool.fit(requests.found[0].total.rows * len(inputs.plan.variants) * 2, config.block_rows)
     pairs = exchange.by_window(requests, judging.unjudged, store=store, plan=inputs.plan, tally=tally)
     judged = pools.by_models(
         pairs,
@@ -180,7 +182,6 @@ def _staged(
         ref=ChatRef.of(config.chat, pool),
         replies=replies,
         tally=tally,
-        n_threads=config.pool.cpus_per_actor,
     )
     return staging.staged(judged, store=inputs.store, table=judging.TABLE, tally=tally)
 

@@ -246,7 +246,6 @@ def _settings(config: Config, source: StatementInput | RequestInput, todo: "Work
         precision=config.models.precision,
         device=config.pool.device,
         batch_size=config.batch_size,
-        n_threads=config.pool.cpus_per_actor,
         folder=todo.states,
     )
 

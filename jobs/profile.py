@@ -204,7 +204,7 @@ def _staged(
         users,
         making.actor,
         block_rows=config.block_rows,
-        pool=making.pool,
+        pool=making.pool.fit(exchanged.found[0].total.rows, config.block_rows),
         **making.settings,
         options=config.options,
         tally=tally,

@@ -18,9 +18,6 @@ from typing import Any
 
 from jobs import embed, generate
 from jobs.runtime import cli, commits
-from jobs.runtime.plugs import PlugRef
-from jobs.runtime.session import Threads
-from jobs.runtime.tally import Tally
 
 LOG = "work.log"
 BLOCK_S = 0.6  # minimum time per block: with a tiny model alone, a run would be over before anything could be killed
@@ -36,8 +33,8 @@ def log_block(store: str, n_rows: int) -> None:
 class CountingEncode(embed.Encode):
     """The encoder's actor; `gone` rows need no work."""
 
-    def __init__(self, config: embed.Config, identity: Any, tally: Tally, threads: Threads) -> None:
-        super().__init__(config, identity, tally, threads)
+    def __init__(self, config: embed.Config, *settings: Any, **more: Any) -> None:
+        super().__init__(config, *settings, **more)
         self.store = config.store
 
     def __call__(self, behaviors: Any) -> Any:
@@ -49,8 +46,8 @@ class CountingEncode(embed.Encode):
 class CountingGenerate(generate.Generate):
     """The LLM's actor."""
 
-    def __init__(self, config: generate.Config, plug: PlugRef, tally: Tally) -> None:
-        super().__init__(config, plug, tally)
+    def __init__(self, config: generate.Config, *settings: Any, **more: Any) -> None:
+        super().__init__(config, *settings, **more)
         self.store = config.store
 
     def __call__(self, requests: Any) -> Any:

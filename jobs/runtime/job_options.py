@@ -76,9 +76,9 @@ class ActorPool:
     """How many actors hold a model, and what each one takes."""
 
     actors: int | None = None
-    """Number of actors that hold a model; default one per GPU, or one per core."""
+    """Number of actors that hold a model; default one per GPU, or one per core, and no more than blocks of rows."""
     cpus_per_actor: int = 1
-    """Cores per actor where there is no GPU; raise it for models that do not fit memory once per core."""
+    """Least cores per actor where there is no GPU; raise it for models that do not fit memory once per core."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""

@@ -34,7 +34,6 @@ class StateSettings:
         model: a plug for requests, or an LLM alone for statements.
         precision, device: of the LLM, as of `FrozenLLM.load`.
         batch_size: texts per forward pass.
-        n_threads: for the model on CPUs.
         folder: of the parts (`persona.locating.state_files`).
     """
 
@@ -42,7 +41,6 @@ class StateSettings:
     precision: "Precision"
     device: str | None
     batch_size: int
-    n_threads: int
     folder: str
 
 
@@ -67,7 +65,16 @@ def write_states(
         rows, found = _statements(source, done, tally, limit=limit, run_files=run_files)
     else:
         rows, found = _requests(source, done, tally, limit=limit, run_files=run_files)
-    written = pools.by_models(rows, WriteStates, block_rows=block_rows, pool=pool, settings=settings, tally=tally)
+    n_personas = 1 if isinstance(source, StatementInput) else len(source.personas)
+    pool = pool.fit(found.total.rows * n_personas, block_rows)
+    written = pools.by_models(
+        rows,
+        WriteStates,
+        block_rows=block_rows,
+        pool=pool,
+        settings=settings,
+        tally=tally,
+    )
     for _ in written.iter_batches(batch_size=None, batch_format="pyarrow"):
         pass
     return found
@@ -76,8 +83,8 @@ def write_states(
 class WriteStates:
     """An actor with the LLM, and the plug if there is one: rows in, files of their hidden states out."""
 
-    def __init__(self, settings: StateSettings, tally: Tally) -> None:
-        session.quiet_models(settings.n_threads)
+    def __init__(self, settings: StateSettings, tally: Tally, n_threads: int) -> None:
+        session.quiet_models(n_threads)
         self.settings = settings
         self.model = _load(settings)
         self.tally = tally

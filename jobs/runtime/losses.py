@@ -34,7 +34,6 @@ class LossSettings:
         batch_size: requests per forward pass.
         retrieved_tokens: tokens of retrieved texts in front of a prompt.
         with_rejected: whether to measure the rejected texts as well.
-        n_threads: for the model on CPUs.
     """
 
     plug: PlugRef
@@ -43,13 +42,20 @@ class LossSettings:
     batch_size: int
     retrieved_tokens: int
     with_rejected: bool
-    n_threads: int
 
 
-def measure(requests: "Dataset", settings: LossSettings, pool: ModelPool, tally: Tally) -> Losses:
-    """The losses of joined requests with their targets: a few numbers per request, and the target."""
+def measure(requests: "Dataset", settings: LossSettings, pool: ModelPool, tally: Tally, *, n_rows: int) -> Losses:
+    """The losses of at most `n_rows` joined requests with their targets: a few numbers per request, and the target."""
     block_rows = _BATCHES_PER_BLOCK * settings.batch_size
-    rows = pools.by_models(requests, MeasureLosses, block_rows=block_rows, pool=pool, settings=settings, tally=tally)
+    pool = pool.fit(n_rows, block_rows)
+    rows = pools.by_models(
+        requests,
+        MeasureLosses,
+        block_rows=block_rows,
+        pool=pool,
+        settings=settings,
+        tally=tally,
+    )
     names = [*_NUMBERS, "target", *(_REJECTED_NUMBERS if settings.with_rejected else ())]
     gathered: Losses = {name: [] for name in names}
     for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -75,8 +81,8 @@ def to_parquet(losses: Mapping[str, list[Any]]) -> bytes:
 class MeasureLosses:
     """An actor with plug and LLM: requests with histories and targets in, losses out."""
 
-    def __init__(self, settings: LossSettings, tally: Tally) -> None:
-        session.quiet_models(settings.n_threads)
+    def __init__(self, settings: LossSettings, tally: Tally, n_threads: int) -> None:
+        session.quiet_models(n_threads)
         self.model = plugs.load_personalized(
             settings.plug,
             precision=settings.precision,

@@ -62,7 +62,6 @@ class LLMSpec:
         front_tokens: tokens of all demonstrations together.
         precision, device: as of `FrozenLLM.load`.
         batch_size: answers per forward pass.
-        n_threads: for the LLM on CPUs.
     """
 
     name: str
@@ -74,7 +73,6 @@ class LLMSpec:
     precision: Precision
     device: str | None
     batch_size: int
-    n_threads: int
 
     @property
     def identity(self) -> str:
@@ -110,20 +108,19 @@ def find_llm(options: JudgeOptions, pool: LLMPool) -> LLMSpec:
         precision=options.precision,
         device=pool.device,
         batch_size=options.batch_size,
-        n_threads=pool.cpus_per_actor,
     )
 
 
 class ByLikelihood:
     """An actor with a frozen LLM that chooses demonstrations by the likelihood of the answers."""
 
-    def __init__(self, spec: LLMSpec, options: ProfileOptions, tally: Tally) -> None:
+    def __init__(self, spec: LLMSpec, options: ProfileOptions, tally: Tally, n_threads: int) -> None:
         from persona.engines import probe
         from persona.models import resolve as models
         from persona.models.frozen_llm import FrozenLLM
         from persona.profiling.likelihood import LikelihoodJudge
 
-        session.quiet_models(spec.n_threads)
+        session.quiet_models(n_threads)
         folder = models.resolve(spec.name, flag="--llm")
         if folder.fingerprint != spec.fingerprint:
             raise InputError(f"--llm {spec.name}: has another content on this machine than where the job was started")
@@ -153,8 +150,8 @@ class ByLikelihood:
 class ByChat:
     """An actor with a chat model that reasons about the pairs; its replies are kept as they come."""
 
-    def __init__(self, chat: ChatRef, replies: Replies, options: ProfileOptions, tally: Tally) -> None:
-        self.chat = replies.open_chat(chat)
+    def __init__(self, chat: ChatRef, replies: Replies, options: ProfileOptions, tally: Tally, n_threads: int) -> None:
+        self.chat = replies.open_chat(chat, n_threads=n_threads)
         self.options = options
         self.tally = tally
         self.unit = uuid.uuid4().hex

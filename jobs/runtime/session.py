@@ -32,18 +32,6 @@ _RAY_ENVIRONMENT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Threads:
-    """How many threads an encoder's process uses."""
-
-    model: int
-    """For the model on CPUs, while its pool has other actors."""
-    alone: int
-    """For the model on CPUs, while it is the only actor of its pool: more on a machine that is not shared."""
-    tokenizing: int
-    """For the tokenizer: several per GPU, which would otherwise wait most of the time; one on CPUs."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Machines:
     """What the cluster has."""
 
@@ -59,12 +47,10 @@ class Machines:
         """How many models run in parallel: `actors`, or as many as there are GPUs or cores for."""
         return actors or self.gpus // gpus_per_actor or max(1, self.cores // cpus_per_actor)
 
-    def threads(self, cpus_per_actor: int) -> Threads:
-        """Threads of each encoder of a pool."""
-        if self.gpus:
-            return Threads(model=cpus_per_actor, alone=cpus_per_actor, tokenizing=max(1, self.cores // self.gpus))
-        alone = max(self.cores, cpus_per_actor) if self.is_ours else cpus_per_actor
-        return Threads(model=cpus_per_actor, alone=alone, tokenizing=1)
+    @property
+    def tokenizing_threads(self) -> int:
+        """Threads of each encoder's tokenizer: several per GPU, which would wait most of the time; one on CPUs."""
+        return max(1, self.cores // self.gpus) if self.gpus else 1
 
 
 def connect() -> Machines:

@@ -167,8 +167,8 @@ def gpus(n_gpus: int, seconds: float = 4.0) -> dict[str, Any]:
     ray.init(num_cpus=6, num_gpus=n_gpus, include_dashboard=False, log_to_driver=False, logging_level="error")
 
     class Sleep(many_users.CheapEncode):
-        def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: session.Threads) -> None:
-            super().__init__(config, identity, tally, threads)
+        def __init__(self, *settings: Any, **more: Any) -> None:
+            super().__init__(*settings, **more)
             self.encoder = SleepingEncoder()
             self.n_blocks = 0
 

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs import embed
-from jobs.runtime.session import Threads
 from persona.models.encoder import Encoded, TextEncoder
 
 WIDTH = 384
@@ -43,8 +42,8 @@ class CheapEncoder(TextEncoder):
 class CheapEncode(embed.Encode):
     """The actor of `jobs.embed` with a `CheapEncoder`."""
 
-    def __init__(self, config: embed.Config, identity: Any, tally: Any, threads: Threads) -> None:
-        del config, threads
+    def __init__(self, config: embed.Config, identity: Any, tally: Any, n_threads: int, n_tokenizing: int) -> None:
+        del config, n_threads, n_tokenizing
         self.encoder = CheapEncoder(identity.width)
         self.tally = tally
         self.idle_since = time.perf_counter()

@@ -15,7 +15,6 @@ from deltalake import DeltaTable
 
 from jobs import embed
 from jobs.runtime import pools, session
-from jobs.runtime.session import Threads
 from persona.models import resolve as persona_models
 from persona.models.encoder import TextEncoder
 from persona.storage import delta_options, exists, join, read_bytes, write_bytes
@@ -237,12 +236,12 @@ def test_the_only_actor_uses_all_cores(do: Job, flags: dict, root: str, monkeypa
     used: list[tuple[int, int]] = []
     by_models = pools.by_models
 
-    def recorded(rows: Any, model: Any, *, pool: pools.ModelPool, threads: Threads, **more: Any) -> Any:
-        used.append((pool.max_size, threads.model))
-        return by_models(rows, model, pool=pool, threads=threads, **more)
+    def recorded(rows: Any, model: Any, *, pool: pools.ModelPool, **more: Any) -> Any:
+        used.append((pool.max_size, pool.n_threads))
+        return by_models(rows, model, pool=pool, **more)
 
     monkeypatch.setattr(pools, "by_models", recorded)
-    monkeypatch.setattr(session.Machines, "threads", lambda *_: Threads(model=1, alone=2, tokenizing=1))
+    monkeypatch.setattr(session, "usable_cores", lambda: 2)
     write(join(root, "in.parquet"), behaviors(4, 5))
     for number, more in enumerate([{"block_rows": 20}, {"block_rows": 5}, {"block_rows": 5, "actors": 1}]):
         sizes = {**flags, "actors": 2, "store": join(root, f"store{number}"), **more}

@@ -107,7 +107,7 @@ def test_an_unknown_engine_is_refused(refuse: Job, flags: dict[str, Any], plug: 
     assert "--engine 'remote': must be local or vllm" in done.said
     config = generate.Config(requests="r", store="s", plug=plug, engine=EngineOptions(engine="remote"))
     with pytest.raises(UsageError, match="unknown name 'remote': persona.engines has no module"):
-        generate.Generate(config, plugs.read_plug(plug), Tally(actor=None))
+        generate.Generate(config, plugs.read_plug(plug), Tally(actor=None), n_threads=1)
 
 
 def test_flags_of_vllm_need_vllm(refuse: Job, flags: dict[str, Any]) -> None:

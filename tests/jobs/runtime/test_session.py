@@ -51,9 +51,9 @@ def test_on_gpus_the_cores_are_shared_out_for_tokenizing_and_on_cpus_one_thread_
         session.Machines(cores=16, gpus=2, is_ours=True),
         session.Machines(cores=16, gpus=0, is_ours=True),
     )
-    assert on_gpus.threads(1) == session.Threads(model=1, alone=1, tokenizing=8)
-    assert on_cores.threads(1) == session.Threads(model=1, alone=16, tokenizing=1)
-    assert session.Machines(cores=2, gpus=8).threads(1).tokenizing == 1
+    assert on_gpus.tokenizing_threads == 8
+    assert on_cores.tokenizing_threads == 1
+    assert session.Machines(cores=2, gpus=8).tokenizing_threads == 1
 
 
 @pytest.mark.parametrize(("given", "found"), [(1, 1), (2, 2)])
