@@ -146,7 +146,7 @@ def _evaluate(config: Config, inputs: _Inputs, tracked: tracking.Tracked, starte
     tally = Tally.start()
     with progress(tally, "evaluate", _stage_of), exchange.run_files(inputs.out, "evaluate") as folder:
         requests = _requests(config, inputs, store, variants, tally, folder)
-        n_rows = requests.found.total.rows * len(config.personas)
+        n_rows = requests.found.total.rows * len(config.measured)
         measured = losses.measure(requests.rows, _loss_settings(config, inputs.plug), pool, tally, n_rows=n_rows)
     if not measured["request_id"]:
         raise InputError(f"--requests {config.requests} has no request with a target, so there is nothing to evaluate")
