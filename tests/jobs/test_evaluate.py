@@ -194,8 +194,8 @@ def test_answers_that_are_replaced_during_the_run_are_not_scored(
     answer(flags, rows, own=lambda row: row["target"])
     measure = losses.measure
 
-    def replace_answers(*arguments: Any) -> losses.Losses:
-        measured = measure(*arguments)
+    def replace_answers(*arguments: Any, **more: Any) -> losses.Losses:
+        measured = measure(*arguments, **more)
         answer(flags, rows, by="abc", change="edited", own=lambda row: "something else")
         return measured
 
