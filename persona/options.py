@@ -161,8 +161,8 @@ class TrainingOptions:
     """Passes over the requests, each with different behaviors dropped; take more if --dry-run shows few steps."""
     global_batch: int = 16
     """Requests per optimizer step, over all workers."""
-    micro_batch: int = 8
-    """Requests per forward pass of a worker, at most; lower it when a GPU runs out of memory."""
+    micro_batch: Literal["auto"] | int = 8
+    """Requests per forward pass of a worker, at most; auto takes as many as fit the GPU, or 8 without one."""
     learning_rate: float = 1e-2
     """Peak learning rate of projector and instruction token; try 1e-3 for LLMs above 1B, or if the loss diverges."""
     query_learning_rate: float = 1e-4
@@ -194,9 +194,11 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        check_at_least(self, 1, "epochs", "global_batch", "micro_batch")
+        check_at_least(self, 1, "epochs", "global_batch", *(["micro_batch"] if self.micro_batch != "auto" else []))
         if self.zero_stage not in (1, 2, 3):
             raise UsageError(f"--zero-stage {self.zero_stage}: must be 1, 2 or 3")
+        if self.zero_stage == 3 and self.micro_batch == "auto":
+            raise UsageError("--micro-batch auto is for --zero-stage 1 and 2; give a number with --zero-stage 3")
         for name in ("warmup", "history_dropout", "alignment"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{given(self, name)}: must be at least 0 and below 1")
@@ -210,11 +212,6 @@ class TrainingOptions:
                 raise UsageError(f"{given(self, name)}: must be 0 or more")
         if not self.preference:
             check_default(self, "nll_weight", needs="--preference")
-        if self.contrast and self.micro_batch < 2:
-            raise UsageError(
-                f"--contrast {self.contrast} takes the other history from the same micro-batch: --micro-batch must be "
-                f"2 or more, not {self.micro_batch}"
-            )
         if self.empty_history == 1 and (self.alignment or self.contrast):
             name, value = ("alignment", self.alignment) if self.alignment else ("contrast", self.contrast)
             raise UsageError(f"--empty-history 1 leaves no history for --{name} {value}; add --{name} 0")
@@ -228,17 +225,19 @@ class TrainingOptions:
         if n_workers < 1:
             raise UsageError(f"--workers {n_workers}: must be 1 or more")
         share, rest = divmod(self.global_batch, n_workers)
-        # Contrast pairs requests of a pass, so its size must be the same on any number of workers.
-        size = self.micro_batch if self.contrast else self.pass_size(share)
-        if rest or share % size:
+        if rest or share % self.pass_size(share):
+            size = self.micro_batch
+            passes = "" if size == "auto" else f" × --micro-batch {size} = {n_workers * size}"
             raise UsageError(
-                f"--global-batch {self.global_batch} is not a multiple of --workers {n_workers} × --micro-batch "
-                f"{self.micro_batch} = {n_workers * self.micro_batch}; change one of the three"
+                f"--global-batch {self.global_batch} is not a multiple of --workers {n_workers}{passes}; change one of "
+                "them"
             )
+        if self.contrast and share % 2:
+            raise UsageError(f"--contrast {self.contrast} pairs a worker's requests: {share} a step must be even")
 
     def pass_size(self, share: int) -> int:
-        """Requests per forward pass of a worker that has `share` requests of each global batch."""
-        return min(self.micro_batch, share)
+        """Requests per forward pass of a worker that has `share` requests of each batch; auto counts as the least."""
+        return 1 if self.micro_batch == "auto" else min(self.micro_batch, share)
 
 
 @dataclass(frozen=True, kw_only=True)

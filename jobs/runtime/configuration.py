@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jobs.runtime.config_file import job_name, read_config_file
 from jobs.runtime.usage_messages import explain, misfit
@@ -119,10 +119,14 @@ def _check_numbers(arguments: "Iterable[Argument]") -> None:
     """Refuses what the parser would round or accept: 3.5 for a whole number, and nan and inf."""
     for argument in arguments:
         kinds = _plain_types(argument.hint)
+        words = {word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)}
+        kinds = {kind for kind in kinds if get_origin(kind) is not Literal}
         if not kinds & {int, float} or kinds - {int, float, type(None)}:
             continue
         for token in argument.tokens:
             value = token.value
+            if value in words:
+                continue
             if type(None) in kinds and (token.implicit_value is None or value.lower() == "none"):
                 continue
             try:

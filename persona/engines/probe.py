@@ -46,6 +46,30 @@ def check_llm(llm: FrozenLLM) -> None:
         llm.train()
 
 
+@torch.no_grad()
+def check_reading_ahead(llm: FrozenLLM) -> str | None:
+    """Compares the scores of a text in one row with those behind a cache, of a decoder-only LLM that recomputes.
+
+    Returns None, or what is wrong with the latter; `llm.reads_ahead` is then off. Under ZeRO-3 all workers call it.
+    """
+    first, second = _some_prompts(llm)
+    targets = [first.after[:_TARGET_TOKENS]] * 2
+    no_soft_B0D = torch.empty(2, 0, llm.width, device=llm.device)
+    try:
+        whole_NV, ahead_NV = (
+            llm.target_logits(no_soft_B0D, [first, second], targets, cache_before=cache_before).float().log_softmax(-1)
+            for cache_before in (False, True)
+        )
+    except Exception as error:  # noqa: BLE001 - models fail in many ways, and the plain way remains
+        reason: str | None = f"{type(error).__name__}: {error}"
+    else:
+        of_first_NV, of_second_NV = whole_NV.chunk(2)
+        difference = float((ahead_NV - whole_NV).abs().mean() / (of_first_NV - of_second_NV).abs().mean())
+        reason = None if difference <= tolerance(llm.dtype) else f"the scores differ by {difference:.1%}"
+    llm.reads_ahead = llm.reads_ahead and reason is None
+    return reason
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """The largest difference that rounding causes, as a share of the difference that another text makes."""
     return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
@@ -61,10 +85,14 @@ def some_ids(tokenizer: PromptTokenizer, n_tokens: int) -> tuple[PromptIds, Prom
     return first, second
 
 
+def _some_prompts(llm: FrozenLLM) -> tuple[PromptIds, PromptIds]:
+    n_tokens = min(llm.model.get_input_embeddings().num_embeddings, len(llm.tokenizer.pretrained))
+    return some_ids(llm.tokenizer, n_tokens)
+
+
 def _differences(llm: FrozenLLM) -> Iterator[tuple[str, float]]:
     """What was compared, and how different it is."""
-    n_tokens = min(llm.model.get_input_embeddings().num_embeddings, len(llm.tokenizer.pretrained))
-    first, second = some_ids(llm.tokenizer, n_tokens)
+    first, second = _some_prompts(llm)
     short = PromptIds(before=second.before, after=second.after[: _PROMPT_TOKENS // 2])
     target = [*first.after[:_TARGET_TOKENS]]
     plain = {id(prompt): _plain_logits(llm, prompt, target) for prompt in (first, second, short)}

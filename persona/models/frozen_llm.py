@@ -8,7 +8,6 @@ tokens of a batch, D LLM width, V vocabulary.
 """
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, cast
@@ -16,15 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from persona.errors import InputError, UsageError
 from persona.models import attention, loading
 from persona.models.batching import pad, position_ids
-from persona.models.device import choose_device, choose_precision
+from persona.models.device import choose_device, choose_precision, to_device
 from persona.models.llm_kinds import decoder_start, embedding_scale, holds_keys_only
 from persona.models.prompts import AUTO_PROMPT, MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, PromptIds, PromptTokenizer
 from persona.models.quantized import quantize
+from persona.models.recomputation import ReadOnlyCache, recompute_layers
 from persona.models.resolve import ModelFolder
 from persona.options import SPREAD, Precision, PromptOptions, Quantization
 
@@ -33,7 +32,13 @@ _PADDING = 0
 
 
 class FrozenLLM(nn.Module):
-    """A pretrained LLM whose weights never change; gradients pass through it to the soft tokens."""
+    """A pretrained LLM whose weights never change; gradients pass through it to the soft tokens.
+
+    Attributes:
+        can_mask_padding: whether a mask hides padding in front of a text.
+        reads_ahead: whether what is in front of the soft tokens may be read in a pass of its own, into a cache.
+        recomputes: whether activations are computed again in the backward pass.
+    """
 
     def __init__(
         self,
@@ -47,7 +52,7 @@ class FrozenLLM(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self._checkpointed: list[nn.Module] = []
-        self._recomputes = False
+        self.recomputes = False
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.tokenizer = PromptTokenizer(
             tokenizer,
@@ -59,6 +64,7 @@ class FrozenLLM(nn.Module):
         self.width: int = self._embeddings().embedding_dim
         self.start_id = decoder_start(model)
         self.can_mask_padding = self.is_encoder_decoder or holds_keys_only(model)
+        self.reads_ahead = self.can_mask_padding
         self._embedding_scale = embedding_scale(model.config)
         self._arguments = inspect.signature(model.forward).parameters
 
@@ -115,28 +121,20 @@ class FrozenLLM(nn.Module):
     def train(self, mode: bool = True) -> "FrozenLLM":
         """Stays in eval mode, so that the LLM's own dropout is off; only recomputation of activations depends on it."""
         super().train(False)
+        self._recompute(mode)
+        return self
+
+    def _recompute(self, mode: bool) -> None:
         for layer in self._checkpointed:
             layer.training = mode  # of the layer alone, not of its submodules: their dropout stays off
-        self._recomputes = mode and bool(self._checkpointed)
-        return self
+        self.recomputes = mode and bool(self._checkpointed)
 
     def checkpoint_activations(self) -> None:
         """From now on, keeps only the input of each layer and recomputes the rest in the backward pass.
 
         Raises UsageError for kinds of LLMs for which transformers cannot.
         """
-        # transformers recomputes only these layers, and only in training mode.
-        self._checkpointed = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if not self._checkpointed or not self.model.supports_gradient_checkpointing:
-            raise UsageError(
-                f"--activation-checkpointing is not possible with LLMs of the kind {self.model.config.model_type!r}; "
-                "leave it out, and lower --micro-batch if memory is short"
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer transformers rename the argument
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in self._checkpointed:
-            _switch_off_dropout(layer)
+        self._checkpointed = recompute_layers(self.model)
         self.train()
 
     @property
@@ -179,7 +177,7 @@ class FrozenLLM(nn.Module):
         ids_BL, mask_BL = pad(rows, _PADDING, self.device, left=pad_left)
         width = ids_BL.shape[1]
         starts = [len(p.before) + (width - len(row) if pad_left else 0) for p, row in zip(prompts, rows, strict=True)]
-        index_BS = torch.tensor(starts, device=self.device).unsqueeze(1) + torch.arange(n_soft, device=self.device)
+        index_BS = self._here(starts).unsqueeze(1) + torch.arange(n_soft, device=self.device)
         embeds_BLD = self.embed(ids_BL)
         index_BSD = index_BS.unsqueeze(-1).expand(-1, -1, embeds_BLD.shape[-1])
         return embeds_BLD.scatter(1, index_BSD, soft_BSD.to(embeds_BLD.dtype)), mask_BL
@@ -214,11 +212,11 @@ class FrozenLLM(nn.Module):
         """Logits (N, V) that predict the target tokens, row after row; the arguments are those of `nll`."""
         if self.is_encoder_decoder:
             return self._seq2seq_logits(soft_BSD, prompts, targets)
-        # transformers accepts no cache while it recomputes activations.
-        if cache_before and self.can_mask_padding and not self._recomputes:
+        if cache_before and self.reads_ahead:
             return self._logits_after_cache(soft_BSD, prompts, targets)
-        # Rows are padded on the right, where a causal LLM does not see the padding: no mask is needed, and positions
-        # count from 0. Padding on the left would reach recurrent states, convolutions and attention by chunks.
+        # Rows are padded on the right, where a causal LLM does not see the padding: no mask is needed, so GPUs can run
+        # flash attention, and positions count from 0. Padding on the left would reach recurrent states, convolutions
+        # and attention by chunks.
         embeds_BLD, _ = self.embed_prompts(soft_BSD, prompts, targets)
         positions_N = self._positions(embeds_BLD, soft_BSD, prompts, targets)
         logits_NV, _ = self.forward_at(positions_N, inputs_embeds=embeds_BLD, use_cache=False)
@@ -250,7 +248,7 @@ class FrozenLLM(nn.Module):
         length = shifted_BT.shape[1]
         positions = [row * length + i for row, target in enumerate(targets) for i in range(len(target))]
         logits_NV, _ = self.forward_at(
-            torch.tensor(positions, device=self.device),
+            self._here(positions),
             inputs_embeds=embeds_BLD,
             attention_mask=mask_BL.long(),
             decoder_input_ids=shifted_BT,
@@ -291,8 +289,8 @@ class FrozenLLM(nn.Module):
             self._positions(embeds_BLD, soft_BSD, prompts, targets),
             inputs_embeds=embeds_BLD,
             **self.mask_arguments(torch.cat([mask_BF, mask_BL], dim=1), n_new=mask_BL.shape[1]),
-            past_key_values=kv_cache,
-            use_cache=True,
+            past_key_values=ReadOnlyCache(kv_cache) if self.recomputes else kv_cache,
+            use_cache=not self.recomputes,
         )
         return logits_NV
 
@@ -301,8 +299,11 @@ class FrozenLLM(nn.Module):
         """The key-value cache of texts without soft tokens, padded on the left, and their mask (B, F)."""
         no_soft_B0D = torch.empty(len(texts), 0, self.width, device=self.device)
         embeds_BFD, mask_BF = self.embed_prompts(no_soft_B0D, texts, pad_left=True)
+        recomputes = self.recomputes
+        self._recompute(False)  # transformers fills no cache then
         # Without the head: nothing is predicted here.
         output = self.model.base_model(inputs_embeds=embeds_BFD, **self.mask_arguments(mask_BF), use_cache=True)
+        self._recompute(recomputes)
         return output.past_key_values, mask_BF
 
     def mask_arguments(self, mask_BL: Tensor, n_new: int | None = None) -> dict[str, Tensor]:
@@ -322,23 +323,20 @@ class FrozenLLM(nn.Module):
         length, n_soft = embeds_BLD.shape[1], soft_BSD.shape[1]
         firsts = [row * length + n_soft + len(prompt) - 1 for row, prompt in enumerate(prompts)]
         positions = [first + i for first, target in zip(firsts, targets, strict=True) for i in range(len(target))]
-        return torch.tensor(positions, device=self.device)
+        return self._here(positions)
+
+    def _here(self, numbers: Sequence[int]) -> Tensor:
+        """Whole numbers on the LLM's device, which nothing waits for."""
+        return to_device(torch.tensor(numbers, dtype=torch.long), self.device)
 
     def _embeddings(self) -> nn.Embedding:
         return cast(nn.Embedding, self.model.get_input_embeddings())
 
 
-def _switch_off_dropout(layer: nn.Module) -> None:
-    """For layers that do not leave dropout to a submodule: BART's keep its rate, Falcon's read it from their config."""
-    for owner in (layer, getattr(layer, "config", None)):
-        for name, value in vars(owner).items() if owner is not None else ():
-            if "dropout" in name and isinstance(value, float):
-                setattr(owner, name, 0.0)
-
-
 def summed_nll(logits_NV: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
     """The negative log-likelihood (B,) of each target, in nats, float32, from the logits that predict all tokens."""
-    labels_N = torch.tensor(list(chain.from_iterable(targets)), device=logits_NV.device)
-    losses_N = nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none")
-    rows_N = torch.tensor([row for row, target in enumerate(targets) for _ in target], device=logits_NV.device)
+    labels = torch.tensor(list(chain.from_iterable(targets)), dtype=torch.long)
+    losses_N = nn.functional.cross_entropy(logits_NV.float(), to_device(labels, logits_NV.device), reduction="none")
+    rows = torch.tensor([row for row, target in enumerate(targets) for _ in target], dtype=torch.long)
+    rows_N = to_device(rows, logits_NV.device)
     return losses_N.new_zeros(len(targets)).index_add(0, rows_N, losses_N)

@@ -62,7 +62,7 @@ def weigh(
     (the requests' vectors), the weights do not depend on the requests. `uniform_weights` weighs all behaviors of a
     history equally, whatever was learned.
     """
-    requests_M = _requests(lengths_B)
+    requests_M = _requests(lengths_B, len(history_Md))
     scores = [] if uniform_weights else list(_scores(options, parameters, history_Md, lengths_B, query_Bd, requests_M))
     if not scores:
         return 1.0 / lengths_B[requests_M].to(history_Md.dtype)
@@ -90,12 +90,15 @@ def _scores(
 def mix(values_MF: Tensor, weights_M: Tensor, lengths_B: Tensor) -> Tensor:
     """The weighted sum (B, F) of each request's values; zeros where a request has no behaviors."""
     weighted_MF = values_MF * weights_M.unsqueeze(-1)
-    return weighted_MF.new_zeros(len(lengths_B), values_MF.shape[-1]).index_add(0, _requests(lengths_B), weighted_MF)
+    requests_M = _requests(lengths_B, len(values_MF))
+    return weighted_MF.new_zeros(len(lengths_B), values_MF.shape[-1]).index_add(0, requests_M, weighted_MF)
 
 
-def _requests(lengths_B: Tensor) -> Tensor:
+def _requests(lengths_B: Tensor, n_behaviors: int) -> Tensor:
     """The number (M,) of the request that each behavior belongs to."""
-    return torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
+    numbers_B = torch.arange(len(lengths_B), device=lengths_B.device)
+    # Without the size of its output, it would wait for the GPU to know it.
+    return torch.repeat_interleave(numbers_B, lengths_B, output_size=n_behaviors)
 
 
 def _softmax(scores_M: Tensor, requests_M: Tensor, n_requests: int) -> Tensor:

@@ -156,10 +156,10 @@ class Plug(nn.Module):
         Raises:
             ValueError: `history_Md` does not have the shape that lengths and width imply.
         """
-        if history_Md.shape != (int(lengths_B.sum()), self.width):
-            raise ValueError(
-                f"history: expected shape ({int(lengths_B.sum())}, {self.width}), got {tuple(history_Md.shape)}"
-            )
+        # On a GPU, reading the sum would wait for all work before it; there, `repeat_interleave` asserts that it fits.
+        n_expected = int(lengths_B.sum()) if lengths_B.device.type == "cpu" else len(history_Md)
+        if history_Md.shape != (n_expected, self.width):
+            raise ValueError(f"history: expected shape ({n_expected}, {self.width}), got {tuple(history_Md.shape)}")
         query_Bd = None if query is None else self.encode_query(*query)
         weights_M = self.weigh(history_Md, lengths_B, query_Bd, uniform_weights=uniform_weights)
         tokens = [self.persona(history_Md, lengths_B, weights_M, strength=strength)]

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona.models import attention, encoder_model
 from persona.models.batching import pad
+from persona.models.device import to_device
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptIds, PromptText
 from persona.options import PersonaKind
@@ -70,8 +71,8 @@ def pack_histories(histories: Sequence[bytes], width: int, device: torch.device)
     """Histories as stored to float32 vectors (M, d), one history after the other, and their lengths (B,)."""
     parts = [vectors.from_bytes(history, width) for history in histories]
     packed_Md = np.concatenate([vectors.from_bytes(b"", width), *parts])
-    lengths_B = torch.tensor([len(part) for part in parts], device=device)
-    return torch.from_numpy(packed_Md.astype(np.float32)).to(device), lengths_B
+    lengths_B = torch.tensor([len(part) for part in parts])
+    return to_device(torch.from_numpy(packed_Md.astype(np.float32)), device), to_device(lengths_B, device)
 
 
 def plug_inputs(

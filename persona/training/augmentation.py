@@ -83,18 +83,15 @@ def with_rejected(rows: Sequence[Row]) -> list[Row]:
     return [{**row, "target": row["rejected"]} for row in rows]
 
 
-def with_other_histories(rows: Sequence[Row]) -> tuple[list[int], list[Row]]:
-    """The pairs of the contrast loss: rows of a micro-batch, each with the history of the next row.
+def with_other_histories(rows: Sequence[Row]) -> list[Row | None]:
+    """Each of a worker's rows with the history of its neighbor, for the contrast loss.
 
-    Rows whose next row is of the same user, and pairs in which either history is empty, are left out.
-
-    Returns:
-        the numbers of the rows in the micro-batch, and the rows with the other histories.
+    Rows 0 and 1 are neighbors, rows 2 and 3, and so on: the same for any number of workers and any size of a pass. None
+    if both rows are of one user or either history is empty, and for a last row without a neighbor.
     """
-    numbers: list[int] = []
-    others: list[Row] = []
-    for i, (row, following) in enumerate(zip(rows, [*rows[1:], *rows[:1]], strict=True)):
-        if row["user_id"] != following["user_id"] and row["history"] and following["history"]:
-            numbers.append(i)
-            others.append({**row, "history": following["history"]})
-    return numbers, others
+    others: list[Row | None] = []
+    for i, row in enumerate(rows):
+        neighbor = rows[i ^ 1] if i ^ 1 < len(rows) else row
+        is_pair = row["user_id"] != neighbor["user_id"] and row["history"] and neighbor["history"]
+        others.append({**row, "history": neighbor["history"]} if is_pair else None)
+    return others

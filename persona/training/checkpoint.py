@@ -30,6 +30,7 @@ class Progress:
         training_curve, validation_curve: pairs of step and loss in nats a token.
         none_curve: the held-out loss without any persona, at the same steps as validation_curve.
         validation_loss: the latest one; None before the first validation.
+        micro_batch: requests of a pass; 0 before it is settled.
         token_norm, scale: as in `Plug`, measured at the start: another machine may measure a little differently.
         llm_width: D.
     """
@@ -41,6 +42,7 @@ class Progress:
     validation_curve: list[tuple[int, float]] = field(default_factory=list)
     none_curve: list[tuple[int, float]] = field(default_factory=list)
     validation_loss: float | None = None
+    micro_batch: int = 0
     token_norm: float
     scale: float
     llm_width: int

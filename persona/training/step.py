@@ -1,18 +1,20 @@
 """One training step, and the loss on held-out requests.
 
-Shapes: B requests of a micro-batch, C of those that are also read with another user's history.
+Shapes: B requests of a pass, C of those that are also read with another user's history.
 
 With `options.preference`, each row has a `rejected` text, and nats and tokens of both texts under the LLM without the
 plug: `reference_nats`, `reference_tokens`, `reference_rejected_nats` and `reference_rejected_tokens`.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from persona.errors import InputError
+from persona.models.device import to_device
 from persona.options import TrainingOptions
 from persona.plug.personalized import Batch, PersonalizedLLM, Row
 from persona.training.augmentation import with_other_histories, with_rejected
@@ -20,40 +22,78 @@ from persona.training.deepspeed import max_over_workers, sum_over_workers
 from persona.training.schedule import learning_rate_factor
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """What one forward and backward pass reads.
+
+    Attributes:
+        rows: B requests.
+        contrasted: the numbers of C rows that are also read with another user's history.
+        batch: the rows with their targets, with a preference the same with their rejected texts, then the C rows.
+    """
+
+    rows: Sequence[Row]
+    contrasted: Sequence[int]
+    batch: Batch
+
+    @property
+    def n_target_tokens(self) -> int:
+        """Tokens of the rows' targets."""
+        return sum(map(len, self.batch.targets[: len(self.rows)]))
+
+    def losses(self, nll: Tensor, options: TrainingOptions) -> tuple[Tensor, Tensor]:
+        """`objective` in nats, without and with `options.contrast` times `contrast_loss`; `nll` is of the batch."""
+        loss = objective(nll, self.rows, options)
+        if not self.contrasted:
+            return loss, loss
+        numbers_C = to_device(torch.tensor(self.contrasted), nll.device)
+        return loss, loss + options.contrast * contrast_loss(nll[numbers_C], nll[-len(self.contrasted) :])
+
+
+def micro_batches(model: PersonalizedLLM, rows: Sequence[Row], options: TrainingOptions) -> list[MicroBatch]:
+    """A worker's rows of a global batch, cut into passes of rows of similar length."""
+    others = with_other_histories(rows) if options.contrast else [None] * len(rows)
+    passes = []
+    for numbers in _by_length(rows, options.pass_size(len(rows))):
+        part = [rows[number] for number in numbers]
+        again = {i: other for i, number in enumerate(numbers) if (other := others[number]) is not None}
+        batch = _collate(model, part, options, others=list(again.values()))
+        passes.append(MicroBatch(rows=part, contrasted=list(again), batch=batch))
+    return passes
+
+
 def train_step(
     engine: Any, rows: Sequence[Row], *, step: int, n_steps: int, options: TrainingOptions
 ) -> tuple[float, int]:
     """One optimizer step over this worker's rows of a global batch; all workers call it together.
 
-    The loss is `objective` plus `options.contrast` times `contrast_loss`, divided by the target tokens of the *global*
-    batch, so that the step does not depend on the number of workers.
+    The loss is divided by the target tokens of the *global* batch, so that the step depends neither on the number of
+    workers nor on the size of a pass. The host waits for the device once, at the end.
 
     Returns:
         the global batch's loss without contrast, in nats a token, and its number of target tokens.
     """
     model: PersonalizedLLM = engine.module
-    size = options.pass_size(len(rows))
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    pairs = [with_other_histories(part) if options.contrast else ([], []) for part in parts]
-    # The engine is called once a micro-batch, so rows with rejected texts and with other histories are appended to it.
-    batches = [_collate(model, part, options, others=others) for part, (_, others) in zip(parts, pairs, strict=True)]
-    own_targets = [batch.targets[: len(part)] for part, batch in zip(parts, batches, strict=True)]
-    n_tokens = sum_over_workers(sum(len(target) for part in own_targets for target in part), model.llm.device)
+    # The engine is called once a pass, so rows with rejected texts and with other histories are appended to it.
+    parts = micro_batches(model, rows, options)
+    n_tokens = sum_over_workers(_float64(sum(part.n_target_tokens for part in parts), model.llm.device))
     factor = learning_rate_factor(step, n_steps, options.warmup)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    # DeepSpeed averages over workers and over accumulated micro-batches; eq. 6 is a sum.
-    scale = engine.world_size * len(batches) / n_tokens
-    total = 0.0
-    for part, (numbers, _), batch in zip(parts, pairs, batches, strict=True):
-        nll = engine(batch)
-        loss = objective(nll, part, options)
-        total += float(loss.detach())
-        if numbers:
-            loss = loss + options.contrast * contrast_loss(nll[numbers], nll[-len(numbers) :])
-        engine.backward(loss * scale)
+    # DeepSpeed averages over workers and over accumulated passes; eq. 6 is a sum.
+    scale = (engine.world_size * len(parts) / n_tokens).float()
+    total = torch.zeros_like(n_tokens)
+    for part in parts:
+        loss, with_contrast = part.losses(engine(part.batch), options)
+        total += loss.detach()
+        engine.backward(with_contrast * scale)
         engine.step()
-    return sum_over_workers(total, model.llm.device) / n_tokens, int(n_tokens)
+    mean, n = torch.stack([sum_over_workers(total) / n_tokens, n_tokens]).tolist()
+    return mean, int(n)
+
+
+def _float64(value: float, device: torch.device) -> Tensor:
+    return to_device(torch.tensor(value, dtype=torch.float64), device)
 
 
 def _collate(
@@ -94,7 +134,7 @@ def objective(nll: Tensor, rows: Sequence[Row], options: TrainingOptions) -> Ten
         return target_B.sum()
     rejected_B = nll[len(rows) : 2 * len(rows)]
     reference_B, reference_rejected_B = (
-        torch.tensor([row[name] for row in rows], dtype=nll.dtype, device=nll.device)
+        to_device(torch.tensor([row[name] for row in rows], dtype=nll.dtype), nll.device)
         for name in ("reference_nats", "reference_rejected_nats")
     )
     preferred = preference_loss(target_B - reference_B, rejected_B - reference_rejected_B, beta=options.preference)
@@ -134,15 +174,16 @@ def contrast_loss(own_C: Tensor, other_C: Tensor) -> Tensor:
 def validation_loss(engine: Any, rows: Sequence[Row], options: TrainingOptions) -> float:
     """Loss without contrast in nats a token, over all workers' held-out rows; all workers call it together."""
     model: PersonalizedLLM = engine.module
-    total, n_tokens = 0.0, 0
-    for numbers, counts in _passes(rows, options.micro_batch, model.llm.device):
+    total, n_tokens = _float64(0, model.llm.device), 0
+    for numbers, counts in _passes(rows, options, model.llm.device):
         part = [rows[number] for number in numbers]
         batch = _collate(model, part, options)
-        loss = float(objective(engine(batch), part, options))
+        loss = objective(engine(batch), part, options)
         if counts:
             total += loss
             n_tokens += sum(map(len, batch.targets[: len(part)]))
-    return sum_over_workers(total, model.llm.device) / sum_over_workers(n_tokens, model.llm.device)
+    nats, n = sum_over_workers(torch.stack([total, _float64(n_tokens, model.llm.device)])).tolist()
+    return float(nats / n)
 
 
 @torch.no_grad()
@@ -150,7 +191,7 @@ def target_losses(engine: Any, rows: Sequence[Row], options: TrainingOptions) ->
     """Nats (PPlug eq. 6) and tokens of the target of each of this worker's rows; all workers call it together."""
     model: PersonalizedLLM = engine.module
     found = [(0.0, 0)] * len(rows)
-    for numbers, counts in _passes(rows, options.micro_batch, model.llm.device):
+    for numbers, counts in _passes(rows, options, model.llm.device):
         batch = model.collate([rows[number] for number in numbers])
         nll = engine(batch).tolist()
         if counts:
@@ -159,13 +200,18 @@ def target_losses(engine: Any, rows: Sequence[Row], options: TrainingOptions) ->
     return found
 
 
-def _passes(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[tuple[list[int], bool]]:
-    """Numbers of rows of similar length, up to `size` a forward pass, and whether the pass counts.
+def _passes(rows: Sequence[Row], options: TrainingOptions, device: torch.device) -> Iterator[tuple[list[int], bool]]:
+    """Numbers of rows of similar length, at most `pass_size` of them, and whether the pass counts.
 
     Every worker makes as many passes as the one with the most rows, as ZeRO-3 requires; those beyond its own rows do
     not count.
     """
-    ordered = sorted(range(len(rows)), key=lambda number: len(rows[number]["input"]) + len(rows[number]["target"]))
-    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    parts = _by_length(rows, options.pass_size(len(rows)))
     for i in range(int(max_over_workers(len(parts), device))):
         yield parts[min(i, len(parts) - 1)], i < len(parts)
+
+
+def _by_length(rows: Sequence[Row], size: int) -> list[list[int]]:
+    """Numbers of the rows in parts of this size, the shortest rows first: padding then costs little."""
+    ordered = sorted(range(len(rows)), key=lambda number: len(rows[number]["input"]) + len(rows[number]["target"]))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]

@@ -22,6 +22,7 @@ import torch
 from jobs.runtime import session
 from persona import cost
 from persona.engines.local import LocalEngine
+from persona.models.compiled import compile_layers, use_plain_layers
 from persona.models.device import choose_precision
 from persona.models.encoder import TextEncoder
 from persona.models.frozen_llm import FrozenLLM
@@ -126,26 +127,33 @@ def encode(gpu: Gpu, sizes: Sizes, encoder: ModelFolder) -> None:
 
 def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLLM) -> None:
     """A training step with DeepSpeed as in `jobs.train`, with the paper's settings and requests of full length."""
-    for micro_batch in sizes.micro_batches:
-        engine, options = gpu_models.new_engine(llm, encoder, micro_batch)
-        requests = gpu_models.requests(micro_batch, encoder.config["hidden_size"])
-        targets = llm.tokenizer.targets([row["target"] for row in requests])
-        flops = cost.training_flops(
-            llm.model.config.to_dict(),
-            encoder.config,
-            n_requests=micro_batch,
-            inputs=INPUT_TOKENS + 2,
-            outputs=round(statistics.mean(map(len, targets))),
-            query=QUERY_TOKENS,
-            epochs=1,
-        )
+    n = sizes.batch
+    requests = gpu_models.requests(n, encoder.config["hidden_size"])
+    flops = cost.training_flops(
+        llm.model.config.to_dict(),
+        encoder.config,
+        n_requests=n,
+        inputs=INPUT_TOKENS + 2,
+        outputs=round(statistics.mean(map(len, llm.tokenizer.targets([row["target"] for row in requests])))),
+        query=QUERY_TOKENS,
+        epochs=1,
+    )
+    # Inductor needs Triton or a C++ compiler; on a CPU, only the program is tried.
+    backend = "inductor" if IS_GPU else "aot_eager"
+    for compiled in (False, True):
+        if compiled and (reason := compile_layers(llm, backend=backend)) is not None:
+            print(f"{name} cannot be compiled: {reason}")
+            break
+        engine, options = gpu_models.new_engine(llm, encoder, requests)
         if IS_GPU:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()  # of the sizes that were tried
         step = partial(train_step, engine, requests, step=1, n_steps=100, options=options)
-        rate = micro_batch / median_s(step, sizes.turns)
-        peak = f"peak {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if IS_GPU else ""
-        work = f"training step, {name}, {micro_batch} requests"
-        line(work, rate, micro_batch / flops * gpu.flops, "requests", peak)
+        rate = n / median_s(step, sizes.turns)
+        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if IS_GPU else ""
+        work = f"training step, {name}, {n} requests{', compiled' if compiled else ''}"
+        line(work, rate, n / flops * gpu.flops, "requests", f"passes of {options.micro_batch} (auto){peak}")
+        engine.destroy()
+    use_plain_layers(llm)
 
 
 def generate(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLLM) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder, resolve
 from persona.options import TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
-from persona.training.deepspeed import deepspeed_settings, new_optimizer
+from persona.training import deepspeed, micro_batch
 from tests import models, plugs
 from tests.benchmarks import corpus
 
@@ -44,7 +44,8 @@ class Sizes:
     square: int
     """Width of the square matrices in the matrix product."""
     copied_mib: int
-    micro_batches: Sequence[int]
+    batch: int
+    """Requests of a training step."""
     answers: int
     turns: int
 
@@ -75,7 +76,7 @@ REAL = Sizes(
     texts=16_384,
     square=8192,
     copied_mib=4096,
-    micro_batches=(8, 16),
+    batch=64,
     answers=64,
     turns=3,
 )
@@ -88,7 +89,7 @@ SMALL = Sizes(
     texts=200,
     square=512,
     copied_mib=64,
-    micro_batches=(2, 4),
+    batch=4,
     answers=4,
     turns=3,
 )
@@ -138,21 +139,19 @@ def new_model(llm: FrozenLLM, encoder: ModelFolder) -> PersonalizedLLM:
     return model
 
 
-def new_engine(llm: FrozenLLM, encoder: ModelFolder, micro_batch: int) -> tuple[Any, TrainingOptions]:
-    """The DeepSpeed engine of a `jobs.train` run with one worker."""
-    import deepspeed
+def new_engine(llm: FrozenLLM, encoder: ModelFolder, requests: Sequence[dict[str, Any]]) -> tuple[Any, TrainingOptions]:
+    """The DeepSpeed engine of a `jobs.train` run with one worker and --micro-batch auto; the requests make a step."""
+    from deepspeed import init_distributed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         os.environ.setdefault("MASTER_PORT", "29511")
-        deepspeed.init_distributed("nccl" if IS_GPU else "gloo", verbose=False)
-    options = TrainingOptions(global_batch=micro_batch, micro_batch=micro_batch)
+        init_distributed("nccl" if IS_GPU else "gloo", verbose=False)
+    options = TrainingOptions(global_batch=len(requests), micro_batch="auto")
     model = new_model(llm, encoder)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=new_optimizer(model, options), config=deepspeed_settings(options, 1)
-    )
-    return engine, options
+    longest = max(requests, key=lambda request: len(request["history"]))
+    options = replace(options, micro_batch=micro_batch.choose(model, longest, options, len(requests)))
+    return deepspeed.new_engine(model, options, deepspeed.deepspeed_settings(options, 1)), options
 
 
 def requests(n: int, width: int) -> list[dict[str, Any]]:

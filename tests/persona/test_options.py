@@ -20,8 +20,10 @@ def test_the_defaults_can_work():
 def test_the_default_batch_can_be_split_over_the_gpus_of_a_node():
     for n_workers in (1, 2, 4, 8, 16):
         TrainingOptions().check_workers(n_workers)
-    with pytest.raises(UsageError, match="--workers 8 × --micro-batch 8 = 64"):
-        TrainingOptions(contrast=0.5).check_workers(8)
+        TrainingOptions(micro_batch="auto").check_workers(n_workers)
+    TrainingOptions(contrast=0.5).check_workers(8)
+    with pytest.raises(UsageError, match="--contrast 0.5 pairs a worker's requests: 1 a step must be even"):
+        TrainingOptions(contrast=0.5).check_workers(16)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,9 @@ def test_arguments_of_a_chat_template_are_json_or_text():
     ("changes", "message"),
     [
         ({"global_batch": 20}, r"--global-batch 20 .* --workers 3 × --micro-batch 8 = 24"),
+        ({"global_batch": 20, "micro_batch": "auto"}, "--global-batch 20 is not a multiple of --workers 3; change"),
         ({"micro_batch": 0}, "--micro-batch 0: must be 1 or more"),
+        ({"micro_batch": "auto", "zero_stage": 3}, "--micro-batch auto is for --zero-stage 1 and 2"),
         ({"epochs": 0}, "--epochs 0: must be 1 or more"),
         ({"zero_stage": 0}, "--zero-stage 0: must be 1, 2 or 3"),
         ({"warmup": 1.0}, "--warmup 1.0"),
@@ -78,7 +82,6 @@ def test_arguments_of_a_chat_template_are_json_or_text():
         ({"alignment": 1.0}, "--alignment 1.0"),
         ({"contrast": -0.5}, "--contrast -0.5: must be 0"),
         ({"contrast": float("inf")}, "--contrast inf"),
-        ({"contrast": 0.5, "micro_batch": 1}, "--contrast 0.5 .* --micro-batch must be 2 or more, not 1"),
         ({"contrast": 0.5, "empty_history": 1.0, "alignment": 0.0}, "leaves no history for --contrast 0.5"),
         ({"alignment": 0.3, "empty_history": 1.0}, "leaves no history for --alignment 0.3; add --alignment 0"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0"),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.runtime import session
+from jobs.runtime import log, session
 from jobs.runtime.training.spec import WorkerSettings
 from persona.errors import PlugMismatch
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def start_engine(
-    settings: WorkerSettings, encoder: "ModelFolder", last_checkpoint: Path | None
+    settings: WorkerSettings, encoder: "ModelFolder", last_checkpoint: Path | None, rank: int
 ) -> "tuple[Any, Progress]":
-    """The engine over plug and frozen LLM, and the progress of the run; all workers call it together."""
-    from persona.engines import probe
+    """The engine over plug and frozen LLM, and the progress of the run, which has the size of a pass.
+
+    All workers call it together; the one with rank 0 writes to the log.
+    """
     from persona.training import checkpoint
     from persona.training.deepspeed import deepspeed_settings, gathered, new_engine
 
     session.quiet_models(settings.n_threads)
-    options = settings.spec.training
-    deepspeed = deepspeed_settings(options, settings.n_workers)
-    llm = _load_llm(settings, deepspeed)
+    llm = _load_llm(settings, deepspeed_settings(settings.spec.training, settings.n_workers))
     # A new plug reads the token embeddings, before the engine gathers weights.
     with gathered(llm.model.get_input_embeddings()):
         model = _new_model(settings, encoder, llm)
@@ -40,8 +40,14 @@ def start_engine(
     else:
         progress = checkpoint.load_weights(model, last_checkpoint)
         plug.token_norm, plug.scale = progress.token_norm, progress.scale
-    engine = new_engine(model, options, deepspeed)
-    probe.check_llm(llm)
+    is_sharded = settings.spec.training.zero_stage == 3
+    if not is_sharded:
+        _check(llm, settings, rank)
+    progress.micro_batch = _micro_batch(settings, model, progress.micro_batch, rank)
+    options = settings.with_micro_batch(progress.micro_batch).spec.training
+    engine = new_engine(model, options, deepspeed_settings(options, settings.n_workers))
+    if is_sharded:  # only the engine can gather the weights
+        _check(llm, settings, rank)
     if last_checkpoint is not None:
         checkpoint.load_moments(engine, last_checkpoint, step=progress.step)
     return engine, progress
@@ -65,6 +71,39 @@ def _load_llm(settings: WorkerSettings, deepspeed: dict[str, Any]) -> "FrozenLLM
     if spec.activation_checkpointing:
         llm.checkpoint_activations()
     return llm
+
+
+def _check(llm: "FrozenLLM", settings: WorkerSettings, rank: int) -> None:
+    """Compares the LLM with plain transformers code, and faster ways to compute its loss with the plain one."""
+    from persona.engines import probe
+    from persona.models.compiled import compile_layers
+
+    spec = settings.spec
+    probe.check_llm(llm)
+    slower = {}
+    if spec.activation_checkpointing and spec.retrieval.retrieve and llm.reads_ahead and not llm.is_encoder_decoder:
+        slower["texts in front of the soft tokens are read with gradients"] = probe.check_reading_ahead(llm)
+    if spec.compile:
+        slower["--compile: the layers of the LLM run as they are"] = compile_layers(llm)
+    for what, reason in slower.items():
+        if reason is not None and rank == 0:
+            log.say(f"{what}, which is slower ({reason})", level="warning")
+
+
+def _micro_batch(settings: WorkerSettings, model: "PersonalizedLLM", resumed: int, rank: int) -> int:
+    """The size of a pass; `resumed` is that of the run so far, or 0."""
+    from persona.store import vectors
+    from persona.training import micro_batch
+
+    options, share = settings.spec.training, settings.share
+    if (size := micro_batch.settled(options, share, resumed)) is not None:
+        return size
+    longest = dict(settings.longest or {})
+    longest["history"] = bytes(longest.get("n_behaviors", 0) * vectors.n_bytes(model.plug.width))
+    size = micro_batch.choose(model, longest, options, share)
+    if rank == 0:
+        log.say(f"--micro-batch auto: a pass reads {size} of a worker's {share} requests a step")
+    return size
 
 
 def _new_model(settings: WorkerSettings, encoder: "ModelFolder", llm: "FrozenLLM") -> "PersonalizedLLM":

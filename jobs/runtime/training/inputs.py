@@ -27,6 +27,8 @@ _DRAWS = 2**31 - 1
 _SORTED_BYTES = 2**26
 # A window is gathered from small blocks, since other nodes fetch blocks as a whole.
 _BLOCK_ROWS = 1024
+# Columns on which the memory of a training pass depends.
+_SIZED = ("input", "query", "target", "system", "rejected", "retrieved", "n_behaviors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,33 @@ def some_behaviors(requests: TrainingRequests, max_behaviors: int, n_drawn: int 
     with_history = _mapped(drawn, _with_history, store=store, max_behaviors=max_behaviors)
     found = _mapped(with_history, _some_vectors, width=store.identity.width).take_all()
     return b"".join(row["vectors"] for row in sorted(found, key=lambda row: row["request_id"]))
+
+
+def longest_request(requests: TrainingRequests, max_behaviors: int) -> dict[str, Any]:
+    """The longest value of each text column of the training requests, and the most behaviors that one sees."""
+    import pyarrow as pa
+    import ray
+
+    parts = ray.get(_mapped(requests.train, longest_values).to_arrow_refs())
+    [longest] = longest_values(pa.concat_tables([part for part in parts if part.num_rows])).to_pylist()
+    return {**longest, "n_behaviors": min(longest["n_behaviors"], max_behaviors)}
+
+
+def longest_values(rows: "pa.Table") -> "pa.Table":
+    """One row of the longest value (in bytes) of each column that makes a pass larger; no row of no rows."""
+    import pyarrow as pa
+
+    found = rows.select([name for name in _SIZED if name in rows.column_names])
+    longest = (max(column.to_pylist(), key=_size, default=None) for column in found)
+    columns = [pa.array([one][: rows.num_rows], field.type) for one, field in zip(longest, found.schema, strict=True)]
+    return pa.table(columns, schema=found.schema)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a text or of texts; a number is its own size."""
+    if isinstance(value, str):
+        return len(value.encode())
+    return value if isinstance(value, int) else sum(map(_size, value or ()))
 
 
 def _mapped(rows: "Dataset", function: Callable[..., Any], **arguments: Any) -> "Dataset":

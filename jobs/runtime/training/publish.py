@@ -33,6 +33,7 @@ class Published:
     select: "Select"
     validation_loss: float
     n_parameters: int
+    micro_batch: int
     step_seconds: float
     held_out: dict[str, Any] | None
 
@@ -77,6 +78,7 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
         select=spec.select,
         validation_loss=cast("float", selected.validation_loss),
         n_parameters=sum(weight.numel() for weight in weights.values()),
+        micro_batch=progress.micro_batch,
         step_seconds=progress.seconds,
         held_out=measured,
     )
@@ -110,6 +112,7 @@ def summary(
         "validation_loss": round(published.validation_loss, 5),
         "held_out": published.held_out,
         "trained_parameters": published.n_parameters,
+        "micro_batch": published.micro_batch,
         "without_history": n_without_history,
         "without_as_of": found.total.timeless,
         **inputs.requests.facts(),
@@ -125,6 +128,7 @@ def summary(
     table = [
         ("requests", f"{published.n_requests:,}, {n_without_history:,} without any visible history"),
         ("steps", f"{published.n_steps:,} of {global_batch} requests, {requests_per_s} requests/s{stopped}"),
+        ("micro-batch", f"{published.micro_batch:,} requests a pass"),
         ("trained", f"{published.n_parameters:,} parameters"),
         ("held-out loss", loss),
         *_measured_rows(published.held_out),
@@ -178,6 +182,7 @@ def _record(
         max_behaviors=spec.max_behaviors,
         training={
             **asdict(spec.training),
+            "micro_batch": latest.micro_batch,
             **asdict(spec.retrieval),
             "run": spec.run,
             "requests": n_requests,

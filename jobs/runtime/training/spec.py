@@ -1,10 +1,12 @@
 """What defines a training run, and what each of its workers gets."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job_options import PastTexts, PreferenceInputs, RequestFormat
+from persona.errors import UsageError
 from persona.options import (
     PlugOptions,
     Precision,
@@ -40,6 +42,23 @@ _FIXED = (
 )
 
 
+def check_together(*, quantization: Quantization, zero_stage: int, recomputes: bool, compiles: bool) -> None:
+    """Raises UsageError for ways to run the LLM that exclude each other."""
+    if quantization != "none" and zero_stage == 3:
+        raise UsageError(
+            f"--llm-quantization {quantization} and --zero-stage 3 exclude each other: one makes the LLM fit one GPU, "
+            "the other spreads it over several; remove one of them"
+        )
+    others = {
+        f"--llm-quantization {quantization}": quantization != "none",
+        "--zero-stage 3": zero_stage == 3,
+        "--activation-checkpointing": recomputes,
+    }
+    excluded = [flag for flag, is_given in others.items() if is_given]
+    if compiles and excluded:
+        raise UsageError(f"--compile and {excluded[0]} exclude each other; remove one of them")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """The choices behind a plug; fields are named like the flags of jobs.train, which describes them.
@@ -71,12 +90,19 @@ class RunSpec:
     precision: Precision
     llm_quantization: Quantization
     activation_checkpointing: bool
+    compile: bool
+
+    def check_gpus(self, n_gpus: int) -> None:
+        """Raises UsageError for choices that need a GPU."""
+        if self.compile and not n_gpus:
+            raise UsageError("--compile is for GPUs, and Ray has none; leave it out")
 
     def fixed(self) -> dict[str, Any]:
         """What must stay the same when the run is resumed, by name, as it is read back from JSON."""
         options = (self.plug_options, self.training, self.prompt, self.retrieval, self.past_texts, self.preferences)
         values = {name: value for part in (*options, self.form) for name, value in asdict(part).items()}
         values |= {name: getattr(self, name) for name in _FIXED}
+        del values["micro_batch"]  # losses do not depend on it
         return {name: read_back(value) for name, value in values.items()}
 
 
@@ -93,6 +119,7 @@ class WorkerSettings:
         windows: where the steps come from.
         tally: the counts of the run.
         reports_steps: whether to report the numbers of every step for a tracker.
+        longest: `inputs.longest_request`; None if --micro-batch gives a number or there is no GPU.
     """
 
     spec: RunSpec
@@ -106,6 +133,17 @@ class WorkerSettings:
     windows: "Windows"
     tally: "Tally"
     reports_steps: bool
+    longest: Mapping[str, Any] | None
+
+    @property
+    def share(self) -> int:
+        """Requests of a worker in each global batch."""
+        return self.spec.training.global_batch // self.n_workers
+
+    def with_micro_batch(self, size: int) -> "WorkerSettings":
+        """The same with a settled size of a pass."""
+        training = replace(self.spec.training, micro_batch=size)
+        return replace(self, spec=replace(self.spec, training=training))
 
 
 def read_back(value: Any) -> Any:

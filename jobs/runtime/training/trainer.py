@@ -4,7 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.session import Machines
 from jobs.runtime.tally import Tally
-from jobs.runtime.training.inputs import TrainingInputs, TrainingRequests, run_windows, some_behaviors
+from jobs.runtime.training.inputs import (
+    TrainingInputs,
+    TrainingRequests,
+    longest_request,
+    run_windows,
+    some_behaviors,
+)
 from jobs.runtime.training.spec import RunSpec, WorkerSettings
 
 if TYPE_CHECKING:
@@ -28,6 +34,7 @@ def fit(
 
     from jobs.runtime.training.worker import train_worker
 
+    tries_sizes = spec.training.micro_batch == "auto" and machines.gpus
     settings = WorkerSettings(
         spec=spec,
         n_workers=n_workers,
@@ -40,6 +47,7 @@ def fit(
         windows=run_windows(requests, spec, tally, n_workers=n_workers),
         tally=tally,
         reports_steps=reports_steps,
+        longest=longest_request(requests, spec.max_behaviors) if tries_sizes else None,
     )
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's type leaves out the `return_value` of its results

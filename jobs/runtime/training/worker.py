@@ -38,11 +38,12 @@ def train_worker(loop_config: Mapping[str, WorkerSettings]) -> dict[str, list[An
     from persona.training.step import train_step
 
     settings = loop_config["settings"]
-    spec, tally = settings.spec, settings.tally
     rank = train.get_context().get_world_rank()
     encoder_folder = local_model(settings.encoder, flag="--encoder")
     with _last_checkpoint() as folder:
-        engine, progress = start_engine(settings, encoder_folder, folder)
+        engine, progress = start_engine(settings, encoder_folder, folder, rank)
+    settings = settings.with_micro_batch(progress.micro_batch)
+    spec, tally = settings.spec, settings.tally
     begun = progress.step
     held_out = _held_out_rows(settings, rank)
     aligns = begun < aligned_steps(settings.n_steps, spec.training)

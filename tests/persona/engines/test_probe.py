@@ -17,6 +17,7 @@ from persona.models.prompts import PromptText
 from persona.models.resolve import resolve
 from persona.options import Decoding
 from tests.models import tiny_llm
+from tests.plugs import random_soft_tokens
 
 CAUSAL = {
     "hidden_size": 48,
@@ -171,6 +172,39 @@ def test_recomputed_activations_have_no_dropout(tmp_path, kind):
     expected = llm.nll(no_soft, prompts, targets)
     llm.checkpoint_activations()
     torch.testing.assert_close(llm.nll(no_soft, prompts, targets), expected)
+
+
+def losses_and_gradient(llm: FrozenLLM) -> tuple[torch.Tensor, torch.Tensor]:
+    """With retrieved texts in front of the soft tokens."""
+    texts = [PromptText(input=text, retrieved=past) for text, past in zip(INPUTS, RETRIEVED, strict=True)]
+    soft_BSD = random_soft_tokens(llm, 3).requires_grad_()
+    prompts, targets = llm.tokenizer.prompts(texts, retrieved_tokens=64), llm.tokenizer.targets(TARGETS)
+    losses_B = llm.nll(soft_BSD, prompts, targets, cache_before=True)
+    losses_B.sum().backward()
+    assert soft_BSD.grad is not None
+    return losses_B.detach(), soft_BSD.grad
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "mistral", "gemma3_text"])
+def test_texts_in_front_are_read_ahead_while_activations_are_recomputed(folders, kind):
+    llm = load(folders(kind))
+    plain = losses_and_gradient(llm)
+    llm.checkpoint_activations()
+    assert probe.check_reading_ahead(llm) is None
+    assert llm.reads_ahead
+    torch.testing.assert_close(losses_and_gradient(llm), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_texts_in_front_are_read_with_the_rest_where_that_changes_scores(folders):
+    llm = load(folders("mistral"))
+    plain = losses_and_gradient(llm)
+    llm.checkpoint_activations()
+    for layer in llm.model.model.layers:
+        layer._can_checkpoint_with_cache = False  # transformers then takes the cache away
+    reason = probe.check_reading_ahead(llm)
+    assert reason is not None
+    assert not llm.reads_ahead
+    torch.testing.assert_close(losses_and_gradient(llm), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_activation_checkpointing_is_refused_where_transformers_cannot(tmp_path):

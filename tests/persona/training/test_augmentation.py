@@ -140,12 +140,13 @@ def test_the_given_share_of_steps_aligns(n_steps, share):
 # Contrast pairs ---------------------------------------------------------------------------------------------
 
 
-def test_requests_are_paired_with_the_next_history_of_another_user():
+def test_neighbors_of_different_users_are_paired():
     users = ["a", "b", "b", "c", "d", "a"]
     rows = [{**row(n, str(i)), "user_id": users[i]} for i, n in enumerate([2, 3, 1, 0, 4, 5])]
-    numbers, others = with_other_histories(rows)
-    # 1 and 2 are of one user, and so are 5 and 0; row 3 has no history.
-    assert numbers == [0, 4]
-    assert [one["request_id"] for one in others] == ["0", "4"]
-    assert [one["history"] for one in others] == [rows[1]["history"], rows[5]["history"]]
-    assert with_other_histories(rows[:1]) == ([], [])
+    others = with_other_histories(rows)
+    histories = [None if other is None else other["history"] for other in others]
+    # Row 3 has no history, so 2 and 3 are no pair.
+    assert histories == [rows[1]["history"], rows[0]["history"], None, None, rows[5]["history"], rows[4]["history"]]
+    assert [other["request_id"] for other in others if other] == ["0", "1", "4", "5"]
+    # Rows 1 and 2 are of one user, and the last row has no neighbor.
+    assert with_other_histories([*rows[1:3], rows[4]]) == [None, None, None]

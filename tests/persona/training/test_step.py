@@ -16,6 +16,7 @@ from persona.training.augmentation import with_other_histories, with_rejected
 from persona.training.deepspeed import trainable
 from persona.training.step import (
     contrast_loss,
+    micro_batches,
     objective,
     preference_loss,
     target_losses,
@@ -110,6 +111,7 @@ class PlainEngine:
     """What a step uses of DeepSpeed's engine, on one worker; it keeps the gradients."""
 
     module: PersonalizedLLM
+    n_parts: int = len(ROWS) // 2
     world_size: int = 1
 
     def __post_init__(self) -> None:
@@ -119,14 +121,10 @@ class PlainEngine:
         return self.module(batch)
 
     def backward(self, loss: torch.Tensor) -> None:
-        (loss / self._n_parts).backward()  # DeepSpeed averages over micro-batches
+        (loss / self.n_parts).backward()  # DeepSpeed averages over micro-batches
 
     def step(self) -> None:
         self.optimizer.step()
-
-    @property
-    def _n_parts(self) -> int:
-        return len(ROWS) // PREFERS.micro_batch
 
 
 def test_a_step_and_a_validation_have_that_loss_and_a_step_its_gradients(encoder_folder, llm_folder, llm):
@@ -144,6 +142,41 @@ def test_a_step_and_a_validation_have_that_loss_and_a_step_its_gradients(encoder
     for found, parameter in zip(gradients, trainable(exact).values(), strict=True):
         torch.testing.assert_close(found.double(), parameter.grad, rtol=1e-3, atol=1e-4 * largest)
     assert validation_loss(engine, rows, PREFERS) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"preference": 0.0, "nll_weight": 1.0}, {}], ids=["contrast", "and preference"])
+def test_loss_and_gradients_of_a_step_do_not_depend_on_the_size_of_a_pass(encoder_folder, llm, changes):
+    model = new_model(encoder_folder, llm, query_token=True)
+    rows = with_preferences(model)
+    # Only rows 2 and 3 are a pair, and in small passes each is in another one.
+    assert [other is not None for other in with_other_histories(rows)] == [False, False, True, True, False, False]
+    found = {}
+    for size in ("auto", 1, 2, 3, 6):  # auto counts as 1 before it is settled
+        options = replace(PREFERS, contrast=2.0, micro_batch=size, **changes)
+        model.zero_grad()
+        engine = PlainEngine(model, n_parts=len(rows) // options.pass_size(len(rows)))
+        loss, _ = train_step(engine, rows, step=0, n_steps=2, options=options)
+        found[size] = loss, {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+    whole_loss, whole = found[6]
+    largest = max(float(gradient.abs().max()) for gradient in whole.values())
+    for size, (loss, gradients) in found.items():
+        # Sums of float32 in another order.
+        assert loss == pytest.approx(whole_loss, rel=1e-5), size
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-3, atol=1e-4 * largest, msg=f"{size} {name}")
+    # The pair matters, so a lost one would have been seen.
+    model.zero_grad()
+    without = replace(PREFERS, contrast=0.0, micro_batch=6, **changes)
+    train_step(PlainEngine(model, n_parts=1), rows, step=0, n_steps=2, options=without)
+    moved = max(float((parameter.grad - whole[name]).abs().max()) for name, parameter in trainable(model).items())
+    assert moved > 100 * 1e-4 * largest
+
+
+def test_passes_are_of_rows_of_similar_length(encoder_folder, llm):
+    model = new_model(encoder_folder, llm)
+    options = replace(PREFERS, preference=0.0, nll_weight=1.0, micro_batch=3)
+    parts = micro_batches(model, ROWS, options)
+    assert [[row["request_id"] for row in part.rows] for part in parts] == [["r0", "r3", "r1"], ["r4", "r2", "r5"]]
 
 
 def test_losses_of_targets_are_those_of_each_row_alone(encoder_folder, llm):
@@ -178,8 +211,8 @@ def test_contrast_loss_is_minus_log_probability_of_the_own_history():
 def test_a_gradient_step_on_the_contrast_loss_separates_own_from_other_histories(encoder_folder, llm):
     model = new_model(encoder_folder, llm)
     rows = [one for one in ROWS if one["history"]]
-    numbers, others = with_other_histories(rows)
-    assert numbers == [0, 1, 2, 3]
+    others = with_other_histories(rows)
+    assert None not in others
     batch = model.collate([*rows, *others])
     nll = model(batch)
     own_B, other_C = nll[: len(rows)], nll[len(rows) :]
