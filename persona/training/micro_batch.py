@@ -5,7 +5,6 @@ go to no parameter, there is no optimizer step, and random numbers are drawn fro
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -13,7 +12,7 @@ from persona.errors import InputError
 from persona.options import TrainingOptions
 from persona.plug.personalized import PersonalizedLLM, Row
 from persona.training.deepspeed import max_over_workers, trainable
-from persona.training.step import micro_batches
+from persona.training.step import micro_batch
 
 # On a CPU larger passes are no faster, and the memory is shared with other processes.
 _ON_CPU = 8
@@ -80,12 +79,11 @@ def largest_that_fits(model: PersonalizedLLM, longest: Row, options: TrainingOpt
 
 def _fits(model: PersonalizedLLM, longest: Row, options: TrainingOptions, size: int, reserved_bytes: int) -> bool:
     """Whether one pass over `size` rows fits beside `reserved_bytes`."""
-    # Different users, so that with a contrast loss each row is read twice.
-    rows = [{**_with_reference(model, longest, options), "user_id": str(number)} for number in range(size)]
+    rows = [_with_reference(model, longest, options)] * size
     parameters = list(trainable(model).values())
     try:
         reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=model.llm.device)
-        [part] = micro_batches(model, rows, replace(options, micro_batch=size))
+        part = micro_batch(model, rows, rows if options.contrast else [None] * size, options)
         _, loss = part.losses(model(part.batch), options)
         # Not `backward`, which would leave gradients in the parameters.
         torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -53,13 +53,19 @@ class MicroBatch:
 def micro_batches(model: PersonalizedLLM, rows: Sequence[Row], options: TrainingOptions) -> list[MicroBatch]:
     """A worker's rows of a global batch, cut into passes of rows of similar length."""
     others = with_other_histories(rows) if options.contrast else [None] * len(rows)
-    passes = []
-    for numbers in _by_length(rows, options.pass_size(len(rows))):
-        part = [rows[number] for number in numbers]
-        again = {i: other for i, number in enumerate(numbers) if (other := others[number]) is not None}
-        batch = _collate(model, part, options, others=list(again.values()))
-        passes.append(MicroBatch(rows=part, contrasted=list(again), batch=batch))
-    return passes
+    return [
+        micro_batch(model, [rows[number] for number in numbers], [others[number] for number in numbers], options)
+        for numbers in _by_length(rows, options.pass_size(len(rows)))
+    ]
+
+
+def micro_batch(
+    model: PersonalizedLLM, rows: Sequence[Row], others: Sequence[Row | None], options: TrainingOptions
+) -> MicroBatch:
+    """One pass over the rows; `others` are the same with other histories, or None where there is no such pair."""
+    again = {number: other for number, other in enumerate(others) if other is not None}
+    batch = _collate(model, rows, options, others=list(again.values()))
+    return MicroBatch(rows=rows, contrasted=list(again), batch=batch)
 
 
 def train_step(
