@@ -31,6 +31,7 @@ class Progress:
         none_curve: the held-out loss without any persona, at the same steps as validation_curve.
         validation_loss: the latest one; None before the first validation.
         micro_batch: requests of a pass; 0 before it is settled.
+        notes: what the summary says about faster ways that this LLM could not take.
         token_norm, scale: as in `Plug`, measured at the start: another machine may measure a little differently.
         llm_width: D.
     """
@@ -43,6 +44,7 @@ class Progress:
     none_curve: list[tuple[int, float]] = field(default_factory=list)
     validation_loss: float | None = None
     micro_batch: int = 0
+    notes: list[str] = field(default_factory=list)
     token_norm: float
     scale: float
     llm_width: int

@@ -42,12 +42,15 @@ def start_engine(
         plug.token_norm, plug.scale = progress.token_norm, progress.scale
     is_sharded = settings.spec.training.zero_stage == 3
     if not is_sharded:
-        _check(llm, settings, rank)
+        progress.notes = _check(llm, settings)
     progress.micro_batch = _micro_batch(settings, model, progress.micro_batch, rank)
     options = settings.with_micro_batch(progress.micro_batch).spec.training
     engine = new_engine(model, options, deepspeed_settings(options, settings.n_workers))
     if is_sharded:  # only the engine can gather the weights
-        _check(llm, settings, rank)
+        progress.notes = _check(llm, settings)
+    if rank == 0:
+        for note in progress.notes:
+            log.say(note, level="warning")
     if last_checkpoint is not None:
         checkpoint.load_moments(engine, last_checkpoint, step=progress.step)
     return engine, progress
@@ -73,21 +76,22 @@ def _load_llm(settings: WorkerSettings, deepspeed: dict[str, Any]) -> "FrozenLLM
     return llm
 
 
-def _check(llm: "FrozenLLM", settings: WorkerSettings, rank: int) -> None:
-    """Compares the LLM with plain transformers code, and faster ways to compute its loss with the plain one."""
+def _check(llm: "FrozenLLM", settings: WorkerSettings) -> list[str]:
+    """Compares the LLM with plain transformers code, and faster ways to compute its loss with the plain one.
+
+    Returns a note about each way that this LLM cannot take.
+    """
     from persona.engines import probe
     from persona.models.compiled import compile_layers
 
     spec = settings.spec
     probe.check_llm(llm)
-    slower = {}
+    slower: dict[str, str | None] = {}
     if spec.activation_checkpointing and spec.retrieval.retrieve and llm.reads_ahead and not llm.is_encoder_decoder:
         slower["texts in front of the soft tokens are read with gradients"] = probe.check_reading_ahead(llm)
     if spec.compile:
         slower["--compile: the layers of the LLM run as they are"] = compile_layers(llm)
-    for what, reason in slower.items():
-        if reason is not None and rank == 0:
-            log.say(f"{what}, which is slower ({reason})", level="warning")
+    return [f"{what}, which is slower ({reason})" for what, reason in slower.items() if reason is not None]
 
 
 def _micro_batch(settings: WorkerSettings, model: "PersonalizedLLM", resumed: int, rank: int) -> int:

@@ -34,6 +34,7 @@ class Published:
     validation_loss: float
     n_parameters: int
     micro_batch: int
+    notes: list[str]
     step_seconds: float
     held_out: dict[str, Any] | None
 
@@ -79,6 +80,7 @@ def publish(spec: "RunSpec", inputs: "TrainingInputs", result: Any, n_requests: 
         validation_loss=cast("float", selected.validation_loss),
         n_parameters=sum(weight.numel() for weight in weights.values()),
         micro_batch=progress.micro_batch,
+        notes=progress.notes,
         step_seconds=progress.seconds,
         held_out=measured,
     )
@@ -113,6 +115,7 @@ def summary(
         "held_out": published.held_out,
         "trained_parameters": published.n_parameters,
         "micro_batch": published.micro_batch,
+        "notes": published.notes,
         "without_history": n_without_history,
         "without_as_of": found.total.timeless,
         **inputs.requests.facts(),
@@ -129,6 +132,7 @@ def summary(
         ("requests", f"{published.n_requests:,}, {n_without_history:,} without any visible history"),
         ("steps", f"{published.n_steps:,} of {global_batch} requests, {requests_per_s} requests/s{stopped}"),
         ("micro-batch", f"{published.micro_batch:,} requests a pass"),
+        *(("note", note) for note in published.notes),
         ("trained", f"{published.n_parameters:,} parameters"),
         ("held-out loss", loss),
         *_measured_rows(published.held_out),
