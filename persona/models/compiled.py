@@ -20,6 +20,9 @@ from persona.models.prompts import PromptIds
 # Requests and tokens of the batches on which compiled and plain layers are compared.
 _BATCHES = ((2, 24), (3, 37))
 _SOFT_TOKENS, _TARGET_TOKENS = 2, 5
+# T5 has four kinds of layers (the first ones and the others, in encoder and decoder), each with graphs with and without
+# gradients, for one row and for several. By default torch stops at eight.
+_MAX_GRAPHS = 32
 # Fused kernels round less often, so bf16 differs by some percent in the gradient. A wrong mask, position or scale
 # changes much more.
 _LOSS_TOLERANCE = {torch.float32: 1e-4}
@@ -44,6 +47,7 @@ def compile_layers(llm: FrozenLLM, *, backend: str | Callable[..., Any] = "induc
     if getattr(llm.model.config, "quantization_config", None) is not None:
         raise InputError(f"--compile: {llm.model.name_or_path!r} has quantized weights; leave the flag out")
     plain = [_loss_and_gradient(llm, *shape) for shape in _BATCHES]
+    torch._dynamo.config.recompile_limit = _MAX_GRAPHS  # type: ignore[attr-defined]  # noqa: SLF001
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     try:

@@ -14,6 +14,8 @@ SAVED = {
     "training_curve": [[1, 5.0], [2, 4.5]],
     "validation_curve": [[2, 4.75]],
     "none_curve": [[2, 4.9]],
+    "micro_batch": 8,
+    "notes": ["--compile: slower"],
     "token_norm": 1.5,
     "scale": 30.0,
     "llm_width": 48,
