@@ -47,7 +47,7 @@ def compile_layers(llm: FrozenLLM, *, backend: str | Callable[..., Any] = "induc
     if getattr(llm.model.config, "quantization_config", None) is not None:
         raise InputError(f"--compile: {llm.model.name_or_path!r} has quantized weights; leave the flag out")
     plain = [_loss_and_gradient(llm, *shape) for shape in _BATCHES]
-    torch._dynamo.config.recompile_limit = _MAX_GRAPHS  # type: ignore[attr-defined]  # noqa: SLF001
+    torch._dynamo.config.recompile_limit = _MAX_GRAPHS  # noqa: SLF001
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     try:
