@@ -117,7 +117,7 @@ def sentence_transformer(
     **options: Any,
 ) -> Path:
     """The same as `SentenceTransformer.save` writes it; `options` are of `SentenceTransformer`."""
-    plain = transformer(folder / "plain", kind, **(settings or _size_of(kind)))
+    plain = transformer(folder / "plain", kind, **(settings or size_of(kind)))
     torch.manual_seed(1)
     body = Transformer(str(plain))
     width = body.get_embedding_dimension() * (1 if isinstance(pooling, str) else len(pooling))
@@ -166,7 +166,8 @@ def in_the_old_form(folder: Path) -> Path:
     return folder
 
 
-def _size_of(kind: str) -> Mapping[str, Any]:
+def size_of(kind: str) -> Mapping[str, Any]:
+    """The settings of a tiny model of this architecture."""
     return _DECODERS[kind] if kind in _DECODERS else {**_SIZE, **_ARCHITECTURES.get(kind, {})}
 
 

@@ -4,8 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import Encoding
 from torch import nn
-from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TokenizersBackend,
+)
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy
 
 from persona.errors import InputError, UsageError
 from persona.models import loading, sentence_transformer
@@ -149,11 +158,37 @@ def token_rows(
     """Token ids of each text behind the prompt, cut to `max_tokens`, special tokens included; never an empty row."""
     if not texts:
         return []  # the tokenizer rejects an empty list
-    encoded = tokenizer(
-        [prompt + text for text in texts], truncation=True, max_length=max_tokens, return_attention_mask=False
-    )
+    texts = [prompt + text for text in texts] if prompt else texts
+    if isinstance(tokenizer, TokenizersBackend) and _is_plain(tokenizer):
+        encoded = [encoding.ids for encoding in _encodings(tokenizer, texts, max_tokens)]
+    else:
+        encoded = tokenizer(texts, truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
     # Attention over no token at all gives NaN.
-    return [row or [pad_id(tokenizer)] for row in encoded["input_ids"]]
+    return [row or [pad_id(tokenizer)] for row in encoded]
+
+
+def _is_plain(tokenizer: TokenizersBackend) -> bool:
+    """Whether a call of the tokenizer does no more than its Rust part."""
+    return all(
+        getattr(type(tokenizer), name) is getattr(TokenizersBackend, name) for name in ("__call__", "_encode_plus")
+    )
+
+
+def _encodings(tokenizer: TokenizersBackend, texts: list[str], max_tokens: int) -> list[Encoding]:
+    """What `tokenizer(texts)` computes, without the dictionaries that it makes of each text in Python."""
+    backend = tokenizer.backend_tokenizer
+    tokenizer.set_truncation_and_padding(
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+        max_length=max_tokens,
+        stride=0,
+        pad_to_multiple_of=None,
+        padding_side=None,
+    )
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    encodings: list[Encoding] = backend.encode_batch_fast(texts)
+    return encodings
 
 
 def _without_weights(config: PreTrainedConfig) -> nn.Module:

@@ -1,6 +1,7 @@
 """From the token vectors of a text to its unit vector: pooling, dense layers and width, as in sentence-transformers.
 
-Shapes: N texts, T tokens padded on the right, d width of token vectors, e width of what a layer reads or gives.
+Shapes: N texts, T tokens padded on the right, M tokens of all texts without padding, d width of token vectors, e width
+of what a layer reads or gives.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +43,14 @@ class SentenceHead(nn.Module):
     def forward(self, hidden_NTd: Tensor, mask_NT: Tensor) -> Tensor:
         """Unit vectors (N, e). PPlug eq. 3 is computed on unit vectors, as in the reference implementation."""
         hidden_NTd = hidden_NTd.float()
-        vectors_Ne = torch.cat([_POOLS[mode](hidden_NTd, mask_NT) for mode in self.modes], dim=-1)
+        return self._finish([_POOLS[mode](hidden_NTd, mask_NT) for mode in self.modes])
+
+    def forward_packed(self, hidden_Md: Tensor, lengths_N: Tensor) -> Tensor:
+        """The same (N, e) for the token vectors of texts one behind the other; `lengths_N` are int64, at least 1."""
+        return self._finish([_PACKED_POOLS[mode](hidden_Md, lengths_N) for mode in self.modes])
+
+    def _finish(self, pooled: Sequence[Tensor]) -> Tensor:
+        vectors_Ne = torch.cat([*pooled], dim=-1)
         for layer in self.layers:
             vectors_Ne = layer(vectors_Ne)
         return nn.functional.normalize(vectors_Ne[:, : self.width], dim=-1)
@@ -118,4 +126,47 @@ _POOLS: dict[Pooling, _Pool] = {
     "mean_sqrt_len_tokens": _mean_by_root,
     "weightedmean": _mean_by_position,
     "lasttoken": _last,
+}
+
+
+def _packed_first(hidden_Md: Tensor, lengths_N: Tensor) -> Tensor:
+    return hidden_Md[lengths_N.cumsum(0) - lengths_N].float()
+
+
+def _packed_last(hidden_Md: Tensor, lengths_N: Tensor) -> Tensor:
+    return hidden_Md[lengths_N.cumsum(0) - 1].float()
+
+
+def _packed_max(hidden_Md: Tensor, lengths_N: Tensor) -> Tensor:
+    return _reduce(hidden_Md.float(), "max", lengths_N)
+
+
+def _packed_mean(hidden_Md: Tensor, lengths_N: Tensor) -> Tensor:
+    return _reduce(hidden_Md.float(), "sum", lengths_N) / lengths_N.unsqueeze(1)
+
+
+def _packed_mean_by_root(hidden_Md: Tensor, lengths_N: Tensor) -> Tensor:
+    return _packed_mean(hidden_Md, lengths_N) * lengths_N.float().sqrt().unsqueeze(1)
+
+
+def _packed_mean_by_position(hidden_Md: Tensor, lengths_N: Tensor) -> Tensor:
+    starts_N, n = lengths_N.cumsum(0) - lengths_N, len(hidden_Md)
+    starts_M = starts_N.repeat_interleave(lengths_N, output_size=n)
+    positions_M1 = (torch.arange(1, n + 1, device=hidden_Md.device) - starts_M).float().unsqueeze(1)
+    weights_N1 = _reduce(positions_M1, "sum", lengths_N)
+    return _reduce(hidden_Md.float() * positions_M1, "sum", lengths_N) / weights_N1
+
+
+def _reduce(values_Md: Tensor, how: str, lengths_N: Tensor) -> Tensor:
+    # In a fixed order, unlike `index_add`. A check of the lengths would wait for the GPU.
+    return torch.segment_reduce(values_Md, how, lengths=lengths_N, unsafe=True)
+
+
+_PACKED_POOLS: dict[Pooling, _Pool] = {
+    "cls": _packed_first,
+    "max": _packed_max,
+    "mean": _packed_mean,
+    "mean_sqrt_len_tokens": _packed_mean_by_root,
+    "weightedmean": _packed_mean_by_position,
+    "lasttoken": _packed_last,
 }

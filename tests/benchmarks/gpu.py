@@ -99,30 +99,28 @@ def compare(folder: Path) -> None:
 
 
 def encode(gpu: Gpu, sizes: Sizes, encoder: ModelFolder) -> None:
-    """`TextEncoder` as in an actor of `jobs.embed`, compared with sentence_transformers in the same precision."""
+    """`TextEncoder` as in an actor of `jobs.embed`, packed and padded, beside its tokenizer and sentence_transformers."""
     from sentence_transformers import SentenceTransformer
 
-    ours = TextEncoder(encoder, pooling="cls", max_tokens=512)
+    ours = [TextEncoder(encoder, pooling="cls", max_tokens=512, packed=packed) for packed in (True, False)]
     kwargs = {"dtype": choose_precision("auto", DEVICE)}
     peer = SentenceTransformer(str(encoder.path), device=str(DEVICE), model_kwargs=kwargs)
     for kind in ("titles", "abstracts"):
         texts = corpus.texts(kind, sizes.texts)
         blocks = [texts[first : first + _BLOCK_ROWS] for first in range(0, len(texts), _BLOCK_ROWS)]
-        rate = len(texts) / median_s(lambda blocks=blocks: [ours.encode(block) for block in blocks], sizes.turns)
-        tokenized = [ours.tokenize(block) for block in blocks]
-        flops = sum(
-            cost.encoder_flops(encoder.config, n_texts=1, tokens=len(row)) for rows in tokenized for row in rows
-        )
-        sample, peer_rates = texts[::8], []
+        lengths = [len(row) for block in blocks for row in ours[0].tokenize(block)]
+        floor = gpu.flops * len(texts) / sum(cost.encoder_flops(encoder.config, n_texts=1, tokens=n) for n in lengths)
+        tokenizing_s = median_s(lambda blocks=blocks: [ours[0].tokenize(block) for block in blocks], sizes.turns)
+        sample, rates = texts[::8], [f"the tokenizer alone {len(texts) / tokenizing_s:,.4g}/s"]
         for size in (32, 256):
             seconds = median_s(
                 lambda size=size, sample=sample: peer.encode(sample, batch_size=size, show_progress_bar=False), 1
             )
-            peer_rates.append(f"{len(sample) / seconds:,.4g}/s in batches of {size}")
-        tokenizing_s = median_s(lambda blocks=blocks: [ours.tokenize(block) for block in blocks], 1)
-        tokenizer = f"the tokenizer alone {len(texts) / tokenizing_s:,.4g}/s"
-        comparison = f"sentence_transformers {', '.join(peer_rates)}; {tokenizer}"
-        line(f"encode {kind}", rate, len(texts) / flops * gpu.flops, "texts", comparison)
+            rates.append(f"sentence_transformers {len(sample) / seconds:,.4g}/s in batches of {size}")
+        for one in ours:
+            rate = len(texts) / median_s(lambda one=one, blocks=blocks: [*map(one.encode, blocks)], sizes.turns)
+            work = f"encode {kind}, {'packed' if one.packed else 'padded'}"
+            line(work, rate, floor, "texts", "; ".join(rates) if one is ours[0] else "")
 
 
 def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLLM) -> None:
