@@ -99,7 +99,7 @@ def compare(folder: Path) -> None:
 
 
 def encode(gpu: Gpu, sizes: Sizes, encoder: ModelFolder) -> None:
-    """`TextEncoder` as in an actor of `jobs.embed`, packed and padded, beside its tokenizer and sentence_transformers."""
+    """`TextEncoder` as in an actor of `jobs.embed`, packed and padded, compared with sentence_transformers."""
     from sentence_transformers import SentenceTransformer
 
     ours = [TextEncoder(encoder, pooling="cls", max_tokens=512, packed=packed) for packed in (True, False)]
