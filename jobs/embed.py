@@ -73,7 +73,7 @@ class Config:
     precision: Precision = "auto"
     """Precision of the encoder; auto is bf16 where the hardware supports it."""
     token_budget: int | None = None
-    """Tokens per forward pass with padding, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
+    """Tokens per forward pass, default 16,384 on a GPU and 2,048 on a CPU; lower it when memory runs out."""
     buckets: int | None = None
     """Buckets of a new store, fixed for its life (default 64): one per 100,000 behaviors to come, up to 1,000."""
     block_rows: int | None = None

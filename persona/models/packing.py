@@ -201,7 +201,7 @@ def _difference(packed: Callable[[], Tensor], padded_Nd: Tensor, dtype: torch.dt
     """What `packed` raises, or how far its vectors are from the padded ones; None if they are near."""
     try:
         distance_N = (packed() - padded_Nd).norm(dim=1)
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:  # kernels refuse in many ways
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:  # kernels refuse in many ways
         return f"{type(error).__name__}: {error}".splitlines()[0]
     typical = (padded_Nd - padded_Nd.roll(1, 0)).norm(dim=1).mean()
     share = float(distance_N.max() / typical)
