@@ -18,6 +18,7 @@ from persona.models.batching import TokenRows, full_batches
 from persona.models.device import choose_device, choose_precision
 from persona.models.resolve import ModelFolder
 from persona.models.sentence_head import SentenceHead
+from persona.models.tokenizing import TextTokenizer
 from persona.options import Precision
 
 # Tokens per forward pass, padding included. A CPU gains nothing from large batches, and small ones need less padding.
@@ -84,6 +85,7 @@ class TextEncoder:
         self.token_budget = token_budget or _TOKEN_BUDGETS.get(self.device.type, _TOKEN_BUDGETS["cpu"])
         dtype = encoder_model.runs_in(known.kind, choose_precision(precision, self.device))
         self.tokenizer = encoder_model.load_tokenizer(folder, declared)
+        self._text_tokenizer = TextTokenizer(self.tokenizer, prompt=prompt, max_tokens=max_tokens)
         kernel = attention.encoder_attention(known.kind, dtype=dtype, device=self.device)
         self.model = encoder_model.load_transformer(folder, dtype=dtype, attn_implementation=kernel)
         self.model.to(self.device).eval().requires_grad_(False)
@@ -97,7 +99,7 @@ class TextEncoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text behind the prompt, cut to `max_tokens`, special tokens included."""
-        return encoder_model.token_rows(self.tokenizer, list(texts), prompt=self.prompt, max_tokens=self.max_tokens)
+        return self._text_tokenizer.rows(texts)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], *, on_batch: Callable[[int], None] | None = None) -> Encoded:

@@ -159,7 +159,7 @@ def token_rows(
     if not texts:
         return []  # the tokenizer rejects an empty list
     texts = [prompt + text for text in texts] if prompt else texts
-    if isinstance(tokenizer, TokenizersBackend) and _is_plain(tokenizer):
+    if isinstance(tokenizer, TokenizersBackend) and calls_backend_only(tokenizer):
         encoded = [encoding.ids for encoding in _encodings(tokenizer, texts, max_tokens)]
     else:
         encoded = tokenizer(texts, truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
@@ -167,8 +167,8 @@ def token_rows(
     return [row or [pad_id(tokenizer)] for row in encoded]
 
 
-def _is_plain(tokenizer: TokenizersBackend) -> bool:
-    """Whether a call of the tokenizer does no more than its Rust part."""
+def calls_backend_only(tokenizer: TokenizersBackend) -> bool:
+    """Whether a call of the tokenizer gives what its Rust part gives."""
     return all(
         getattr(type(tokenizer), name) is getattr(TokenizersBackend, name) for name in ("__call__", "_encode_plus")
     )

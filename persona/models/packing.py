@@ -122,7 +122,7 @@ def attend_within_rows(
     # A bidirectional Llama says so in its configuration, and its modules do not.
     causal = bool(getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True))
     reach = -1 if sliding_window is None else sliding_window - 1
-    q_MHw, k_MHw, v_MHw = (part[0].transpose(0, 1) for part in (query, key, value))
+    q_MHw, k_MHw, v_MHw = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -134,7 +134,7 @@ def attend_within_rows(
         assert isinstance(mixed_MHw, Tensor)
     else:
         mixed_MHw = _attend_by_length(q_MHw, k_MHw, v_MHw, cu_seq_lens_q, scaling, causal=causal, reach=reach)
-    return mixed_MHw[None], None
+    return mixed_MHw.unsqueeze(0), None
 
 
 def _attend_by_length(

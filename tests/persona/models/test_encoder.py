@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from transformers import AutoTokenizer
 
 from persona.errors import UsageError
-from persona.models import packaged
 from persona.models.encoder import TextEncoder
-from persona.models.encoder_model import token_rows
 from persona.models.sentence_head import SentenceHead
 from persona.options import Pooling
-from tests import models
-from tests.nasty import NASTY
 
 TEXTS = [
     "a paper",
@@ -78,19 +73,6 @@ def test_texts_are_cut_and_tokens_are_counted(encoder):
     assert encoded.n_padded == max(lengths) * len(lengths)
     encoder.token_budget = 1
     assert encoder.encode(TEXTS).n_padded == encoded.n_tokens
-
-
-@pytest.mark.parametrize("make", [models.tiny_encoder, models.tiny_llama, models.tiny_t5, None])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_tokens_are_those_of_transformers(make, side, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(packaged.minilm() if make is None else make(tmp_path))
-    tokenizer.truncation_side = side
-    texts = [*TEXTS, *(text for text in NASTY if isinstance(text, str)), "[SEP] </s> <pad> [PAD]", "é" * 50]
-    for split_special_tokens in (False, True):
-        tokenizer.split_special_tokens = split_special_tokens
-        expected = tokenizer(["to: " + text for text in texts], truncation=True, max_length=24)["input_ids"]
-        assert token_rows(tokenizer, texts, prompt="to: ", max_tokens=24) == expected
-    assert max(map(len, expected)) == 24
 
 
 def test_no_texts_give_no_vectors(encoder):
