@@ -1,8 +1,8 @@
 """Search algorithms that turn next-token scores into answers: greedy, sampling, beam search.
 
 `transformers.generate` keeps every row until the last one has ended, runs the prompt once per beam, and draws all rows
-of a batch from one random stream. Here a finished row leaves the batch, the prompt runs once, and a request gets the
-same answer in any batch. Scores, ties, rules and stopping are those of `transformers.generate`.
+of a batch from one random stream. Here finished rows leave the batch, the prompt runs once, and a request gets the same
+answer in any batch. Scores, ties, rules and stopping are those of `transformers.generate`.
 
 Shapes: B requests, R running rows, k beams of a request, C candidates of a request, T tokens, V vocabulary.
 """
@@ -24,14 +24,20 @@ _NEVER = -1e9
 class DecodingSteps(Protocol):
     """An LLM that holds its prompts and what it has generated for each."""
 
+    is_static: bool
+    """Whether each number of rows has its price: rows that have ended stay until half of them have."""
+
     def start(self) -> Tensor:
         """Scores (B, V) of the first token of each answer."""
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Appends a token to each row; returns the scores (R, V) of the next one."""
 
-    def reorder_cache(self, rows_R: Tensor) -> None:
-        """Continues with these rows, in this order; a row may occur several times."""
+    def reorder_cache(self, rows_R: Tensor, *, within_requests: bool = False) -> None:
+        """Continues with these rows, in this order; a row may occur several times.
+
+        `within_requests`: no row leaves, and each continues a row of its own request, whose prompt need not move.
+        """
 
 
 class SeededSampling:
@@ -64,27 +70,39 @@ def sample(llm: DecodingSteps, rules: AnswerRules, sampling: SeededSampling | No
         the tokens of each request's answer, the end-of-sequence token included.
     """
     scores_RV = llm.start()
-    requests = list(range(len(scores_RV)))
+    n, device, n_start = len(scores_RV), scores_RV.device, len(rules.start_ids)
+    requests = list(range(n))
     generated: list[list[int]] = [[] for _ in requests]
-    eos = torch.tensor(sorted(rules.eos_ids), device=scores_RV.device)
-    tokens_RT = rules.first_tokens(len(requests), scores_RV.device)
-    for length in range(1, rules.max_new_tokens + 1):
-        scores_RV = rules(tokens_RT, scores_RV)
+    eos = torch.tensor(sorted(rules.eos_ids), device=device)
+    tokens_RT = nn.functional.pad(rules.first_tokens(n, device), (0, rules.max_new_tokens))
+    ends = _Ends(n, device, is_static=llm.is_static)
+    for length in range(n_start, tokens_RT.shape[1]):
+        scores_RV = rules(tokens_RT[:, :length], scores_RV)
         if sampling is not None:
             scores_RV = sampling(scores_RV, requests)
-        tokens_R = scores_RV.argmax(dim=-1)
-        for request, token in zip(requests, tokens_R.tolist(), strict=True):
-            generated[request].append(token)
-        running = (~torch.isin(tokens_R, eos)).nonzero()[:, 0]
-        if not len(running) or length == rules.max_new_tokens:
-            break
-        tokens_RT = torch.cat([tokens_RT, tokens_R.unsqueeze(1)], dim=1)
-        if len(running) < len(requests):
-            llm.reorder_cache(running)
-            requests = [requests[row] for row in running.tolist()]
-            tokens_R, tokens_RT = tokens_R[running], tokens_RT[running]
+        tokens_R = tokens_RT[:, length] = scores_RV.argmax(dim=-1)
+        running = ends.running(torch.isin(tokens_R, eos))
+        if length == tokens_RT.shape[1] - 1:
+            running = []
+        if ends.should_leave(running):
+            leaving = sorted(set(range(len(requests))) - set(running))
+            for row, tokens in zip(leaving, tokens_RT[leaving, n_start : length + 1].tolist(), strict=True):
+                generated[requests[row]] = _until_end(tokens, rules.eos_ids)
+            if not running:
+                break
+            rows_R = torch.tensor(running, device=device)
+            llm.reorder_cache(rows_R)
+            ends.keep(rows_R)
+            requests = [requests[row] for row in running]
+            tokens_R, tokens_RT = tokens_R[rows_R], tokens_RT[rows_R]
         scores_RV = llm.step(tokens_R)
     return generated
+
+
+def _until_end(tokens: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
+    """The tokens up to the first that ends an answer: a row may have been continued behind it."""
+    n = next((i + 1 for i, token in enumerate(tokens) if token in eos_ids), len(tokens))
+    return list(tokens[:n])
 
 
 def beam_search(llm: DecodingSteps, rules: AnswerRules, *, beams: int) -> list[list[int]]:
@@ -105,6 +123,7 @@ def beam_search(llm: DecodingSteps, rules: AnswerRules, *, beams: int) -> list[l
     requests = list(range(n))
     generated: list[list[int]] = [[] for _ in requests]
     running, finished = (_Beams.empty(n, beams, rules.max_new_tokens, device) for _ in range(2))
+    ends = _Ends(n, device, is_static=llm.is_static)
     running.scores_Rk[:, 0] = 0.0  # the k beams of a request are still equal, so only the first one counts
     llm.reorder_cache(torch.arange(n, device=device).repeat_interleave(beams))
     scores_RV = scores_RV.repeat_interleave(beams, dim=0)
@@ -115,19 +134,75 @@ def beam_search(llm: DecodingSteps, rules: AnswerRules, *, beams: int) -> list[l
         running = candidates.take(best_Rk)
         score_RC = candidates.scores_Rk / length**rules.length_penalty
         candidates.scores_Rk = torch.where(ended_RC & may_end_C, score_RC, _NEVER)
-        finished = finished.joined(candidates).best(beams)
+        found = finished.joined(candidates).best(beams)
+        # What a search finds after its end does not count.
+        finished = found.unless(ends.ended_R, finished) if llm.is_static else found
 
-        remaining = (_may_improve(running, finished, length, rules) & (length < rules.max_new_tokens)).nonzero()[:, 0]
-        for row in set(range(len(requests))) - set(remaining.tolist()):
-            generated[requests[row]] = finished.tokens_RkT[row, 0].tolist()
-        if not len(remaining):
-            break
+        searching = ends.running(~_may_improve(running, finished, length, rules))
+        if length == rules.max_new_tokens:
+            searching = []
         source_Rk = torch.arange(len(requests), device=device).unsqueeze(1) * beams + parents_RC.gather(1, best_Rk)
-        llm.reorder_cache(source_Rk[remaining].flatten())
-        requests = [requests[row] for row in remaining.tolist()]
-        running, finished = running.rows(remaining), finished.rows(remaining)
+        if ends.should_leave(searching):
+            leaving = sorted(set(range(len(requests))) - set(searching))
+            for row, tokens in zip(leaving, finished.tokens_RkT[leaving, 0].tolist(), strict=True):
+                generated[requests[row]] = tokens
+            if not searching:
+                break
+            rows_R = torch.tensor(searching, device=device)
+            llm.reorder_cache(source_Rk[rows_R].flatten())
+            ends.keep(rows_R)
+            requests = [requests[row] for row in searching]
+            running, finished = running.rows(rows_R), finished.rows(rows_R)
+        else:
+            llm.reorder_cache(source_Rk.flatten(), within_requests=True)
         scores_RV = llm.step(running.tokens_RkT[:, :, length - 1].flatten())
     return generated
+
+
+class _Ends:
+    """Which of R rows or requests have ended, and which should leave the batch.
+
+    In a static batch the CPU learns it a step late: what ended in one step is copied while the device works on the
+    next, so that it never waits for the CPU, and rows leave when half of them have ended.
+    """
+
+    def __init__(self, n: int, device: torch.device, *, is_static: bool) -> None:
+        self.is_static = is_static
+        self.ended_R = torch.zeros(n, dtype=torch.bool, device=device)
+        self._on_its_way: _Copy | None = None
+
+    def running(self, ended_R: Tensor) -> list[int]:
+        """The rows that run on, as far as the CPU knows, after a step in which these have ended."""
+        self.ended_R = self.ended_R | ended_R
+        latest = _Copy(self.ended_R)
+        arrived, self._on_its_way = (self._on_its_way, latest) if self.is_static else (latest, None)
+        ended = arrived.read() if arrived else [False] * len(ended_R)
+        return [row for row, is_over in enumerate(ended) if not is_over]
+
+    def should_leave(self, running: Sequence[int]) -> bool:
+        """Whether the batch should go on with these rows alone."""
+        n = len(self.ended_R)
+        return len(running) <= n // 2 if self.is_static else len(running) < n
+
+    def keep(self, rows_R: Tensor) -> None:
+        """Goes on with these rows."""
+        self.ended_R, self._on_its_way = self.ended_R[rows_R], None
+
+
+class _Copy:
+    """Flags on their way to the CPU."""
+
+    def __init__(self, flags_R: Tensor) -> None:
+        is_cuda = flags_R.device.type == "cuda"
+        self._flags_R = flags_R.to("cpu", non_blocking=is_cuda)
+        self._event = torch.cuda.current_stream(flags_R.device).record_event() if is_cuda else None
+
+    def read(self) -> list[bool]:
+        """Waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        flags: list[bool] = self._flags_R.tolist()
+        return flags
 
 
 @dataclass
@@ -152,6 +227,11 @@ class _Beams:
     def joined(self, others: "_Beams") -> "_Beams":
         tokens_RkT = torch.cat([self.tokens_RkT, others.tokens_RkT], dim=1)
         return _Beams(tokens_RkT, torch.cat([self.scores_Rk, others.scores_Rk], dim=1))
+
+    def unless(self, is_old_R: Tensor, old: "_Beams") -> "_Beams":
+        """These beams, or the old ones of some requests."""
+        tokens_RkT = torch.where(is_old_R[:, None, None], old.tokens_RkT, self.tokens_RkT)
+        return _Beams(tokens_RkT, torch.where(is_old_R[:, None], old.scores_Rk, self.scores_Rk))
 
     def rows(self, rows: Tensor) -> "_Beams":
         return _Beams(self.tokens_RkT[rows], self.scores_Rk[rows])

@@ -26,6 +26,8 @@ def start_steps(llm: FrozenLLM, soft_BSD: Tensor, prompts: Sequence[PromptIds]) 
 class CausalSteps:
     """A decoder-only LLM: prompt and answer are one row, and prompts are padded on the left."""
 
+    is_static = False
+
     def __init__(self, llm: FrozenLLM, embeds_BLD: Tensor, mask_BL: Tensor) -> None:
         self.llm = llm
         self.prompt_BLD = embeds_BLD
@@ -37,7 +39,11 @@ class CausalSteps:
         n, length = self.mask_RL.shape
         last_B = torch.arange(1, n + 1, device=self.mask_RL.device) * length - 1
         scores_BV, self.kv_cache = self.llm.forward_at(
-            last_B, inputs_embeds=self.prompt_BLD, use_cache=True, **self.llm.mask_arguments(self.mask_RL)
+            last_B,
+            inputs_embeds=self.prompt_BLD,
+            past_key_values=self.kv_cache,
+            use_cache=True,
+            **self.llm.mask_arguments(self.mask_RL),
         )
         return scores_BV
 
@@ -54,8 +60,8 @@ class CausalSteps:
         scores_RV: Tensor = output.logits[:, -1]
         return scores_RV
 
-    def reorder_cache(self, rows_R: Tensor) -> None:
-        """Continues with these rows, in this order; a row may occur several times."""
+    def reorder_cache(self, rows_R: Tensor, *, within_requests: bool = False) -> None:  # noqa: ARG002
+        """Continues with these rows, in this order; see `DecodingSteps`."""
         if self.kv_cache is None:
             raise ValueError("call start before reorder_cache")
         self.mask_RL = self.mask_RL[rows_R]
@@ -65,6 +71,8 @@ class CausalSteps:
 class Seq2SeqSteps:
     """An encoder-decoder LLM: prompts are padded on the right and encoded once; the decoder generates the answer."""
 
+    is_static = False
+
     def __init__(self, llm: FrozenLLM, embeds_BLD: Tensor, mask_BL: Tensor) -> None:
         self.model = llm.model
         assert llm.start_id is not None
@@ -73,11 +81,10 @@ class Seq2SeqSteps:
         encoded = self.model.get_encoder()(inputs_embeds=embeds_BLD, attention_mask=self.mask_RL)
         self.encoded_RLD: Tensor = encoded.last_hidden_state
         self.kv_cache: EncoderDecoderCache | None = None
-        self.requests_R = torch.arange(len(mask_BL), device=mask_BL.device)
 
     def start(self) -> Tensor:
         """Scores (B, V) of the first token of each answer."""
-        return self.step(torch.full_like(self.requests_R, self.start_id))
+        return self.step(self.mask_RL.new_full((len(self.mask_RL),), self.start_id))
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Appends a token to each row; returns the scores (R, V) of the next one."""
@@ -92,14 +99,12 @@ class Seq2SeqSteps:
         scores_RV: Tensor = output.logits[:, -1]
         return scores_RV
 
-    def reorder_cache(self, rows_R: Tensor) -> None:
-        """Continues with these rows, in this order; a row may occur several times."""
+    def reorder_cache(self, rows_R: Tensor, *, within_requests: bool = False) -> None:
+        """Continues with these rows, in this order; see `DecodingSteps`."""
         if self.kv_cache is None:
             raise ValueError("call start before reorder_cache")
-        requests_R = self.requests_R[rows_R]
         self.kv_cache.self_attention_cache.reorder_cache(cast(LongTensor, rows_R))
-        # Beams of one request share its encoded prompt, which is large: reorder it only if requests changed rows.
-        if not torch.equal(requests_R, self.requests_R):
+        # Beams of one request share its encoded prompt, which is large.
+        if not within_requests:
             self.kv_cache.cross_attention_cache.reorder_cache(cast(LongTensor, rows_R))
             self.encoded_RLD, self.mask_RL = self.encoded_RLD[rows_R], self.mask_RL[rows_R]
-            self.requests_R = requests_R

@@ -9,9 +9,10 @@ import torch
 
 from persona.engines import probe
 from persona.engines.base import Answer, Engine, EngineSettings, Prompt
-from persona.engines.decoding import SeededSampling, beam_search, sample
+from persona.engines.decoding import DecodingSteps, SeededSampling, beam_search, sample
 from persona.engines.kv_cache import start_steps
 from persona.engines.rules import answer_rules, check_rules
+from persona.engines.static_probe import static_llm
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import Decoding
@@ -44,9 +45,15 @@ def load(folder: ModelFolder, settings: EngineSettings) -> Engine:
 
 
 class LocalEngine:
-    """Answers with a loaded LLM, `batch_size` prompts at a time."""
+    """Answers with a loaded LLM, `batch_size` prompts at a time.
 
-    def __init__(self, llm: FrozenLLM, *, batch_size: int) -> None:
+    Args:
+        llm: the LLM.
+        batch_size: prompts per forward pass.
+        static: whether steps have few shapes, each with a CUDA graph, if that is possible; by default on a GPU.
+    """
+
+    def __init__(self, llm: FrozenLLM, *, batch_size: int, static: bool | None = None) -> None:
         self.llm = llm
         self.tokenizer = llm.tokenizer
         self.width = llm.width
@@ -55,6 +62,8 @@ class LocalEngine:
         check_rules(config, is_encoder_decoder=llm.is_encoder_decoder)
         self.eos_ids = llm.tokenizer.eos_ids(config)
         self.start_ids = [] if llm.start_id is None else [llm.start_id]
+        is_static = llm.device.type == "cuda" if static is None else static
+        self.static = static_llm(llm) if is_static else None
 
     @property
     def device(self) -> torch.device:
@@ -88,9 +97,12 @@ class LocalEngine:
 
     def _generate(self, batch: Sequence[tuple[Prompt, int]], decoding: Decoding) -> list[list[int]]:
         """The tokens of each answer, the end-of-sequence token included."""
-        prompts = [prompt for prompt, _ in batch]
-        soft_BSD = torch.stack([prompt.soft_SD for prompt in prompts]).to(self.device)
-        steps = start_steps(self.llm, soft_BSD, [prompt.ids for prompt in prompts])
+        soft_BSD = torch.stack([prompt.soft_SD for prompt, _ in batch]).to(self.device)
+        prompts = [prompt.ids for prompt, _ in batch]
+        if self.static is None:
+            steps: DecodingSteps = start_steps(self.llm, soft_BSD, prompts)
+        else:
+            steps = self.static.start_steps(soft_BSD, prompts, n_new=decoding.max_new_tokens, beams=decoding.beams)
         rules = answer_rules(
             self.llm.model.generation_config,
             eos_ids=self.eos_ids,

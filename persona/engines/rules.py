@@ -74,7 +74,10 @@ class AnswerRules:
 
     def first_tokens(self, n: int, device: torch.device) -> Tensor:
         """`start_ids` of n rows, (n, T)."""
-        return torch.tensor(list(self.start_ids), dtype=torch.long, device=device).expand(n, -1)
+        tokens_RT = torch.empty(n, len(self.start_ids), dtype=torch.long, device=device)
+        for i, token in enumerate(self.start_ids):
+            tokens_RT[:, i] = token  # a copy from the CPU would wait for the device
+        return tokens_RT
 
     def __call__(self, tokens_RT: Tensor, scores_RV: Tensor) -> Tensor:
         """The scores as the rules leave them."""
