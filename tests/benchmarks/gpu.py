@@ -4,8 +4,10 @@
     python -m tests.benchmarks.gpu --only encode --small     # to try the program without a GPU
 
 The models have random weights, since speed depends on the shapes only. The floor is the time of the FLOPs
-(`persona.cost`) at the measured rate of a large matrix product, plus for each generated token the time to read the
-LLM's weights at the measured rate of a copy. Prints one table.
+(`persona.cost`) at the measured rate of a large matrix product. For each generated token it is the time to read the
+decoder's weights and its key-value cache at the measured rate of a copy, or the time of the FLOPs if that is longer.
+Prints one table; below each row, the peak memory, power and clock if they are readable, how long the chip computes, and
+the five largest kernels besides matrix products. Made to take less than ten minutes on one H100.
 """
 
 import argparse
@@ -34,43 +36,12 @@ from persona.training.step import train_step
 from tests import models, plugs
 from tests.benchmarks import corpus, gpu_models
 from tests.benchmarks.contest import timed
-from tests.benchmarks.gpu_models import DEVICE, INPUT_TOKENS, IS_GPU, QUERY_TOKENS, Sizes
+from tests.benchmarks.gpu_chip import DEVICE, IS_GPU, Gpu, line, measure, median_s
+from tests.benchmarks.gpu_models import INPUT_TOKENS, QUERY_TOKENS, Sizes
 from tests.benchmarks.llm_work import generate_plainly
 
-_OUTPUT_TOKENS = 32
+_OUTPUT_TOKENS, _LONG_OUTPUT = 32, 128
 _BLOCK_ROWS = 4096  # as in jobs.embed on GPUs
-
-
-class Gpu:
-    """The measured rates of the chip: FLOPs and bytes per second."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        n = sizes.square
-        left, right = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-        self.flops = 2 * n**3 / median_s(lambda: left @ right, 10)
-        source = torch.randn(sizes.copied_mib * 2**18, device=DEVICE)
-        target = torch.empty_like(source)
-        self.bytes = 2 * source.nbytes / median_s(lambda: target.copy_(source), 10)
-        name = torch.cuda.get_device_name() if IS_GPU else "CPU"
-        print(f"{name}, torch {torch.__version__}: {self.flops / 1e12:.3g} TFLOP/s in a matrix product of {n} x {n} in")
-        print(f"bf16, {self.bytes / 1e12:.3g} TB/s in a copy (bytes read and written)\n")
-        print("| work | ours | floor | share of the floor | for comparison |\n|---|---|---|---|---|")
-
-
-def median_s(work: Callable[[], Any], turns: int) -> float:
-    """Median seconds of a call over some turns, after one warm-up turn."""
-
-    def call() -> None:
-        work()
-        if IS_GPU:
-            torch.cuda.synchronize()
-
-    return statistics.median([timed(call) for _ in range(turns + 1)][1:])
-
-
-def line(work: str, rate: float, floor: float, unit: str, comparison: str = "") -> None:
-    """Print one row of the table; `rate` and `floor` are in `unit` per second."""
-    print(f"| {work} | {rate:,.4g} {unit}/s | {floor:,.4g} | {rate / floor:.2f} | {comparison} |", flush=True)
 
 
 def compare(folder: Path) -> None:
@@ -118,9 +89,10 @@ def encode(gpu: Gpu, sizes: Sizes, encoder: ModelFolder) -> None:
             )
             rates.append(f"sentence_transformers {len(sample) / seconds:,.4g}/s in batches of {size}")
         for one in ours:
-            rate = len(texts) / median_s(lambda one=one, blocks=blocks: [*map(one.encode, blocks)], sizes.turns)
+            measured = measure(lambda one=one, blocks=blocks: [*map(one.encode, blocks)], sizes.turns)
             work = f"encode {kind}, {'packed' if one.packed else 'padded'}"
-            line(work, rate, floor, "texts", "; ".join(rates) if one is ours[0] else "")
+            rate = len(texts) / measured.seconds
+            line(work, rate, floor, "texts", "; ".join(rates) if one is ours[0] else "", measured)
 
 
 def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLLM) -> None:
@@ -143,13 +115,10 @@ def train(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: FrozenLL
             print(f"{name} cannot be compiled: {reason}")
             break
         engine, options = gpu_models.new_engine(llm, encoder, requests)
-        if IS_GPU:
-            torch.cuda.reset_peak_memory_stats()  # of the sizes that were tried
-        step = partial(train_step, engine, requests, step=1, n_steps=100, options=options)
-        rate = n / median_s(step, sizes.turns)
-        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if IS_GPU else ""
+        measured = measure(partial(train_step, engine, requests, step=1, n_steps=100, options=options), sizes.turns)
         work = f"training step, {name}, {n} requests{', compiled' if compiled else ''}"
-        line(work, rate, n / flops * gpu.flops, "requests", f"passes of {options.micro_batch} (auto){peak}")
+        passes = f"passes of {options.micro_batch} (auto)"
+        line(work, n / measured.seconds, n / flops * gpu.flops, "requests", passes, measured)
         engine.destroy()
     use_plain_layers(llm)
 
@@ -158,25 +127,42 @@ def generate(gpu: Gpu, sizes: Sizes, encoder: ModelFolder, name: str, llm: Froze
     """Answers as in `jobs.generate`, compared with `transformers.generate` on the same texts without a plug."""
     n = sizes.answers
     model = gpu_models.new_model(llm, encoder)
-    plug, engine = prepare_for_inference(model.plug, dtype=llm.dtype, device=llm.device), LocalEngine(llm, batch_size=n)
-    answerer = Answerer(plug, engine, model.query_text, batch_size=n)
+    plug = prepare_for_inference(model.plug, dtype=llm.dtype, device=llm.device)
+    engine, growing = (LocalEngine(llm, batch_size=n, static=static) for static in (True, False))
+    answerer, slow = (Answerer(plug, each, model.query_text, batch_size=n) for each in (engine, growing))
     requests = gpu_models.requests(n, encoder.config["hidden_size"])
     prompts = llm.tokenizer.prompts(prompt_texts(requests))
     ids = torch.tensor([[*prompt.before, *prompt.after][:INPUT_TOKENS] for prompt in prompts]).to(DEVICE)
-    config = llm.model.config.to_dict()
-    prefill_s = cost.llm_flops(config, n_requests=n, inputs=INPUT_TOKENS, outputs=0) / gpu.flops
-    for beams in (1, 4):
-        decoding = Decoding(beams=beams, max_new_tokens=_OUTPUT_TOKENS)
+    read_s = median_s(partial(answerer.answer, requests, Decoding(beams=1, max_new_tokens=1)), sizes.turns)
+    print(f"{name}: {'a static cache' if engine.static else 'a growing cache'}, {read_s:.3g} s to the first token")
+    lengths = [(1, _OUTPUT_TOKENS), (4, _OUTPUT_TOKENS), *([] if llm.is_encoder_decoder else [(1, _LONG_OUTPUT)])]
+    for beams, n_new in lengths:
+        decoding = Decoding(beams=beams, max_new_tokens=n_new)
         plainly = partial(generate_plainly, engine, decoding, input_ids=ids, attention_mask=torch.ones_like(ids))
-        lengths = [answer.n_tokens for answer in answerer.answer(requests, decoding)]
-        rate = n / median_s(partial(answerer.answer, requests, decoding), sizes.turns)
-        plain = n / median_s(plainly, 1)
-        floor = n / (prefill_s + max(lengths) * gpu_models.bytes_per_token(llm) / gpu.bytes)
-        work = f"{n} answers of {statistics.mean(lengths):.0f} tokens, {name}, {beams} beam{'s' * (beams > 1)}"
-        line(work, rate, floor, "answers", f"transformers.generate, no plug: {plain:,.4g}/s")
+        # First, while no cache of that size takes the memory.
+        others = [
+            f"{other} {n / median_s(call, 1):,.4g}/s"
+            for other, call in {
+                "a growing cache": partial(slow.answer, requests, decoding),
+                "transformers.generate, no plug": plainly,
+            }.items()
+        ]
+        tokens = [answer.n_tokens for answer in answerer.answer(requests, decoding)]
+        ours = measure(partial(answerer.answer, requests, decoding), sizes.turns)
+        read_floor_s, step_floor_s = gpu_models.answer_floors_s(gpu, llm, n, beams, max(tokens))
+        floor = n / (read_floor_s + max(tokens) * step_floor_s)
+        work = f"{n} answers of {statistics.mean(tokens):.0f} tokens, {name}, {beams} beam{'s' * (beams > 1)}"
+        step_s = (ours.seconds - read_s) / max(max(tokens) - 1, 1)
+        step = f"a step {1e3 * step_s:.3g} ms, floor {1e3 * step_floor_s:.3g}"
+        line(work, n / ours.seconds, floor, "answers", "; ".join([step, *others]), ours)
 
 
 _LLM_WORKS = {"train": train, "generate": generate}
+
+
+def run(name: str, work: Callable[[], None]) -> None:
+    """Do one work and print how long it took, all turns together."""
+    print(f"({name}: {timed(work):.0f} s in all)", flush=True)
 
 
 def main() -> None:
@@ -191,15 +177,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "compare" in arguments.only:
-            compare(folder)
-        gpu = Gpu(sizes)
+            run("compare", partial(compare, folder))
+        gpu = Gpu(square=sizes.square, copied_mib=sizes.copied_mib)
         encoder = gpu_models.new_encoder(sizes, folder)
         if "encode" in arguments.only:
-            encode(gpu, sizes, encoder)
+            run("encode", partial(encode, gpu, sizes, encoder))
         if chosen := [work for name, work in _LLM_WORKS.items() if name in arguments.only]:
             for llm_name, llm in gpu_models.new_llms(sizes, folder):
                 for work in chosen:
-                    work(gpu, sizes, encoder, llm_name, llm)
+                    run(f"{work.__name__}, {llm_name}", partial(work, gpu, sizes, encoder, llm_name, llm))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from transformers import (
     T5Config,
 )
 
+from persona import cost
+from persona.engines.static_steps import cache_sizes
 from persona.models import attention, packaged
 from persona.models.device import choose_precision
 from persona.models.frozen_llm import FrozenLLM
@@ -28,9 +30,8 @@ from persona.plug.personalized import PersonalizedLLM
 from persona.training import deepspeed, micro_batch
 from tests import models, plugs
 from tests.benchmarks import corpus
+from tests.benchmarks.gpu_chip import DEVICE, IS_GPU, Gpu
 
-IS_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if IS_GPU else "cpu")
 INPUT_TOKENS, QUERY_TOKENS = 256, 276
 
 
@@ -122,11 +123,26 @@ def new_llms(sizes: Sizes, folder: Path) -> Iterator[tuple[str, FrozenLLM]]:
             torch.cuda.empty_cache()
 
 
-def bytes_per_token(llm: FrozenLLM) -> int:
-    """Bytes of weights read per generated token: the decoder and the head."""
+def answer_floors_s(gpu: Gpu, llm: FrozenLLM, n: int, beams: int, outputs: int) -> tuple[float, float]:
+    """Least seconds to read `n` prompts, and for each token of all their beams, halfway through `outputs` tokens."""
+    config = llm.model.config.to_dict()
+    read, first = (cost.llm_flops(config, n_requests=1, inputs=INPUT_TOKENS, outputs=tokens) for tokens in (0, 1))
+    rows = n * beams
+    n_layers, heads, width = cache_sizes(llm.model.config)
+    cached = rows * (INPUT_TOKENS + outputs // 2) * 2 * n_layers * heads * width * llm.dtype.itemsize
+    step_s = max((_weight_bytes(llm) + cached) / gpu.bytes, rows * (first - read) / gpu.flops)
+    return n * read / gpu.flops, step_s
+
+
+def _weight_bytes(llm: FrozenLLM) -> int:
+    """Bytes of weights that a step reads: the decoder and the head.
+
+    T5's cross-attention makes its keys and values once per prompt, and of the input embeddings a few rows are read.
+    """
     modules: list[Any] = [llm.model.get_decoder(), llm.model.get_output_embeddings()]
-    weights = {id(weight): weight.nbytes for module in modules for weight in module.parameters()}
-    # Of the input embeddings, only a few rows are read.
+    named = [part for module in modules for part in module.named_parameters()]
+    once = ("EncDecAttention.k.weight", "EncDecAttention.v.weight")
+    weights = {id(weight): weight.nbytes for name, weight in named if not name.endswith(once)}
     return sum(weights.values()) - llm.model.get_input_embeddings().weight.nbytes
 
 
