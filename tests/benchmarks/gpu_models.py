@@ -27,7 +27,8 @@ from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder, resolve
 from persona.options import TrainingOptions
 from persona.plug.personalized import PersonalizedLLM
-from persona.training import deepspeed, micro_batch
+from persona.training import micro_batch
+from persona.training.deepspeed import deepspeed_settings, new_engine as new_deepspeed_engine
 from tests import models, plugs
 from tests.benchmarks import corpus
 from tests.benchmarks.gpu_chip import DEVICE, IS_GPU, Gpu
@@ -157,17 +158,18 @@ def new_model(llm: FrozenLLM, encoder: ModelFolder) -> PersonalizedLLM:
 
 def new_engine(llm: FrozenLLM, encoder: ModelFolder, requests: Sequence[dict[str, Any]]) -> tuple[Any, TrainingOptions]:
     """The DeepSpeed engine of a `jobs.train` run with one worker and --micro-batch auto; the requests make a step."""
-    from deepspeed import init_distributed
+    import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         os.environ.setdefault("MASTER_PORT", "29511")
-        init_distributed("nccl" if IS_GPU else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if IS_GPU else "gloo", verbose=False)
     options = TrainingOptions(global_batch=len(requests), micro_batch="auto")
     model = new_model(llm, encoder)
     longest = max(requests, key=lambda request: len(request["history"]))
     options = replace(options, micro_batch=micro_batch.choose(model, longest, options, len(requests)))
-    return deepspeed.new_engine(model, options, deepspeed.deepspeed_settings(options, 1)), options
+    return new_deepspeed_engine(model, options, deepspeed_settings(options, 1)), options
 
 
 def requests(n: int, width: int) -> list[dict[str, Any]]:
