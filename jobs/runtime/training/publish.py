@@ -186,7 +186,7 @@ def _record(
         max_behaviors=spec.max_behaviors,
         training={
             **asdict(spec.training),
-            "micro_batch": latest.micro_batch,
+            "micro_batch": latest.micro_batch if spec.training.micro_batch == "auto" else spec.training.micro_batch,
             **asdict(spec.retrieval),
             "run": spec.run,
             "requests": n_requests,
