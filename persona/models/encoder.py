@@ -94,7 +94,7 @@ class TextEncoder:
         self.head.to(self.device).eval().requires_grad_(False)
         if packed is None:
             packed = packing.is_faster(dtype=dtype, device=self.device)
-        self.packed = packed and known.kind in packing.CAN_PACK and self._starts_packing()
+        self.packed = packed and known.kind in packing.CAN_PACK and self._starts_packing(known.n_tokens)
         self.width = self._vectors(TokenRows.of(self.tokenize(["a"]))).shape[1]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -138,9 +138,9 @@ class TextEncoder:
         return TokenRows.of(self.tokenize(texts)), time.perf_counter() - started
 
     @torch.inference_mode()
-    def _starts_packing(self) -> bool:
+    def _starts_packing(self, n_ids: int) -> bool:
         """Lets the model attend to packed rows, unless that changes the vectors of some made-up rows."""
-        rows = packing.probe_rows(self.model.get_input_embeddings().num_embeddings, self.max_tokens)
+        rows = packing.probe_rows(n_ids, self.max_tokens)
         padded_Nd = self._padded(rows)
         fused_gelu.fuse(self.model)
         starts = packing.start(self.model, padded_Nd=padded_Nd, packed=lambda: self._packed(rows))

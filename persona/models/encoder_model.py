@@ -14,7 +14,7 @@ from transformers import (
     TokenizersBackend,
 )
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy
+from transformers.utils.generic import PaddingStrategy
 
 from persona.errors import InputError, UsageError
 from persona.models import loading, sentence_transformer

@@ -93,10 +93,9 @@ def pack(rows: TokenRows, device: torch.device, *, padding_idx: int | None) -> P
 
 def padding_idx(model: nn.Module) -> int | None:
     """The padding id of RoBERTa-like models, which count the positions of all other tokens from there; else None."""
-    for module in model.modules():
-        if hasattr(module, "create_position_ids_from_input_ids"):
-            return int(module.padding_idx)
-    return None
+    modules: list[Any] = [*model.modules()]
+    counting = [module for module in modules if hasattr(module, "create_position_ids_from_input_ids")]
+    return int(counting[0].padding_idx) if counting else None
 
 
 def attend_within_rows(
@@ -142,11 +141,11 @@ def _attend_by_length(
 ) -> Tensor:
     """The same with one call of torch's attention for each run of equally long rows; returns (M, H, w)."""
     mixed, first = [], 0
-    lengths, counts = ends_N1.diff().unique_consecutive(return_counts=True)
+    lengths, counts = torch.unique_consecutive(ends_N1.diff(), return_counts=True)
     for length, n in zip(lengths.tolist(), counts.tolist(), strict=True):
         last = first + n * length
         q_nHLw, k_nHLw, v_nHLw = (
-            part[first:last].unflatten(0, (n, length)).transpose(1, 2) for part in (q_MHw, k_MHw, v_MHw)
+            part[first:last].view(n, length, *part.shape[1:]).transpose(1, 2) for part in (q_MHw, k_MHw, v_MHw)
         )
         mask_LL = None if reach < 0 else _window(length, reach, causal=causal)
         mixed_nHLw = scaled_dot_product_attention(
