@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from persona.models import attention, encoder_model, fused_gelu, packing, sentence_transformer
+from persona.models import attention, encoder_model, packing, sentence_transformer
 from persona.models.batching import TokenRows, full_batches
 from persona.models.device import choose_device, choose_precision
 from persona.models.resolve import ModelFolder
@@ -141,12 +141,7 @@ class TextEncoder:
     def _starts_packing(self, n_ids: int) -> bool:
         """Lets the model attend to packed rows, unless that changes the vectors of some made-up rows."""
         rows = packing.probe_rows(n_ids, self.max_tokens)
-        padded_Nd = self._padded(rows)
-        fused_gelu.fuse(self.model)
-        starts = packing.start(self.model, padded_Nd=padded_Nd, packed=lambda: self._packed(rows))
-        if not starts:
-            fused_gelu.undo(self.model)
-        return starts
+        return packing.start(self.model, padded_Nd=self._padded(rows), packed=lambda: self._packed(rows))
 
     @torch.inference_mode()
     def _vectors(self, rows: TokenRows) -> Tensor:
