@@ -205,13 +205,7 @@ def _staged(
 ) -> "Iterator[pa.Table]":
     """The rest of the job as one chain: generate, stage."""
     answered = pools.by_models(
-        requests.rows,
-        Generate,
-        block_rows=config.block_rows,
-        pool=pool,
-        config=config,
-        plug=inputs.plug,
-        tally=tally,
+        requests.rows, Generate, block_rows=config.block_rows, pool=pool, config=config, plug=inputs.plug, tally=tally
     )
     return staging.staged(answered, store=inputs.store, table="generations", tally=tally)
 

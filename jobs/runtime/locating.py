@@ -67,14 +67,7 @@ def write_states(
         rows, found = _requests(source, done, tally, limit=limit, run_files=run_files)
     n_personas = 1 if isinstance(source, StatementInput) else len(source.personas)
     pool = pool.fit(found.total.rows * n_personas, block_rows)
-    written = pools.by_models(
-        rows,
-        WriteStates,
-        block_rows=block_rows,
-        pool=pool,
-        settings=settings,
-        tally=tally,
-    )
+    written = pools.by_models(rows, WriteStates, block_rows=block_rows, pool=pool, settings=settings, tally=tally)
     for _ in written.iter_batches(batch_size=None, batch_format="pyarrow"):
         pass
     return found

@@ -48,14 +48,7 @@ def measure(requests: "Dataset", settings: LossSettings, pool: ModelPool, tally:
     """The losses of at most `n_rows` joined requests with their targets: a few numbers per request, and the target."""
     block_rows = _BATCHES_PER_BLOCK * settings.batch_size
     pool = pool.fit(n_rows, block_rows)
-    rows = pools.by_models(
-        requests,
-        MeasureLosses,
-        block_rows=block_rows,
-        pool=pool,
-        settings=settings,
-        tally=tally,
-    )
+    rows = pools.by_models(requests, MeasureLosses, block_rows=block_rows, pool=pool, settings=settings, tally=tally)
     names = [*_NUMBERS, "target", *(_REJECTED_NUMBERS if settings.with_rejected else ())]
     gathered: Losses = {name: [] for name in names}
     for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):

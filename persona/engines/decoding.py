@@ -36,7 +36,7 @@ class DecodingSteps(Protocol):
     def reorder_cache(self, rows_R: Tensor, *, within_requests: bool = False) -> None:
         """Continues with these rows, in this order; a row may occur several times.
 
-        `within_requests`: no row leaves, and each continues a row of its own request, whose prompt need not move.
+        `within_requests`: each row continues one of the same request, so prompts stay where they are.
         """
 
 

@@ -52,7 +52,7 @@ def check_reading_ahead(llm: FrozenLLM) -> str | None:
 
     Returns None, or what is wrong with the latter; `llm.reads_ahead` is then off. Under ZeRO-3 all workers call it.
     """
-    first, second = _some_prompts(llm)
+    first, second = some_prompts(llm)
     targets = [first.after[:_TARGET_TOKENS]] * 2
     no_soft_B0D = torch.empty(2, 0, llm.width, device=llm.device)
     try:
@@ -85,14 +85,15 @@ def some_ids(tokenizer: PromptTokenizer, n_tokens: int) -> tuple[PromptIds, Prom
     return first, second
 
 
-def _some_prompts(llm: FrozenLLM) -> tuple[PromptIds, PromptIds]:
+def some_prompts(llm: FrozenLLM) -> tuple[PromptIds, PromptIds]:
+    """Two made-up prompts of this LLM's tokens; see `some_ids`."""
     n_tokens = min(llm.model.get_input_embeddings().num_embeddings, len(llm.tokenizer.pretrained))
     return some_ids(llm.tokenizer, n_tokens)
 
 
 def _differences(llm: FrozenLLM) -> Iterator[tuple[str, float]]:
     """What was compared, and how different it is."""
-    first, second = _some_prompts(llm)
+    first, second = some_prompts(llm)
     short = PromptIds(before=second.before, after=second.after[: _PROMPT_TOKENS // 2])
     target = [*first.after[:_TARGET_TOKENS]]
     plain = {id(prompt): _plain_logits(llm, prompt, target) for prompt in (first, second, short)}

@@ -71,7 +71,7 @@ class _Layer(CacheLayerMixin):
         return self.keys, self.values
 
     def get_seq_length(self) -> Any:
-        """Tokens before the new ones; a tensor on the device, so that nobody waits for it."""
+        """The number of tokens before the new ones; in a step it stays on the device, since to read it would wait."""
         return 0 if self.place_1 is None else self.place_1[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from persona.engines.decoding import DecodingSteps
 from persona.engines.kv_cache import start_steps
-from persona.engines.probe import some_ids, tolerance
+from persona.engines.probe import some_prompts, tolerance
 from persona.engines.static_steps import StaticLLM, can_be_static
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.prompts import PromptIds
@@ -41,8 +41,7 @@ def static_llm(llm: FrozenLLM) -> StaticLLM | None:
 def static_difference(static: StaticLLM) -> float:
     """The largest difference of a step's scores, as a share of the difference that another text makes."""
     llm = static.llm
-    n_tokens = min(llm.model.get_input_embeddings().num_embeddings, len(llm.tokenizer.pretrained))
-    first, second = some_ids(llm.tokenizer, n_tokens)
+    first, second = some_prompts(llm)
     prompts = [first, PromptIds(before=second.before, after=second.after[::2])]
     draw = torch.Generator().manual_seed(0)
     soft_BSD = torch.randn(len(prompts), _SOFT_TOKENS, llm.width, generator=draw) * llm.token_norm() / llm.width**0.5

@@ -59,7 +59,7 @@ def compile_layers(llm: FrozenLLM, *, backend: str | Callable[..., Any] = "induc
     if reason is not None:
         use_plain_layers(llm)
     else:
-        # Each layer has its own part of a cache, so with one each layer would need a graph of its own.
+        # A cache has a part for each layer, which would therefore need a graph of its own.
         llm.reads_ahead = False
     return reason
 

@@ -36,7 +36,7 @@ class FrozenLLM(nn.Module):
 
     Attributes:
         can_mask_padding: whether a mask hides padding in front of a text.
-        reads_ahead: whether what is in front of the soft tokens may be read in a pass of its own, into a cache.
+        reads_ahead: whether the text before the soft tokens may be read first, in a pass that fills a cache.
         recomputes: whether activations are computed again in the backward pass.
     """
 
