@@ -55,16 +55,18 @@ def _rate(rate: str) -> Sequence[str]:
     return "--learning-rate", rate
 
 
-def _best(*train: str, personas: Sequence[str] = ("own", "none", "other")) -> Row:
-    return Row(recipe="best", train=train, personas=personas)
+def _best(
+    *train: str, personas: Sequence[str] = ("own", "none", "other"), retrieval: RetrievalOptions = _NO_RETRIEVAL
+) -> Row:
+    return Row(recipe="best", train=train, personas=personas, retrieval=retrieval)
 
 
 def _addition(*train: str) -> Row:
     return _best(*train, personas=("own", "other"))
 
 
-def _tuning(*train: str) -> Row:
-    return _best(*_WITHOUT_HISTORIES, *train, personas=("none",))
+def _tuning(*train: str, retrieval: RetrievalOptions = _NO_RETRIEVAL) -> Row:
+    return _best(*_WITHOUT_HISTORIES, *train, personas=("none",), retrieval=retrieval)
 
 
 def _bare(retrieval: RetrievalOptions = _NO_RETRIEVAL) -> Row:
@@ -138,6 +140,19 @@ EXPERIMENTS = {
             "tuning-rate-5e-3": _tuning(*_rate("5e-3")),
         },
         against="best/own",
+    ),
+    # Is a persona worth as much as recent texts in the prompt, and does it add to them?
+    "texts": Experiment(
+        tables="next_title",
+        rows={
+            "plug": _best(),
+            "tuning": _tuning(),
+            **{f"bare-{n}": _bare(_texts(n, "recency", 32 * n)) for n in (2, 8)},
+            # With alignment, the plug learns to use the texts in front less well (dev).
+            **{f"plug-{n}": _best("--alignment", "0", retrieval=_texts(n, "recency", 32 * n)) for n in (2, 8)},
+            **{f"tuning-{n}": _tuning(retrieval=_texts(n, "recency", 32 * n)) for n in (2, 8)},
+        },
+        against="tuning-2/none",
     ),
     # What the LLM reads: the input as it is, or a chat with the soft tokens in front of the user's text or of all text.
     # A base LLM has no chat template: `--only plain plain-tuning`.

@@ -4,6 +4,7 @@
     python -m tests.benchmarks.authors --acl FOLDER --out run --question which --split dev
     python -m tests.benchmarks.authors --acl FOLDER --out run --question additions --split dev --seeds 0
     python -m tests.benchmarks.authors --acl FOLDER --out run --question rendering --split dev --train-rows 2480
+    python -m tests.benchmarks.authors --acl FOLDER --out run --question texts --split dev --train-rows 12411
 
 Trains one plug per row and seed, generates answers, and evaluates every third request of the split (`--every`). Then
 `jobs.compare` compares all rows with prompt tuning. Each job is a separate process, one after the other. Results that

@@ -9,7 +9,8 @@ losses (nll, preference, both), each with a control of the first seed that sees 
 rejected texts, their reference losses and the plugs, as docs/style.md says; `style_judge` judges the plugs.
 
 Results that `--out` already has are kept, so the same command resumes: a judged plug is a JSON file in `--out`/results.
-At the end, and with `--table` at once, the table of those that exist is printed and written to `--out`/table.json.
+At the end, and with `--table` at once, the table of those that exist is printed and written to `--out`/table.json,
+and `--out`/figure.png is drawn of it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from persona.inputs.styles import read_styles, with_styles
 from persona.models import packaged
-from tests.benchmarks import style_table
+from tests.benchmarks import style_figure, style_table
 from tests.benchmarks.authors import with_rejected
 from tests.benchmarks.job import run_job
 from tests.benchmarks.style_judge import STYLES, Judge
@@ -59,6 +60,7 @@ def main() -> None:
     if not arguments.table:
         run.all()
     print(style_table.write(run.results, run.folder / "table.json"))
+    style_figure.draw(run.folder / "table.json", run.folder / "figure.png")
 
 
 class Run:
