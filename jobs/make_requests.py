@@ -120,6 +120,7 @@ def main(config: Config) -> Summary:
     storage.check_reachable(out, flag="--out", write=True)
     histories = find_histories(config.histories, config.columns, config.form, flag="--histories")
     splits = histories.splits
+    histories.check_timed(config.histories)
     _check_title(config.title, splits)
     parts.check_only_parts(out, config.buckets, config.parts)
     if config.dry_run:

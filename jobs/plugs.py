@@ -1,4 +1,4 @@
-"""List, promote or roll back the plugs of a store: `python -m jobs.plugs promote --store URI ...`, or another action.
+"""List, promote or roll back the plugs of a store: `persona-plug plugs promote --store URI ...`, or another action.
 
 list: print the versions that were proposed, and which of them is live.
 

@@ -148,7 +148,8 @@ def _inputs(config: Config) -> _Inputs:
     if not requests.needs_as_of:
         raise UsageError(
             f"--requests {config.requests}: no column {requests.columns.as_of!r}; profiles need the time of each "
-            "choice, so that no later choice is used for an earlier request"
+            "choice, so that no later choice is used for an earlier request; if it has another name: --request-columns "
+            "as_of=COLUMN"
         )
     store = Store.open(target)
     if config.options.by == "likelihood":

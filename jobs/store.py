@@ -1,4 +1,4 @@
-"""Inspect and maintain a store: `python -m jobs.store show --store URI`, or another action in place of `show`.
+"""Inspect and maintain a store: `persona-plug store show --store URI`, or another action in place of `show`.
 
 show: print versions, users, behaviors, bytes, how evenly the buckets are filled, and the last runs.
 

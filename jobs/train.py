@@ -298,7 +298,7 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
 
     verb = "resume" if resumes else "start"
     plug = config.plug_options
-    would = f"{verb} run {config.run!r}: a {plug.weights} plug of {plug.persona_tokens} tokens for {config.llm}"
+    would = f"{verb} run {config.run!r}: a plug of {plug.persona_tokens} persona tokens for {config.llm}"
     requests = first_look.n_requests(inputs.requests, needs_target=True)
     n_trained = requests.n if config.rows.limit is None else min(requests.n, config.rows.limit)
     if inputs.validation is None:
@@ -323,7 +323,7 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
     seen = first_look.look(inputs.requests, inputs.store, max_behaviors=config.max_behaviors, must_see=must_see)
     about = "" if requests.is_exact and inputs.validation is not None else "about "
     at_most = "at most " if config.patience else ""
-    steps = f"{about}{at_most}{n_steps:,}: {options.epochs:,} epochs in batches of {options.global_batch:,}"
+    steps = f"{at_most}{about}{n_steps:,}: {options.epochs:,} epochs in batches of {options.global_batch:,}"
     table = [("would", would), ("requests", str(requests)), ("steps", steps), *seen.rows()]
     table += [*held_out.cautions(spec, n_steps), *inputs.requests.rows(), *inputs.validation_rows()]
     result = {"dry_run": True, "would": would, "prompt": asdict(spec.prompt), "requests": requests.n, "steps": n_steps}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job_options import InputFormat, RequestFormat
-from persona.errors import InputError
+from persona.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from persona.inputs import histories, requests
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _IF_ABSENT = {
     "behavior_id": "the hash of a text identifies it, so an edited text is a new behavior",
     "timestamp": "a request with as_of sees none of these behaviors",
-    "query": "the input weighs the history",
+    "query": "the input weights the history",
     "as_of": "every request sees the whole history, later behaviors and its own answer included",
 }
 
@@ -50,6 +50,14 @@ class Histories(_Input):
     """Histories, and how to read their columns."""
 
     columns: "histories.Columns"
+
+    def check_timed(self, uri: str) -> None:
+        """Raises UsageError if no file that was looked at has timestamps, for jobs that make requests of behaviors."""
+        if "timestamp" in self.absent:
+            raise UsageError(
+                f"--histories {uri}: has no timestamps, so a request could not be kept from its own answer; if their "
+                "column has another name than timestamp: --columns timestamp=COLUMN"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ def explain(error: "CycloptsError", keys: Sequence[str]) -> str:
     if isinstance(error, exceptions.MissingArgumentError) and error.argument is not None:
         if error.keyword is not None:
             return f"{error.argument.name} needs a value: {_rule(error.argument.hint)}"
-        return f"{error.argument.name} is missing: give it as a flag, or as a key of the --config file"
+        rule = "give it as a flag, or as a key of the --config file"
+        return f"{error.argument.name} is missing: {rule}{_flagless(error)}"
     if isinstance(error, exceptions.CoercionError) and error.argument is not None and error.token is not None:
         return misfit(error.token, error.argument)
     if isinstance(error, exceptions.RepeatArgumentError):
@@ -72,6 +73,12 @@ def _unknown_flag(error: "CycloptsError", flags: Sequence[str]) -> str | None:
         return error.token.keyword or error.token.value
     given = [one.split("=")[0].replace("_", "-") for one in error.unused_tokens or () if one.startswith("--")]
     return next((one for one in given if one not in flags and one.replace("--no-", "--", 1) not in flags), None)
+
+
+def _flagless(error: "CycloptsError") -> str:
+    """Names the first value without a flag: often the one that is missing."""
+    value = next((one for one in error.unused_tokens or () if not one.startswith("-")), None)
+    return f"; {value!r} has no flag before it" if value is not None else ""
 
 
 def _rule(hint: Any) -> str:

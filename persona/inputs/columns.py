@@ -121,7 +121,7 @@ def _usable(splits: Sequence[Split], problem: Callable[[pa.Schema], str]) -> dic
         try:
             schema = schema_of(files[uri])
         except InputError as error:
-            without_rows.append(f"no row can be read from {uri}: {error}")
+            without_rows.append(str(error))
             continue
         if why := problem(schema):
             unusable.append(f"{uri} cannot be used: {why}")
@@ -129,7 +129,8 @@ def _usable(splits: Sequence[Split], problem: Callable[[pa.Schema], str]) -> dic
             usable[uri] = schema
     if not usable:
         n_others = len(unusable or without_rows) - 1
-        others = f" (nor can the {n_others:,} other files that were looked at)" if n_others else ""
+        looked_at = "other file that was" if n_others == 1 else f"{n_others:,} other files that were"
+        others = f" (nor can the {looked_at} looked at)" if n_others else ""
         raise InputError(f"{(unusable or without_rows)[0]}{others}")
     return usable
 

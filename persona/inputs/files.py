@@ -195,11 +195,12 @@ def _names(name: str) -> Iterator[str]:
 def _unread(names: Sequence[str], uri: str, flag: str, *, has_exclude: bool) -> str:
     shown = ", ".join(repr(name) for name in names[:_SHOWN])
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    n_files = "a file" if len(names) == 1 else f"{len(names):,} files"
     first = PurePosixPath(names[0])
     hidden = next((part for part in first.parts if part.startswith(("_", "."))), None)
     pattern = hidden or (f"*{first.suffix}" if first.suffix else first.name)
     way_out = f", or leave them out with --exclude '{pattern}'" if has_exclude else ""
     return (
-        f"{flag}: {len(names):,} files at {uri} are of unknown type: {shown}{more}. Names must end in {NAMES}, and "
+        f"{flag}: {n_files} of unknown type at {uri}: {shown}{more}. Names must end in {NAMES}, and "
         f"not begin with _ or . (folders like _key=value may). Convert or rename these files{way_out}"
     )

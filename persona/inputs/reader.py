@@ -59,11 +59,14 @@ def read_split(
 def schema_of(splits: Sequence[Split]) -> pa.Schema:
     """The columns of the file with these splits, for JSON those of its first rows.
 
-    Raises `InputError` with the reason if it cannot be read or has no rows.
+    Raises `InputError` with the file and the reason if it cannot be read or has no rows.
     """
     if splits[0].format != "parquet":
         return first_rows(splits).schema
-    schema = read_schema(splits[0])
+    try:
+        schema = read_schema(splits[0])
+    except InputError as error:
+        raise InputError(f"no row can be read from {splits[0].uri}: {error}") from error
     return _with_partitions(schema.empty_table(), splits[0].partitions, None).schema
 
 

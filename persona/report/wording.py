@@ -133,7 +133,7 @@ def loss_text(metrics: Mapping[str, Any]) -> str:
         "against other it comes from the user's own."
     )
     if "mean" in saved and not any(saved["mean"].values()):
-        text += " The row mean equals own: this plug weighs all behaviors the same, or nearly so."
+        text += " The row mean equals own: this plug weights all behaviors the same, or nearly so."
     return text
 
 

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from ray.scripts.scripts import cli
 
-from jobs import make_requests
 from jobs.runtime.configuration import read_config
+from jobs.runtime.inputs import find_histories
+from jobs.runtime.job_options import InputFormat
 from persona import cost
 from persona.exchange.plan import plan_exchange
 from persona.models import packaged
@@ -203,10 +204,7 @@ def test_the_examples_of_histories_are_read(tmp_path: Path) -> None:
 
 def check_histories(file: Path) -> None:
     """Raises when a job would refuse the file's columns."""
-    flags = ["--histories", str(file), "--out", str(file.parent / "requests"), "--dry-run"]
-    config = read_config(make_requests.Config, flags)
-    assert config is not None
-    assert make_requests.main(config).result["dry_run"]
+    assert find_histories(str(file), "", InputFormat(), flag="--histories").splits
 
 
 def test_the_example_splits_histories_by_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_histories_without_timestamps_are_refused(refuse: Job, tmp_path: Path, r
     rows = [{name: value for name, value in row.items() if name != "timestamp"} for row in behaviors()]
     histories = write(str(tmp_path / "h.jsonl"), rows)
     done = refuse(benchmark, **flags(str(tmp_path / "out"), recipe, histories))
-    assert (done.code, "has no timestamps" in done.said) == (2, True)
+    assert (done.code, "--columns timestamp=COLUMN" in done.said) == (2, True)
 
 
 def test_a_dry_run_knows_every_step_and_writes_nothing(refuse: Job, tmp_path: Path, recipe: str) -> None:

@@ -74,6 +74,14 @@ def test_a_title_column_that_is_not_there_is_refused(refuse: Job, tmp_path: Path
     assert (done.code, "--title headline" in done.said, "behavior_id (" in done.said) == (2, True, True)
 
 
+def test_histories_without_timestamps_are_refused(refuse: Job, tmp_path: Path) -> None:
+    rows = [{"user_id": row["user_id"], "text": row["text"], "date": str(row["timestamp"])} for row in behaviors()]
+    flags = {"histories": write(str(tmp_path / "h.jsonl"), rows), "out": str(tmp_path / "out"), "dry_run": True}
+    done = refuse(make_requests, **flags)
+    assert (done.code, "--columns timestamp=COLUMN" in done.said) == (2, True)
+    assert refuse(make_requests, **flags, columns="timestamp=date").code == 0
+
+
 def test_the_flag_has_every_task() -> None:
     assert get_args(get_type_hints(make_requests.Config)["task"]) == get_args(derived_requests.Task)
 

@@ -93,7 +93,7 @@ def cautions(spec: "RunSpec", n_steps: int) -> list[tuple[str, str]]:
 
     found = []
     if n_steps < FEW_STEPS:
-        advice = "take more --epochs, --config small, or more requests (docs/training.md, Start here)"
+        advice = "take more --epochs or more requests (docs/training.md, Start here)"
         found.append(f"in fewer than {FEW_STEPS} steps a plug learns little from histories; {advice}")
     if spec.retrieval.retrieve and spec.training.alignment:
         found.append("with alignment a plug does not learn to read retrieved texts; add --alignment 0")

@@ -87,7 +87,7 @@ class TrainingRequests:
         if self.n_train < global_batch:
             raise InputError(
                 f"--requests gives {self.n_train:,} requests with target to train on, fewer than --global-batch "
-                f"{global_batch}"
+                f"{global_batch}; give more requests, or a lower --global-batch"
             )
         if self.n_held_out < n_workers:
             raise InputError(

@@ -159,6 +159,10 @@ def test_a_configuration_file_may_be_on_s3(answer, s3: str):
         ([*REQUIRED, "--no-limit"], "unknown flag --no-limit; did you mean --limit?"),
         ([*REQUIRED, "--zzz"], "unknown flag --zzz; see --help"),
         (["--store", "s"], "--histories is missing: give it as a flag, or as a key of the --config file"),
+        (
+            ["h", "--store", "s"],
+            "--histories is missing: give it as a flag, or as a key of the --config file; 'h' has no flag before it",
+        ),
         ([*REQUIRED, "--limit"], "--limit needs a value: a whole number or none"),
         ([*REQUIRED, "--limit", "many"], "--limit 'many': must be a whole number or none"),
         ([*REQUIRED, "--limit", "3.5"], "--limit '3.5': must be a whole number or none"),

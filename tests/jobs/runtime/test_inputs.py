@@ -26,7 +26,7 @@ def test_absent_optional_columns_are_said_with_what_follows(tmp_path: Path) -> N
     assert requests.facts() == {"excluded_files": 0, "absent_columns": ("query", "as_of", "system")}
     rows = dict(reading.request_rows(requests, FOUND))
     assert rows["no as_of"] == "every request sees the whole history, later behaviors and its own answer included"
-    assert rows["no query"] == "the input weighs the history" and "null as_of" not in rows
+    assert rows["no query"] == "the input weights the history" and "null as_of" not in rows
 
     write(str(tmp_path / "r.parquet"), [{"user_id": "u", "text": "t"}])
     histories = find_histories(str(tmp_path), "", InputFormat(), flag="--histories")

@@ -110,3 +110,14 @@ def test_without_any_usable_file_nothing_is_read(tmp_path: Path) -> None:
         read(tmp_path)
     parquet(tmp_path / "19.parquet", user_id=["u"], text=["t"])
     assert read(tmp_path)[0]["19.parquet"] == ["u"]
+
+
+def test_the_message_about_one_or_two_files_says_everything_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"no JSON\n")
+    with pytest.raises(InputError) as found:
+        read(tmp_path)
+    assert str(found.value).count("no row can be read from") == 1
+    parquet(tmp_path / "b.parquet", user_id=["u"])
+    parquet(tmp_path / "c.parquet", user_id=["u"])
+    with pytest.raises(InputError, match=r"b\.parquet cannot be used: .*\(nor can the other file that was looked at\)"):
+        read(tmp_path)
