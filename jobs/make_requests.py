@@ -55,7 +55,7 @@ class Config:
     ask: str | None = None
     """The instruction to the LLM; name the kind of text, like 'Write a movie review.'; the default fits the task."""
     opening_words: int = 0
-    """First words of a text: next_text gives them, opening asks for them (0: first sentence), `which` shows only them."""
+    """First words of a text: next_text gives them, opening asks for them (0: one sentence), `which` shows only them."""
     title: str | None = None
     """Column with the title of a text, for --task titled; without it, the first line of a text is its title."""
     candidates: int = 2
