@@ -100,7 +100,7 @@ def _judged(config: Config) -> list[dict[str, Any]]:
             found.append({"name": given.rstrip("/").rsplit("/", 1)[-1], "scores": content["scores"]})
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"--judged {given}: judged.json is not from jobs.judge ({type(error).__name__})"
+                f"--judged {given}: judged.json is not from jobs.judge ({type(error).__name__}); give its --out"
             ) from error
     return found
 

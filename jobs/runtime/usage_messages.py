@@ -30,8 +30,9 @@ def explain(error: "CycloptsError", keys: Sequence[str]) -> str:
     if isinstance(error, exceptions.MissingArgumentError) and error.argument is not None:
         if error.keyword is not None:
             return f"{error.argument.name} needs a value: {_rule(error.argument.hint)}"
-        rule = "give it as a flag, or as a key of the --config file"
-        return f"{error.argument.name} is missing: {rule}{_flagless(error)}"
+        where = "give it as a flag, or as a key of the --config file"
+        choices = f"; it must be {_rule(error.argument.hint)}" if get_origin(error.argument.hint) is Literal else ""
+        return f"{error.argument.name} is missing: {where}{choices}{_flagless(error)}"
     if isinstance(error, exceptions.CoercionError) and error.argument is not None and error.token is not None:
         return misfit(error.token, error.argument)
     if isinstance(error, exceptions.RepeatArgumentError):

@@ -83,6 +83,7 @@ def test_the_action_of_store_needs_no_flag(door, tmp_path: Path) -> None:
     assert (code, "--store" in err) == (2, True)
     misspelled = door("store", "shwo", "--store", "s")[2]
     assert misspelled == "error: --action 'shwo': must be show, verify, compact, vacuum or switch\n"
+    assert door("store", "--store", "s")[2].endswith("; it must be show, verify, compact, vacuum or switch\n")
 
 
 def test_both_ways_of_python_m_are_one_job() -> None:
