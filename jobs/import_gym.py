@@ -1,9 +1,9 @@
 """Turn personas and their questions into requests: the first step of PersonaGym, for jobs.generate and jobs.judge.
 
-Reads `--personas`: Parquet, JSONL or JSON with a row a persona, or a folder of PersonaGym's own question files. Writes
-into `--out`: requests.parquet (nothing in the prompt tells who is asked), told.parquet (the same requests with the
-persona in front of each question), histories.parquet (what the personas have written, for jobs.embed) and, if a row is
-left out, rejects.parquet. Personas without questions get static ones, so no LLM is needed, or with --write-questions
+Reads `--personas`: Parquet, JSONL or JSON with one row per persona, or a folder of PersonaGym's own question files.
+Writes into `--out`: requests.parquet (nothing in the prompt tells who is asked), told.parquet (the same requests with
+the persona in front of each question), histories.parquet (what the personas have written, for jobs.embed) and, if a row
+is left out, rejects.parquet. Personas without questions get static ones, so no LLM is needed, or with --write-questions
 those that a chat model writes for them.
 """
 
