@@ -9,17 +9,17 @@ from jobs.runtime.plugs import PlugRef
 if TYPE_CHECKING:
     from persona.store.store import Store
 
-_READ_AS = ("max_input_tokens", "max_target_tokens", "llm_quantization")  # how the plug's LLM reads a request
-
 
 def origin(store: "Store", plug: PlugRef) -> dict[str, Any]:
     """The plug, models and table versions behind the numbers."""
+    from persona.evaluation.saved_run import READ_AS
+
     return {
         "store": store.uri,
         "plug_fingerprint": plug.fingerprint,
         "plug_options": asdict(plug.record.options),
         "prompt": asdict(plug.record.prompt),
-        **{name: getattr(plug.record, name) for name in _READ_AS},
+        **{name: getattr(plug.record, name) for name in READ_AS},
         "llm": plug.record.llm,
         "encoder": plug.record.encoder,
         **{f"{table}_version": version for table, version in store.versions.items()},

@@ -11,12 +11,21 @@ import pyarrow.parquet as pq
 
 from persona.errors import InputError
 from persona.front_texts import FrontTexts
-from persona.options import PlugOptions, TrainingOptions
+from persona.options import PlugOptions, PromptOptions, TrainingOptions
 
 METRICS, LOSSES = "metrics.json", "losses.parquet"
 _NEEDED = ("request_id", "user_id", "persona", "nats", "tokens")
 _RETRIEVAL = ("retrieve", "retriever", "retrieve_tokens")
 _PROFILE = ("user_profile", "user_profile_tokens")
+# How the plug and its LLM read a request.
+READ_AS = (
+    "max_input_tokens",
+    "max_target_tokens",
+    "llm_quantization",
+    "max_behaviors",
+    "query_prompt",
+    "max_query_tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +73,17 @@ class Evaluation:
         settings, training = self.metrics["settings"], self.metrics["training"]
         of_plug = {one.name: settings["plug_options"].get(one.name, one.default) for one in fields(PlugOptions)}
         of_run = {one.name: training.get(one.name, one.default) for one in fields(TrainingOptions)}
+        del of_run["seed"], of_run["micro_batch"]  # losses do not depend on the size of a pass
+        of_run |= {name: training.get(name) for name in ("requests", "select", "patience")}
+        trained = _RETRIEVAL if training.get("retrieve") else ("retrieve",)
+        of_run |= {f"trained_{name}": training.get(name, 0) for name in trained}
+        read_as = {name: settings.get(name) for name in READ_AS}
+        prompt = {one.name: settings.get("prompt", {}).get(one.name) for one in fields(PromptOptions)}
         found = self._front_texts()
         named = _RETRIEVAL if found.retrieve else ("retrieve",)
         front = {name: getattr(found, name) for name in (*named, *(_PROFILE if found.user_profile else ()))}
         models = {kind: settings[kind]["fingerprint"] for kind in ("llm", "encoder")}
-        del of_run["seed"]
-        return {**of_plug, **of_run, "requests": training.get("requests"), **front, **models}
+        return {**of_plug, **of_run, **read_as, **prompt, **front, **models}
 
     @property
     def trained_without_history(self) -> bool:

@@ -111,6 +111,32 @@ def test_any_other_difference_makes_another_row_and_is_listed() -> None:
     assert found["differing"]["bm25"]["retriever"] == "bm25"
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("soft_position", {"settings": {"prompt": {"soft_position": "start"}}}),
+        ("llm_quantization", {"settings": {"llm_quantization": "nf4"}}),
+        ("max_input_tokens", {"settings": {"max_input_tokens": 32}}),
+        ("max_behaviors", {"settings": {"max_behaviors": 8}}),
+        ("query_prompt", {"settings": {"query_prompt": "query: "}}),
+        ("select", {"training": {"select": "last"}}),
+        ("trained_retrieve", {"training": {"retrieve": 4, "retriever": "bm25", "retrieve_tokens": 256}}),
+    ],
+)
+def test_plugs_that_read_or_were_trained_otherwise_are_no_seeds_of_one_plug(name: str, changes: dict[str, Any]) -> None:
+    found = compare([evaluation("plain"), evaluation("other", seed=1, **changes)], against=None, seed=0)
+    assert [(row["name"], row["seeds"]) for row in found["rows"] if row["persona"] == "own"] == [
+        ("plain", [0]),
+        ("other", [1]),
+    ]
+    assert name in found["differing"]["other"]
+
+
+def test_seeds_of_one_plug_may_have_been_trained_in_passes_of_another_size() -> None:
+    found = rows_of(evaluation("a"), evaluation("b", seed=1, training={"micro_batch": 4}))
+    assert found["a/own"]["seeds"] == [0, 1]
+
+
 def test_an_option_that_an_older_plug_lacks_has_its_default() -> None:
     old = evaluation("old")
     for options in (old.metrics["training"], old.metrics["settings"]["plug_options"]):
