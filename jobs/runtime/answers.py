@@ -75,9 +75,15 @@ class Unanswered:
         fingerprints = [self.spec.fingerprint(row) for row in joined.select(columns).to_pylist()]
         variant = self.spec.variant_of(joined["persona"][0].as_py())
         answered = store.answers(variant, bucket)
-        stored = dict(zip(answered["request_id"].to_pylist(), answered["fingerprint"].to_pylist(), strict=True))
-        requests = joined["request_id"].to_pylist()
-        changes = [_change(stored.get(request), now) for request, now in zip(requests, fingerprints, strict=True)]
+        # By request alone, as in the table's key: a new answer replaces one of another user.
+        stored = {
+            request: (user, then)
+            for (request, user), then in zip(_requests(answered), answered["fingerprint"].to_pylist(), strict=True)
+        }
+        changes = [
+            _change(stored.get(request), (user, now))
+            for (request, user), now in zip(_requests(joined), fingerprints, strict=True)
+        ]
         counts["stale"] = counts.get("stale", 0) + changes.count("edited")
         if self.keep_stale:
             changes = [None if change == "edited" else change for change in changes]
@@ -87,11 +93,11 @@ class Unanswered:
         return joined.filter(joined["change"].is_valid())
 
 
-def _change(stored: str | None, fingerprint: str) -> str | None:
-    """How the table changes with a new answer: `new`, `edited`, or None if the stored one is up to date."""
+def _change(stored: tuple[str, str] | None, now: tuple[str, str]) -> str | None:
+    """How the table changes with a new answer, given users and fingerprints: `new`, `edited`, or None if up to date."""
     if stored is None:
         return "new"
-    return None if stored == fingerprint else "edited"
+    return None if stored == now else "edited"
 
 
 class AllAnswered:
@@ -109,14 +115,15 @@ class AllAnswered:
     def __call__(self, joined: "pa.Table", store: "Store", bucket: int, counts: dict[str, float]) -> "pa.Table":
         """The rows as given. Raises InputError for a request without a valid answer."""
         del counts
-        requests = set(joined["request_id"].to_pylist())
+        requests = _requests(joined)
         for variant in self.variants:
             answered = store.answers(variant, bucket)
-            plug_of = dict(zip(answered["request_id"].to_pylist(), answered["plug"].to_pylist(), strict=True))
+            plug_of = dict(zip(_requests(answered), answered["plug"].to_pylist(), strict=True))
             wrong = min((request for request in requests if plug_of.get(request) != self.plug), default=None)
             if wrong is not None:
+                problem = self._problem(wrong[0], plug_of.get(wrong))
                 raise InputError(
-                    f"the variant {variant!r} has {self._problem(wrong, plug_of.get(wrong))}, and perhaps for others; "
+                    f"the variant {variant!r} has {problem}, and perhaps for others; "
                     "answer all requests with jobs.generate and this plug, choose the variants to score with "
                     "--variant, or score none with --losses-only"
                 )
@@ -126,6 +133,11 @@ class AllAnswered:
         if plug is None:
             return f"no answer to {request!r}"
         return f"an answer to {request!r} of another plug ({plug}, and --plug is {self.plug})"
+
+
+def _requests(rows: "pa.Table") -> list[tuple[str, str]]:
+    """Id and user of each row: another user's answer is not that of a request, even if their ids are equal."""
+    return list(zip(rows["request_id"].to_pylist(), rows["user_id"].to_pylist(), strict=True))
 
 
 def read_outputs(
@@ -141,13 +153,15 @@ def read_outputs(
 
     from persona.inputs.histories import bucket_of
 
-    wanted = pa.array(sorted(set(request_ids)), pa.string())
+    wanted = {*zip(request_ids, users, strict=True)}
+    ids = pa.array(sorted({request for request, _ in wanted}), pa.string())
     buckets = np.unique(bucket_of(pa.array(users, pa.string()), store.n_buckets)).tolist()
     found: dict[str, dict[str, str]] = {variant: {} for variant in variants}
     for variant, outputs in found.items():
         for first in range(0, len(buckets), _BUCKETS_TOGETHER):
             some = buckets[first : first + _BUCKETS_TOGETHER]
-            table = store.read_generations([variant], ["request_id", "output"], buckets=some)
-            chosen = table.filter(pc.is_in(table["request_id"], value_set=wanted))
-            outputs.update(zip(chosen["request_id"].to_pylist(), chosen["output"].to_pylist(), strict=True))
+            table = store.read_generations([variant], ["request_id", "user_id", "output"], buckets=some)
+            chosen = table.filter(pc.is_in(table["request_id"], value_set=ids))
+            pairs = zip(_requests(chosen), chosen["output"].to_pylist(), strict=True)
+            outputs.update((request[0], output) for request, output in pairs if request in wanted)
     return found

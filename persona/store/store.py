@@ -273,8 +273,8 @@ class Store:
         return self.table("personas").partitions()
 
     def answers(self, variant: str, bucket: int) -> pa.Table:
-        """`request_id`, `fingerprint` and `plug` of the stored answers."""
-        columns = ["request_id", "fingerprint", "plug"]
+        """`request_id`, `user_id`, `fingerprint` and `plug` of the stored answers."""
+        columns = ["request_id", "user_id", "fingerprint", "plug"]
         return self.table("generations").read(columns, partitions=[variant], values={"bucket": [bucket]})
 
     def variants(self) -> list[str]:
