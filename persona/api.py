@@ -117,6 +117,8 @@ def load_plug(
                 f"{uri}: the plug was trained on vectors of {record.encoder['name']!r}, but the store has those of "
                 f"{store.identity.encoder!r}; give the store that it was trained on"
             )
+        if store is not None:
+            plug_record.check_vectors(record, store.identity, name=str(uri))
         encoder_folder = models.resolve(
             encoder or record.encoder["name"], revision=record.encoder["revision"], flag="encoder"
         )

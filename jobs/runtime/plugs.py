@@ -130,18 +130,9 @@ def check_store(plug: PlugRef, identity: "Identity") -> None:
 
 def check_vectors(plug: PlugRef, identity: "Identity") -> None:
     """Raises PlugMismatch when the plug was trained on vectors that the same encoder made in another way."""
-    record = plug.record
-    pairs = (
-        ("width", record.encoder_width, identity.width),
-        ("pooling", record.pooling, identity.pooling),
-        ("document prompt", record.document_prompt, identity.document_prompt),
-    )
-    different = [f"{name} {trained!r} instead of {given!r}" for name, trained, given in pairs if trained != given]
-    if different:
-        raise PlugMismatch(
-            f"--plug {plug.uri} was trained on other vectors of the same encoder ({'; '.join(different)}); give the "
-            "store it was trained on, or train a plug on this one"
-        )
+    from persona.plug import record as plug_record
+
+    plug_record.check_vectors(plug.record, identity, name=f"--plug {plug.uri}")
 
 
 def check_llm(

@@ -17,6 +17,7 @@ from persona.models import contents
 from persona.models.resolve import ModelFolder
 from persona.options import PlugOptions, PromptOptions, Quantization, Select, pooling_modes
 from persona.plug import hub
+from persona.store.identity import Identity
 
 WEIGHTS, RECORD, CARD = "plug.safetensors", "plug.json", "README.md"
 _SELECTED: dict[Select, str] = {"best": "the one with the lowest held-out loss", "last": "the last"}
@@ -177,6 +178,24 @@ def check_models(record: PlugRecord, *, encoder: ModelFolder, llm: ModelFolder) 
                 f"but {given.name!r} has fingerprint {given.fingerprint[:12]}; give the {kind} it was trained for, "
                 "or train a new plug"
             )
+
+
+def check_vectors(record: PlugRecord, identity: Identity, *, name: str) -> None:
+    """Raises PlugMismatch when the plug was trained on vectors that the same encoder made in another way.
+
+    `identity` is that of the store, `name` that of the plug.
+    """
+    pairs = (
+        ("width", record.encoder_width, identity.width),
+        ("pooling", record.pooling, identity.pooling),
+        ("document prompt", record.document_prompt, identity.document_prompt),
+    )
+    different = [f"{what} {trained!r} instead of {given!r}" for what, trained, given in pairs if trained != given]
+    if different:
+        raise PlugMismatch(
+            f"{name} was trained on other vectors of the same encoder ({'; '.join(different)}); give the store it was "
+            "trained on, or train a plug on this one"
+        )
 
 
 def card(record: PlugRecord, *, example: str) -> str:

@@ -200,6 +200,21 @@ def test_another_store_or_encoder_is_refused(store_uri: str, plug_uri: str, tmp_
         persona.load_plug(plug_uri, store=Store.create(str(tmp_path / "store"), identity, 4))
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"pooling": "mean"}, "pooling 'cls' instead of 'mean'"),
+        ({"document_prompt": "passage: "}, "document prompt '' instead of 'passage: '"),
+    ],
+)
+def test_a_store_of_other_vectors_of_the_same_encoder_is_refused(
+    store_uri: str, plug_uri: str, tmp_path: Path, changed: dict[str, str], says: str
+):
+    identity = Identity(**{**vars(persona.open_store(store_uri).identity), **changed})
+    with pytest.raises(PlugMismatch, match=says):
+        persona.load_plug(plug_uri, store=Store.create(str(tmp_path / "store"), identity, 4))
+
+
 def test_a_chat_may_have_a_system_text_of_its_own(encoder_folder: ModelFolder, tmp_path: Path) -> None:
     llm_folder = resolve(str(tiny_chat_llama(tmp_path / "llm")), flag="--llm")
     model = new_model(encoder_folder, FrozenLLM.load(llm_folder, precision="fp32", device="cpu"))
