@@ -271,9 +271,9 @@ def _reference(config: Config, llm: "ModelFolder", tokenizer: "PromptTokenizer")
     """The losses without the plug, measured with the lengths and the retrieval of this run."""
     if not config.preferences.reference:
         return None
-    names = ("max_input_tokens", "max_target_tokens", "llm_quantization")
-    retrieved = asdict(config.retrieval) if config.retrieval.retrieve else {"retrieve": 0}
-    settings = {name: getattr(config, name) for name in names} | retrieved
+    retrieved = {**asdict(config.retrieval), "max_behaviors": config.max_behaviors}
+    settings = {name: getattr(config, name) for name in ("max_input_tokens", "max_target_tokens", "llm_quantization")}
+    settings |= {"user_profile": None, **(retrieved if config.retrieval.retrieve else {"retrieve": 0})}
     return find_reference(config.preferences.reference, llm, tokenizer, settings)
 
 

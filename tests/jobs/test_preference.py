@@ -164,6 +164,7 @@ def test_a_reference_of_this_llm_is_accepted(refuse: Job, training: dict[str, An
         ({"personas": ["own", "none"]}, "has the losses of own, none, not of bare"),
         ({"max_input_tokens": 31}, "max_input_tokens was 31 and is 32"),
         ({"retrieve": 2}, "retrieve was 2 and is 0"),
+        ({"user_profile": "likelihood"}, "user_profile was 'likelihood' and is None"),
         ({"prompt": 3}, "metrics.json is not from jobs.evaluate"),
     ],
 )
@@ -174,6 +175,17 @@ def test_a_reference_of_another_measurement_is_refused(
     done = refuse(train, **training, reference=reference)
     assert (done.code, says in done.said) == (2, True), done.said
     assert "--reference" in done.said
+
+
+def test_a_reference_with_texts_of_longer_histories_is_refused(
+    refuse: Job, training: dict[str, Any], tmp_path: Path
+) -> None:
+    retrieval = {"retrieve": 2, "retriever": "bm25", "retrieve_tokens": 12}
+    reference = new_reference(tmp_path / "reference", training["llm"], {**retrieval, "max_behaviors": 3})
+    texts = {**retrieval, "texts": write(str(tmp_path / "texts.parquet"), behaviors())}
+    done = refuse(train, **training, **texts, reference=reference)
+    assert (done.code, "max_behaviors was 3 and is 512" in done.said) == (2, True), done.said
+    assert refuse(train, **training, **texts, max_behaviors=3, reference=reference).code == 0
 
 
 def test_a_reference_without_rejected_texts_is_refused(refuse: Job, training: dict[str, Any], tmp_path: Path) -> None:
