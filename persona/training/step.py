@@ -6,6 +6,7 @@ With `options.preference`, each row has a `rejected` text, and nats and tokens o
 plug: `reference_nats`, `reference_tokens`, `reference_rejected_nats` and `reference_rejected_tokens`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persona.errors import InputError
+from persona.errors import InputError, UsageError
 from persona.models.device import to_device
 from persona.options import TrainingOptions
 from persona.plug.personalized import Batch, PersonalizedLLM, Row
@@ -78,6 +79,9 @@ def train_step(
 
     Returns:
         the global batch's loss without contrast, in nats a token, and its number of target tokens.
+
+    Raises:
+        UsageError: the loss is not finite.
     """
     model: PersonalizedLLM = engine.module
     # The engine is called once a pass, so rows with rejected texts and with other histories are appended to it.
@@ -95,7 +99,17 @@ def train_step(
         engine.backward(with_contrast * scale)
         engine.step()
     mean, n = torch.stack([sum_over_workers(total) / n_tokens, n_tokens]).tolist()
-    return mean, int(n)
+    return _finite(mean, f"loss of step {step + 1:,}", options), int(n)
+
+
+def _finite(loss: float, name: str, options: TrainingOptions) -> float:
+    """The loss, which all workers have. Raises UsageError if the run has diverged: its weights are lost then."""
+    if math.isfinite(loss):
+        return loss
+    raise UsageError(
+        f"--learning-rate {options.learning_rate:g}: the {name} is {loss}, so the training has diverged; give the run "
+        "another name with --run and a smaller rate (try a tenth), or a smaller --max-gradient-norm"
+    )
 
 
 def _float64(value: float, device: torch.device) -> Tensor:
@@ -178,7 +192,10 @@ def contrast_loss(own_C: Tensor, other_C: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(engine: Any, rows: Sequence[Row], options: TrainingOptions) -> float:
-    """Loss without contrast in nats a token, over all workers' held-out rows; all workers call it together."""
+    """Loss without contrast in nats a token, over all workers' held-out rows; all workers call it together.
+
+    Raises UsageError if it is not finite.
+    """
     model: PersonalizedLLM = engine.module
     total, n_tokens = _float64(0, model.llm.device), 0
     for numbers, counts in _passes(rows, options, model.llm.device):
@@ -189,7 +206,7 @@ def validation_loss(engine: Any, rows: Sequence[Row], options: TrainingOptions) 
             total += loss
             n_tokens += sum(map(len, batch.targets[: len(part)]))
     nats, n = sum_over_workers(torch.stack([total, _float64(n_tokens, model.llm.device)])).tolist()
-    return float(nats / n)
+    return _finite(nats / n, "held-out loss", options)
 
 
 @torch.no_grad()

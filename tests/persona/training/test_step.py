@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from persona.errors import InputError
+from persona.errors import InputError, UsageError
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.resolve import ModelFolder
 from persona.options import TrainingOptions
@@ -199,6 +199,18 @@ def test_a_reference_of_other_texts_is_refused(encoder_folder, llm):
     rows[3] = {**rows[3], "rejected": "bad bad bad bad bad"}
     with pytest.raises(InputError, match="--reference: target and rejected text of request 'r3' had"):
         train_step(PlainEngine(model), rows, step=0, n_steps=1, options=PREFERS)
+
+
+def test_a_run_that_has_diverged_ends_with_what_to_change(encoder_folder, llm):
+    model = new_model(encoder_folder, llm)
+    options = replace(PREFERS, preference=0.0, nll_weight=1.0)
+    with torch.no_grad():
+        model.plug.projector.outer.bias.fill_(math.nan)
+    with pytest.raises(UsageError, match=r"--learning-rate 0\.01: the loss of step 5 is nan, so .* --run"):
+        train_step(PlainEngine(model), ROWS, step=4, n_steps=9, options=options)
+    # The weights of the last step have been in no loss before.
+    with pytest.raises(UsageError, match="the held-out loss is nan"):
+        validation_loss(PlainEngine(model), ROWS, options)
 
 
 def test_contrast_loss_is_minus_log_probability_of_the_own_history():
