@@ -146,9 +146,9 @@ def load_moments(engine: Any, folder: Path, *, step: int) -> None:
                 safe_set_local_optimizer_state(parameter, piece.to(engine.device), key)
             else:
                 safe_set_full_optimizer_state(parameter, moment.to(engine.device), key)
-    # AdamW's bias correction uses its own count of steps.
+    # AdamW's bias correction uses its own count of steps; a fused AdamW on a GPU reads it there.
     for entry in engine.optimizer.optimizer.state.values():
-        entry["step"] = torch.tensor(float(step))
+        entry["step"] = torch.tensor(float(step), device=entry["exp_avg"].device)
 
 
 def _link_moments(engine: Any) -> None:
@@ -162,7 +162,8 @@ def _link_moments(engine: Any) -> None:
     for flat in zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups:
         entry = zero.optimizer.state[flat]
         if "exp_avg" not in entry:
-            entry.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+            moments = {name: torch.zeros_like(flat) for name in _MOMENTS}
+            entry.update(step=torch.tensor(0.0, device=flat.device), **moments)
     if not stage_3:
         zero._hp_optimizer_states_linked = False  # noqa: SLF001
         zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
