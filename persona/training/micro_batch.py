@@ -43,11 +43,15 @@ def choose(model: PersonalizedLLM, longest: Row, options: TrainingOptions, share
 
     Raises InputError when not even one such row fits.
     """
-    device = model.llm.device
-    if device.type == "cpu":
+    if model.llm.device.type == "cpu":
         return next(size for size in sizes(share) if size <= _ON_CPU)
+    return largest_on_all(model, longest, options, sizes(share))
+
+
+def largest_on_all(model: PersonalizedLLM, longest: Row, options: TrainingOptions, tried: Sequence[int]) -> int:
+    """The first of the sizes that fits every worker; raises as `choose` does."""
     # The GPUs of the workers may differ, or be shared with other processes.
-    size = int(-max_over_workers(-largest_that_fits(model, longest, options, sizes(share)), device))
+    size = int(-max_over_workers(-largest_that_fits(model, longest, options, tried), model.llm.device))
     if not size:
         raise InputError(
             "--micro-batch auto: the GPU's memory is too small for a pass over the longest request; take "

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from persona.errors import InputError
 from persona.options import TrainingOptions
 from persona.training.deepspeed import trainable
-from persona.training.micro_batch import choose, largest_that_fits, settled, sizes
+from persona.training.micro_batch import choose, largest_on_all, largest_that_fits, settled, sizes
 from tests.plugs import ROWS, new_model
 
 AUTO = TrainingOptions(global_batch=12, micro_batch="auto")
@@ -55,6 +56,17 @@ def test_the_largest_size_that_fits_is_taken(encoder_folder, llama):
         assert largest_that_fits(model, LONGEST, AUTO, [4096, 6, 1]) == 6
         assert largest_that_fits(model, LONGEST, AUTO, [4096]) == 0
     assert largest_that_fits(model, LONGEST, AUTO, [12, 6]) == 12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of the process")
+def test_when_no_size_fits_the_error_says_what_needs_less_memory(encoder_folder, llama):
+    model = new_model(encoder_folder, llama)
+    with (
+        memory_left(2**28),
+        pytest.raises(InputError, match="^--micro-batch auto: .* the longest request; take --activation-checkpointing"),
+    ):
+        largest_on_all(model, LONGEST, AUTO, [4096])
+    assert largest_on_all(model, LONGEST, AUTO, [6, 1]) == 6
 
 
 @pytest.mark.parametrize("losses", [{}, {"contrast": 0.5}, {"preference": 0.1}])
