@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from jobs.runtime.configuration import read_config
 from jobs.runtime.training import inputs as train_data
 from persona.api import load_plug
 from persona.engines.local import LocalEngine
+from persona.errors import UsageError
 from persona.models.frozen_llm import FrozenLLM
 from persona.models.quantized import QuantizedLinear
 from persona.models.resolve import resolve
@@ -340,6 +341,21 @@ def test_system_texts_without_a_chat_are_refused(refuse: Job, inputs: dict, tmp_
     source = write(str(tmp_path / "requests.jsonl"), [{**row, "system": "Write."} for row in requests()])
     done = refuse(train, **SETTINGS, **{**inputs, "requests": source}, **folders(tmp_path), dry_run=True)
     assert (done.code, "the requests have a column 'system'" in done.said) == (2, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Ray finds the GPU")
+def test_compile_is_refused_before_any_work_where_ray_has_no_gpu(do: Job, inputs: dict, tmp_path: Path) -> None:
+    done = do(train, **SETTINGS, **inputs, **folders(tmp_path), compile=True)
+    assert (done.code, "--compile is for GPUs, and Ray has none; leave it out" in done.said) == (2, True), done.said
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_only_compile_needs_a_gpu(inputs: dict, tmp_path: Path) -> None:
+    for flags, n_gpus, is_refused in (({"compile": True}, 1, False), ({"compile": True}, 0, True), ({}, 0, False)):
+        config = read_config(train.Config, arguments(**SETTINGS, **inputs, **folders(tmp_path), **flags))
+        spec = train._spec(config, train._inputs(config))
+        with pytest.raises(UsageError, match="--compile is for GPUs") if is_refused else nullcontext():
+            spec.check_gpus(n_gpus)
 
 
 def test_resuming_with_other_settings_is_refused(refuse: Job, inputs: dict, undisturbed: Path) -> None:
