@@ -7,6 +7,8 @@ from dateutil import parser
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ZONE_NAME = re.compile(r"\s*(UTC|GMT)$")
+# Python takes any character between date and time, so 1412101200123 would be 01:23 on a day of the year 1412.
+_NUMBER = re.compile(r"[-+]?\d{9,}")
 # What is unambiguous: a month in words and a year of four digits, or a year first. And the form of Amazon's reviews.
 _MONTH = re.compile(r"(?i)\b(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b")
 _YEAR = re.compile(r"\b[12]\d{3}\b")
@@ -26,6 +28,8 @@ def parse(text: str | None) -> int | str | None:
     if text is None:
         return None
     text = text.strip()
+    if _NUMBER.fullmatch(text):
+        return "is a number in quotes, which has no unit; write it as a number, or as a date like 2014-07-05"
     try:
         time = _iso(text) or _other(text)
         if time is not None:

@@ -23,6 +23,7 @@ from persona.inputs.records import (
 from persona.inputs.splits import Split
 from persona.storage import open_filesystem
 
+_HINT = "; write each object of a list as a line of its own"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -44,7 +45,9 @@ class _Batch:
             self.bad.append((offset, f"line is not JSON: {error.msg}"))
             return
         if not isinstance(value, dict):
-            self.bad.append((offset, f"line is {kind_of(value)}, not an object"))
+            self.bad.append(
+                (offset, f"line is {kind_of(value)}, not an object{_HINT if isinstance(value, list) else ''}")
+            )
         elif len(value) > MAX_KEYS:
             self.bad.append((offset, f"line has more than {MAX_KEYS:,} keys"))
         else:

@@ -22,7 +22,7 @@ from persona.store.writer import Writer
 
 NAME = "sources"
 # Raise it when this program reads other rows from a file than before: then every file is read again, once.
-_READER_VERSION = 1
+_READER_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,11 +47,17 @@ def test_a_day_that_may_be_a_month_is_refused(text: str) -> None:
     "text",
     [
         *("soon", "2014", "Jul 2014", "12:00", "5 July", "Sat, 05 Jul 2014 12:00:00 EST", "2014-02-30", "30 Feb 2014"),
-        *("13 5, 2014", "7 May 2014 25:00", "1404518400", "1e9", "\x00", "Mayor 5 2014", "5 May 2014 or 2015"),
+        *("13 5, 2014", "7 May 2014 25:00", "1e9", "\x00", "Mayor 5 2014", "5 May 2014 or 2015"),
     ],
 )
 def test_anything_else_is_refused(text: str) -> None:
     assert str(parse(text)).startswith("is not an ISO 8601 date")
+
+
+@pytest.mark.parametrize("text", ["1404518400", "1412101200123", "2014070512000", "-1404518400", " 1404518400000000 "])
+def test_a_number_in_quotes_is_no_date(text: str) -> None:
+    """1412101200123, milliseconds of October 2014, was read as a day of the year 1412."""
+    assert str(parse(text)).startswith("is a number in quotes, which has no unit")
 
 
 def test_a_column_of_many_forms_gives_each_row_its_time_or_reason() -> None:

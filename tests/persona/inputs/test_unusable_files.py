@@ -98,6 +98,14 @@ def test_requests_are_judged_the_same_way(tmp_path: Path) -> None:
     assert "column 'target' is double" in bad["a.parquet"][0] and "no column 'target'; training" in bad["b.parquet"][0]
 
 
+def test_a_list_of_objects_in_a_json_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"user_id": "u", "text": "t"}]')
+    with pytest.raises(InputError) as refused:
+        read(tmp_path)
+    reason = "line is a list, not an object; write each object of a list as a line of its own"
+    assert str(refused.value) == f"no row can be read from {tmp_path}/a.json: {reason}"
+
+
 def test_without_any_usable_file_nothing_is_read(tmp_path: Path) -> None:
     for n in range(20):
         parquet(tmp_path / f"{n:02}.parquet", user_id=["u"], text=[n])
