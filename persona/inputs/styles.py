@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from persona.errors import InputError
+from persona.inputs import cells
 from persona.inputs.reader import read_split
+from persona.inputs.records import column
 from persona.inputs.requests import SCHEMA
 from persona.inputs.splits import plan_splits
 
@@ -39,7 +41,7 @@ def read_styles(uri: str, *, flag: str) -> list[Style]:
         for records in read_split(split, columns=_FIELDS):
             if records.rejects.num_rows:
                 raise InputError(f"{flag}: {split.uri} has a bad row: {records.rejects['reason'][0]}")
-            styles += [_style(row, f"{flag}: {split.uri}") for row in records.table.to_pylist()]
+            styles += _styles(records.table, f"{flag}: {split.uri}")
             if len(styles) > MAX_STYLES:
                 raise InputError(f"{flag}: {uri} has more than {MAX_STYLES:,} styles; give the few to cross with")
     if not styles:
@@ -50,14 +52,16 @@ def read_styles(uri: str, *, flag: str) -> list[Style]:
     return styles
 
 
-def _style(row: dict[str, object], source: str) -> Style:
-    for name in _FIELDS:
-        value = row.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise InputError(f"{source}: a style has no text in {name!r}; each needs {' and '.join(_FIELDS)}")
-    if "/" in str(row["id"]):
-        raise InputError(f"{source}: the id {row['id']!r} has a slash, which separates request and style; remove it")
-    return Style(str(row["id"]), str(row["instruction"]).strip())
+def _styles(table: pa.Table, source: str) -> list[Style]:
+    ids, why_id = cells.ids(column(table, "id"), "id")
+    texts, why_text = cells.texts(column(table, "instruction"), "instruction")
+    for why in pc.coalesce(why_id, why_text).drop_null().to_pylist():
+        raise InputError(f"{source}: a style cannot be used ({why}); each needs {' and '.join(_FIELDS)}")
+    styles = [Style(one, text.strip()) for one, text in zip(ids.to_pylist(), texts.to_pylist(), strict=True)]
+    for style in styles:
+        if "/" in style.id:
+            raise InputError(f"{source}: the id {style.id!r} has a slash, which separates request and style; remove it")
+    return styles
 
 
 def with_styles(requests: pa.Table, styles: Sequence[Style], *, place: Place) -> pa.Table:

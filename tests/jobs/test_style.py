@@ -11,6 +11,7 @@ from jobs import style
 from persona.inputs import requests as of_requests
 from persona.inputs.reader import read_split
 from persona.inputs.splits import plan_splits
+from persona.inputs.styles import read_styles
 from persona.storage import list_files, local_folder
 from tests.jobs.conftest import Job, requests, write
 
@@ -77,13 +78,18 @@ def test_the_instruction_may_come_after_the_input_and_a_dry_run_writes_nothing(
     }
 
 
+def test_ids_of_different_types_are_read_as_they_are(tmp_path: Path) -> None:
+    given = write(str(tmp_path / "s.jsonl"), [STYLES[0], {"id": 2, "instruction": "Write a question."}])
+    assert [style.id for style in read_styles(given, flag="--styles")] == ["short", "2"]
+
+
 @pytest.mark.parametrize(
     ("styles", "says"),
     [
         ([{"id": "a/b", "instruction": "x"}], "has a slash"),
-        ([{"id": "a", "instruction": " "}], "no text in 'instruction'"),
+        ([{"id": "a", "instruction": " "}], "instruction is empty"),
         ([{"id": "a", "instruction": "x"}] * 2, "has the id 'a' 2 times"),
-        ([{"name": "a"}], "no text in 'id'"),
+        ([{"name": "a"}], "id is missing"),
     ],
 )
 def test_styles_that_cannot_be_told_apart_are_refused(
