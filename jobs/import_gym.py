@@ -169,11 +169,11 @@ def _parsed(uri: str, data: bytes) -> Iterator[Any]:
         except pa.ArrowInvalid as error:
             raise InputError(f"is no Parquet file: {error}") from error
     elif uri.endswith(".jsonl"):
-        for line in data.decode().splitlines():
+        for line in io.StringIO(data.decode("utf-8-sig")):  # str.splitlines would also cut at U+2028, within a text
             if line.strip():
                 yield _json(line)
     else:
-        content = json.loads(data)
+        content = json.loads(data.decode("utf-8-sig"))
         if isinstance(content, Mapping) and "persona" not in content:
             yield published(uri.rsplit("/", 1)[-1].removesuffix(".json"), content)
         else:

@@ -1,6 +1,7 @@
 """`import_gym` on small files of every form, on disk and on an object store."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -120,6 +121,20 @@ def test_a_bad_row_is_a_reject_with_its_reason_and_the_others_are_kept(refuse: J
         "repeated",
     ):
         assert any(part in reason for reason in reasons), part
+
+
+@pytest.mark.parametrize("name", ["personas.jsonl", "personas.json"])
+def test_a_byte_order_mark_and_line_separators_in_a_text_lose_no_persona(
+    refuse: Job, tmp_path: Path, name: str
+) -> None:
+    of_two_lines = {**NURSE, "persona": "A nurse\u2028from\x85Glasgow"}
+    given = [json.dumps(one, ensure_ascii=False) for one in (of_two_lines, CAPTAIN)]
+    text = "\r\n".join(given) if name.endswith("l") else f"[{','.join(given)}]"
+    (tmp_path / name).write_text(f"\ufeff{text}", encoding="utf-8", newline="")
+    done = refuse(import_gym, personas=tmp_path / name, out=tmp_path / "out")
+    assert (done.code, done.result["personas"], done.result["rejects"]) == (0, 2, 0), done.table
+    personas = {row["persona"] for row in rows(str(tmp_path / "out"), "requests.parquet")}
+    assert personas == {of_two_lines["persona"], CAPTAIN["persona"]}
 
 
 def test_a_single_persona_has_no_other(refuse: Job, tmp_path) -> None:
