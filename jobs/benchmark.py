@@ -273,6 +273,7 @@ def _making(config: Config, out: str, n_bytes: int) -> make_requests.Config:
         max_a_user=config.max_a_user,
         held_out=config.held_out,
         buckets=min(64, 1 + n_bytes // _BUCKET_BYTES),
+        max_reject_fraction=config.max_reject_fraction,
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from jobs.runtime import cli, exchange, parts, reading, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Histories, find_histories
-from jobs.runtime.job_options import FLAT, InputFormat, check_buckets
+from jobs.runtime.job_options import FLAT, InputFormat, check_buckets, check_reject_fraction
 from jobs.runtime.progress import Stage, progress
 from jobs.runtime.receipts import Receipts, receipt
 from jobs.runtime.tally import Counts, Tally
@@ -68,6 +68,8 @@ class Config:
     """Share of the users, by a hash of their ids, whose requests go to <out>/held_out; the rest go to <out>/train."""
     buckets: int = 64
     """Files to write; about one per 100,000 behaviors."""
+    max_reject_fraction: float = 0.01
+    """Exit with code 3 when a larger share of the rows is bad; all good rows are processed first."""
     dry_run: bool = False
     """Print what would be done, and start nothing."""
 
@@ -77,6 +79,7 @@ class Config:
         check_buckets(self.buckets)
         check_at_least(self, 0, "min_history", "opening_words")
         check_at_least(self, 2, "candidates")
+        check_reject_fraction(self.max_reject_fraction)
         if self.ask is not None and not self.ask.strip():
             raise UsageError("--ask is empty; give an instruction for the LLM")
         if not 0 <= self.held_out < 1:
@@ -130,32 +133,34 @@ def main(config: Config) -> Summary:
     session.connect()
     tally, receipts = Tally.start(), Receipts()
     with progress(tally, "make_requests", _stage_of), exchange.run_files(out, "make_requests") as folder:
-        for written in _written(config, histories, out, tally, folder):
-            receipts.taken_from(written)
-    counts = receipts.counts
-    result: dict[str, Any] = {"job": "make_requests", "out": out, **counts, **histories.facts()}
+        read = _exchanged(config, histories, tally, folder)
+        written = exchange.by_partition(read, _write_buckets, out=out, rule=config.rule(), config=config, tally=tally)
+        for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
+            receipts.taken_from(table)
+    counts, found = receipts.counts, read.found[0]
+    result: dict[str, Any] = {"job": "make_requests", "out": out, "requests": 0, **counts}
+    result |= {"rejects": found.total.rejects, **histories.facts()}
     result["seconds"] = round(time.perf_counter() - started, 1)
     table = [
         ("requests", f"{counts.get('requests', 0):,} in {out}"),
         *([(part, f"{counts.get(f'{part}_requests', 0):,} requests") for part in config.parts if part]),
         ("left out", _left_out(config, counts)),
         *histories.rows(),
+        *found.reject_rows(),
         ("seconds", f"{result['seconds']:,}"),
     ]
-    return Summary(table=table, result=result)
+    return Summary(table=table, result=result, exit_code=found.exit_code(config.max_reject_fraction))
 
 
-def _written(config: Config, histories: Histories, out: str, tally: Tally, folder: str) -> "Iterator[pa.Table]":
-    """The job as one chain: read, bring together by user, write the requests. Yields receipts."""
+def _exchanged(config: Config, histories: Histories, tally: Tally, folder: str) -> exchange.Exchanged:
+    """The valid behaviors, brought together by bucket."""
     from persona.inputs.histories import SCHEMA
 
     read = _Titled(
         columns=histories.columns, n_buckets=config.buckets, job="make_requests", tally=tally, title=config.title
     )
     source = exchange.Source(splits=histories.splits, read=read)
-    behaviors = exchange.exchange([source], config.buckets, SCHEMA, key=None, folder=folder, whole_buckets=True)
-    written = exchange.by_partition(behaviors, _write_buckets, out=out, rule=config.rule(), config=config, tally=tally)
-    yield from written.iter_batches(batch_size=None, batch_format="pyarrow")
+    return exchange.exchange([source], config.buckets, SCHEMA, key=None, folder=folder, whole_buckets=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from jobs.runtime import cli, exchange, parts, reading, session
 from jobs.runtime.cli import Summary
 from jobs.runtime.inputs import Requests, find_requests
-from jobs.runtime.job_options import FLAT, RequestFormat
+from jobs.runtime.job_options import FLAT, RequestFormat, check_reject_fraction
 from jobs.runtime.progress import Stage, progress
 from jobs.runtime.reading import Found, SplitFound
 from jobs.runtime.tally import Counts, Tally
-from persona.errors import UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,8 +50,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError(f"--max-reject-fraction {self.max_reject_fraction}: must be from 0 to 1")
+        check_reject_fraction(self.max_reject_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)

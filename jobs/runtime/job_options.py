@@ -28,9 +28,14 @@ class InputRows:
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError(f"--max-reject-fraction {self.max_reject_fraction}: must be from 0 to 1")
+        check_reject_fraction(self.max_reject_fraction)
         check_limit(self.limit)
+
+
+def check_reject_fraction(fraction: float) -> None:
+    """Raises UsageError for what is no share."""
+    if not 0 <= fraction <= 1:
+        raise UsageError(f"--max-reject-fraction {fraction}: must be from 0 to 1")
 
 
 def check_limit(limit: int | None) -> None:

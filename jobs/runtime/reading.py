@@ -141,7 +141,7 @@ class Requests:
 class Behaviors:
     """Reads the valid behaviors of splits.
 
-    The others go to the `rejects` table of `store`. Without one they are dropped: `embed` is the job that reports them.
+    The others go to the `rejects` table of `store`; without one they are only counted.
     """
 
     columns: "histories.Columns"

@@ -47,6 +47,22 @@ def test_each_behavior_becomes_the_target_of_a_request_that_sees_the_older_ones(
     assert {entry.uri: entry.size_bytes for entry in list_files(f"{s3}/requests")} == before
 
 
+def test_bad_rows_are_counted_with_their_reasons(do: Job, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = behaviors(n_users=5, n_each=4)
+    rows[0]["timestamp"] = "05/07/2014"
+    rows[1]["user_id"] = " "
+    histories = write(str(tmp_path / "h.jsonl"), rows)
+    flags = {"histories": histories, "min_history": 1, "buckets": 1}
+    done = do(make_requests, **flags, out=str(tmp_path / "a"))
+    assert (done.code, done.result["requests"], done.result["rejects"]) == (3, 1 + 4 * 3, 2)
+    assert "timestamp is ambiguous" in done.table and "user_id is empty" in done.table
+    assert do(make_requests, **flags, out=str(tmp_path / "b"), max_reject_fraction=0.1).code == 0
+
+    write(histories, [{**row, "timestamp": "05/07/2014"} for row in rows])
+    done = do(make_requests, **flags, out=str(tmp_path / "c"))
+    assert (done.code, done.result["requests"], done.result["rejects"]) == (3, 0, 20)
+
+
 def test_held_out_users_get_a_folder_of_their_own_and_share_no_text_with_the_others(do: Job, tmp_path: Path) -> None:
     rows = [{**row, "headline": f"About {row['behavior_id']}\nof many"} for row in behaviors(n_users=20, n_each=4)]
     histories = write(str(tmp_path / "h.jsonl"), rows)
@@ -93,6 +109,7 @@ WRONG: list[dict[str, Any]] = [
     {"held_out": 1.0},
     {"title": "headline"},
     {"candidates": 3},
+    {"max_reject_fraction": 2},
 ]
 
 
