@@ -1,7 +1,7 @@
 """Reads the file of `--config`: YAML or JSON with a config's keys, or a recipe with one section per job."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,13 @@ from jobs.runtime.usage_messages import did_you_mean
 from persona.errors import UsageError
 
 if TYPE_CHECKING:
-    from yaml import MappingNode
+    from yaml import MappingNode, Node
 
 
-def read_config_file(uri: str, keys: Sequence[str], job: str) -> dict[str, Any]:
+def read_config_file(uri: str, keys: Sequence[str], job: str, texts: Collection[str] = ()) -> dict[str, Any]:
     """The keys and values for `job` in a file; `uri` is a path, an s3:// URI or the name of a recipe.
+
+    Values of the keys `texts` are taken as they are written: YAML would read a user id 007 as 7.
 
     Raises:
         UsageError: a file that cannot be read, or with a key that is not in `keys` or duplicate.
@@ -45,7 +47,9 @@ def read_config_file(uri: str, keys: Sequence[str], job: str) -> dict[str, Any]:
         node = next(section for key, section in node.value if key.value == job)
         values, place = values[job], f"{place}: {job}"
     _check_keys(node, keys, place, what="key")
-    return values
+    return values | {
+        key.value: _as_written(value, values[key.value]) for key, value in node.value if key.value in texts
+    }
 
 
 def job_name(config_type: type) -> str:
@@ -77,6 +81,13 @@ def _read_bytes(uri: str) -> bytes:
         near = did_you_mean(uri, recipes, otherwise="")
         raise UsageError(f"--config {uri}: is neither a file nor a recipe{near} (recipes: {', '.join(recipes)})")
     return catalog.recipe_path(uri).read_bytes()
+
+
+def _as_written(node: "Node", value: Any) -> Any:
+    """The text of a value that YAML has read as a number, a date or a boolean, or of each of a list."""
+    if isinstance(value, list):
+        return [_as_written(item, of_item) for item, of_item in zip(node.value, value, strict=True)]
+    return value if value is None or isinstance(value, str | dict) else node.value
 
 
 def _check_keys(node: "MappingNode", known: Sequence[str], place: str, *, what: str) -> None:

@@ -91,7 +91,7 @@ def _parser(config_type: type[ConfigT], program: str) -> tuple["App", list[Confi
         tokens = arguments["--config"].tokens
         if tokens:
             uri = tokens[-1].value
-            values = read_config_file(uri, keys_of(config_type), job_name(config_type))
+            values = read_config_file(uri, keys_of(config_type), job_name(config_type), _text_keys(arguments))
             Dict(values, source=uri)(app, commands, arguments)
         _check_numbers(arguments)
 
@@ -113,6 +113,11 @@ def _parser(config_type: type[ConfigT], program: str) -> tuple["App", list[Confi
 
 def _module_call(config_type: type) -> str:
     return f"python -m jobs.{job_name(config_type)}"
+
+
+def _text_keys(arguments: "Iterable[Argument]") -> set[str]:
+    """The fields whose values are texts of any kind, or lists of them."""
+    return {name for one in arguments if _plain_types(one.hint) <= {str, type(None)} for name in one.field_info.names}
 
 
 def _check_numbers(arguments: "Iterable[Argument]") -> None:
@@ -142,5 +147,5 @@ def _plain_types(hint: Any) -> set[Any]:
     if get_origin(hint) is Annotated:
         return _plain_types(get_args(hint)[0])
     if get_origin(hint) in (Union, type(int | None), list, tuple):
-        return set().union(*(_plain_types(one) for one in get_args(hint)))
+        return set().union(*(_plain_types(one) for one in get_args(hint) if one is not ...))
     return {hint}

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
+from jobs import forget
 from jobs.runtime.cli import Summary, run
+from jobs.runtime.configuration import read_config
 from jobs.runtime.job_options import FLAT, InputRows, flat_settings
 from jobs.runtime.remote_errors import find_persona_error
 from persona.errors import InputError, PersonaError, StorageError, UsageError
@@ -138,6 +140,15 @@ def test_a_job_may_have_no_required_flag(argv: Sequence[str], expected: Trial, f
 def test_json_is_a_configuration_file_too(answer, file):
     path = file(json.dumps({"histories": "h", "store": "s", "limit": None, "dry_run": True}))
     assert answer("--config", path)[1]["dry_run"] is True
+
+
+def test_a_text_in_a_file_is_taken_as_it_is_written(file):
+    """To YAML these are the numbers 7, 1000 and 15, a boolean and a date: `forget` would have deleted other users."""
+    given = "store: run/store\nuser: [007, 1_000, 0xf, yes, 2024-01-01, '8', a]\n"
+    found = read_config(forget.Config, ["--config", file(given)])
+    assert found is not None and found.user == ("007", "1_000", "0xf", "yes", "2024-01-01", "8", "a")
+    found = read_config(forget.Config, ["--config", file("store: 2024\nuser: 010\nusers: null\n")])
+    assert found is not None and (found.store, found.user, found.users) == ("2024", ("010",), None)
 
 
 def test_a_configuration_file_may_be_on_s3(answer, s3: str):
