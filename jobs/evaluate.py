@@ -331,6 +331,7 @@ def _summary(
             ("metrics", storage.join(inputs.out, "metrics.json")),
             ("report", storage.join(inputs.out, "report.html")),
             *reading.request_rows(inputs.requests, found),
+            *joining.repeated_rows(counts),
         ],
         result={"job": "evaluate", "out": inputs.out, **printed},
         exit_code=found.exit_code(config.rows.max_reject_fraction),

@@ -307,6 +307,7 @@ def _summary(config: Config, inputs: _Inputs, found: reading.Found, counts: Coun
         ("seconds", f"{seconds:,.1f}"),
         ("store", f"{store.label}, generations version {result['version']}"),
         *reading.request_rows(inputs.requests, found),
+        *joining.repeated_rows(counts),
     ]
     return Summary(table=table, result=result, exit_code=found.exit_code(config.rows.max_reject_fraction))
 

@@ -12,9 +12,10 @@ from jobs.runtime.exchange import Source
 from jobs.runtime.inputs import Requests
 from jobs.runtime.reading import Found
 from jobs.runtime.reference import Reference
-from jobs.runtime.tally import Tally
+from jobs.runtime.tally import Counts, Tally
 from jobs.runtime.texts import Texts, WithAllColumns, request_columns, union_schema
 from jobs.runtime.user_profiles import AddProfiles
+from persona.errors import InputError
 from persona.options import PersonaKind
 from persona.strengths import names_at, parse
 
@@ -119,7 +120,7 @@ def join(requests: Source, store: "Store", tally: Tally, plan: JoinPlan, *, fold
 def join_bucket(requests: "pa.Table", *, store: "Store", tally: Tally, plan: JoinPlan) -> "Iterator[pa.Table]":
     """All requests of some users of a bucket with their histories, a few hundred at a time.
 
-    Of a repeated id, the first counts.
+    Of a repeated id, the first counts. Raises InputError for an id of several users.
     """
     since = time.perf_counter()
     bucket: int = requests["bucket"][0].as_py()
@@ -231,5 +232,22 @@ def _first_of_each_id(requests: "pa.Table") -> "pa.Table":
     import numpy as np
     import pyarrow as pa
 
-    _, first = np.unique(requests["request_id"].to_numpy(), return_index=True)
+    request_ids, users = (requests[name].to_numpy() for name in ("request_id", "user_id"))
+    _, first, number = np.unique(request_ids, return_index=True, return_inverse=True)
+    if len(others := request_ids[users[first][number] != users]):
+        raise id_of_several_users(others[0])
     return requests.take(pa.array(np.sort(first)))
+
+
+def id_of_several_users(request_id: str) -> InputError:
+    """The error for a request id that two users have."""
+    return InputError(
+        f"the request_id {request_id!r} is that of requests of several users, and perhaps other ids are, too; an id "
+        "identifies an answer, so no two users may share one: for example, put the user's id in front of it"
+    )
+
+
+def repeated_rows(counts: Counts) -> list[tuple[str, str]]:
+    """The row of a summary about requests that were left out because an earlier one has the same id; often none."""
+    n_repeated = int(counts.get("join", {}).get("repeated", 0))
+    return [("repeated ids", f"{n_repeated:,} requests left out; of each id, the first counts")] if n_repeated else []

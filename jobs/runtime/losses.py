@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from jobs.runtime import plugs, pools, session
+from jobs.runtime import joining, plugs, pools, session
 from jobs.runtime.plugs import PlugRef
 from jobs.runtime.pools import ModelPool
 from jobs.runtime.tally import Tally
@@ -45,7 +45,10 @@ class LossSettings:
 
 
 def measure(requests: "Dataset", settings: LossSettings, pool: ModelPool, tally: Tally, *, n_rows: int) -> Losses:
-    """The losses of at most `n_rows` joined requests with their targets: a few numbers per request, and the target."""
+    """The losses of at most `n_rows` joined requests with their targets: a few numbers per request, and the target.
+
+    Raises InputError for an id of several users: answers and losses are told apart by their ids.
+    """
     block_rows = _BATCHES_PER_BLOCK * settings.batch_size
     pool = pool.fit(n_rows, block_rows)
     rows = pools.by_models(requests, MeasureLosses, block_rows=block_rows, pool=pool, settings=settings, tally=tally)
@@ -55,6 +58,10 @@ def measure(requests: "Dataset", settings: LossSettings, pool: ModelPool, tally:
         for row in cast("pa.Table", table).to_pylist():
             for name in names:
                 gathered[name].append(row[name])
+    user_of: dict[str, str] = {}
+    for request, user in zip(gathered["request_id"], gathered["user_id"], strict=True):
+        if user_of.setdefault(request, user) != user:
+            raise joining.id_of_several_users(request)
     return gathered
 
 

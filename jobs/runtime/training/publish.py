@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from jobs.runtime import evaluate_summary, reading, retrieval
+from jobs.runtime import evaluate_summary, joining, reading, retrieval
 from jobs.runtime.cli import Summary
 from jobs.runtime.tally import Counts
 from jobs.runtime.training import held_out
@@ -142,6 +142,7 @@ def summary(
         *retrieval.summary_rows(counts),
         *inputs.validation_rows(),
         *reading.request_rows(inputs.requests, found),
+        *joining.repeated_rows(counts),
     ]
     return Summary(table=table, result=answer, exit_code=found.exit_code(max_reject_fraction))
 

@@ -10,6 +10,7 @@ import pytest
 
 from jobs.runtime import joining
 from jobs.runtime.tally import Tally
+from persona.errors import InputError
 from persona.inputs import requests
 from persona.options import PersonaKind
 from persona.store.join import join_histories
@@ -118,6 +119,16 @@ def test_a_bucket_is_joined_as_its_requests_are_and_each_history_read_once(
     of_vectors = Counter(n for (_, with_vectors), n in reads.items() if with_vectors)
     # A user is read again only as the next one of the user at the end of a group.
     assert of_vectors[1] > 0 and max(of_vectors) == 2 and of_vectors[2] <= N_REQUESTS / 8
+
+
+def test_an_id_of_several_users_is_refused(store: ReadCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = asked()
+    users = rows["user_id"].to_pylist()
+    users[-1] = "u00"  # of the two requests r3
+    others = rows.set_column(1, "user_id", pa.array(users))
+    monkeypatch.setitem(globals(), "asked", lambda: others)
+    with pytest.raises(InputError, match="the request_id 'r3' is that of requests of several users"):
+        run(store)
 
 
 def test_a_persona_at_several_strengths_has_one_history_that_is_read_once(store: ReadCounter) -> None:
