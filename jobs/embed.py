@@ -310,7 +310,7 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         deleting = " and delete those that are not in --histories" if inputs.planned.refresh.deletes else ""
         would = f"add missing behaviors to the store{deleting}" if splits else "read nothing, as no file is new"
     identity = inputs.identity
-    behaviors = first_look.look_at_behaviors(inputs.histories, inputs.store)
+    behaviors = first_look.look_at_behaviors(inputs.histories, inputs.store, limit=config.rows.limit)
     table = [
         ("would", would),
         ("store", inputs.store_uri if inputs.store is None else inputs.store.label),

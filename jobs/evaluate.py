@@ -201,6 +201,7 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         inputs.requests,
         inputs.plug,
         needs_target=True,
+        limit=config.rows.limit,
         passes=len(config.measured),
         if_all="for all losses",
     )

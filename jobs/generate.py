@@ -173,6 +173,7 @@ def _plan(config: Config, inputs: _Inputs) -> Summary:
         inputs.requests,
         inputs.plug,
         needs_target=False,
+        limit=config.rows.limit,
         passes=len(config.personas),
         outputs=config.decoding.max_new_tokens,
         beams=config.decoding.beams,

@@ -144,7 +144,9 @@ def _check_columns(splits: "Sequence[Split]", problem: Any) -> None:
 def _dry_run(config: Config, inputs: _Inputs) -> Summary:
     from persona.judging.prompts import MAX_TOKENS
 
-    calls, n_bytes = judging.planned(inputs.splits, inputs.store, inputs.plan.variants, swap=config.swap)
+    calls, n_bytes = judging.planned(
+        inputs.splits, inputs.store, inputs.plan.variants, swap=config.swap, limit=config.rows.limit
+    )
     facts = chat.planned_facts(config.chat, calls=calls, prompt_bytes=n_bytes, max_tokens=MAX_TOKENS)
     would = f"judge the answers of {', '.join(inputs.plan.variants)} by {inputs.plan.judge}"
     return Summary(

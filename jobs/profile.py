@@ -129,7 +129,9 @@ def main(config: Config) -> Summary:
 def _plan(config: Config, inputs: _Inputs) -> Summary:
     """The summary of a dry run."""
     options = config.options
-    first = profile_plan.look(inputs.requests, rejected=config.rejected, n_buckets=inputs.store.n_buckets)
+    first = profile_plan.look(
+        inputs.requests, rejected=config.rejected, n_buckets=inputs.store.n_buckets, limit=config.rows.limit
+    )
     plan = first.summary(f"make profiles by {options.by}, as recipe {options.name}", options, inputs.requests)
     if inputs.llm is not None:
         return profile_plan.of_likelihood(first, options, inputs.llm, config.cost, plan)

@@ -299,8 +299,8 @@ def _plan(config: Config, spec: RunSpec, inputs: TrainingInputs, *, resumes: boo
     verb = "resume" if resumes else "start"
     plug = config.plug_options
     would = f"{verb} run {config.run!r}: a plug of {plug.persona_tokens} persona tokens for {config.llm}"
-    requests = first_look.n_requests(inputs.requests, needs_target=True)
-    n_trained = requests.n if config.rows.limit is None else min(requests.n, config.rows.limit)
+    requests = first_look.n_requests(inputs.requests, needs_target=True).at_most(config.rows.limit)
+    n_trained = requests.n
     if inputs.validation is None:
         n_trained = round(n_trained * (1 - config.validation_fraction))
     options = config.training

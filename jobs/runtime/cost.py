@@ -27,17 +27,21 @@ def planned_requests(
     plug: PlugRef,
     *,
     needs_target: bool,
+    limit: int | None,
     passes: int,
     if_all: str,
     outputs: int = 0,
     beams: int = 1,
 ) -> Summary:
-    """The dry run of a job in which the plug's LLM reads each request `passes` times, with texts of the mean length."""
+    """The dry run of a job in which the plug's LLM reads each request `passes` times, with texts of the mean length.
+
+    `limit` is the value of --limit.
+    """
     from persona.models import resolve as models
 
     record = plug.record
     llm = models.resolve(plug.llm, revision=record.llm["revision"], flag="--llm")
-    found = first_look.n_requests(requests, needs_target=needs_target)
+    found = first_look.n_requests(requests, needs_target=needs_target).at_most(limit)
     n_read = round(min(record.max_input_tokens, found.mean_tokens))
     n_requests = passes * found.n
     flops = known(

@@ -1,7 +1,7 @@
 """A look at the first rows of an input, for a dry run: how many rows there are, and what they find in the store."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,10 @@ class Amount:
     n: int
     mean_tokens: float
     is_exact: bool
+
+    def at_most(self, limit: int | None) -> "Amount":
+        """The first `limit` of these rows, or all."""
+        return self if limit is None or limit > self.n else replace(self, n=limit, is_exact=True)
 
     def __str__(self) -> str:
         """Two digits of an estimate."""
@@ -104,16 +108,17 @@ def look(requests: Requests, store: "Store", *, max_behaviors: int, must_see: bo
     return FirstLook(n_requests=len(n_seen), n_with_history=n_with_history, mean_behaviors=sum(n_seen) / len(n_seen))
 
 
-def look_at_behaviors(histories: Histories, store: "Store | None") -> Behaviors:
-    """Count the behaviors, and compare the first ones with the store, if there is one."""
+def look_at_behaviors(histories: Histories, store: "Store | None", *, limit: int | None) -> Behaviors:
+    """Count the behaviors, up to `limit`, and compare the first ones with the store, if there is one."""
     import pyarrow.compute as pc
 
-    found = _amount(histories.splits, partial(_behaviors_in, histories, 1), "text")
+    found = _amount(histories.splits, partial(_behaviors_in, histories, 1), "text").at_most(limit)
     first = None
     if store is not None:
         first = _first(histories.splits, partial(_behaviors_in, histories, store.n_buckets))
     if store is None or first is None:
         return Behaviors(all=found)
+    first = first.slice(0, limit)
     n_compared = n_missing = 0
     for bucket in islice(first["bucket"].unique().to_pylist(), _BUCKETS):
         rows = first.filter(pc.equal(first["bucket"], bucket))

@@ -204,8 +204,10 @@ def current(requests: "pa.Table", *, store: "Store", plan: JudgePlan) -> "Iterat
     yield pa.Table.from_pylist(rows, _schema(_SHOWN))
 
 
-def planned(splits: "Iterable[Split]", store: "Store", variants: Sequence[str], *, swap: bool) -> tuple[int, int]:
-    """The calls that judging all answers takes at most, and the bytes of their prompts."""
+def planned(
+    splits: "Iterable[Split]", store: "Store", variants: Sequence[str], *, swap: bool, limit: int | None
+) -> tuple[int, int]:
+    """The calls that judging the first `limit` requests takes at most, and the bytes of their prompts."""
     import pyarrow.compute as pc
 
     from persona.inputs.reader import read_split
@@ -218,9 +220,12 @@ def planned(splits: "Iterable[Split]", store: "Store", variants: Sequence[str], 
         for task in TASKS
     )
     of_request: dict[str, int] = {}
+    n_requests = 0
     for split in splits:
         for records in read_split(split, job="judge", problem=requests.problem):
             good, _ = requests.validate(records, store.n_buckets, job="judge")
+            good = good.slice(0, None if limit is None else limit - n_requests)
+            n_requests += good.num_rows
             for row in good.select(["request_id", "input", "persona", "other_persona"]).to_pylist():
                 shown = max(len((row[name] or "").encode()) for name in ("persona", "other_persona"))
                 of_request[row["request_id"]] = fixed + shown + len(row["input"].encode())

@@ -83,8 +83,8 @@ class FirstPairs:
         return Summary(table=table, result=result)
 
 
-def look(requests: Requests, *, rejected: str, n_buckets: int) -> FirstPairs:
-    """Read the first files, until there are enough pairs. Raises InputError when they cannot be read."""
+def look(requests: Requests, *, rejected: str, n_buckets: int, limit: int | None) -> FirstPairs:
+    """Read the first files, until there are enough pairs or `limit`. Raises InputError when they cannot be read."""
     from persona.inputs import requests as rules
     from persona.inputs.reader import read_split
 
@@ -97,11 +97,13 @@ def look(requests: Requests, *, rejected: str, n_buckets: int) -> FirstPairs:
             good, _ = rules.validate(
                 records, n_buckets, True, columns=columns, needs_as_of=requests.needs_as_of, rejected=rejected
             )
+            good = good.slice(0, None if limit is None else limit - n_rows)
             users.update(good["user_id"].to_pylist())
             n_rows += good.num_rows
             n_bytes += sum(good[name].nbytes for name in ("input", "target", "rejected"))
         n_read += split.end - split.start
-        if n_rows >= _LOOKED_AT:
+        if n_rows >= (_LOOKED_AT if limit is None else min(limit, _LOOKED_AT)):
             break
     n_all = sum(split.end - split.start for split in requests.splits)
-    return FirstPairs(pairs_by_user=list(users.values()), mean_bytes=n_bytes / max(n_rows, 1), share=n_read / n_all)
+    share = n_read / n_all if limit is None or n_rows < limit else 1.0
+    return FirstPairs(pairs_by_user=list(users.values()), mean_bytes=n_bytes / max(n_rows, 1), share=share)

@@ -184,6 +184,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(refuse: Job, flags: dict, r
     write(join(root, "in.parquet"), behaviors(2, 2))
     done = refuse(embed, histories=join(root, "in.parquet"), dry_run=True, **flags)
     assert (done.code, done.result["would"], done.result["behaviors"]) == (0, "create the store", 4)
+    assert refuse(embed, histories=join(root, "in.parquet"), dry_run=True, limit=3, **flags).result["behaviors"] == 3
     assert not exists(str(flags["store"]))
 
 
@@ -201,6 +202,7 @@ def test_a_dry_run_says_how_many_behaviors_the_store_lacks(
         "missing": 3,
     }
     assert "8; the store lacks 3 of the first 8" in done.table
+    assert "2; the store lacks 2 of the first 2" in refuse(embed, **flags, max_tokens=32, dry_run=True, limit=2).table
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(

@@ -95,6 +95,10 @@ def test_answers_of_each_persona_are_those_of_the_plug_itself(do: Job, flags: di
 
 def test_a_dry_run_shows_what_the_llm_reads(refuse: Job, flags: dict[str, Any]) -> None:
     done = refuse(generate, **flags, dry_run=True)
+    limited = refuse(generate, **flags, dry_run=True, limit=2)
+    assert limited.result["requests"] == 2
+    n_requests = done.result["requests"]
+    assert limited.result["cost"]["tflop"] == pytest.approx(done.result["cost"]["tflop"] * 2 / n_requests, abs=1e-3)
     assert done.result["prompt_example"] == "<s>[3 soft tokens][input]\n[target]</s>"
     write(flags["requests"], [{**row, "system": "Write."} for row in sample_requests()])
     done = refuse(generate, **flags, dry_run=True)
@@ -216,6 +220,7 @@ def test_bad_requests_are_rejected_and_a_repeated_id_is_answered_once(do: Job, f
     done = do(generate, **flags)
     assert done.code == 3
     assert (done.result["answered"], done.result["rejects"], done.result["repeated_ids"]) == (2, 2, 1)
+    assert "1 requests left out; of each id, the first counts" in done.table
     reasons = DeltaTable(f"{flags['store']}/rejects").to_pyarrow_table()["reason"].to_pylist()
     assert sorted(reasons) == ["input is empty", "user_id is missing"]
 

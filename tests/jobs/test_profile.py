@@ -205,6 +205,9 @@ def test_a_dry_run_bounds_the_calls_and_their_price(
         2 * max_calls(Sizes(7, 3, 0), ProfileOptions()),
     )
     assert done.result["chat_cost"] == pytest.approx(done.result["prompt_tokens"] / 1e6)
+    limited = refuse(profile, **flags, chat_model="big", limit=10)
+    assert (limited.result["users"], limited.result["share"]) == (1, 1)
+    assert limited.result["calls"] == done.result["calls"] / 2
     assert server.n_calls == 0
     assert not (store / "profiles" / "recipe=chat").exists()
 
