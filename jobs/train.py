@@ -141,7 +141,7 @@ def main(config: Config) -> Summary:
     started = time.perf_counter()
     inputs = _inputs(config)
     spec = _spec(config, inputs)
-    run = Run.find(spec, inputs)
+    run = Run.find(spec, inputs, is_tracked=config.track != "none")
     if config.dry_run:
         return _plan(config, spec, inputs, resumes=run.record is not None)
     place, settings = f"{inputs.runs}/{config.run}", flat_settings(config)

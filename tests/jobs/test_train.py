@@ -395,6 +395,13 @@ def test_an_option_newer_than_the_run_was_off_in_it(
     (tmp_path / "runs" / "r").mkdir(parents=True)
     (tmp_path / "runs" / "r" / "settings.json").write_text(json.dumps(started))
     flags = {**SETTINGS, **inputs, **folders(tmp_path), "dry_run": True}
+    # Without a checkpoint there is nothing to resume, and any settings are as good.
+    for more in ({}, {"contrast": 0.3}):
+        assert "start run 'r'" in refuse(train, **flags, **more).result["would"]
+    # But a tracker keeps the settings that it was told first.
+    assert "contrast was 0.0 and is 0.3" in refuse(train, **flags, contrast=0.3, track="tensorboard").said
+    (tmp_path / "runs" / "r" / "checkpoint_a").mkdir()
+    (tmp_path / "runs" / "r" / "checkpoint_a" / "state.json").write_text("{}")
     assert "resume run 'r'" in refuse(train, **flags).result["would"]
     assert "contrast was 0.0 and is 0.3" in refuse(train, **flags, contrast=0.3).said
 

@@ -54,13 +54,18 @@ class Run:
     record: RunRecord | None
 
     @classmethod
-    def find(cls, spec: RunSpec, inputs: "TrainingInputs") -> "Run":
-        """The run of that name. Raises UsageError when it cannot be resumed with these settings."""
+    def find(cls, spec: RunSpec, inputs: "TrainingInputs", *, is_tracked: bool) -> "Run":
+        """The run of that name. Raises UsageError when it cannot be resumed with these settings.
+
+        A run that ended before its first checkpoint has nothing to resume, so it starts anew, with any settings; unless
+        it is tracked, as a tracker keeps the settings that it was told first.
+        """
         from persona import storage
 
-        uri = storage.join(inputs.runs, spec.run, "settings.json")
+        folder = storage.join(inputs.runs, spec.run)
+        uri = storage.join(folder, "settings.json")
         settings = spec.fixed() | {"llm": inputs.llm.fingerprint, "encoder": inputs.encoder.fingerprint}
-        record = RunRecord.read(uri)
+        record = RunRecord.read(uri) if is_tracked or _has_checkpoint(folder) else None
         behaviors = inputs.store.table("behaviors")
         if record is not None:
             if record.behaviors != behaviors.id():
@@ -92,6 +97,12 @@ class Run:
                 f"--requests gives {n_requests:,} requests to train on, but gave {self.record.requests:,} when the run "
                 "was started; give the run another name with --run"
             )
+
+
+def _has_checkpoint(folder: str) -> bool:
+    from persona import storage
+
+    return any(file.uri.removeprefix(f"{folder}/").startswith("checkpoint_") for file in storage.list_files(folder))
 
 
 def _check_same_settings(run: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
