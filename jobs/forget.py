@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _NOT_SEARCHED = (
     "histories and requests that jobs read: remove these users there, or the next jobs.embed adds them again",
+    "texts that jobs.make_requests put into other users' requests, and their profiles and evaluations: make them again",
     "answers, texts or lists of differences that other programs or jobs.store have copied from the tables",
     "what a killed jobs.train, jobs.make_requests or jobs.pair left in _exchange below its --runs or --out: delete it",
     "hidden states that jobs.locate keeps, or left when it was killed: delete the folder states below its --out",

@@ -192,6 +192,7 @@ def test_an_id_with_special_characters_and_a_second_run(do: Job, store: Path, tm
     assert [
         text for text in done.result["not_searched"] if "not a pointer" in text or "than those of --reports" in text
     ]
+    assert any("jobs.make_requests put into other users' requests" in text for text in done.result["not_searched"])
     assert not [name for name, data in contents(str(tmp_path / "report")).items() if b"Brien" in data]
     assert done.result["rows_before"] == NO_ROWS | {"behaviors": 4, "personas": 1, "generations": 2}
     left = everything(store)
