@@ -47,7 +47,7 @@ class LossSettings:
 def measure(requests: "Dataset", settings: LossSettings, pool: ModelPool, tally: Tally, *, n_rows: int) -> Losses:
     """The losses of at most `n_rows` joined requests with their targets: a few numbers per request, and the target.
 
-    Raises InputError for an id of several users: answers and losses are told apart by their ids.
+    Raises InputError as `check_ids`.
     """
     block_rows = _BATCHES_PER_BLOCK * settings.batch_size
     pool = pool.fit(n_rows, block_rows)
@@ -58,11 +58,19 @@ def measure(requests: "Dataset", settings: LossSettings, pool: ModelPool, tally:
         for row in cast("pa.Table", table).to_pylist():
             for name in names:
                 gathered[name].append(row[name])
+    check_ids(gathered)
+    return gathered
+
+
+def check_ids(losses: Mapping[str, list[Any]]) -> None:
+    """Raises InputError for an id of several users: answers and losses are found by their ids.
+
+    The join of a bucket finds such users in the same bucket only.
+    """
     user_of: dict[str, str] = {}
-    for request, user in zip(gathered["request_id"], gathered["user_id"], strict=True):
+    for request, user in zip(losses["request_id"], losses["user_id"], strict=True):
         if user_of.setdefault(request, user) != user:
             raise joining.id_of_several_users(request)
-    return gathered
 
 
 def to_parquet(losses: Mapping[str, list[Any]]) -> bytes:
