@@ -45,7 +45,7 @@ def test_requests_without_a_value_are_counted_where_others_have_one(tmp_path: Pa
 def test_excluded_files_are_counted_and_others_are_not_skipped(tmp_path: Path) -> None:
     write(str(tmp_path / "r.parquet"), [REQUEST])
     (tmp_path / "readme.txt").write_text("about these requests")
-    with pytest.raises(InputError, match=r"--requests: 1 files .* 'readme.txt'.*--exclude '\*.txt'"):
+    with pytest.raises(InputError, match=r"--requests: a file .* 'readme.txt'.*--exclude '\*.txt'"):
         requests_in(tmp_path)
     requests = requests_in(tmp_path, RequestFormat(exclude=("*.txt",)))
     assert requests.rows()[0] == ("excluded", "1 files (--exclude)")

@@ -150,10 +150,11 @@ def test_a_plan_is_an_upper_bound(store: Store, tmp_path: Any, monkeypatch: pyte
     source = tmp_path / "asked.jsonl"
     source.write_text("\n".join(json.dumps(row) for row in asked()))
     splits = plan_splits(str(source), flag="--requests")
-    calls, n_bytes = planned(splits, store, PLAN.variants, swap=True)
+    calls, n_bytes = planned(splits, store, PLAN.variants, swap=True, limit=None)
     with ChatServer(fair) as server:
         judge(store, server, monkeypatch, left(store))
         sent = sum(len(m["content"].encode()) for body in server.requests for m in body["messages"])
     assert (calls, n_bytes >= sent) == (server.n_calls, True)
     assert n_bytes < 1.2 * sent
-    assert planned(splits, store, PLAN.variants, swap=False)[0] == calls / 2
+    assert planned(splits, store, PLAN.variants, swap=False, limit=None)[0] == calls / 2
+    assert planned(splits, store, PLAN.variants, swap=True, limit=1)[0] < calls

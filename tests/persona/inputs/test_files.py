@@ -80,7 +80,7 @@ def test_what_writers_leave_and_empty_files_are_no_input(root: str) -> None:
 )
 def test_any_other_file_is_named_with_a_pattern_that_excludes_it(root: str, name: str) -> None:
     write(root, "a.jsonl", name)
-    with pytest.raises(InputError, match=f"--histories: 1 files .*'{name}'.*--exclude '(.*)'") as caught:
+    with pytest.raises(InputError, match=f"--histories: a file .*'{name}'.*--exclude '(.*)'") as caught:
         names(root, exclude=[])
     pattern = str(caught.value).rsplit("'", 2)[1]
     files = find_files(root, flag="--histories", exclude=[pattern])
