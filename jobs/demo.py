@@ -174,7 +174,7 @@ def _training(config: Config, setup: _Setup) -> train.Config:
             weights="attention", persona_tokens=4, persona_gain=1.0, temperature=30.0, learn_temperature=True
         ),
         training=TrainingOptions(
-            epochs=2,
+            epochs=3,
             global_batch=16,
             micro_batch=16,
             learning_rate=4e-3,
