@@ -47,6 +47,10 @@ def _texts(n: int, retriever: Retriever, tokens: int) -> RetrievalOptions:
     return RetrievalOptions(retrieve=n, retriever=retriever, retrieve_tokens=tokens)
 
 
+def _recent(n: int) -> RetrievalOptions:
+    return _texts(n, "recency", 32 * n)
+
+
 def _tokens(n: int) -> Sequence[str]:
     return "--persona-tokens", str(n)
 
@@ -86,7 +90,6 @@ _PAPER = (*_rate("1e-2"), "--query-prompt", "")
 # Some rows were measured with the recipe as it was before it had a gain.
 _NO_GAIN = ("--persona-gain", "1")
 _BEFORE = (*_NO_GAIN, "--alignment", "0.3")
-_LATEST = _texts(2, "recency", 64)
 _ATTENTION = ("--weights", "attention", "--temperature", "30", "--learn-temperature")
 _RENDERINGS = {
     "plain": ("--prompt-format", "plain"),
@@ -99,12 +102,12 @@ EXPERIMENTS = {
         rows={
             "tuning": _tuning(),
             "bare": _bare(),
-            "bare-recency": _bare(_texts(4, "recency", 128)),
+            "bare-recency": _bare(_recent(4)),
             "bare-bm25": _bare(_texts(4, "bm25", 128)),
             "bare-dense": _bare(_texts(4, "dense", 128)),
             "best": _best(),
             "no-gain": _best(*_BEFORE),
-            "no-gain-tuning": Row(recipe="best", train=(*_NO_GAIN, *_WITHOUT_HISTORIES), personas=("none",)),
+            "no-gain-tuning": _tuning(*_NO_GAIN),
             "paper": Row(recipe="paper", train=_PAPER),
             # The control of `paper`, with one token as well; without a history there is nothing to weigh.
             "paper-tuning": Row(
@@ -112,10 +115,8 @@ EXPERIMENTS = {
             ),
             "attention": _best(*_BEFORE, *_ATTENTION, personas=("own", "none", "other", "mean")),
             # With alignment, the plug learns to use the retrieved texts less well (dev).
-            "retrieval": Row(recipe="best", train=(*_NO_GAIN, "--alignment", "0"), retrieval=_LATEST),
-            "retrieval-tuning": Row(
-                recipe="best", train=(*_NO_GAIN, *_WITHOUT_HISTORIES), personas=("none",), retrieval=_LATEST
-            ),
+            "retrieval": _best(*_NO_GAIN, "--alignment", "0", retrieval=_recent(2)),
+            "retrieval-tuning": _tuning(*_NO_GAIN, retrieval=_recent(2)),
         },
         generate=("--beams", "1", "--max-new-tokens", "32"),
         evaluate=("--metric", "text", *_REJECTED),
@@ -147,10 +148,10 @@ EXPERIMENTS = {
         rows={
             "plug": _best(),
             "tuning": _tuning(),
-            **{f"bare-{n}": _bare(_texts(n, "recency", 32 * n)) for n in (2, 8)},
+            **{f"bare-{n}": _bare(_recent(n)) for n in (2, 8)},
             # With alignment, the plug learns to use the texts in front less well (dev).
-            **{f"plug-{n}": _best("--alignment", "0", retrieval=_texts(n, "recency", 32 * n)) for n in (2, 8)},
-            **{f"tuning-{n}": _tuning(retrieval=_texts(n, "recency", 32 * n)) for n in (2, 8)},
+            **{f"plug-{n}": _best("--alignment", "0", retrieval=_recent(n)) for n in (2, 8)},
+            **{f"tuning-{n}": _tuning(retrieval=_recent(n)) for n in (2, 8)},
         },
         against="tuning-2/none",
     ),
