@@ -6,8 +6,9 @@
 Trains plugs on the next titles of ACL authors with the same requests in the same order, in one process without Ray, and
 prints a table: the plug of the recipe (`tokens`), a plug that gives the LLM keys and values in every layer instead of
 input tokens (`prefix`), one of four times its rank (`prefix-wide`), and the controls of both kinds, which see no
-histories. For vectors of another encoder, run the command once more with `--encoder`. Results that `--out` already has
-are kept, so the same command resumes.
+histories. Three more read a history as more than one mean: `resampler`, `latest` and `peers` (`history_plugs`). For
+vectors of another encoder, run the command once more with `--encoder`. Results that `--out` already has are kept, so
+the same command resumes.
 
 The second table has the loss when the history is the vector of the title to be written. `near` moves that vector to the
 typical behavior, until it is as far from there as the mean of a history: plugs are trained on such means.
@@ -42,7 +43,7 @@ from persona.training.augmentation import step_rows
 from persona.training.deepspeed import new_optimizer, trainable
 from persona.training.order import Window, order_in_window
 from persona.training.step import train_step
-from tests.benchmarks import ceiling_data, ceiling_table, encoder_ranking
+from tests.benchmarks import ceiling_data, ceiling_table, encoder_ranking, history_plugs
 from tests.benchmarks.prefix_plug import PrefixLLM
 
 _RECIPE = "jobs/recipes/acl_next_title/best.yaml"
@@ -52,7 +53,7 @@ _RANK = 26
 _FITTED_BEHAVIORS = 512
 _RANKS = {"prefix": _RANK, "prefix-wide": 4 * _RANK, "prefix-tuning": _RANK}
 _WITHOUT_HISTORIES = ("tuning", "prefix-tuning")
-PLUGS = ("tokens", "prefix", "prefix-tuning", "tuning", "prefix-wide")
+PLUGS = ("tokens", "prefix", "prefix-tuning", "tuning", "prefix-wide", *history_plugs.PLUGS)
 
 
 def main() -> None:
@@ -172,10 +173,14 @@ class Run:
         torch.manual_seed(self.arguments.seed)
         width = data.store.identity.width
         options = self.config.plug_options
-        plug = Plug(options, query_encoder=None, width=width, llm_width=llm.width, token_norm=llm.token_norm())
+        kind = history_plugs.PLUGS.get(name, Plug)
+        plug = kind(options, query_encoder=None, width=width, llm_width=llm.width, token_norm=llm.token_norm())
         behaviors = torch.from_numpy(data.typical).float()
         plug.set_typical_behavior(behaviors)
         warm_start.fit(plug, data.encoder_fp32, llm, data.typical)
+        if isinstance(plug, history_plugs.Resampler | history_plugs.Peers):
+            seen_Nd = ceiling_data.seen_behaviors(data.train, width)
+            plug.start(torch.from_numpy(seen_Nd).float(), seed=self.arguments.seed)
         model = PersonalizedLLM(plug, llm, None)
         if name not in _RANKS:
             return model

@@ -99,6 +99,15 @@ def typical_behaviors(train: pa.Table, width: int) -> np.ndarray:
     return np.concatenate(found)
 
 
+def seen_behaviors(train: pa.Table, width: int) -> np.ndarray:
+    """Vectors (N, d) of all behaviors that the joined training requests see, user after user, each once."""
+    longest: dict[str, bytes] = {}
+    for user, history in zip(train["user_id"].to_pylist(), train["history"].to_pylist(), strict=True):
+        # Histories of one user are the same behaviors up to different times.
+        longest[user] = max(history, longest.get(user, b""), key=len)
+    return np.concatenate([vectors.from_bytes(history, width) for _, history in sorted(longest.items())])
+
+
 def title_vectors(rows: pa.Table, encoder: TextEncoder, typical_Nd: np.ndarray) -> tuple[pa.Array, pa.Array]:
     """A column `history` with the vector of each row's title, and one with that vector near the typical behavior.
 
