@@ -171,6 +171,8 @@ class TrainingOptions:
     """Weight decay of AdamW."""
     warmup: float = 0.05
     """Share of the steps over which the rates rise; after that they fall linearly to 0."""
+    persona_warmup: int = 100
+    """Steps over which the persona rises to its full strength: first, the plug learns what all requests share."""
     max_gradient_norm: float = 1.0
     """Clip the gradients of a step to this norm; 0 clips nothing."""
     history_dropout: float = 0.25
@@ -195,6 +197,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "epochs", "global_batch", *(["micro_batch"] if self.micro_batch != "auto" else []))
+        check_at_least(self, 0, "persona_warmup")
         if self.zero_stage not in (1, 2, 3):
             raise UsageError(f"--zero-stage {self.zero_stage}: must be 1, 2 or 3")
         if self.zero_stage == 3 and self.micro_batch == "auto":

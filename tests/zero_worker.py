@@ -156,6 +156,7 @@ def new_options(case: dict[str, Any], stage: int) -> TrainingOptions:
         learning_rate=6e-2,
         query_learning_rate=1e-3,
         warmup=0.3,
+        persona_warmup=0,
         zero_stage=stage,
         contrast=case.get("contrast", 0.0),
         max_gradient_norm=case.get("clip", 1.0),

@@ -71,6 +71,9 @@ class Plug(nn.Module):
         # Used for a request without history; measured (`set_typical_behavior`), not trained.
         self.typical_behavior: Tensor
         self.register_buffer("typical_behavior", torch.zeros(width))
+        # What strength 1 is: below 1 within the `persona_warmup` of training. A vector of one, as log_temperature.
+        self.full_strength: Tensor
+        self.register_buffer("full_strength", torch.ones(1))
         if options.instruction == "vector":
             self.instruction = nn.Parameter(_random_tokens(1, llm_width, token_norm / self.scale))
         elif options.instruction == "projected":
@@ -124,15 +127,14 @@ class Plug(nn.Module):
         return self.scale * personas_BKD
 
     def scale_deviation(self, hidden_NF: Tensor, typical_F: Tensor, strength: float = 1.0) -> Tensor:
-        """Multiplies the deviation of activations (N, F) from those of the typical behavior by `persona_gain`·strength.
+        """Multiplies how far activations (N, F) are from those of the typical behavior by `persona_gain` and strength.
 
         W2 could learn this factor. But AdamW's steps have about the same size for every weight, and histories deviate
         little from their mean: with a gain, the same step of W2 changes more of what is specific to a user.
         """
-        factor = self.options.persona_gain * strength
-        if factor == 1:
-            return hidden_NF
-        return typical_F + factor * (hidden_NF - typical_F)
+        # A factor of 0 or 1 gives exactly the one or the other.
+        factor = self.options.persona_gain * strength * self.full_strength.to(hidden_NF.dtype)
+        return torch.lerp(typical_F, hidden_NF, factor)
 
     def forward(
         self,

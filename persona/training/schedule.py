@@ -1,4 +1,4 @@
-"""The learning rate over a run: linear warm-up, then linear decay."""
+"""What changes over a run: the learning rate, and the strength of the persona."""
 
 import math
 
@@ -12,3 +12,12 @@ def learning_rate_factor(step: int, n_steps: int, warmup: float) -> float:
     if step < n_warmup:
         return (step + 1) / n_warmup
     return (n_steps - step) / max(n_steps - n_warmup, 1)
+
+
+def persona_strength(step: int, n_steps: int) -> float:
+    """The strength of the persona at `step`, which counts from 0: it rises linearly to 1 over the first `n_steps`.
+
+    What all requests share is learned in few steps, but not while each history moves the soft tokens by a map that is
+    still noise.
+    """
+    return min(1.0, (step + 1) / n_steps) if n_steps else 1.0

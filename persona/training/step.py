@@ -20,7 +20,7 @@ from persona.options import TrainingOptions
 from persona.plug.personalized import Batch, PersonalizedLLM, Row
 from persona.training.augmentation import with_other_histories, with_rejected
 from persona.training.deepspeed import max_over_workers, sum_over_workers
-from persona.training.schedule import learning_rate_factor
+from persona.training.schedule import learning_rate_factor, persona_strength
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,6 +90,7 @@ def train_step(
     factor = learning_rate_factor(step, n_steps, options.warmup)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+    model.plug.full_strength.fill_(persona_strength(step, options.persona_warmup))
     # DeepSpeed averages over workers and over accumulated passes; eq. 6 is a sum.
     scale = (engine.world_size * len(parts) / n_tokens).float()
     total = torch.zeros_like(n_tokens)

@@ -62,6 +62,7 @@ class PrefixPlug(nn.Module):
         self.source = source.requires_grad_(False)
         self.source.projector.inner.requires_grad_(True)
         self.options, self.query_encoder = source.options, None
+        self.full_strength = source.full_strength
         self.width, self.llm_width = source.width, source.llm_width
         unit_Y2hSw = start_Y2hSw.pow(2).mean((2, 4), keepdim=True).sqrt().expand_as(start_Y2hSw)
         self.start: Tensor
@@ -78,7 +79,7 @@ class PrefixPlug(nn.Module):
         mixed_BF = aggregation.mix(self.source.projector.activate(history_Md), weights_M, lengths_B)
         typical_F = self.source.projector.activate(self.source.typical_behavior)
         has_history_B1 = (lengths_B > 0).unsqueeze(-1)
-        return self.options.persona_gain * (mixed_BF - typical_F) * has_history_B1
+        return self.options.persona_gain * self.full_strength * (mixed_BF - typical_F) * has_history_B1
 
     def forward(self, history_Md: Tensor, lengths_B: Tensor) -> Tensor:
         """The prefixes (B, Y, 2, h, S, w) of requests; the arguments are those of `Plug.forward`."""

@@ -46,6 +46,7 @@ TRAINING: Row = {
     "persona_gain": 1.0,
     "warm_start": "none",
     "alignment": 0.0,
+    "persona_warmup": 0,
     "history_dropout": 0.5,
     "epochs": 2,
     "global_batch": 4,

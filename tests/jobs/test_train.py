@@ -206,7 +206,7 @@ def test_a_run_with_killed_workers_trains_the_same_plug_and_is_tracked_as_one(
 
 
 def test_a_run_with_alignment_and_contrast_is_resumed(do: Job, inputs: dict, undisturbed: Path, tmp_path: Path) -> None:
-    flags = {**SETTINGS, **inputs, "alignment": 0.5, "contrast": 0.5, "recency": True}
+    flags = {**SETTINGS, **inputs, "alignment": 0.5, "contrast": 0.5, "recency": True, "persona_warmup": 5}
     assert do(train, **flags, **folders(tmp_path / "whole")).code == 0
     with killing_a_worker(tmp_path / "killed" / "runs", 2) as killed:
         assert do(train, **flags, **folders(tmp_path / "killed"), max_failures=1).code == 0

@@ -95,6 +95,11 @@ def cautions(spec: "RunSpec", n_steps: int) -> list[tuple[str, str]]:
     if n_steps < FEW_STEPS:
         advice = "take more --epochs or more requests (docs/training.md, Start here)"
         found.append(f"in fewer than {FEW_STEPS} steps a plug learns little from histories; {advice}")
+    warmup = spec.training.persona_warmup
+    if n_steps < warmup and spec.training.empty_history < 1:
+        found.append(
+            f"after {n_steps} of --persona-warmup {warmup} steps the persona has {n_steps / warmup:.0%} of its strength"
+        )
     if spec.retrieval.retrieve and spec.training.alignment:
         found.append("with alignment a plug does not learn to read retrieved texts; add --alignment 0")
     return [("warning", caution) for caution in found]

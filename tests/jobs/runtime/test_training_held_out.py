@@ -1,15 +1,16 @@
 """The end of a training run: which checkpoint becomes the plug, and what the summary says of its personas."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from jobs.runtime.training.held_out import PERSONAS, selected, summarize
+from jobs.runtime.training.held_out import PERSONAS, cautions, selected, summarize
 from jobs.runtime.training.inputs import with_other_history
 from persona.inputs.histories import bucket_of
-from persona.options import PersonaKind
+from persona.options import PersonaKind, RetrievalOptions, TrainingOptions
 from persona.store.join import join_histories
 from persona.store.store import Store
 from tests.jobs.conftest import requests
@@ -95,3 +96,24 @@ def test_the_other_users_are_those_of_an_evaluation(filled_store: Path) -> None:
             assert seen.pop(row["request_id"]) == row["history"]
             assert row["n_behaviors"] > 0
     assert not seen
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "training", "retrieve", "expected"),
+    [
+        (775, {}, 0, []),
+        (155, {}, 0, ["in fewer than 310 steps"]),
+        (50, {}, 0, ["in fewer than 310 steps", "after 50 of --persona-warmup 100 steps the persona has 50% of its"]),
+        (50, {"persona_warmup": 0}, 0, ["in fewer than 310 steps"]),
+        (50, {"empty_history": 1.0, "alignment": 0.0}, 0, ["in fewer than 310 steps"]),
+        (775, {}, 2, ["with alignment a plug does not learn to read retrieved texts"]),
+        (775, {"alignment": 0.0}, 2, []),
+    ],
+)
+def test_settings_that_gained_little_are_warned_of(
+    n_steps: int, training: dict[str, float], retrieve: int, expected: list[str]
+) -> None:
+    spec: Any = SimpleNamespace(training=TrainingOptions(**training), retrieval=RetrievalOptions(retrieve=retrieve))
+    found = cautions(spec, n_steps)
+    assert [name for name, _ in found] == ["warning"] * len(expected)
+    assert all(said.startswith(beginning) for (_, said), beginning in zip(found, expected, strict=True))

@@ -117,7 +117,7 @@ def test_the_folder_holds_only_weights_of_the_plug(saved, encoder_folder, llm):
     weights = load_file(saved / "plug.safetensors")
     assert set(weights) == set(new_model(encoder_folder, llm, learn_temperature=True).plug.state_dict())
     assert {name.split(".")[0] for name in weights} == {
-        "query_encoder", "projector", "typical_behavior", "instruction", "log_temperature",
+        "query_encoder", "projector", "typical_behavior", "full_strength", "instruction", "log_temperature",
     }  # fmt: skip
 
 

@@ -269,6 +269,16 @@ def test_a_gain_scales_the_deviation_from_the_typical_persona_and_not_empty_hist
     torch.testing.assert_close(with_gain - typical_KD, 4 * (without - typical_KD), **EXACT)
 
 
+@pytest.mark.parametrize("gain", [1.0, 4.0])
+def test_below_its_full_strength_a_plug_moves_each_persona_to_the_typical_one(gain):
+    plug = new_plug(persona_gain=gain)
+    whole = soft_tokens(plug, HISTORY, LENGTHS, QUERIES)
+    plug.full_strength.fill_(0.25)
+    weaker = soft_tokens(plug, HISTORY, LENGTHS, QUERIES)
+    typical_SD = whole[LENGTHS == 0][0]
+    torch.testing.assert_close(weaker - typical_SD, 0.25 * (whole - typical_SD), **EXACT)
+
+
 def test_the_query_token_is_the_projected_query_behind_the_persona():
     plug, plain = new_plug(query_token=True), new_plug()
     for one in (plug, plain):

@@ -1,9 +1,9 @@
-"""The learning rate rises and falls linearly."""
+"""The learning rate rises and falls linearly, and the persona's strength rises."""
 
 import pytest
 from hypothesis import given, strategies as st
 
-from persona.training.schedule import learning_rate_factor
+from persona.training.schedule import learning_rate_factor, persona_strength
 
 
 def test_the_rate_rises_linearly_then_falls_linearly_to_zero():
@@ -18,3 +18,8 @@ def test_every_step_has_a_rate_between_zero_and_the_peak(n_steps, warmup):
     factors = [learning_rate_factor(step, n_steps, warmup) for step in range(n_steps)]
     assert all(0 < factor <= 1 for factor in factors)
     assert max(factors) == 1
+
+
+def test_the_persona_has_its_full_strength_from_the_end_of_its_warm_up_on():
+    assert [persona_strength(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert persona_strength(0, 0) == 1

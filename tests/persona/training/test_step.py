@@ -27,7 +27,13 @@ from tests.plugs import ROWS, losses, new_model
 
 BETA, NLL_WEIGHT = 0.3, 0.25
 PREFERS = TrainingOptions(
-    global_batch=len(ROWS), micro_batch=2, preference=BETA, nll_weight=NLL_WEIGHT, max_gradient_norm=0, warmup=0
+    global_batch=len(ROWS),
+    micro_batch=2,
+    preference=BETA,
+    nll_weight=NLL_WEIGHT,
+    max_gradient_norm=0,
+    warmup=0,
+    persona_warmup=0,
 )
 
 
@@ -125,6 +131,17 @@ class PlainEngine:
 
     def step(self) -> None:
         self.optimizer.step()
+
+
+def test_a_step_has_the_strength_of_its_place_in_the_warm_up_and_keeps_it(encoder_folder, llm):
+    model, options = new_model(encoder_folder, llm), replace(PREFERS, preference=0.0, nll_weight=1.0, persona_warmup=4)
+    for step, strength in enumerate((0.25, 0.5, 0.75, 1.0, 1.0)):
+        loss, n_tokens = train_step(PlainEngine(model), ROWS, step=step, n_steps=5, options=options)
+        model.plug.full_strength.fill_(1.0)
+        expected = model(model.collate(ROWS, strength=strength)).sum().item()
+        assert loss == pytest.approx(expected / n_tokens, rel=1e-5)
+        train_step(PlainEngine(model), ROWS, step=step, n_steps=5, options=options)
+        assert model.plug.full_strength.tolist() == [strength]
 
 
 def test_a_step_and_a_validation_have_that_loss_and_a_step_its_gradients(encoder_folder, llm_folder, llm):

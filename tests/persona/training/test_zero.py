@@ -217,19 +217,20 @@ def test_a_checkpoint_holds_the_plug_and_its_moments_and_no_llm(found):
             "plug.safetensors",
             "state.json",
         ]
-        assert set(load_file(folder / "plug.safetensors")) == names | {"typical_behavior"}
+        assert set(load_file(folder / "plug.safetensors")) == names | {"typical_behavior", "full_strength"}
         moments = load_file(folder / "moments.safetensors")
         assert set(moments) == {f"plug.{name}:{kind}" for name in names for kind in ("exp_avg", "exp_avg_sq")}
         # After three steps every second moment is nonzero, so no parameter group was missed.
         assert not [name for name, moment in moments.items() if name.endswith("_sq") and not moment.any()]
 
 
-def test_a_checkpoint_restores_the_typical_behavior(found):
+@pytest.mark.parametrize("name", ["typical_behavior", "full_strength"])
+def test_a_checkpoint_restores_what_is_not_trained(found, name):
     model = new_case_model(found["base"])
-    was = model.plug.typical_behavior.clone()
-    model.plug.typical_behavior.zero_()
+    was = model.plug.get_buffer(name).clone()
+    model.plug.get_buffer(name).zero_()
     checkpoint.load_weights(model, found["out"] / "two-3")
-    assert torch.equal(model.plug.typical_behavior, was)
+    assert torch.equal(model.plug.get_buffer(name), was)
     assert was.any()
 
 
