@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.ceiling --acl FOLDER --out run
     python -m tests.benchmarks.ceiling --acl FOLDER --out run --encoder FOLDER --only tokens
+    python -m tests.benchmarks.ceiling --acl FOLDER --out run --train-rows 800 --only tokens tuning    # 50 steps
 
 Trains plugs on the next titles of ACL authors with the same requests in the same order, in one process without Ray, and
 prints a table: the plug of the recipe (`tokens`), a plug that gives the LLM keys and values in every layer instead of
@@ -66,11 +67,13 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", choices=PLUGS, default=PLUGS[:4], metavar="PLUG", help=f"{', '.join(PLUGS)}; none: no plug"
     )
+    parser.add_argument("--task", choices=ceiling_data.TASKS, default="next", help="what the input says of the title")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="requests to evaluate")
     parser.add_argument("--train-rows", type=int, default=2_480, help="number of training requests, 16 per step")
     parser.add_argument("--every", type=int, default=4, help="evaluate every N-th request of the split")
     parser.add_argument("--max-tokens", type=int, default=256, help="cut texts to this length for the encoder")
     parser.add_argument("--prefix-rate", type=float, default=1e-2, help="peak learning rate of the prefix plugs")
+    parser.add_argument("--persona-warmup", type=int, default=100, help="as of jobs.train; the older tables have 0")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of requests")
     run = Run(parser.parse_args())
     run.rank_by_encoder()
@@ -116,6 +119,7 @@ class Run:
             global_batch=_BATCH,
             seed=self.arguments.seed,
             learning_rate=key.get("rate", self.config.training.learning_rate),
+            persona_warmup=self.arguments.persona_warmup,
         )
         if not with_histories:
             options = replace(options, empty_history=1.0, alignment=0.0)
@@ -152,7 +156,7 @@ class Run:
         return {"plug": name, **encoder, **rate, **self._requests_key()}
 
     def _requests_key(self) -> dict[str, Any]:
-        names = ("split", "train_rows", "every", "max_tokens", "seed")
+        names = ("task", "split", "train_rows", "every", "max_tokens", "persona_warmup", "seed")
         return {name: getattr(self.arguments, name) for name in names}
 
     def _is_done(self, key: dict[str, Any]) -> bool:
@@ -192,7 +196,11 @@ class Data:
 
     def __init__(self, arguments: argparse.Namespace, folder: ModelFolder, *, max_behaviors: int) -> None:
         train, self.held_out = ceiling_data.requests(
-            arguments.acl, train_rows=arguments.train_rows, split=arguments.split, every=arguments.every
+            arguments.acl,
+            task=arguments.task,
+            train_rows=arguments.train_rows,
+            split=arguments.split,
+            every=arguments.every,
         )
         uri = arguments.out / f"store-{folder.fingerprint[:12]}-{arguments.max_tokens}"
         self.store: Store

@@ -25,17 +25,41 @@ from tests.benchmarks.authors import with_rejected
 _BUCKETS = 16
 _DRAWS = 2**31 - 1
 _TYPICAL_REQUESTS, _TYPICAL_EACH = 128, 8
+_ABSTRACT = "Write the title of the paper with this abstract.\n"
+TASKS = ("next", "abstract")
 
 
-def requests(acl: Path, *, train_rows: int, split: str, every: int) -> tuple[pa.Table, pa.Table]:
+def requests(acl: Path, *, task: str, train_rows: int, split: str, every: int) -> tuple[pa.Table, pa.Table]:
     """The training requests, a random sample, and every N-th request of the split with a column `rejected`.
 
-    They are the requests of `tests.benchmarks.authors` with the same numbers.
+    They are the requests of `tests.benchmarks.authors` with the same numbers. The task `next` asks for the author's
+    next title, `abstract` for the title of an abstract.
     """
     train, held_out = (pq.read_table(acl / f"next_title_{name}.parquet") for name in ("train", split))
     drawn = np.random.default_rng(0).choice(train.num_rows, min(train_rows, train.num_rows), replace=False)
     held_out = with_rejected(held_out, pq.read_table(acl / f"which_{split}.parquet"), label=False)
-    return train.take(np.sort(drawn)), held_out.take(np.arange(0, held_out.num_rows, every))
+    parts = train.take(np.sort(drawn)), held_out.take(np.arange(0, held_out.num_rows, every))
+    if task == "next":
+        return parts
+    texts = pq.read_table(acl / "histories.parquet", columns=["user_id", "text"]).to_pylist()
+    return _with_abstracts(parts[0], texts), _with_abstracts(parts[1], texts)
+
+
+def _with_abstracts(rows: pa.Table, texts: Sequence[dict[str, str]]) -> pa.Table:
+    """The requests with an input that has the abstract of the paper whose title is asked for."""
+    titles: dict[str, set[str]] = {}
+    for user, title in zip(rows["user_id"].to_pylist(), rows["target"].to_pylist(), strict=True):
+        titles.setdefault(user, set()).add(title)
+    found = {}
+    for text in texts:
+        begun = [title for title in titles.get(text["user_id"], ()) if text["text"].startswith(f"{title} ")]
+        if begun:
+            # A title may be the beginning of another.
+            title = max(begun, key=len)
+            found[text["user_id"], title] = text["text"].removeprefix(title).strip()
+    pairs = zip(rows["user_id"].to_pylist(), rows["target"].to_pylist(), strict=True)
+    inputs = pa.array([_ABSTRACT + found[pair] for pair in pairs])
+    return rows.set_column(rows.column_names.index("input"), "input", inputs)
 
 
 def embed(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -148,3 +149,18 @@ def test_differences_are_per_token_and_multiples_are_of_sums(capsys: pytest.Capt
     assert (found.mean, found.low, found.high) == (2.0, 2.0, 2.0)
     ceiling_table.show([tokens, prefix])
     assert "| prefix, vectors 8 wide | −1.000 [−1.000, −1.000] | 2.00 [2.00, 2.00] |" in capsys.readouterr().out
+
+
+def test_the_input_of_an_abstract_request_is_the_abstract_of_that_paper(tmp_path: Path):
+    papers = [("u", "One", "One of u."), ("u", "One and two", "Both of u."), ("v", "One", "One of v.")]
+    rows = {"request_id": ["a", "b", "c"], "user_id": [user for user, _, _ in papers]}
+    table = pa.table({**rows, "input": ["?"] * 3, "target": [title for _, title, _ in papers]})
+    which = pa.table({"input": ['[1]: "x" [2]: "y"'] * 3, "target": ["[1]"] * 3})
+    histories = {"user_id": rows["user_id"], "text": [f"{title} {abstract}" for _, title, abstract in papers]}
+    pq.write_table(pa.table(histories), tmp_path / "histories.parquet")
+    for split in ("train", "dev"):
+        pq.write_table(table, tmp_path / f"next_title_{split}.parquet")
+        pq.write_table(which, tmp_path / f"which_{split}.parquet")
+    for part in ceiling_data.requests(tmp_path, task="abstract", train_rows=3, split="dev", every=1):
+        assert [one.split("\n")[1] for one in part["input"].to_pylist()] == ["One of u.", "Both of u.", "One of v."]
+        assert part["target"] == table["target"]
