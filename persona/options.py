@@ -197,7 +197,6 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         check_at_least(self, 1, "epochs", "global_batch", *(["micro_batch"] if self.micro_batch != "auto" else []))
-        check_at_least(self, 0, "persona_warmup")
         if self.zero_stage not in (1, 2, 3):
             raise UsageError(f"--zero-stage {self.zero_stage}: must be 1, 2 or 3")
         if self.zero_stage == 3 and self.micro_batch == "auto":
@@ -210,7 +209,7 @@ class TrainingOptions:
         check_above_zero(self, "learning_rate", "query_learning_rate")
         if not 0 <= self.max_gradient_norm < math.inf:
             raise UsageError(f"--max-gradient-norm {self.max_gradient_norm}: must be 0 (clips nothing) or more")
-        for name in ("weight_decay", "contrast", "preference", "nll_weight"):
+        for name in ("persona_warmup", "weight_decay", "contrast", "preference", "nll_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{given(self, name)}: must be 0 or more")
         if not self.preference:
@@ -255,8 +254,7 @@ class CostOptions:
     def __post_init__(self) -> None:
         """Raises UsageError for values that cannot work."""
         for name in ("gpu_hour_price", "tflops"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
+            if (value := getattr(self, name)) is not None and not value > 0:
                 raise UsageError(f"{given(self, name)}: must be above 0")
 
 

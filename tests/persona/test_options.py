@@ -76,6 +76,7 @@ def test_arguments_of_a_chat_template_are_json_or_text():
         ({"epochs": 0}, "--epochs 0: must be 1 or more"),
         ({"zero_stage": 0}, "--zero-stage 0: must be 1, 2 or 3"),
         ({"warmup": 1.0}, "--warmup 1.0"),
+        ({"persona_warmup": -1}, "--persona-warmup -1: must be 0 or more"),
         ({"history_dropout": -0.1}, "--history-dropout -0.1"),
         ({"empty_history": 1.1}, "--empty-history 1.1: must be from 0 to 1"),
         ({"empty_history": float("nan")}, "--empty-history nan"),
