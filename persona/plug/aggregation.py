@@ -62,11 +62,11 @@ def weigh(
     (the requests' vectors), the weights do not depend on the requests. `uniform_weights` weighs all behaviors of a
     history equally, whatever was learned.
     """
-    requests_M = _requests(lengths_B, len(history_Md))
+    requests_M = request_numbers(lengths_B, len(history_Md))
     scores = [] if uniform_weights else list(_scores(options, parameters, history_Md, lengths_B, query_Bd, requests_M))
     if not scores:
         return 1.0 / lengths_B[requests_M].to(history_Md.dtype)
-    return _softmax(reduce(torch.add, scores), requests_M, len(lengths_B))
+    return softmax(reduce(torch.add, scores), requests_M, len(lengths_B))
 
 
 def _scores(
@@ -90,18 +90,18 @@ def _scores(
 def mix(values_MF: Tensor, weights_M: Tensor, lengths_B: Tensor) -> Tensor:
     """The weighted sum (B, F) of each request's values; zeros where a request has no behaviors."""
     weighted_MF = values_MF * weights_M.unsqueeze(-1)
-    requests_M = _requests(lengths_B, len(values_MF))
+    requests_M = request_numbers(lengths_B, len(values_MF))
     return weighted_MF.new_zeros(len(lengths_B), values_MF.shape[-1]).index_add(0, requests_M, weighted_MF)
 
 
-def _requests(lengths_B: Tensor, n_behaviors: int) -> Tensor:
+def request_numbers(lengths_B: Tensor, n_behaviors: int) -> Tensor:
     """The number (M,) of the request that each behavior belongs to."""
     numbers_B = torch.arange(len(lengths_B), device=lengths_B.device)
     # Without the size of its output, it would wait for the GPU to know it.
     return torch.repeat_interleave(numbers_B, lengths_B, output_size=n_behaviors)
 
 
-def _softmax(scores_M: Tensor, requests_M: Tensor, n_requests: int) -> Tensor:
+def softmax(scores_M: Tensor, requests_M: Tensor, n_requests: int) -> Tensor:
     """Softmax within each request; its largest score is subtracted first so that exp cannot overflow."""
     top_B = scores_M.new_full((n_requests,), -math.inf).scatter_reduce(0, requests_M, scores_M.detach(), "amax")
     exp_M = torch.exp(scores_M - top_B[requests_M])

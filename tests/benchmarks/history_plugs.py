@@ -41,13 +41,9 @@ class _ManyMeans(Plug):
         """What each token reads of each history (B, K, F); of one without behaviors, anything."""
         raise NotImplementedError
 
-    def mean(self, history_Md: Tensor, lengths_B: Tensor, weights_M: Tensor) -> Tensor:
-        """What the plug of the recipe reads (B, F)."""
-        return aggregation.mix(self.projector.activate(history_Md), weights_M, lengths_B)
-
 
 class Resampler(_ManyMeans):
-    """Each token weighs the behaviors by a query of its own: attention pooling, as of Perceiver (arXiv 2103.03206).
+    """Each token has a query of its own to weight the behaviors: attention pooling (Perceiver, arXiv 2103.03206).
 
     Queries start in the directions of K centers of all behaviors.
     """
@@ -61,17 +57,12 @@ class Resampler(_ManyMeans):
     def read(self, history_Md: Tensor, lengths_B: Tensor, weights_M: Tensor) -> Tensor:
         """A mean by each token's own weights; `weights_M` is not used."""
         del weights_M
-        scores_MK = history_Md @ self.queries_Kd.T
-        numbers_M = _requests(lengths_B)
-        index_MK = numbers_M.unsqueeze(1).expand_as(scores_MK)
-        start_BK = scores_MK.new_full((len(lengths_B), scores_MK.shape[1]), -torch.inf)
-        top_BK = start_BK.scatter_reduce(0, index_MK, scores_MK.detach(), "amax")
-        exp_MK = torch.exp(scores_MK - top_BK[numbers_M])
-        sum_BK = torch.zeros_like(start_BK).index_add(0, numbers_M, exp_MK)
-        weights_MK = exp_MK / sum_BK[numbers_M]
-        weighted_MKF = weights_MK.unsqueeze(-1) * self.projector.activate(history_Md).unsqueeze(1)
-        empty_BKF = weighted_MKF.new_zeros(len(lengths_B), *weighted_MKF.shape[1:])
-        return empty_BKF.index_add(0, numbers_M, weighted_MKF)
+        activated_MF = self.projector.activate(history_Md)
+        numbers_M = aggregation.request_numbers(lengths_B, len(history_Md))
+        weights_KM = [
+            aggregation.softmax(scores_M, numbers_M, len(lengths_B)) for scores_M in self.queries_Kd @ history_Md.T
+        ]
+        return torch.stack([aggregation.mix(activated_MF, one_M, lengths_B) for one_M in weights_KM], 1)
 
 
 class Latest(_ManyMeans):
@@ -83,15 +74,16 @@ class Latest(_ManyMeans):
     def read(self, history_Md: Tensor, lengths_B: Tensor, weights_M: Tensor) -> Tensor:
         """The mean K/2 times, then the latest behaviors, oldest first; a short history has its mean in their place."""
         n_latest = self.options.persona_tokens // 2
-        mean_BKF = self.mean(history_Md, lengths_B, weights_M).unsqueeze(1)
-        mean_BKF = mean_BKF.expand(-1, self.options.persona_tokens, -1)
+        activated_MF = self.projector.activate(history_Md)
+        mean_BF = aggregation.mix(activated_MF, weights_M, lengths_B)
+        mean_BKF = mean_BF.unsqueeze(1).expand(-1, self.options.persona_tokens, -1)
         if not len(history_Md):
             return mean_BKF
         back_L = torch.arange(n_latest, 0, -1, device=lengths_B.device)
         is_there_BL = back_L <= lengths_B.unsqueeze(1)
         row_BL = (lengths_B.cumsum(0).unsqueeze(1) - back_L).clamp(min=0)
         typical_F = self.projector.activate(self.typical_behavior)
-        near_MF = typical_F + (self.projector.activate(history_Md) - typical_F) / _SINGLE_DISTANCE
+        near_MF = typical_F + (activated_MF - typical_F) / _SINGLE_DISTANCE
         latest_BLF = near_MF[row_BL]
         latest_BLF = torch.where(is_there_BL.unsqueeze(-1), latest_BLF, mean_BKF[:, :n_latest])
         return torch.cat([mean_BKF[:, n_latest:], latest_BLF], 1)
@@ -126,8 +118,3 @@ def centers(behaviors_Nd: Tensor, n: int, *, seed: int) -> Tensor:
     """The centers (n, d) of behaviors by k-means."""
     found = KMeans(n, n_init=1, random_state=seed).fit(behaviors_Nd.double().numpy())
     return torch.from_numpy(found.cluster_centers_.astype(np.float32))
-
-
-def _requests(lengths_B: Tensor) -> Tensor:
-    """The number (M,) of the request that each behavior belongs to."""
-    return torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
