@@ -4,9 +4,12 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jobs.runtime import log
@@ -16,6 +19,8 @@ TERMINATED = 143  # what shells report for a process ended by SIGTERM
 # Ray's CPUs are slots for tasks: reads, joins and commits need some besides the actors, even on two cores.
 _MIN_LOCAL_CPUS = 6
 _POLL_S = 0.5
+_STDERR = 2
+_NOTICE = b"Set ray log level from environment variable"
 _WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -65,10 +70,11 @@ def connect() -> Machines:
     attach = "RAY_ADDRESS" in os.environ
     n_local_cpus = max(usable_cores(), _MIN_LOCAL_CPUS)
     if not ray.is_initialized():
-        if attach:
-            _attach()
-        else:
-            _start(n_local_cpus)
+        with _without_notice():
+            if attach:
+                _attach()
+            else:
+                _start(n_local_cpus)
     _end_on_sigterm()
     _configure_ray_data()
     _wait_for_gpus()
@@ -87,6 +93,25 @@ def _end_on_sigterm() -> None:
     """Let SIGTERM end the job by SystemExit, so that leases are released; Ray's own handler prints a stack instead."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """Drop the line that Ray's C++ code writes to stderr about RAY_BACKEND_LOG_LEVEL; the rest comes at the end."""
+    sys.stderr.flush()
+    stderr = os.dup(_STDERR)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), _STDERR)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, _STDERR)
+            os.close(stderr)
+            written.seek(0)
+            for line in written:
+                if _NOTICE not in line:
+                    os.write(_STDERR, line)
 
 
 def _attach() -> None:

@@ -35,6 +35,29 @@ print(max(1, psutil.Process().num_threads() - before))
 """
 
 
+# What a library under Ray says while it starts must reach the user.
+SAYS_SOMETHING = """
+import os, ray
+from jobs.runtime import log, session
+init = ray.init
+def and_say(**options):
+    init(**options)
+    os.write(2, b"said by a library" + bytes([10]))
+ray.init = and_say
+session.connect()
+log.say("connected")
+ray.shutdown()
+"""
+
+
+def test_of_what_is_written_to_stderr_while_ray_starts_only_rays_notice_is_dropped() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS_SOMETHING], env=environment, capture_output=True, text=True, check=True, timeout=240
+    )
+    assert done.stderr.splitlines() == ["said by a library", "connected"]
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to a core")
 def test_a_process_pinned_to_one_core_may_use_one() -> None:
     done = subprocess.run([sys.executable, "-c", PINNED], capture_output=True, text=True, check=True)
