@@ -205,9 +205,8 @@ def _files(found: _Found) -> dict[str, bytes]:
         "told.parquet": pa.Table.from_pylist(rows[True], gym.REQUESTS),
         "histories.parquet": pa.Table.from_pylist(histories, gym.HISTORIES),
     }
-    if found.rejects:
-        sources, numbers, reasons = zip(*found.rejects, strict=True)
-        tables["rejects.parquet"] = rejects("import_gym", sources, numbers, reasons)
+    sources, numbers, reasons = zip(*found.rejects, strict=True) if found.rejects else ((), (), ())
+    tables["rejects.parquet"] = rejects("import_gym", sources, numbers, reasons)
     return {name: _parquet(table) for name, table in tables.items()}
 
 

@@ -18,7 +18,6 @@ from persona.training.deepspeed import trainable
 
 WEIGHTS, MOMENTS, STATE = "plug.safetensors", "moments.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_BUFFERS = ("typical_behavior", "full_strength")  # of the plug: not trained
 
 
 @dataclass(kw_only=True)
@@ -98,7 +97,8 @@ def save(engine: Any, folder: Path, progress: Progress, *, write: bool) -> None:
             weights[name.removeprefix("plug.")] = full.detach().cpu().clone()
             moments.update({f"{name}:{key}": moment.detach().cpu().clone() for key, moment in found.items()})
     if write:
-        weights.update({name: engine.module.plug.get_buffer(name).cpu() for name in _BUFFERS})
+        kept = engine.module.plug.state_dict()
+        weights |= {name: kept[name].cpu() for name in kept.keys() - weights.keys()}  # buffers: not trained
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / WEIGHTS)
         save_file(moments, folder / MOMENTS)
@@ -112,7 +112,7 @@ def load_weights(model: PersonalizedLLM, folder: Path) -> Progress:
         InputError: the checkpoint has another set of trained parameters than the model.
     """
     weights = load_file(folder / WEIGHTS)
-    if set(weights) != {*_BUFFERS, *(name.removeprefix("plug.") for name in trainable(model))}:
+    if set(weights) != set(model.plug.state_dict()):
         raise InputError(f"{folder}: this checkpoint is of a plug with other trained parameters; use another --run")
     model.plug.load_state_dict(weights)
     return Progress.read(folder)

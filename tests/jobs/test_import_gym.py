@@ -10,7 +10,7 @@ import pytest
 
 from jobs import import_gym
 from persona.judging.rubrics import TASKS
-from persona.storage import exists, join, open_filesystem, write_bytes
+from persona.storage import join, open_filesystem, write_bytes
 from persona.store.store import Store
 from tests.chat_server import ChatServer
 from tests.jobs.conftest import Job, Row
@@ -70,7 +70,7 @@ def test_personas_become_requests_told_requests_and_histories(refuse: Job, root:
     histories = rows(out, "histories.parquet")
     assert [row["text"] for row in histories if row["user_id"] == "nurse"] == NURSE["texts"]
     assert [row["text"] for row in histories if "captain" in row["text"]] == [CAPTAIN["persona"]]
-    assert not exists(join(out, "rejects.parquet"))
+    assert rows(out, "rejects.parquet") == []
 
 
 def test_the_question_files_of_the_benchmark_are_read_as_they_are(refuse: Job, root: str) -> None:
