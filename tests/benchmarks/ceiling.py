@@ -100,7 +100,7 @@ class Run:
         return [json.loads(line) for line in self.results.read_text().splitlines()] if self.results.exists() else []
 
     def comparable(self) -> list[dict[str, Any]]:
-        """The results with any encoder and plug on the same requests."""
+        """The results with any encoder and plug, of the same LLM on the same requests."""
         same = self._requests_key().items()
         return [record for record in self.records() if same <= record.items()]
 
@@ -157,7 +157,7 @@ class Run:
 
     def _requests_key(self) -> dict[str, Any]:
         names = ("task", "split", "train_rows", "every", "max_tokens", "persona_warmup", "seed")
-        return {name: getattr(self.arguments, name) for name in names}
+        return {"llm": self.llm_folder.fingerprint[:12], **{name: getattr(self.arguments, name) for name in names}}
 
     def _is_done(self, key: dict[str, Any]) -> bool:
         return any(key.items() <= record.items() for record in self.records())
