@@ -141,9 +141,11 @@ class Run:
         if not found:
             return
         names = [re.sub(r"-\d+$", "", path.name) for path in found]
+        if self.experiment.against.split("/")[0] not in names:
+            print(f"not compared: {self.experiment.against}, the reference, has not been measured (--only)")
+            return
         flags = ("--evaluations", *found, "--names", *names, "--out", self.results)
-        has_reference = self.experiment.against.split("/")[0] in names
-        run_job("compare", *flags, *(("--against", self.experiment.against) if has_reference else ()))
+        run_job("compare", *flags, "--against", self.experiment.against)
 
     def _train(self, name: str, seed: int) -> Path:
         """The folder of one plug, trained if it does not exist yet."""
