@@ -97,15 +97,13 @@ def _end_on_sigterm() -> None:
 
 @contextmanager
 def _without_notice() -> Iterator[None]:
-    """Drop the line that Ray's C++ code writes to stderr about RAY_BACKEND_LOG_LEVEL; the rest comes at the end."""
-    sys.stderr.flush()
+    """Hold back stderr, then write it without the line of Ray's C++ code about RAY_BACKEND_LOG_LEVEL."""
     stderr = os.dup(_STDERR)
     with tempfile.TemporaryFile() as written:
         os.dup2(written.fileno(), _STDERR)
         try:
             yield
         finally:
-            sys.stderr.flush()
             os.dup2(stderr, _STDERR)
             os.close(stderr)
             written.seek(0)
