@@ -43,7 +43,7 @@ class _ManyMeans(Plug):
 
 
 class Resampler(_ManyMeans):
-    """Each token has a query of its own to weight the behaviors: attention pooling (Perceiver, arXiv 2103.03206).
+    """Attention pooling (Perceiver, arXiv 2103.03206): each token weights the behaviors by its own learned query.
 
     Queries start in the directions of K centers of all behaviors.
     """
